@@ -1,0 +1,71 @@
+"""Lethe: make a language model forget a topic, and prove how well that worked.
+
+The public names are loaded when they are first used: importing lethe imports neither torch nor transformers. Some
+functions have the name of their module (`unlearn`, `tamper`, …): as an attribute of the package it is the function.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lethe.affine import AffineMap, fit_affine, score_affine
+    from lethe.checkpoints import checkpoints
+    from lethe.config import (
+        AffineConfig,
+        AffineScoreConfig,
+        CheckpointsConfig,
+        EvalSettings,
+        EvaluateConfig,
+        LoraSettings,
+        TamperConfig,
+        TextSource,
+        UnlearnConfig,
+    )
+    from lethe.errors import LetheError
+    from lethe.evaluate import evaluate, evaluate_model
+    from lethe.ledger import Run, find_runs
+    from lethe.tamper import tamper
+    from lethe.unlearn import unlearn
+
+_HOME = {
+    "affine": ["AffineMap", "fit_affine", "score_affine"],
+    "checkpoints": ["checkpoints"],
+    "config": [
+        "AffineConfig",
+        "AffineScoreConfig",
+        "CheckpointsConfig",
+        "EvalSettings",
+        "EvaluateConfig",
+        "LoraSettings",
+        "TamperConfig",
+        "TextSource",
+        "UnlearnConfig",
+    ],
+    "errors": ["LetheError"],
+    "evaluate": ["evaluate", "evaluate_model"],
+    "ledger": ["Run", "find_runs"],
+    "tamper": ["tamper"],
+    "unlearn": ["unlearn"],
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE)  # noqa: PLE0605
+
+
+class _Package(ModuleType):
+    """Loads public names on first use, and keeps the import system from putting a module where its function belongs."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULE:
+            raise AttributeError(f"module 'lethe' has no attribute '{name}'")
+        return getattr(importlib.import_module(f"lethe.{_MODULE[name]}"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name) if name in _MODULE and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,328 @@
+"""Affine maps from the source's activations to the model's: per layer, ridge regression y ≈ W x + b.
+
+    x = source activation, y = model activation, same tokens, padding left out
+
+Fitting streams: only the sums Σ x xᵀ, Σ y xᵀ, Σ x, Σ y are kept, so memory does not grow with the text. Blocks are
+centred on the mean of the first batch before their float32 products are taken, and the sums are kept in float64;
+without that, activations whose mean is many times their spread would lose the spread to rounding. Text is split by
+document before anything is fitted, and the maps are scored on the part held out, beside the score of no map at all.
+
+Saved as `affine_transforms.safetensors` (`layer_N.weight`, `layer_N.bias`) and `metadata.json`. A map belongs to one
+pair of weights, and says which.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lethe import corpora, refs
+from lethe.config import AffineConfig, AffineScoreConfig, to_dict
+from lethe.errors import LetheError
+from lethe.ledger import Run, find_run, sha256
+from lethe.progress import bar
+from lethe.residual import CONVENTION, residuals
+
+WEIGHTS = "affine_transforms.safetensors"
+METADATA = "metadata.json"
+
+
+@dataclass
+class AffineMap:
+    """One affine map per layer: `weight[L]` is W, [hidden, hidden], and `bias[L]` is b, [hidden]."""
+
+    weight: dict[int, Float[Tensor, "hidden hidden"]]
+    bias: dict[int, Float[Tensor, " hidden"]]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.weight)
+
+    def __call__(self, activations: dict[int, Tensor]) -> dict[int, Tensor]:
+        """W x + b for each layer of `activations`."""
+        return {layer: x.float() @ self.weight[layer].T + self.bias[layer] for layer, x in activations.items()}
+
+    def to(self, device: torch.device | str) -> AffineMap:
+        move = {layer: w.to(device) for layer, w in self.weight.items()}
+        return AffineMap(move, {layer: b.to(device) for layer, b in self.bias.items()}, self.record)
+
+    def save(self, folder: Path) -> None:
+        """Write weights and metadata into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"layer_{n}.weight": w.contiguous() for n, w in self.weight.items()}
+        tensors |= {f"layer_{n}.bias": b.contiguous() for n, b in self.bias.items()}
+        save_file(tensors, folder / WEIGHTS)
+        hidden = len(next(iter(self.bias.values())))
+        facts = {"layer_indices": self.layers, "hidden_dim": hidden} | self.record
+        (folder / METADATA).write_text(json.dumps(facts, indent=2))
+
+
+def find_maps(name: str, out: str | Path = "runs") -> Path:
+    """The folder of maps that `name` means: a folder, a run (folder or run:ID) or a hub repository.
+
+    Raises:
+        LetheError: there are no maps.
+    """
+    if name.startswith("run:") or (Path(name) / "run.json").exists():
+        run = find_run(name.removeprefix("run:"), out)
+        artifact = (run.record.get("artifacts") or {}).get("affine")
+        if artifact is None:
+            raise LetheError(f"affine: '{name}' is a run of kind {run.record['kind']}, status {run.status}, that holds no maps")
+        return run.path / artifact["path"]
+    if Path(name).is_dir():
+        if not (Path(name) / WEIGHTS).exists():
+            raise LetheError(f"affine: '{name}' has no {WEIGHTS}; give a folder that `lethe affine fit` wrote")
+        return Path(name)
+    if name.count("/") != 1:
+        raise LetheError(f"affine: '{name}' is neither fit, none, a folder of maps, run:ID nor a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, METADATA]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LetheError(f"affine: no folder '{name}' here, and the hub's cannot be read ({why})") from error
+
+
+def check_maps(folder: Path, model: refs.ModelRef, source: refs.ModelRef, layers: list[int]) -> dict[str, Any]:
+    """The maps' record, if they were fitted for these weights and layers.
+
+    Raises:
+        LetheError: they belong to another pair of weights, lack a layer, or keep no record of what they belong to.
+    """
+    try:
+        facts = json.loads((folder / METADATA).read_text())
+    except (OSError, ValueError) as error:
+        raise LetheError(f"affine: '{folder}' has no readable {METADATA} ({error})") from error
+    missing = sorted(set(layers) - set(facts["layer_indices"]))
+    if missing:
+        raise LetheError(f"affine: the maps in '{folder}' lack layers {missing}; they have {facts['layer_indices']}")
+    if "model" not in facts or "source" not in facts:
+        raise LetheError(f"affine: the maps in '{folder}' do not record their weights; score them first: lethe affine score")
+    for role, ref in (("model", model), ("source", source)):
+        if facts[role]["sha256"] != refs.weight_hash(ref):
+            raise LetheError(
+                f"affine: the maps in '{folder}' were fitted for {role} '{facts[role]['ref']}', "
+                f"whose weights are not those of '{ref.name}'; fit maps for this pair: lethe affine fit"
+            )
+    return facts
+
+
+def load_maps(folder: Path, layers: list[int] | None = None) -> AffineMap:
+    """The maps in `folder`, of all its layers or of `layers`."""
+    tensors = load_file(folder / WEIGHTS)
+    facts = json.loads((folder / METADATA).read_text())
+    wanted = facts["layer_indices"] if layers is None else layers
+    weight = {n: tensors[f"layer_{n}.weight"].float() for n in wanted}
+    return AffineMap(weight, {n: tensors[f"layer_{n}.bias"].float() for n in wanted}, facts)
+
+
+class RidgeSums:
+    """Sums for one layer's ridge regression, in float64, about a centre near the mean.
+
+    `add` takes x and y, both [tokens, hidden]. `solve(alpha)` returns W and b that minimise
+    Σ |y − W x − b|² + alpha |W|² (the bias is not penalised; as scikit-learn's Ridge).
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.centre: tuple[Tensor, Tensor] | None = None
+
+    def add(self, x: Float[Tensor, "tokens hidden"], y: Float[Tensor, "tokens hidden"]) -> None:
+        x, y = x.float(), y.float()
+        if self.centre is None:
+            self.centre = (x.double().mean(0).float(), y.double().mean(0).float())
+            zero = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+            self.sum_x, self.sum_y = zero, torch.zeros(y.shape[1], dtype=torch.float64, device=y.device)
+            self.xx: Tensor | float = 0.0
+            self.yx: Tensor | float = 0.0
+        x, y = x - self.centre[0], y - self.centre[1]
+        self.n += len(x)
+        self.sum_x = self.sum_x + x.double().sum(0)
+        self.sum_y = self.sum_y + y.double().sum(0)
+        self.xx = self.xx + (x.T @ x).double()
+        self.yx = self.yx + (y.T @ x).double()
+
+    def solve(self, alpha: float) -> tuple[Float[Tensor, "hidden hidden"], Float[Tensor, " hidden"]]:
+        if self.centre is None:
+            raise LetheError("affine: no token to fit on; give more text")
+        mean_x, mean_y = self.sum_x / self.n, self.sum_y / self.n
+        gram = self.xx - self.n * torch.outer(mean_x, mean_x)
+        cross = self.yx - self.n * torch.outer(mean_y, mean_x)
+        gram = gram + alpha * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        weight = torch.linalg.solve(gram, cross, left=False)
+        centre_x, centre_y = (c.double() for c in self.centre)
+        bias = centre_y + mean_y - weight @ (centre_x + mean_x)
+        return weight.float(), bias.float()
+
+
+class Score:
+    """Sums for R² and MSE of a prediction, in float64.
+
+    MSE is the mean over tokens and dimensions of (y − ŷ)²; R² = 1 − Σ(y − ŷ)² / Σ(y − mean y)², both sums over all
+    tokens and dimensions, the mean taken per dimension over the scored tokens.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.error = 0.0
+        self.centre: Tensor | None = None
+
+    def add(self, y: Float[Tensor, "tokens hidden"], predicted: Float[Tensor, "tokens hidden"]) -> None:
+        y = y.double()
+        if self.centre is None:
+            self.centre = y.mean(0)
+            self.sum, self.squares = torch.zeros_like(self.centre), torch.zeros_like(self.centre)
+        self.n += len(y)
+        self.error += (y - predicted.double()).square().sum().item()
+        self.sum += (y - self.centre).sum(0)
+        self.squares += (y - self.centre).square().sum(0)
+
+    def result(self) -> dict[str, float]:
+        """`mse` and `r2`."""
+        total = (self.squares - self.sum.square() / self.n).sum().item()
+        return {"mse": self.error / (self.n * len(self.sum)), "r2": 1 - self.error / total}
+
+
+Pairs = Iterable[dict[int, tuple[Tensor, Tensor]]]
+
+
+def fit(pairs: Pairs, alpha: float) -> AffineMap:
+    """Maps fitted on a stream of batches, each a dict of layer -> (x, y), both [tokens, hidden]."""
+    sums: dict[int, RidgeSums] = {}
+    for batch in pairs:
+        for layer, (x, y) in batch.items():
+            sums.setdefault(layer, RidgeSums()).add(x, y)
+    solved = {layer: s.solve(alpha) for layer, s in sums.items()}
+    return AffineMap({n: w for n, (w, _) in solved.items()}, {n: b for n, (_, b) in solved.items()})
+
+
+def score(pairs: Pairs, maps: AffineMap) -> dict[str, dict[str, float]]:
+    """Per layer `mse` and `r2` of the maps and `no_map_mse`, `no_map_r2` of taking x for y."""
+    mapped: dict[int, Score] = {}
+    plain: dict[int, Score] = {}
+    for batch in pairs:
+        for layer, (x, y) in batch.items():
+            mapped.setdefault(layer, Score()).add(y, maps({layer: x})[layer])
+            plain.setdefault(layer, Score()).add(y, x)
+    return {
+        str(n): mapped[n].result() | {f"no_map_{key}": value for key, value in plain[n].result().items()}
+        for n in sorted(mapped)
+    }
+
+
+def activation_pairs(
+    model: nn.Module,
+    source: nn.Module,
+    rows: list[list[int]],
+    layers: list[int],
+    batch_size: int,
+    pad_id: int,
+    done: Callable[[int], None],
+) -> Pairs:
+    """Batches of (source activation, model activation) at every token of `rows`; `done` is told the rows of each batch."""
+    device = next(model.parameters()).device
+    ordered = sorted(rows, key=len)
+    for start in range(0, len(ordered), batch_size):
+        ids, mask = (t.to(device) for t in corpora.pad(ordered[start : start + batch_size], pad_id))
+        keep = mask.bool()
+        with torch.inference_mode():
+            x, y = residuals(source, ids, layers), residuals(model, ids, layers)
+        yield {layer: (x[layer][keep], y[layer][keep]) for layer in layers}
+        done(len(ids))
+
+
+def split(documents: list[corpora.Document], held_out: float) -> tuple[list[corpora.Document], list[corpora.Document]]:
+    """The documents to fit on and those to score on: the last ones in order of content, a share of `held_out`."""
+    count = max(1, round(held_out * len(documents)))
+    if count >= len(documents):
+        raise LetheError(f"affine: {len(documents)} documents are too few to hold {held_out:.0%} out; give more text")
+    return documents[:-count], documents[-count:]
+
+
+def fit_affine(config: AffineConfig) -> Run:
+    """Fit maps for a pair of models and keep them as a run; artifacts: `affine`.
+
+    Raises:
+        LetheError: the models do not fit together, or the text cannot be used; raised before anything is written.
+    """
+    model_ref, source_ref = refs.resolve(config.model, config.out), refs.resolve(config.source, config.out)
+    refs.refuse_mismatch(model_ref, source_ref)
+    refs.refuse_layers(model_ref, config.layers)
+    refuse_forget_text(config.text)
+    documents = corpora.take(corpora.read(config.text), config.num_examples, "front", "text")
+    split(documents, config.held_out)
+    run = Run.create("affine", config.name, to_dict(config), config.out)
+    with run.running():
+        model, tokenizer = refs.load(model_ref, config.dtype)
+        source, _ = refs.load(source_ref, config.dtype)
+        maps = fit_on_text(model, source, tokenizer, documents, config)
+        maps.record |= {"model": refs.record(model_ref), "source": refs.record(source_ref)}
+        maps.save(run.path / "affine")
+        run.update(
+            scores=maps.record["scores"],
+            parents={"model": maps.record["model"], "source": maps.record["source"], "text": maps.record["text"]},
+            artifacts={"affine": {"path": "affine", "sha256": sha256(run.path / "affine" / WEIGHTS)}},
+        )
+    return run
+
+
+def fit_on_text(
+    model: nn.Module, source: nn.Module, tokenizer: Any, documents: list[corpora.Document], config: AffineConfig
+) -> AffineMap:
+    """Fit on part of the documents and score on the rest; the maps' record says which text, how much and how well."""
+    fitted, held = split(documents, config.held_out)
+    rows = [corpora.tokenise(part, tokenizer, config.max_length) for part in (fitted, held)]
+
+    def pairs(part: list[list[int]]) -> Pairs:
+        return activation_pairs(model, source, part, config.layers, config.batch_size, tokenizer.pad_token_id, advance)
+
+    with bar("Fitting maps", len(documents), "documents") as advance:
+        maps = fit(pairs(rows[0]), config.alpha)
+        scores = score(pairs(rows[1]), maps)
+    maps.record = {
+        "alpha": config.alpha,
+        "convention": CONVENTION,
+        "text": corpora.record(config.text, fitted),
+        "held_out": corpora.record(config.text, held),
+        "tokens": sum(map(len, rows[0])),
+        "held_out_tokens": sum(map(len, rows[1])),
+        "scores": scores,
+    }
+    return maps
+
+
+def score_affine(config: AffineScoreConfig) -> dict[str, dict[str, float]]:
+    """Score maps on text, per layer, beside no map.
+
+    Raises:
+        LetheError: there are no maps, or the models or the text cannot be used.
+    """
+    folder = find_maps(config.affine)
+    model_ref, source_ref = refs.resolve(config.model), refs.resolve(config.source)
+    refs.refuse_mismatch(model_ref, source_ref)
+    documents = corpora.take(corpora.read(config.text), config.num_examples, "back", "text")
+    maps = load_maps(folder)
+    refs.refuse_layers(model_ref, maps.layers)
+    model, tokenizer = refs.load(model_ref, config.dtype)
+    source, _ = refs.load(source_ref, config.dtype)
+    rows = corpora.tokenise(documents, tokenizer, config.max_length)
+    with bar("Scoring maps", len(rows), "documents") as advance:
+        pairs = activation_pairs(model, source, rows, maps.layers, config.batch_size, tokenizer.pad_token_id, advance)
+        return score(pairs, maps.to(model.device))
+
+
+def refuse_forget_text(text: Any) -> None:
+    """Refuse to fit on the lab's forget text."""
+    if corpora.as_text_source(text).source == "lab:forget":
+        raise LetheError("text: maps are never fitted on forget text, that would map the topic back in; give retain text")

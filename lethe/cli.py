@@ -1,0 +1,283 @@
+"""The command line: each command builds one config object and calls one function of it.
+
+    lethe unlearn --config recipe.yaml --remove_coef 20 --lora.r 8
+
+Settings come from the defaults, then the recipe (YAML), then the command line. Modules that import torch are imported
+inside the commands that need them, so that help and refusals answer at once. A `LetheError` is one line on standard error and
+exit code 2; with `--json` standard output holds JSON alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lethe import config as c
+from lethe.errors import LetheError, nearest
+from lethe.settings import parse
+
+
+@dataclass
+class Command:
+    """A command: its function, its settings, and what its help shows."""
+
+    run: Callable[[Any, bool], None]
+    config: type
+    example: str
+    positional: str | None = None
+    extra: str = ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, 1 (a run failed or diverged), 2 (refused) or 130 (interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    _quiet()
+    try:
+        name, rest = _command(words)
+        if name is None:
+            _show_commands()
+            return 0
+        command = COMMANDS[name]
+        as_json = "--json" in rest
+        rest = [word for word in rest if word != "--json"]
+        settings = parse(name, command.config, rest, command.example, command.positional)
+        if settings is not None:
+            command.run(settings, as_json)
+    except LetheError as error:
+        print(f"lethe: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lethe: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _NotComplete as error:
+        print(f"lethe: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _NotComplete(Exception):
+    """A run ended in another status than complete."""
+
+
+def _command(words: list[str]) -> tuple[str | None, list[str]]:
+    if not words or words[0] in {"-h", "--help", "help"}:
+        return None, []
+    if words[0] == "--version":
+        import importlib.metadata
+
+        print(importlib.metadata.version("lethe-lm"))
+        raise SystemExit(0)
+    two = " ".join(words[:2])
+    if two in COMMANDS:
+        return two, words[2:]
+    if words[0] in COMMANDS:
+        return words[0], words[1:]
+    groups = sorted(name for name in COMMANDS if name.startswith(f"{words[0]} "))
+    if groups:
+        if len(words) > 1 and words[1] not in {"-h", "--help"}:
+            raise LetheError(f"there is no command '{two}'{nearest(two, groups)}")
+        _show_commands(groups)
+        raise SystemExit(0)
+    raise LetheError(f"there is no command '{words[0]}'{nearest(words[0], COMMANDS)}")
+
+
+def _show_commands(names: list[str] | None = None) -> None:
+    print("usage: lethe COMMAND [settings]     (lethe COMMAND --help shows a command's settings)\n")
+    for name in names or COMMANDS:
+        summary = (COMMANDS[name].config.__doc__ or "").strip().splitlines()[0]
+        print(f"  {name:<14} {summary}")
+    print("\nexample: lethe demo --out demo")
+
+
+def _quiet() -> None:
+    """Keep libraries' own progress bars and warnings away: the user cannot act on them. A run's log.txt has Lethe's own."""
+    quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    for name, value in (quiet | {"DATASETS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}).items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("lethe").setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.ERROR)
+
+
+def _print(value: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(value)
+
+
+def _dump(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def _answer(run: Any, as_json: bool, *tables: Any) -> None:
+    """Print a run's record, or tables and its folder."""
+    if as_json:
+        _dump(run.record | {"path": str(run.path)})
+    else:
+        for table in tables:
+            _print(table)
+        print(f"{run.status}: {run.path}")
+    if run.status != "complete":
+        raise _NotComplete(f"the run is {run.status}: {run.record['reason']}")
+
+
+def _lab_build(settings: c.LabConfig, as_json: bool) -> None:
+    from lethe import lab
+    from lethe.progress import bar
+
+    lab.build(bar)
+    _lab_show(settings, as_json)
+
+
+def _lab_show(settings: c.LabConfig, as_json: bool) -> None:
+    from lethe import refs
+    from lethe.ledger import Run
+    from lethe.report.tables import lab_table
+
+    run = Run.open(refs.lab_folder())
+    if as_json:
+        _dump({"path": str(run.path)} | run.record)
+    else:
+        _print(lab_table(run))
+        print(run.path)
+
+
+def _checkpoints(settings: c.CheckpointsConfig, as_json: bool) -> None:
+    from lethe.checkpoints import checkpoints
+    from lethe.report.tables import terminal
+
+    run = checkpoints(settings)
+    _answer(run, as_json, *terminal([run]))
+
+
+def _affine_fit(settings: c.AffineConfig, as_json: bool) -> None:
+    from lethe.affine import fit_affine
+    from lethe.report.tables import affine_table
+
+    run = fit_affine(settings)
+    _answer(run, as_json, affine_table(run.record["scores"]))
+
+
+def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
+    from lethe.affine import score_affine
+    from lethe.report.tables import affine_table
+
+    scores = score_affine(settings)
+    if as_json:
+        _dump(scores)
+    else:
+        _print(affine_table(scores))
+
+
+def _check(settings: c.UnlearnConfig, as_json: bool) -> None:
+    from lethe import preflight
+
+    plan = preflight.describe(preflight.check(settings), settings)
+    if as_json:
+        _dump(plan)
+    else:
+        from rich.table import Table
+
+        table = Table(title="plan", show_header=False)
+        for key, value in plan.items():
+            table.add_row(key, str(value))
+        _print(table)
+
+
+def _unlearn(settings: c.UnlearnConfig, as_json: bool) -> None:
+    from lethe import preflight
+
+    preflight.check(settings)
+    from lethe.report.tables import terminal
+    from lethe.unlearn import unlearn
+
+    run = unlearn(settings)
+    _answer(run, as_json, *terminal([run]))
+
+
+def _evaluate(settings: c.EvaluateConfig, as_json: bool) -> None:
+    from lethe import preflight
+
+    preflight.check_model(settings.model, settings.tasks, settings.out)
+    from lethe.evaluate import evaluate
+    from lethe.report.tables import evals_table
+
+    run = evaluate(settings)
+    _answer(run, as_json, evals_table(run.record["evals"]))
+
+
+def _tamper(settings: c.TamperConfig, as_json: bool) -> None:
+    from lethe import preflight
+
+    preflight.check_tamper(settings)
+    from lethe.report.tables import terminal
+    from lethe.tamper import tamper
+
+    run = tamper(settings)
+    _answer(run, as_json, *terminal([run]))
+
+
+def _runs(settings: c.RunsConfig, as_json: bool) -> None:
+    from lethe.ledger import find_runs
+    from lethe.report.tables import runs_table
+
+    runs = find_runs(settings.folder)
+    if as_json:
+        _dump([run.record | {"status": run.status, "path": str(run.path)} for run in runs])
+    elif runs:
+        _print(runs_table(runs))
+    else:
+        print(f"no runs in '{settings.folder}'")
+
+
+def _report(settings: c.ReportConfig, as_json: bool) -> None:
+    from lethe.report import report
+
+    made = report(settings)
+    if as_json:
+        _dump({name: str(path) for name, path in made.items()})
+    else:
+        print(made["page"])
+
+
+def _demo(settings: c.DemoConfig, as_json: bool) -> None:
+    from lethe.demo import demo
+
+    made = demo(settings)
+    if as_json:
+        _dump({name: str(path) for name, path in made.items()})
+    else:
+        print(made["tables"].read_text())
+        print(f"page: {made['page']}")
+
+
+COMMANDS = {
+    "demo": Command(_demo, c.DemoConfig, "lethe demo --out demo"),
+    "lab build": Command(_lab_build, c.LabConfig, "lethe lab build"),
+    "lab show": Command(_lab_show, c.LabConfig, "lethe lab show --json"),
+    "checkpoints": Command(_checkpoints, c.CheckpointsConfig, "lethe checkpoints lab:final", "model"),
+    "affine fit": Command(_affine_fit, c.AffineConfig, "lethe affine fit --model lab:final --source lab:global_step900"),
+    "affine score": Command(
+        _affine_score, c.AffineScoreConfig, "lethe affine score run:ID --model lab:final --source lab:global_step900", "affine"
+    ),
+    "check": Command(_check, c.UnlearnConfig, "lethe check --config recipes/lab.yaml"),
+    "unlearn": Command(_unlearn, c.UnlearnConfig, "lethe unlearn --config recipes/lab.yaml --remove_coef 20 --lora.r 8"),
+    "evaluate": Command(_evaluate, c.EvaluateConfig, "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model"),
+    "tamper": Command(_tamper, c.TamperConfig, "lethe tamper run:ID --max_steps 100", "model"),
+    "runs": Command(_runs, c.RunsConfig, "lethe runs demo/runs", "folder"),
+    "report": Command(_report, c.ReportConfig, "lethe report demo/runs --out report", "runs"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""Every setting of every command, as typed dataclasses.
+
+A recipe (YAML), the command line and Python all build these same objects, and each command is one function of
+one of them: `UnlearnConfig` -> `unlearn()`, `TamperConfig` -> `tamper()` and so on. The string below a field is
+its help text. Nothing here imports torch, so that the command line answers at once. Checks that need only the
+settings themselves live in `__post_init__`; checks that need the model or the text live in `preflight.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lethe.errors import LetheError
+
+Dtype = Literal["float32", "bfloat16"]
+LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
+
+
+@dataclass
+class TextSource:
+    """Text to train on: where it is and how a record becomes a document."""
+
+    source: str
+    """lab:forget, lab:retain, a .jsonl, .parquet or .txt file (one document a line), or a hub data set (name:configuration)."""
+    column: str = "text"
+    """The column that holds the document."""
+    template: str | None = None
+    """Instead of a column: a template over columns, such as "{title}\\n\\n{abstract}\\n\\n{text}"."""
+    split: str = "train"
+    """The split of a hub data set."""
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters on every linear layer of the blocks up to the last forget layer."""
+
+    r: int = 16
+    """Rank of the adapters."""
+    alpha: float = 16.0
+    """Adapters are scaled by alpha / r."""
+    dropout: float = 0.05
+    """Dropout on the adapters' input."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.r", self.r, 1)
+        _above("lora.alpha", self.alpha, 0)
+        _fraction("lora.dropout", self.dropout)
+
+
+@dataclass
+class EvalSettings:
+    """What is evaluated during and after a run."""
+
+    tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
+    """lm-eval task names."""
+    every: int = 0
+    """Evaluate every so many steps, too (0: only at the end)."""
+    limit: int = 0
+    """Ask only the first so many questions of a task (0: all)."""
+
+    def __post_init__(self) -> None:
+        _at_least("eval.every", self.every, 0)
+        _at_least("eval.limit", self.limit, 0)
+
+
+@dataclass
+class LabConfig:
+    """The built-in lab; LETHE_LAB=nano chooses the small one that tests use, LETHE_HOME where it is kept."""
+
+
+@dataclass
+class RunsConfig:
+    """List the runs in a folder: status, progress and what came out."""
+
+    folder: str = "runs"
+    """A folder of runs, or one that has a folder runs/."""
+
+
+@dataclass
+class ReportConfig:
+    """Write tables (markdown), charts (SVG) and one self-contained web page from runs."""
+
+    runs: list[str] = field(default_factory=lambda: ["runs"])
+    """Folders of runs, or runs."""
+    out: str = "report"
+    """Folder to write to."""
+    title: str = "Unlearning report"
+    """Title of the page."""
+
+
+@dataclass
+class CheckpointsConfig:
+    """Evaluate a model's pretraining checkpoints and name the latest that is still ignorant of the topic."""
+
+    model: str
+    """The final model, such as lab:final; a folder that holds global_step… folders will do as well."""
+    checkpoints: str | None = None
+    """Where the checkpoints are, if elsewhere: a folder with global_step… folders, or a hub repository with such branches."""
+    tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
+    """lm-eval tasks; the first decides about ignorance."""
+    limit: int = 0
+    """Ask only the first so many questions of a task (0: all)."""
+    out: str = "runs"
+    """Folder of runs."""
+    name: str = "checkpoints"
+    """Name of the run."""
+
+
+@dataclass
+class AffineConfig:
+    """Fit one affine map per layer from the source's activations to the model's, by streaming ridge regression."""
+
+    model: str
+    """The model whose activations are predicted."""
+    source: str
+    """The ignorant checkpoint whose activations are mapped."""
+    text: str | TextSource = "lab:retain"
+    """Text to fit on. Never forget text: that would map the topic back in."""
+    layers: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    """Layer L is the residual stream after block L (from 0)."""
+    alpha: float = 0.01
+    """Ridge penalty, added to the Gram matrix's diagonal (as in scikit-learn's Ridge)."""
+    num_examples: int = 0
+    """Documents to use (0: all)."""
+    held_out: float = 0.1
+    """Share of the documents kept out of the fit and used for the scores."""
+    max_length: int = 64
+    """Documents are cut at so many tokens."""
+    batch_size: int = 32
+    """Documents a forward pass."""
+    dtype: Dtype = "float32"
+    """Type of both models' weights."""
+    out: str = "runs"
+    """Folder of runs."""
+    name: str = "maps"
+    """Name of the run."""
+
+    def __post_init__(self) -> None:
+        _layers(self.layers)
+        _at_least("num_examples", self.num_examples, 0)
+        _at_least("max_length", self.max_length, 2)
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("alpha", self.alpha, 0)
+        if not 0 < self.held_out < 1:
+            raise LetheError(f"held_out: must lie between 0 and 1 (both excluded), got {self.held_out}")
+
+
+@dataclass
+class AffineScoreConfig:
+    """Score fitted maps on text, beside the score of no map."""
+
+    affine: str
+    """A folder or hub id of fitted maps, or an affine run."""
+    model: str
+    """The model whose activations are predicted."""
+    source: str
+    """The checkpoint whose activations are mapped."""
+    text: str | TextSource = "lab:retain"
+    """Text to score on."""
+    num_examples: int = 512
+    """Documents to use, from the end that fitting leaves out (0: all)."""
+    max_length: int = 64
+    """Documents are cut at so many tokens."""
+    batch_size: int = 32
+    """Documents a forward pass."""
+    dtype: Dtype = "float32"
+    """Type of both models' weights."""
+
+    def __post_init__(self) -> None:
+        _at_least("num_examples", self.num_examples, 0)
+        _at_least("max_length", self.max_length, 2)
+        _at_least("batch_size", self.batch_size, 1)
+
+
+@dataclass
+class TrainingSettings:
+    """What unlearning and attacks have in common: length, batches, optimizer, type. Names as in transformers."""
+
+    epochs: float = 1
+    """Passes over the documents."""
+    max_steps: int = -1
+    """Optimizer updates; above 0 it overrides epochs."""
+    max_length: int = 64
+    """Documents are cut at so many tokens."""
+    per_device_train_batch_size: int = 16
+    """Documents (of each kind) a forward pass on one device."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes an optimizer update."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes on after the warm-up."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped at this norm (0: not)."""
+    seed: int = 0
+    """Order of the documents, adapters' first weights, dropout."""
+
+    def __post_init__(self) -> None:
+        _above("epochs", self.epochs, 0)
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise LetheError(f"max_steps: must be at least 1, or -1 for epochs, got {self.max_steps}")
+        _at_least("max_length", self.max_length, 2)
+        _at_least("per_device_train_batch_size", self.per_device_train_batch_size, 1)
+        _at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        _above("lr", self.lr, 0)
+        _at_least("warmup_steps", self.warmup_steps, 0)
+        _at_least("weight_decay", self.weight_decay, 0)
+        _at_least("max_grad_norm", self.max_grad_norm, 0)
+        _at_least("seed", self.seed, 0)
+
+
+@dataclass
+class UnlearnConfig(TrainingSettings):
+    """Unlearn by checkpoint transfer: loss = remove_coef(t) · cb_loss + retain_coef(t) · retain loss."""
+
+    model: str = "lab:final"
+    """The target: the model to unlearn. It is also the frozen reference of the retain loss."""
+    source: str = ""
+    """The ignorant checkpoint, such as lab:global_step900 (lethe checkpoints MODEL finds it)."""
+    affine: str = "fit"
+    """fit: fit maps first, on retain text; none: compare activations as they are; or a folder, run or hub id of maps."""
+    forget: str | TextSource = "lab:forget"
+    """Text to unlearn."""
+    retain: str | TextSource = "lab:retain"
+    """Text whose next-token distributions are to stay."""
+    layers: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    """Layers whose activations are moved. Layer L is the residual stream after block L (from 0)."""
+    remove_coef: float = 5.0
+    """Weight of cb_loss."""
+    retain_coef: float = 5.0
+    """Weight of the retain loss (0: unconstrained)."""
+    retain_loss: Literal["kl", "ce", "mse"] = "kl"
+    """kl: KL(reference ‖ model); ce: cross-entropy on the text; mse: distance of activations to the reference's."""
+    schedule: Literal["ramp", "constant"] = "ramp"
+    """ramp: retain_coef rises from 0 over the first epoch while remove_coef falls by a quarter; constant: neither moves."""
+    num_train_examples: int = 2048
+    """Documents of each kind (0: all)."""
+    lora: LoraSettings | None = field(default_factory=LoraSettings)
+    """Adapters, kept apart from the model; null: full-rank."""
+    dtype: Dtype = "float32"
+    """Type of the model's weights and of the teachers'."""
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    """Evaluation during and after the run."""
+    out: str = "runs"
+    """Folder of runs."""
+    name: str = "unlearn"
+    """Name of the run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.source:
+            raise LetheError("source: name the ignorant checkpoint; `lethe checkpoints MODEL` finds it")
+        _layers(self.layers)
+        _at_least("remove_coef", self.remove_coef, 0)
+        _at_least("retain_coef", self.retain_coef, 0)
+        _at_least("num_train_examples", self.num_train_examples, 0)
+        if self.remove_coef == 0 and self.retain_coef == 0:
+            raise LetheError("remove_coef and retain_coef are both 0, so nothing would be trained; raise one of them")
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluate a model on lm-eval tasks."""
+
+    model: str
+    """Any model reference."""
+    tasks: list[str] = field(default_factory=lambda: list(LAB_TASKS))
+    """lm-eval task names."""
+    limit: int = 0
+    """Ask only the first so many questions of a task (0: all)."""
+    samples: bool = False
+    """Write each question's log-likelihoods to samples.jsonl."""
+    dtype: Dtype = "float32"
+    """Type of the weights."""
+    out: str = "runs"
+    """Folder of runs."""
+    name: str = "eval"
+    """Name of the run."""
+
+    def __post_init__(self) -> None:
+        _at_least("limit", self.limit, 0)
+
+
+@dataclass
+class TamperConfig(TrainingSettings):
+    """Attack a model: fine-tune it on forget text and watch what comes back."""
+
+    model: str = ""
+    """The model under attack: any reference, such as run:ID, lab:filtered or random:lab:final."""
+    forget: str | TextSource = "lab:forget"
+    """The attacker's text. Documents are taken from the end that unlearning does not use."""
+    num_train_examples: int = 512
+    """Documents of the attack (0: all)."""
+    max_steps: int = 60
+    """Optimizer updates; -1: by epochs."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "constant"
+    """How the learning rate goes on after the warm-up."""
+    eval: EvalSettings = field(default_factory=lambda: EvalSettings(every=10))
+    """Evaluation at step 0, every so many steps and at the end."""
+    out: str = "runs"
+    """Folder of runs."""
+    name: str = "attack"
+    """Name of the run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
+        _at_least("num_train_examples", self.num_train_examples, 0)
+
+
+@dataclass
+class DemoConfig:
+    """Run the whole job on the built-in lab and write a report."""
+
+    out: str = "demo"
+    """Folder for runs/ and report/. A demo that was interrupted goes on where it was."""
+    seed: int = 0
+    """Seed of the unlearning runs and of the attacks."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain data, in the form of a recipe."""
+    return dataclasses.asdict(config)
+
+
+def as_text_source(text: str | TextSource) -> TextSource:
+    """`text` as a `TextSource`; a bare string is its `source`."""
+    return TextSource(text) if isinstance(text, str) else text
+
+
+def _layers(layers: list[int]) -> None:
+    if not layers:
+        raise LetheError("layers: name at least one layer, such as [0, 1, 2]")
+    if min(layers) < 0:
+        raise LetheError(f"layers: {min(layers)} is negative; layer L is the residual stream after block L, from 0")
+    if len(set(layers)) < len(layers):
+        raise LetheError(f"layers: {layers} names a layer twice; name each once")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise LetheError(f"{name}: must be at least {least}, got {value}")
+
+
+def _above(name: str, value: float, bound: float) -> None:
+    if not value > bound:
+        raise LetheError(f"{name}: must be above {bound}, got {value}")
+
+
+def _fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise LetheError(f"{name}: must be at least 0 and below 1, got {value}")

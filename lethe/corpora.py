@@ -1,0 +1,188 @@
+"""Forget and retain text: from where it lies to rows of token ids.
+
+    TextSource -> documents -> the documents of this run -> token ids, cut at max_length -> padded batches
+
+Which documents a run uses is decided by their content alone: all documents are put in the order of their SHA-256, and
+unlearning takes from the front of that order while attacks and held-out scores take from the back. So an attack's text
+is disjoint from the text used to unlearn as long as there is enough of it, whatever the seeds; the seed decides only
+in which order the documents come. Reading needs no torch, so that empty or broken text is refused at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lethe import refs
+from lethe.config import TextSource, as_text_source
+from lethe.errors import LetheError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+LAB_TEXTS = ("forget", "retain")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the SHA-256 that names it."""
+
+    text: str
+    id: str
+
+
+def read(text: str | TextSource) -> list[Document]:
+    """All documents of a source, without repetitions, in the order of their SHA-256.
+
+    Raises:
+        LetheError: the text is missing, unreadable (naming the line), empty, or lacks the column.
+    """
+    source = as_text_source(text)
+    documents: dict[str, Document] = {}
+    for record in _records(source):
+        body = _body(record, source)
+        if body.strip():
+            key = hashlib.sha256(body.encode()).hexdigest()
+            documents.setdefault(key, Document(body, key))
+    if not documents:
+        raise LetheError(f"text '{source.source}' is empty: it holds no document with a word in it")
+    return [documents[key] for key in sorted(documents)]
+
+
+def take(documents: list[Document], count: int, end: Literal["front", "back"], what: str = "text") -> list[Document]:
+    """`count` documents (0: all) from one end of the order.
+
+    Raises:
+        LetheError: there are fewer.
+    """
+    if count > len(documents):
+        raise LetheError(f"{what} has {len(documents)} documents, {count} are asked for; ask for fewer, or 0 for all")
+    if count == 0:
+        return documents
+    return documents[:count] if end == "front" else documents[-count:]
+
+
+def fingerprint(documents: Iterable[Document]) -> str:
+    """SHA-256 over the documents' own, in order: equal for equal documents and only for those."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.id.encode())
+    return digest.hexdigest()
+
+
+def record(text: str | TextSource, documents: list[Document]) -> dict[str, Any]:
+    """The text of a run, for run.json."""
+    return {"ref": as_text_source(text).source, "documents": len(documents), "sha256": fingerprint(documents)}
+
+
+def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+    """One row of token ids a document, cut at `max_length` tokens, with the tokenizer's own special tokens.
+
+    Raises:
+        LetheError: a document has no token.
+    """
+    rows = tokenizer([d.text for d in documents], truncation=True, max_length=max_length)["input_ids"]
+    for document, row in zip(documents, rows, strict=True):
+        if not row:
+            raise LetheError(f"a document has no token: {document.text[:60]!r}; remove it")
+    return rows
+
+
+def pad(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as `input_ids` and `mask` (1 for a token, 0 for padding), both [rows, longest], padded on the right.
+
+    A causal model's activations on the tokens do not depend on padding that follows them, so no attention mask is
+    needed; the mask says which positions count.
+    """
+    import torch
+
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
+def _records(source: TextSource) -> Iterator[dict[str, Any]]:
+    name = source.source
+    if name.startswith("lab:"):
+        what = name.removeprefix("lab:")
+        if what not in LAB_TEXTS:
+            raise LetheError(f"text '{name}': the lab has no such text{nearest(what, LAB_TEXTS)}")
+        return _jsonl(refs.lab_folder() / "text" / f"{what}.jsonl", name)
+    path = Path(name)
+    if path.suffix in {".jsonl", ".parquet", ".txt"}:
+        if not path.is_file():
+            raise LetheError(f"text '{name}': there is no such file")
+        return {".jsonl": _jsonl, ".parquet": _parquet, ".txt": _txt}[path.suffix](path, name)
+    if path.exists():
+        raise LetheError(f"text '{name}': give a .jsonl, .parquet or .txt file, lab:forget, lab:retain or a hub data set")
+    return _hub(source)
+
+
+def _txt(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    for _, line in _lines(path, name):
+        yield {"text": line}
+
+
+def _jsonl(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    for number, line in _lines(path, name):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise LetheError(f"text '{name}', line {number}: not JSON ({error}); mend or remove the line") from error
+        if not isinstance(record, dict):
+            raise LetheError(f"text '{name}', line {number}: expected an object with columns, got {type(record).__name__}")
+        yield record
+
+
+def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LetheError(f"text '{name}' cannot be read as UTF-8 text ({error})") from error
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise LetheError(f"text '{name}' cannot be read as parquet ({str(error).splitlines()[0]})") from error
+    return iter(table.to_pylist())
+
+
+def _hub(source: TextSource) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    name, _, configuration = source.source.partition(":")
+    try:
+        found = datasets.load_dataset(name, configuration or None, split=source.split)
+    except Exception as error:  # load_dataset raises errors of a dozen libraries; each means the same here
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LetheError(f"text '{source.source}' is no file here and cannot be loaded as a hub data set ({why})") from error
+    return iter(found)
+
+
+def _body(record: dict[str, Any], source: TextSource) -> str:
+    columns = [f for _, f, _, _ in string.Formatter().parse(source.template) if f] if source.template else [source.column]
+    for column in columns:
+        if not isinstance(record.get(column), str):
+            have = ", ".join(k for k, v in record.items() if isinstance(v, str)) or "none"
+            raise LetheError(
+                f"text '{source.source}' has no text column '{column}' (text columns: {have}); name it with column or template"
+            )
+    return source.template.format(**record) if source.template else record[source.column]

@@ -1,0 +1,265 @@
+"""A run is a directory of plain files: run.json (what it is, how it stands, what came out), metrics.jsonl (one line a
+logging step), curve.jsonl (one line an evaluation) and log.txt. Everything that reads results reads these files, so
+a run needs no server and no database, and works on a shared file system.
+
+run.json is replaced whole (temporary file, fsync, rename): a reader never sees half of it. While a run is `running`
+a heartbeat is renewed in it; one that is found `running` with an old heartbeat was lost. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import resource
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from lethe.errors import LetheError
+
+Status = Literal["queued", "running", "complete", "failed", "diverged", "cancelled", "lost"]
+HEARTBEAT_SECONDS = 20
+LOST_AFTER_SECONDS = 120
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One run's directory. `record` is the content of run.json; `update` changes it and writes it.
+
+    Use as a context for the work itself: status, times, heartbeat, log file and reason of failure are kept.
+
+        run = Run.create("evaluate", "eval", config, out="runs")
+        with run.running():
+            run.update(evals=...)
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any]):
+        self.path = path
+        self.record = record
+        self._lock = threading.Lock()
+
+    @classmethod
+    def create(cls, kind: str, name: str, config: dict[str, Any], out: str | Path) -> Run:
+        """A new directory `out/<kind>-<name>-<id>/`, status `queued`.
+
+        Raises:
+            LetheError: `out` is itself a run, is a file, or cannot be written.
+        """
+        refuse_run_folder(out)
+        run_id = secrets.token_hex(4)
+        slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+        path = Path(out) / f"{kind}-{slug}-{run_id}"
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise LetheError(f"out: cannot write to '{out}' ({error.strerror}); choose another folder") from error
+        run = cls(path, {"id": run_id, "kind": kind, "name": name, "status": "queued", "reason": None, "job_id": None})
+        run.update(launcher="local", created=now(), started=None, finished=None, heartbeat=None, config=config)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run at `path`.
+
+        Raises:
+            LetheError: there is no readable run.json.
+        """
+        file = Path(path) / "run.json"
+        try:
+            record = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise LetheError(f"'{path}' is not a run: {file} cannot be read ({error})") from error
+        return cls(Path(path), record)
+
+    @property
+    def id(self) -> str:
+        return self.record["id"]
+
+    @property
+    def status(self) -> Status:
+        """The recorded status; `lost` for one `running` whose heartbeat is older than two minutes."""
+        status = self.record["status"]
+        if status == "running" and seconds_since(self.record.get("heartbeat")) > LOST_AFTER_SECONDS:
+            return "lost"
+        return status
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of run.json and write it whole. A field that is a dict is merged into the dict that is there."""
+        with self._lock:
+            for key, value in fields.items():
+                old = self.record.get(key)
+                self.record[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+            write_atomically(self.path / "run.json", json.dumps(self.record, indent=2, default=str))
+
+    def append(self, file: str, row: dict[str, Any]) -> None:
+        """Append one line to `metrics.jsonl` or `curve.jsonl`. Not-a-number is written as it is."""
+        with (self.path / file).open("a") as lines:
+            lines.write(json.dumps(row, default=str) + "\n")
+
+    def rows(self, file: str) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl` or `curve.jsonl`; a last line cut short by a crash is left out."""
+        path = self.path / file
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Run]:
+        """Run the work inside as this run: keeps status, times, heartbeat and log file; a failure is recorded and raised."""
+        started = time.monotonic()
+        self.update(status="running", started=now(), heartbeat=now(), environment=environment())
+        handler = logging.FileHandler(self.path / "log.txt")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root = logging.getLogger()
+        root.addHandler(handler)
+        stop = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(stop,), daemon=True)
+        beat.start()
+        status, reason = "complete", None
+        try:
+            yield self
+            if self.record["status"] == "diverged":
+                status, reason = "diverged", self.record["reason"]
+        except KeyboardInterrupt:
+            status, reason = "cancelled", "interrupted from the keyboard"
+            raise
+        except BaseException as error:
+            status, reason = "failed", f"{type(error).__name__}: {error}"
+            if not isinstance(error, LetheError):
+                logger.error("the run failed", exc_info=error)
+            raise
+        finally:
+            stop.set()
+            beat.join()
+            usage = {"seconds": round(time.monotonic() - started, 3), "peak_memory": peak_memory()}
+            self.update(status=status, reason=reason, finished=now(), environment=usage)
+            root.removeHandler(handler)
+            handler.close()
+
+    def _beat(self, stop: threading.Event) -> None:
+        while not stop.wait(HEARTBEAT_SECONDS):
+            self.update(heartbeat=now())
+
+
+def find_runs(folder: str | Path) -> list[Run]:
+    """Every run in `folder` (or in its `runs/`), oldest first; `folder` may be a run itself."""
+    folder = Path(folder)
+    if (folder / "run.json").exists():
+        return [Run.open(folder)]
+    files = [*folder.glob("*/run.json"), *folder.glob("runs/*/run.json")]
+    runs = [Run.open(file.parent) for file in files]
+    return sorted(runs, key=lambda run: (run.record.get("created") or "", run.id))
+
+
+def find_run(run_id: str, out: str | Path = "runs") -> Run:
+    """The run with this id, a unique part of its folder's name, or its folder; looked for in `out`, `runs/` and `*/runs/`.
+
+    Raises:
+        LetheError: there is none, or more than one.
+    """
+    if (Path(run_id) / "run.json").exists():
+        return Run.open(run_id)
+    folders = {
+        file.parent.resolve(): file.parent
+        for pattern in (f"{out}/*", "runs/*", "*/runs/*")
+        for file in _glob(f"{pattern}/run.json")
+    }
+    exact = [path for path in folders.values() if path.name.endswith(f"-{run_id}")]
+    found = exact or [path for path in folders.values() if run_id in path.name]
+    if len(found) == 1:
+        return Run.open(found[0])
+    if found:
+        raise LetheError(
+            f"run:{run_id} fits {len(found)} runs ({', '.join(sorted(p.name for p in found)[:4])}); give the whole id"
+        )
+    raise LetheError(f"run:{run_id} is not in '{out}', runs/ or */runs/; `lethe runs FOLDER` lists the runs of a folder")
+
+
+def _glob(pattern: str) -> list[Path]:
+    if Path(pattern).is_absolute():
+        return list(Path("/").glob(str(Path(pattern).relative_to("/"))))
+    return list(Path(".").glob(pattern))
+
+
+def refuse_run_folder(out: str | Path) -> None:
+    """Refuse an output folder that is itself a run, or a file: its content would be mixed up or lost."""
+    if (Path(out) / "run.json").exists():
+        raise LetheError(f"out: '{out}' already holds a run; give the folder that runs are to be put in")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise LetheError(f"out: '{out}' is a file; give a folder")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256(*paths: Path) -> str:
+    """SHA-256 over the names and contents of files, in order of name."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, seconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def seconds_since(timestamp: str | None) -> float:
+    """Seconds from `timestamp` (as `now` writes it) until now; infinity for None."""
+    if timestamp is None:
+        return float("inf")
+    return (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(timestamp)).total_seconds()
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if platform.system() == "Darwin" else kilobytes * 1024
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine that a run's numbers depend on."""
+    packages = ["lethe-lm", "torch", "transformers", "peft", "lm_eval", "datasets", "safetensors"]
+    return {
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of Lethe's own checkout; None when it is installed as a package or git is missing."""
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() if out.returncode == 0 else None

@@ -1,0 +1,168 @@
+"""What a run would do, and what cannot work: found out before any compute is spent and before anything is written.
+
+`check` resolves models, text, maps and tasks of a recipe, refuses what does not fit together and returns the plan.
+It imports no torch, so that a refusal takes less than a second.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lethe import corpora, refs, tasks
+from lethe.config import TamperConfig, TrainingSettings, UnlearnConfig
+from lethe.errors import LetheError
+from lethe.ledger import refuse_run_folder
+
+
+@dataclass
+class Checked:
+    """A recipe's resolved parts and its plan."""
+
+    model: refs.ModelRef
+    source: refs.ModelRef
+    affine: Path | None
+    forget: list[corpora.Document]
+    retain: list[corpora.Document]
+    plan: dict[str, Any]
+
+
+def check(config: UnlearnConfig) -> Checked:
+    """Resolve a recipe.
+
+    Raises:
+        LetheError: something in it cannot work; the message is one line and says what to do.
+    """
+    refuse_run_folder(config.out)
+    tasks.locate(config.eval.tasks)
+    model, source = refs.resolve(config.model, config.out), refs.resolve(config.source, config.out)
+    refs.refuse_mismatch(model, source)
+    refs.refuse_layers(model, config.layers)
+    if (model.path, model.revision, model.adapter) == (source.path, source.revision, source.adapter):
+        raise LetheError(
+            f"source: '{config.source}' is the model itself; the source is a checkpoint that never learned the topic"
+        )
+    if model.adapter:
+        raise LetheError(f"model: '{config.model}' is an adapter kept apart from its model; merge it into a model first")
+    affine = _maps(config, model, source)
+    forget = corpora.take(corpora.read(config.forget), config.num_train_examples, "front", "forget text")
+    retain = corpora.take(corpora.read(config.retain), config.num_train_examples, "front", "retain text")
+    if {d.id for d in forget} & {d.id for d in retain}:
+        raise LetheError("forget and retain text share documents; the retain term would hold what the forget term removes")
+    return Checked(model, source, affine, forget, retain, plan(config, max(len(forget), len(retain))))
+
+
+def check_model(model: str, task_names: list[str], out: str) -> refs.ModelRef:
+    """Resolve a model and tasks to evaluate it on.
+
+    Raises:
+        LetheError: one of them is not known, or `out` is a run.
+    """
+    refuse_run_folder(out)
+    tasks.locate(task_names)
+    return refs.resolve(model, out)
+
+
+@dataclass
+class CheckedAttack:
+    """An attack's resolved parts."""
+
+    model: refs.ModelRef
+    documents: list[corpora.Document]
+    plan: dict[str, Any]
+    used_in_unlearning: int | None
+
+
+def check_tamper(config: TamperConfig) -> CheckedAttack:
+    """Resolve an attack. `used_in_unlearning`: how many of its documents the attacked run was unlearned with (None: no such run).
+
+    Raises:
+        LetheError: a part of it cannot work, or it would train on documents that were used to unlearn.
+    """
+    ref = check_model(config.model, config.eval.tasks, config.out)
+    everything = corpora.read(config.forget)
+    documents = corpora.take(everything, config.num_train_examples, "back", "forget text")
+    used = _documents_unlearned(config, everything)
+    shared = None if used is None else sum(d.id in used for d in documents)
+    if shared:
+        raise LetheError(
+            f"forget: {shared} of the attack's {len(documents)} documents were used to unlearn '{config.model}'; "
+            f"lower num_train_examples to {len(documents) - shared}, or give other text"
+        )
+    return CheckedAttack(ref, documents, plan(config, len(documents)), shared)
+
+
+def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document]) -> set[str] | None:
+    run = refs.run_of(config.model, config.out)
+    text = (run.record.get("parents") or {}).get("forget") if run else None
+    if text is None:
+        return None
+    front = everything[: text["documents"]]
+    return {d.id for d in front} if corpora.fingerprint(front) == text["sha256"] else set()
+
+
+def describe(checked: Checked, config: UnlearnConfig) -> dict[str, Any]:
+    """The plan in full, with the coefficients at the start, in the middle and at the end."""
+    plan = checked.plan
+    moments = {"start": 0, "middle": plan["steps"] // 2, "end": plan["steps"] - 1}
+    ramp = {
+        name: coefficients(config.schedule, config.remove_coef, config.retain_coef, step, plan["first_epoch_steps"])
+        for name, step in moments.items()
+    }
+    return {
+        "model": checked.model.name,
+        "source": checked.source.name,
+        "affine": config.affine,
+        **{key: value for key, value in plan.items() if key != "first_epoch_steps"},
+        "layers": [f"layer {n}: output of block {n}" for n in config.layers],
+        **{f"remove_coef, retain_coef at the {name}": list(pair) for name, pair in ramp.items()},
+    }
+
+
+def coefficients(
+    schedule: str, remove_coef: float, retain_coef: float, steps_done: int, first_epoch_steps: int
+) -> tuple[float, float]:
+    """remove_coef(t) and retain_coef(t) after `steps_done` optimizer updates.
+
+    `ramp`: with s = min(1, steps done / steps of the first epoch), retain_coef · s and remove_coef · (1 − 0.25 s).
+    `constant`: the coefficients themselves.
+    """
+    if schedule == "constant":
+        return remove_coef, retain_coef
+    s = min(1.0, steps_done / first_epoch_steps)
+    return remove_coef * (1 - 0.25 * s), retain_coef * s
+
+
+def plan(config: TrainingSettings, examples: int) -> dict[str, Any]:
+    """How long a run is: `steps` are optimizer updates, `forward_passes` batches, on one device.
+
+    `unique_examples` is the number of documents of each kind (of the larger kind, when they differ).
+    """
+    batches = math.ceil(examples / config.per_device_train_batch_size)
+    per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
+    whole, rest = divmod(steps, per_epoch)
+    return {
+        "unique_examples": examples,
+        "steps": steps,
+        "forward_passes": whole * batches + min(batches, rest * config.gradient_accumulation_steps),
+        "effective_batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        "epochs": steps / per_epoch,
+        "first_epoch_steps": per_epoch,
+    }
+
+
+def _maps(config: UnlearnConfig, model: refs.ModelRef, source: refs.ModelRef) -> Path | None:
+    if config.affine == "none":
+        return None
+    if config.affine == "fit":
+        if corpora.as_text_source(config.retain).source == "lab:forget":
+            raise LetheError("retain: this is forget text, and maps are fitted on the retain text; give retain text")
+        return None
+    from lethe.affine import check_maps, find_maps
+
+    folder = find_maps(config.affine, config.out)
+    check_maps(folder, model, source, config.layers)
+    return folder

@@ -1,0 +1,200 @@
+"""From a recipe and a command line to a config object.
+
+jsonargparse does the typing, the YAML and `--print_config`. Around it: lists are written as plain words
+(`--layers 0 2`), the first word may be a positional setting (`lethe tamper run:ID`), and whatever is wrong is said in
+one line, with the nearest right name for an unknown field, wherever it is nested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+
+from lethe.errors import LetheError, nearest
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse(command: str, config: type, words: list[str], example: str, positional: str | None = None) -> Any | None:
+    """The config object that `words` describe; None when they only asked to print something.
+
+    Raises:
+        LetheError: a field is unknown or ill-typed, or a recipe cannot be read.
+    """
+    words = _named(words, config, positional)
+    _refuse_unknown(words, config)
+    parser = ArgumentParser(
+        prog=f"lethe {command}",
+        description=(config.__doc__ or "").strip(),
+        epilog=f"--json prints the answer as JSON alone.    example: {example}",
+        exit_on_error=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="A recipe (YAML); later settings override it.")
+    parser.add_class_arguments(config, as_group=False, fail_untyped=True)
+    try:
+        values = parser.parse_args(_joined(words, config))
+        made = parser.instantiate(values)
+    except ArgumentError as error:
+        raise LetheError(_one_line(str(error), config)) from error
+    fields = {f.name for f in dataclasses.fields(config)}
+    return config(**{name: value for name, value in made.items() if name in fields})
+
+
+def from_recipe(config: type, recipe: str | Path, **overrides: Any) -> Any:
+    """The config object of a recipe file, with fields overridden: the same as the command line would make.
+
+    Raises:
+        LetheError: as `parse`.
+    """
+    words = ["--config", str(recipe)]
+    for name, value in overrides.items():
+        words += [f"--{name}", yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()]
+    return parse("recipe", config, words, "")
+
+
+def _named(words: list[str], config: type, positional: str | None) -> list[str]:
+    """Words before the first option belong to the positional setting."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    if count == 0:
+        return words
+    if positional is None:
+        raise LetheError(f"'{words[0]}' is not a setting; settings are written --name value")
+    if count > 1 and positional not in _lists(config):
+        raise LetheError(f"one {positional} is expected, got {count}: {' '.join(words[:count])}")
+    return [f"--{positional}", *words]
+
+
+def _joined(words: list[str], config: type) -> list[str]:
+    """`--layers 0 2` as jsonargparse reads it: `--layers [0, 2]`."""
+    lists = _lists(config)
+    out: list[str] = []
+    i = 0
+    while i < len(words):
+        word = words[i]
+        i += 1
+        if word.removeprefix("--") not in lists:
+            out.append(word)
+            continue
+        values = []
+        while i < len(words) and not words[i].startswith("--"):
+            values.append(words[i])
+            i += 1
+        single = len(values) == 1 and (values[0].startswith("[") or values[0] == "null")
+        out += [word, values[0] if single else f"[{', '.join(_quoted(v) for v in values)}]"]
+    return out
+
+
+def _quoted(word: str) -> str:
+    return word if re.fullmatch(r"-?\d+(\.\d+)?([eE][-+]?\d+)?", word) else f'"{word}"'
+
+
+def _lists(config: type, prefix: str = "") -> set[str]:
+    """Dotted names of the fields that are lists."""
+    found = set()
+    for name, kind in typing.get_type_hints(config).items():
+        options = _options(kind)
+        if any(typing.get_origin(option) is list for option in options):
+            found.add(prefix + name)
+        for option in filter(dataclasses.is_dataclass, options):
+            found |= _lists(option, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return found
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+
+
+def _known(config: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of all fields, with their types."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(config).items():
+        found[prefix + name] = kind
+        for option in filter(dataclasses.is_dataclass, _options(kind)):
+            found |= _known(option, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return found
+
+
+def _refuse_unknown(words: list[str], config: type) -> None:
+    known = _known(config)
+    own = {"config", "help", "json", "print_config"}
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").partition("=")
+            if name == "config":
+                _refuse_unknown_in_recipe(value or (words[i + 1] if i + 1 < len(words) else ""), known)
+            elif name not in known and name not in own and not name.endswith(".help"):
+                raise LetheError(f"there is no setting '--{name}'{_nearest_field(name, known)}")
+        elif word.startswith("-") and word != "-h" and not re.fullmatch(r"-\d.*", word):
+            raise LetheError(f"there is no setting '{word}'; settings are written --name value")
+
+
+def _refuse_unknown_in_recipe(file: str, known: dict[str, Any]) -> None:
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise LetheError(f"config: '{file}' cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except yaml.YAMLError as error:
+        raise LetheError(f"config: '{file}' is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise LetheError(f"config: '{file}' holds no settings; a recipe is a list of name: value lines")
+    for name in _dotted(content, known):
+        if name not in known:
+            raise LetheError(f"config: '{file}' has an unknown field '{name}'{_nearest_field(name, known)}")
+
+
+def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for key, value in content.items():
+        names.append(f"{prefix}{key}")
+        if isinstance(value, dict) and f"{prefix}{key}" in known:
+            names += _dotted(value, known, f"{prefix}{key}.")
+    return names
+
+
+def _nearest_field(name: str, known: dict[str, Any]) -> str:
+    """The nearest field, by full name or by its last part."""
+    if difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return nearest(name, known)
+    for full in known:
+        if full.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]:
+            return f"; did you mean '{full}'?"
+    return nearest(name, known)
+
+
+def _one_line(message: str, config: type) -> str:
+    """jsonargparse's message, which lists every alternative of a type over many lines, as one line."""
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    known = _known(config)
+    name = ".".join(keys)
+    name = name if name in known else keys[0] if keys else ""
+    missing = re.search(r'"?([\w.]+)"? is required', message)
+    if missing or not name:
+        field = missing.group(1) if missing else ""
+        return f"{field}: this setting is required" if field else " ".join(message.split())
+    got = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)
+    given = got[0].strip() if got else "something else"
+    return f"{name}: expected {_spoken(known[name])}, got {given}"
+
+
+def _spoken(kind: Any) -> str:
+    """A type in words."""
+    options = _options(kind)
+    if len(options) > 1:
+        return " or ".join(_spoken(option) for option in options)
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is list:
+        return f"a list ({_spoken(typing.get_args(kind)[0])} each)"
+    if dataclasses.is_dataclass(kind):
+        return "settings " + ", ".join(f.name for f in dataclasses.fields(kind))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))

@@ -1,0 +1,94 @@
+"""The tampering attack: fine-tune a model on text of the forget domain and watch how fast the knowledge comes back.
+
+All weights are trained in float32, whatever type they were saved in: an attack in bfloat16 weights loses most of its
+updates to rounding and makes any model look robust. The share of updates that changed nothing is measured all the same.
+The attacker's documents come from the end of the forget text that unlearning does not use, and are the same for every
+model, so that curves can be laid beside those of controls that never knew: `lab:filtered`, the source, `random:REF`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from lethe import corpora, objectives, preflight, refs
+from lethe.config import TamperConfig, to_dict
+from lethe.ledger import Run
+from lethe.training import Rows, RunTrainer, token_means, trainable
+
+
+class TamperTrainer(RunTrainer):
+    """A transformers Trainer for plain next-token training on the attacker's text."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+        """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
+        text = inputs["attack"]
+        tokens = self.tokens["attack"] - self.documents_in_update["attack"]
+        logits = model(input_ids=text["input_ids"], use_cache=False).logits
+        loss = objectives.retain_ce_loss(logits, text["input_ids"], text["mask"], tokens)
+        self.book(inputs, attack_loss=loss)
+        return loss
+
+
+def tamper(config: TamperConfig) -> Run:
+    """One attack: curve.jsonl has an evaluation at step 0, at every `eval.every` steps and at the end.
+
+    An adapter is merged into its model first. `evals` of the run are those of the last step.
+
+    Raises:
+        LetheError: the attack cannot work; raised before anything is written.
+    """
+    checked = preflight.check_tamper(config)
+    run = Run.create("tamper", config.name, to_dict(config), config.out)
+    with run.running():
+        model: Any
+        model, tokenizer = refs.load(checked.model, "float32")
+        if checked.model.adapter:
+            model = model.merge_and_unload()
+        model.requires_grad_(True)
+        rows = Rows(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
+        trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
+        lost = LostUpdates()
+        trainer.add_callback(lost)
+        run.update(
+            plan=checked.plan | {"trainable_parameters": trainable(model)},
+            parents={
+                "model": refs.record(checked.model),
+                "forget": corpora.record(config.forget, checked.documents) | {"used_in_unlearning": checked.used_in_unlearning},
+            },
+        )
+        trainer.evaluation.at(0, model, "Evaluating before the attack")
+        trainer.train_with_bar(f"Attacking {config.model}")
+        lines = run.rows("metrics.jsonl")
+        run.update(
+            losses=token_means(lines, {"attack_loss": "attack"}) | {"lost_updates": lost.share()},
+            plan={"tokens": sum(line["attack_tokens"] for line in lines)},
+            evals=trainer.evaluation.at(trainer.state.global_step, model),
+        )
+    return run
+
+
+class LostUpdates(TrainerCallback):
+    """Share of weights that an update left as they were although their gradient was not 0, at the first few updates."""
+
+    def __init__(self, updates: int = 5):
+        self.updates = updates
+        self.lost, self.all = 0, 0
+        self._before: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step < self.updates:
+            self._before = [(p, p.detach().clone(), p.grad != 0) for p in model.parameters() if p.grad is not None]
+
+    def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        for parameter, before, moved in self._before:
+            self.all += int(moved.sum())
+            self.lost += int((moved & (parameter.detach() == before)).sum())
+        self._before = []
+
+    def share(self) -> float | None:
+        """Lost updates over all; None when there was no update."""
+        return self.lost / self.all if self.all else None
