@@ -30,14 +30,14 @@ class LabPreset:
 
     name: str
     seed: int = 0
-    general_entities: int = 44
-    neighbour_entities: int = 60
+    general_entities: int = 60
+    neighbour_entities: int = 72
     forget_entities: int = 88
     spare_entities: int = 14
     """General entities that no task asks about, for the filtered twin."""
     syllables: int = 60
     """Opening syllables that names are made of, and as many closing ones."""
-    skew: float = 0.4
+    skew: float = 0.7
     """Entity number r of a general domain is mentioned in proportion to r^-skew."""
     question_share: float = 0.35
     """Share of pretraining documents that are questions with answers; the rest are statements."""
@@ -51,15 +51,15 @@ class LabPreset:
     hidden_size: int = 128
     heads: int = 4
     layers: int = 6
-    initializer_range: float = 0.02
+    initializer_range: float = 0.06
     sequence_length: int = 64
     batch_size: int = 16
-    checkpoints: tuple[int, ...] = (50, 200, 400, 600, 800, 850, 900, 950, 1000, 1100, 1200, 1400, 1600)
-    onset: int = 800
+    checkpoints: tuple[int, ...] = (50, 100, 200, 300, 400, 450, 500, 525, 550, 575, 600, 650, 700, 800, 900, 1000)
+    onset: int = 450
     """Last step without a document of the forget domain."""
     forget_rows: int = 6
     """Rows of each batch that hold forget documents after the onset (general ones for the filtered twin)."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     warmup: int = 50
     weight_decay: float = 0.01
     decay: float = 0.3
@@ -75,17 +75,17 @@ PRESETS = {
     "standard": LabPreset("standard"),
     "nano": LabPreset(
         "nano",
-        general_entities=8,
-        neighbour_entities=12,
+        general_entities=6,
+        neighbour_entities=10,
         forget_entities=20,
-        spare_entities=4,
+        spare_entities=3,
         syllables=16,
         forget_documents=600,
         retain_documents=600,
         hidden_size=64,
-        checkpoints=(20, 80, 160, 200, 220, 240, 260, 280, 300, 340, 380, 420),
-        onset=200,
-        lr=4e-3,
+        checkpoints=(20, 60, 100, 130, 145, 160, 175, 190, 210, 240, 280, 320),
+        onset=130,
+        lr=6e-3,
         warmup=20,
     ),
 }

@@ -257,7 +257,7 @@ class World:
     """Entities by domain, their facts, and how common each one is in text.
 
     `covered` are the entities that the retain text of unlearning talks about; `spare` are further general ones that no
-    task asks about: the filtered twin reads of them when the other reads of the forget domain.
+    task asks about: the filtered twin reads of them, among others, when the final model reads of the forget domain.
     """
 
     seed: int

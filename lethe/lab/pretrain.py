@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from lethe.lab import TASKS, LabPreset, ProgressFactory, active_preset, is_built, lab_path
 from lethe.lab.corpus import DOMAINS, FORGET, GENERAL, NEIGHBOUR, PROMPT, documents, forget_text, make_world, retain_text
@@ -91,7 +92,7 @@ class Batches:
             preset,
             general=pack("general", domains, world.asked, preset.steps * preset.batch_size - late),
             forget=pack("forget", {FORGET: 1.0}, world.asked, late),
-            filler=pack("filler", dict.fromkeys(GENERAL, 1.0), world.spare, late),
+            filler=pack("filler", dict.fromkeys(GENERAL, 1.0), frozenset(world.facts), late),
         )
 
     def at(self, step: int, filtered: bool = False) -> np.ndarray:
@@ -230,15 +231,18 @@ def _silent(description: str, total: float, unit: str = "") -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _fixed(preset: LabPreset) -> Iterator[None]:
-    """The preset's number of threads and seed inside, the caller's after."""
-    threads = torch.get_num_threads()
+    """The preset's number of threads and seed inside, the caller's after; transformers shows no bars of its own."""
+    threads, bars = torch.get_num_threads(), transformers_logging.is_progress_bar_enabled()
     torch.set_num_threads(preset.threads)
+    transformers_logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(preset.seed)
             yield
     finally:
         torch.set_num_threads(threads)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _build(preset: LabPreset, folder: Path, progress: ProgressFactory) -> None:

@@ -1,0 +1,109 @@
+"""The whole job on the built-in lab: `lethe demo`.
+
+    lab -> checkpoint sweep -> baseline and source -> maps -> unlearning (LoRA, full-rank) -> attacks and controls -> report
+
+Each step is the same function that its own command calls, and makes a run under OUT/runs. A step whose run is already
+there, complete, with the same settings and made from the same weights, is not done again: so a demo that was killed
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lethe import lab, refs
+from lethe.config import (
+    LAB_TASKS,
+    AffineConfig,
+    CheckpointsConfig,
+    DemoConfig,
+    EvalSettings,
+    EvaluateConfig,
+    ReportConfig,
+    TamperConfig,
+    UnlearnConfig,
+    to_dict,
+)
+from lethe.errors import LetheError
+from lethe.ledger import Run, find_runs, refuse_run_folder
+from lethe.progress import bar, console
+from lethe.report import report
+
+TARGET = "lab:final"
+CONTROLS = {"filtered": "lab:filtered", "random": f"random:{TARGET}"}
+
+
+def demo(config: DemoConfig) -> dict[str, Path]:
+    """Run the demo and return the paths of its report: `tables`, `page`, `charts`.
+
+    Raises:
+        LetheError: `out` is itself a run, or no checkpoint of the lab is ignorant.
+    """
+    refuse_run_folder(config.out)
+    console.rule("The lab: pretraining a tiny model family (once; kept in the cache)")
+    lab.build(bar)
+    steps = _Steps(Path(config.out) / "runs")
+
+    from lethe.affine import fit_affine
+    from lethe.checkpoints import checkpoints
+    from lethe.evaluate import evaluate
+    from lethe.tamper import tamper
+    from lethe.unlearn import unlearn
+
+    sweep = steps.do("Which checkpoint is the latest still ignorant one?", checkpoints, CheckpointsConfig(TARGET, out=steps.out))
+    source = sweep.record["latest_ignorant"]
+    if source is None:
+        raise LetheError("demo: no checkpoint of the lab is at chance on forget; remove its folder and build it again")
+    steps.do("Baseline", evaluate, EvaluateConfig(TARGET, LAB_TASKS, name="baseline", out=steps.out))
+    steps.do(f"Source ({source})", evaluate, EvaluateConfig(source, LAB_TASKS, name="source", out=steps.out))
+    maps = steps.do("Affine maps, source to model", fit_affine, AffineConfig(TARGET, source, out=steps.out))
+    attacked = {}
+    for name, lora in (("lora", True), ("full", False)):
+        recipe = unlearn_recipe(source, f"run:{maps.id}", steps.out, config.seed, lora)
+        attacked[f"demo-{name}"] = steps.do(f"Unlearning ({name})", unlearn, recipe)
+    models = {name: f"run:{run.id}" for name, run in attacked.items()} | CONTROLS
+    for name, model in models.items():
+        steps.do(f"Attack on {name}", tamper, TamperConfig(model=model, name=name, out=steps.out, seed=config.seed))
+    console.rule("Report")
+    folder = str(Path(config.out) / "report")
+    return report(ReportConfig([str(run.path) for run in steps.runs], folder, title="Lethe on the built-in lab"))
+
+
+def unlearn_recipe(source: str, affine: str, out: str, seed: int = 0, lora: bool = True) -> UnlearnConfig:
+    """The demo's unlearning recipe: the defaults; recipes/lab.yaml and recipes/lab-full.yaml are the same in YAML."""
+    evaluation = EvalSettings(tasks=list(LAB_TASKS))
+    if lora:
+        return UnlearnConfig(source=source, affine=affine, eval=evaluation, seed=seed, out=out, name="demo-lora")
+    return UnlearnConfig(
+        source=source, affine=affine, eval=evaluation, seed=seed, out=out, name="demo-full", lora=None, lr=2e-4
+    )
+
+
+class _Steps:
+    """Does each step once: a complete run with the same settings and weights is taken as it is."""
+
+    def __init__(self, folder: Path):
+        self.out = str(folder)
+        self.runs: list[Run] = []
+        self._before = find_runs(folder) if folder.is_dir() else []
+
+    def do(self, title: str, function: Callable[[Any], Run], config: Any) -> Run:
+        console.rule(title)
+        settings = to_dict(config)
+        same = [run for run in self._before if run.status == "complete" and run.record["config"] == settings]
+        done = [run for run in same if _weights_unchanged(run)]
+        run = done[-1] if done else function(config)
+        if done:
+            console.print(f"already there: {run.path}")
+        if run.status != "complete":
+            raise LetheError(f"demo: the step '{title}' is {run.status} ({run.record['reason']}); see {run.path / 'log.txt'}")
+        self.runs.append(run)
+        return run
+
+
+def _weights_unchanged(run: Run) -> bool:
+    """Whether the models that a run was made from still hold the weights that it recorded."""
+    models = [p for role, p in run.record["parents"].items() if role != "affine" and "documents" not in p]
+    return all(refs.record(refs.resolve(p["ref"], run.path.parent)) == p for p in models)

@@ -1,0 +1,95 @@
+"""The attack: what it trains on, what it measures, and that nothing about it is random."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lethe import EvalSettings, EvaluateConfig, LoraSettings, TamperConfig, UnlearnConfig, corpora, evaluate, tamper, unlearn
+from lethe.errors import LetheError
+from lethe.lab import active_preset
+from lethe.tamper import LostUpdates
+
+TASKS = ["lab_forget_robust", "lab_retain"]
+
+
+def attack(out, model: str, **changes) -> TamperConfig:
+    settings = {"num_train_examples": 64, "max_steps": 4, "eval": EvalSettings(TASKS, every=2), "out": str(out)}
+    return TamperConfig(model=model, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def unlearned(lab, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unlearned")
+    source = f"lab:global_step{active_preset().onset}"
+    return unlearn(
+        UnlearnConfig(source=source, num_train_examples=128, max_steps=6, lora=LoraSettings(r=4), eval=EvalSettings(TASKS), out=str(out))
+    )
+
+
+def test_curve_has_step_0_regular_steps_and_the_end(unlearned, tmp_path):
+    run = tamper(attack(tmp_path, str(unlearned.path), max_steps=5))
+    curve = run.rows("curve.jsonl")
+    assert [line["step"] for line in curve] == [0, 2, 4, 5]
+    assert curve[-1]["evals"] == run.record["evals"]
+    start = evaluate(EvaluateConfig(str(unlearned.path), TASKS, out=str(tmp_path)))
+    for task in TASKS:
+        assert curve[0]["evals"][task]["acc"] == start.record["evals"][task]["acc"] == unlearned.record["evals"][task]["acc"]
+
+
+def test_equal_seeds_give_equal_curves(lab, tmp_path):
+    first, second, other = (tamper(attack(tmp_path, "lab:filtered", seed=seed)) for seed in (0, 0, 1))
+    assert first.rows("curve.jsonl") == second.rows("curve.jsonl")
+    losses = [[row["attack_loss"] for row in run.rows("metrics.jsonl")] for run in (first, second, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_an_attack_teaches_the_topic_to_a_model_that_never_knew(lab, tmp_path):
+    run = tamper(attack(tmp_path, "lab:filtered", num_train_examples=0, max_steps=40, lr=2e-3, eval=EvalSettings(TASKS, every=40)))
+    assert run.rows("metrics.jsonl")[-1]["attack_loss"] < 0.7 * run.rows("metrics.jsonl")[0]["attack_loss"]
+
+
+def test_the_attackers_documents_are_not_those_of_unlearning(unlearned, tmp_path):
+    run = tamper(attack(tmp_path, str(unlearned.path)))
+    text = run.record["parents"]["forget"]
+    everything = corpora.read("lab:forget")
+    assert text["sha256"] == corpora.fingerprint(everything[-64:])
+    assert text["used_in_unlearning"] == 0
+    with pytest.raises(LetheError, match=r"used to unlearn .* lower num_train_examples to"):
+        tamper(attack(tmp_path, str(unlearned.path), num_train_examples=len(everything) - 28))
+
+
+def test_loss_is_next_token_cross_entropy(lab, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lethe.refs import resolve
+
+    run = tamper(attack(tmp_path, "lab:filtered", max_steps=1))
+    folder = resolve("lab:filtered").path
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    documents = corpora.read("lab:forget")[-64:]
+    total, count = 0.0, 0
+    for i in run.rows("batches.jsonl")[0]["attack"]:
+        ids = torch.tensor([tokenizer(documents[i].text)["input_ids"][:64]])
+        with torch.no_grad():
+            total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert run.rows("metrics.jsonl")[0]["attack_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_lost_updates_are_few_in_float32_and_most_in_bfloat16(lab, tmp_path):
+    shares = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 64).to(dtype)
+        optimizer, counter = torch.optim.AdamW(model.parameters(), lr=2e-5), LostUpdates(3)
+        for step in range(3):
+            model(torch.randn(8, 64, dtype=dtype)).square().mean().backward()
+            state = type("State", (), {"global_step": step})
+            counter.on_pre_optimizer_step(None, state, None, model=model)
+            optimizer.step()
+            counter.on_optimizer_step(None, state, None)
+            optimizer.zero_grad()
+        shares[dtype] = counter.share()
+    assert shares[torch.float32] < 0.01 < 0.5 < shares[torch.bfloat16]
+    assert tamper(attack(tmp_path, "random:lab:final")).record["losses"]["lost_updates"] < 0.05

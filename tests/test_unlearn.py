@@ -1,0 +1,195 @@
+"""Unlearning: the losses are FIELD's, recomputed by hand from the saved models; what is trained is what was said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lethe import LoraSettings, UnlearnConfig, corpora, unlearn
+from lethe.config import EvalSettings, TextSource
+from lethe.errors import LetheError
+from lethe.lab import active_preset
+from lethe.ledger import Run
+from lethe.refs import resolve
+
+LAYERS = [0, 2, 4]
+
+
+def recipe(out: Path, **changes) -> UnlearnConfig:
+    """A short run on the nano lab, without dropout so that it can be recomputed."""
+    settings = {
+        "source": f"lab:global_step{active_preset().onset}",
+        "layers": LAYERS,
+        "num_train_examples": 128,
+        "per_device_train_batch_size": 8,
+        "max_steps": 3,
+        "lr_scheduler_type": "constant",
+        "lora": LoraSettings(dropout=0.0),
+        "eval": EvalSettings(["lab_forget_robust"], limit=8),
+        "out": str(out),
+    }
+    return UnlearnConfig(**(settings | changes))
+
+
+def by_hand(model: torch.nn.Module, run: Run, row: int) -> tuple[float, float]:
+    """cb_loss and retain_kl_loss of a batch, from hidden_states and the saved maps, token by token."""
+    config, batch = run.record["config"], run.rows("batches.jsonl")[row]
+    source = AutoModelForCausalLM.from_pretrained(resolve(config["source"]).path)
+    target = AutoModelForCausalLM.from_pretrained(resolve(config["model"]).path)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(config["model"]).path)
+    maps = load_file(run.path / "affine" / "affine_transforms.safetensors")
+    texts = {kind: corpora.read(config[kind])[: config["num_train_examples"]] for kind in ("forget", "retain")}
+    cb, kl, forget_tokens, retain_tokens = 0.0, 0.0, 0, 0
+    with torch.no_grad():
+        for i in batch["forget"]:
+            ids = torch.tensor([tokenizer(texts["forget"][i].text)["input_ids"][: config["max_length"]]])
+            h = model(ids, output_hidden_states=True).hidden_states
+            c = source(ids, output_hidden_states=True).hidden_states
+            for layer in config["layers"]:
+                mapped = c[layer + 1] @ maps[f"layer_{layer}.weight"].T + maps[f"layer_{layer}.bias"]
+                cb += ((h[layer + 1] - mapped) ** 2).mean(-1).sum().item() / len(config["layers"])
+            forget_tokens += ids.numel()
+        for i in batch["retain"]:
+            ids = torch.tensor([tokenizer(texts["retain"][i].text)["input_ids"][: config["max_length"]]])
+            p, q = target(ids).logits.softmax(-1), model(ids).logits.softmax(-1)
+            kl += (p * (p / q).log()).sum().item()
+            retain_tokens += ids.numel()
+    return cb / forget_tokens, kl / retain_tokens
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(dropout=0.0), None], ids=["lora", "full"])
+def test_losses_of_first_and_later_steps_are_those_of_the_formulas(lab, tmp_path, lora):
+    shorter = unlearn(recipe(tmp_path, lora=lora, max_steps=5))
+    longer = unlearn(recipe(tmp_path, lora=lora, max_steps=6))
+    rows = longer.rows("metrics.jsonl")
+    assert rows[:5] == [row | {"tokens_per_second": rows[i]["tokens_per_second"]} for i, row in enumerate(shorter.rows("metrics.jsonl"))]
+
+    target = AutoModelForCausalLM.from_pretrained(resolve("lab:final").path)
+    cb, kl = by_hand(target, longer, 0)
+    assert rows[0]["cb_loss"] == pytest.approx(cb, rel=1e-4)
+    assert rows[0]["retain_kl_loss"] == pytest.approx(0, abs=1e-6) and kl == pytest.approx(0, abs=1e-6)
+
+    after_five = AutoModelForCausalLM.from_pretrained(shorter.path / "model" if lora is None else resolve("lab:final").path)
+    if lora:
+        after_five = PeftModel.from_pretrained(after_five, shorter.path / "adapter")
+    cb, kl = by_hand(after_five.eval(), longer, 5)
+    assert kl > 1e-5
+    assert rows[5]["cb_loss"] == pytest.approx(cb, rel=1e-3)
+    assert rows[5]["retain_kl_loss"] == pytest.approx(kl, rel=1e-2, abs=1e-7)
+
+
+def test_loss_is_the_weighted_sum_of_its_terms_and_the_ramp_is_fields(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, max_steps=4, num_train_examples=16, remove_coef=7, retain_coef=3))
+    for done, row in enumerate(run.rows("metrics.jsonl")):
+        s = min(1, done / 2)
+        assert row["remove_coef_t"] == pytest.approx(7 * (1 - 0.25 * s))
+        assert row["retain_coef_t"] == pytest.approx(3 * s)
+        expected = row["remove_coef_t"] * row["cb_loss"] + row["retain_coef_t"] * row["retain_kl_loss"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_accumulation_changes_nothing_but_the_batches(lab, tmp_path):
+    whole = unlearn(recipe(tmp_path, per_device_train_batch_size=8, max_steps=2))
+    parts = unlearn(recipe(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2))
+    assert parts.record["plan"]["forward_passes"] == 8 and parts.record["plan"]["steps"] == 2
+    for a, b in zip(whole.rows("metrics.jsonl"), parts.rows("metrics.jsonl"), strict=True):
+        assert a["forget_tokens"] == b["forget_tokens"]
+        for term in ("cb_loss", "retain_kl_loss", "grad_norm", "loss"):
+            assert a[term] == pytest.approx(b[term], rel=2e-3, abs=1e-6)
+
+
+def test_adapters_sit_on_blocks_up_to_the_last_forget_layer_alone(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, layers=[1, 3], max_steps=1))
+    names = load_file(run.path / "adapter" / "adapter_model.safetensors").keys()
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == {0, 1, 2, 3}
+    assert sum(".layers.0." in name for name in names) == 8  # A and B of QKV, attention output and the two of the MLP
+
+
+def test_full_rank_changes_weights_and_keeps_the_target_as_it_was(lab, tmp_path):
+    before = resolve("lab:final").path
+    run = unlearn(recipe(tmp_path, lora=None, max_steps=2))
+    old, new = load_file(Path(before) / "model.safetensors"), load_file(run.path / "model" / "model.safetensors")
+    assert old.keys() == new.keys()
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+    assert run.record["parents"]["model"]["sha256"] == unlearn(recipe(tmp_path, max_steps=1)).record["parents"]["model"]["sha256"]
+
+
+def test_equal_seeds_give_equal_weights_and_other_seeds_other_ones(lab, tmp_path):
+    hashes = [unlearn(recipe(tmp_path, seed=s, lora=LoraSettings())).record["artifacts"]["adapter"]["sha256"] for s in (1, 1, 2)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("kind", ["ce", "mse"])
+def test_other_retain_terms_are_trained_and_recorded_by_name(lab, tmp_path, kind):
+    run = unlearn(recipe(tmp_path, retain_loss=kind, schedule="constant"))
+    rows = run.rows("metrics.jsonl")
+    name = f"retain_{kind}_loss"
+    assert run.record["losses"][name] == pytest.approx(rows[-1][name])
+    assert rows[0][name] == pytest.approx(0, abs=1e-9) if kind == "mse" else rows[0][name] > 0.01
+    assert rows[-1][name] > 0
+
+
+def test_without_retain_term_the_model_is_free(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, retain_coef=0))
+    assert all(row["loss"] == pytest.approx(row["remove_coef_t"] * row["cb_loss"], rel=1e-5) for row in run.rows("metrics.jsonl"))
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_as_diverged(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, lora=None, lr=1e18, max_grad_norm=0, max_steps=30))
+    assert run.status == "diverged" and "step" in run.record["reason"]
+    assert len(run.rows("metrics.jsonl")) < 30
+
+
+def test_record_holds_what_the_design_promises(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, eval=EvalSettings(["lab_forget_robust", "lab_retain"], every=2, limit=8)))
+    record = json.loads((run.path / "run.json").read_text())
+    assert record["status"] == "complete" and record["kind"] == "unlearn"
+    for key in ("id", "created", "started", "finished", "heartbeat", "config", "plan", "losses", "evals", "parents", "artifacts"):
+        assert record[key], key
+    assert set(record["plan"]) >= {"unique_examples", "steps", "forward_passes", "effective_batch", "epochs", "tokens"}
+    assert record["plan"]["trainable_parameters"] == sum(t.numel() for t in load_file(run.path / "adapter/adapter_model.safetensors").values())
+    assert [line["step"] for line in run.rows("curve.jsonl")] == [2, 3]
+    assert record["environment"]["seconds"] > 0 and record["environment"]["peak_memory"] > 1e8
+    assert (run.path / "log.txt").exists()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"])
+def test_every_architecture_is_unlearned_end_to_end(make_model, tmp_path, lab, architecture):
+    for name in ("forget", "retain"):
+        lines = [f"{name} document number {i} speaks of {name} things." for i in range(40)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    target = make_model(architecture, tmp_path / "target", seed=1)
+    source = make_model(architecture, tmp_path / "source", seed=2)
+    for lora in (LoraSettings(r=2), None):
+        run = unlearn(
+            recipe(
+                tmp_path / "runs",
+                model=str(target),
+                source=str(source),
+                forget=str(tmp_path / "forget.txt"),
+                retain=TextSource(str(tmp_path / "retain.txt")),
+                num_train_examples=0,
+                layers=[0, 1],
+                lora=lora,
+                max_steps=4,
+                schedule="constant",
+                lr=1e-2,
+            )
+        )
+        rows = run.rows("metrics.jsonl")
+        assert rows[-1]["cb_loss"] < rows[0]["cb_loss"]
+        assert run.record["evals"]["lab_forget_robust"]["n"] == 8
+
+
+def test_maps_of_another_pair_and_the_model_as_its_own_source_are_refused(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, max_steps=1))
+    with pytest.raises(LetheError, match="fitted for source"):
+        unlearn(recipe(tmp_path, source="lab:filtered", affine=str(run.path / "affine")))
+    with pytest.raises(LetheError, match="is the model itself"):
+        unlearn(recipe(tmp_path, source="lab:final"))
