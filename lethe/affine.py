@@ -266,7 +266,7 @@ def fit_affine(config: AffineConfig) -> Run:
     with run.running():
         model, tokenizer = refs.load(model_ref, config.dtype)
         source, _ = refs.load(source_ref, config.dtype)
-        maps = fit_on_text(model, source, tokenizer, documents, config)
+        maps = fit_on_text(model, source, tokenizer, documents, config, config.text)
         maps.record |= {"model": refs.record(model_ref), "source": refs.record(source_ref)}
         maps.save(run.path / "affine")
         run.update(
@@ -278,7 +278,7 @@ def fit_affine(config: AffineConfig) -> Run:
 
 
 def fit_on_text(
-    model: nn.Module, source: nn.Module, tokenizer: Any, documents: list[corpora.Document], config: AffineConfig
+    model: nn.Module, source: nn.Module, tokenizer: Any, documents: list[corpora.Document], config: AffineConfig, text: Any
 ) -> AffineMap:
     """Fit on part of the documents and score on the rest; the maps' record says which text, how much and how well."""
     fitted, held = split(documents, config.held_out)
@@ -293,8 +293,8 @@ def fit_on_text(
     maps.record = {
         "alpha": config.alpha,
         "convention": CONVENTION,
-        "text": corpora.record(config.text, fitted),
-        "held_out": corpora.record(config.text, held),
+        "text": corpora.record(text, fitted),
+        "held_out": corpora.record(text, held),
         "tokens": sum(map(len, rows[0])),
         "held_out_tokens": sum(map(len, rows[1])),
         "scores": scores,

@@ -182,16 +182,15 @@ def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
 def _check(settings: c.UnlearnConfig, as_json: bool) -> None:
     from lethe import preflight
 
-    plan = preflight.describe(preflight.check(settings), settings)
+    preflight.check(settings)
+    from lethe.report.tables import plan_table
+    from lethe.unlearn import inspect
+
+    plan = inspect(settings)
     if as_json:
         _dump(plan)
     else:
-        from rich.table import Table
-
-        table = Table(title="plan", show_header=False)
-        for key, value in plan.items():
-            table.add_row(key, str(value))
-        _print(table)
+        _print(plan_table(plan))
 
 
 def _unlearn(settings: c.UnlearnConfig, as_json: bool) -> None:

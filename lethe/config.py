@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lethe.errors import LetheError
 
 Dtype = Literal["float32", "bfloat16"]
+OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
 LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
 
 
@@ -30,11 +31,16 @@ class TextSource:
     """Instead of a column: a template over columns, such as "{title}\\n\\n{abstract}\\n\\n{text}"."""
     split: str = "train"
     """The split of a hub data set."""
+    weight: float = 1.0
+    """Share of the documents, beside the other sources of a mixture."""
+
+    def __post_init__(self) -> None:
+        _above("weight", self.weight, 0)
 
 
 @dataclass
 class LoraSettings:
-    """Low-rank adapters on every linear layer of the blocks up to the last forget layer."""
+    """Low-rank adapters on the linear layers of the blocks up to the last forget layer."""
 
     r: int = 16
     """Rank of the adapters."""
@@ -42,6 +48,8 @@ class LoraSettings:
     """Adapters are scaled by alpha / r."""
     dropout: float = 0.05
     """Dropout on the adapters' input."""
+    targets: Literal["all", "attention", "mlp"] = "all"
+    """Which linear layers of a block: those of attention, those of the MLP, or all."""
 
     def __post_init__(self) -> None:
         _at_least("lora.r", self.r, 1)
@@ -190,14 +198,22 @@ class TrainingSettings:
     """Forward passes an optimizer update."""
     lr: float = 1e-3
     """Peak learning rate."""
+    optimizer: OptimizerName = "adamw"
+    """muon: hidden matrices by Muon, all else by AdamW; adamw_8bit: AdamW with 8-bit state (torchao or bitsandbytes)."""
+    newton_schulz_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of Muon's Newton-Schulz products; auto: bfloat16 on a GPU, float32 on a CPU."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate goes on after the warm-up."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """AdamW's weight decay."""
+    """Weight decay, not on norms and biases."""
     max_grad_norm: float = 1.0
     """Gradients are clipped at this norm (0: not)."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, more time."""
+    report_to: list[str] = field(default_factory=list)
+    """Where else to log, as in transformers: wandb, trackio, mlflow, tensorboard."""
     seed: int = 0
     """Order of the documents, adapters' first weights, dropout."""
 
@@ -213,6 +229,10 @@ class TrainingSettings:
         _at_least("weight_decay", self.weight_decay, 0)
         _at_least("max_grad_norm", self.max_grad_norm, 0)
         _at_least("seed", self.seed, 0)
+        if self.max_steps > 0 and self.epochs != 1:
+            raise LetheError(f"epochs: {self.epochs} has no effect while max_steps is {self.max_steps}; set max_steps to -1")
+        if self.optimizer != "muon" and self.newton_schulz_dtype != "auto":
+            raise LetheError(f"newton_schulz_dtype: has no effect with optimizer {self.optimizer}; it is a setting of muon")
 
 
 @dataclass
@@ -227,12 +247,20 @@ class UnlearnConfig(TrainingSettings):
     """fit: fit maps first, on retain text; none: compare activations as they are; or a folder, run or hub id of maps."""
     forget: str | TextSource = "lab:forget"
     """Text to unlearn."""
-    retain: str | TextSource = "lab:retain"
-    """Text whose next-token distributions are to stay."""
+    retain: str | TextSource | list[TextSource] = "lab:retain"
+    """Text whose next-token distributions are to stay; several sources are mixed by their weight."""
+    packing: Literal["none", "blocks"] = "none"
+    """none: one document an example, cut at max_length; blocks: documents one after the other, in blocks of max_length."""
+    rewind: float = 0.0
+    """Start from (1 - rewind) model + rewind source, weight by weight."""
+    forget_loss: Literal["transfer", "distill", "both"] = "transfer"
+    """transfer: cb_loss; distill: KL(source ‖ model) on forget text; both: cb_loss + forget_kl_coef · that KL."""
+    forget_kl_coef: float = 1.0
+    """Weight of forget_kl_loss beside cb_loss, with forget_loss both."""
     layers: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """Layers whose activations are moved. Layer L is the residual stream after block L (from 0)."""
     remove_coef: float = 5.0
-    """Weight of cb_loss."""
+    """Weight of the forget term."""
     retain_coef: float = 5.0
     """Weight of the retain loss (0: unconstrained)."""
     retain_loss: Literal["kl", "ce", "mse"] = "kl"
@@ -243,8 +271,12 @@ class UnlearnConfig(TrainingSettings):
     """Documents of each kind (0: all)."""
     lora: LoraSettings | None = field(default_factory=LoraSettings)
     """Adapters, kept apart from the model; null: full-rank."""
+    merge: bool = False
+    """Merge the adapters into the model at the end and save the model."""
     dtype: Dtype = "float32"
-    """Type of the model's weights and of the teachers'."""
+    """Type of the model's weights."""
+    teacher_dtype: Dtype | None = None
+    """Type of the teachers' weights; null: the model's. A coarser one measures rounding, and is refused unless named here."""
     eval: EvalSettings = field(default_factory=EvalSettings)
     """Evaluation during and after the run."""
     out: str = "runs"
@@ -257,11 +289,26 @@ class UnlearnConfig(TrainingSettings):
         if not self.source:
             raise LetheError("source: name the ignorant checkpoint; `lethe checkpoints MODEL` finds it")
         _layers(self.layers)
+        if not 0 <= self.rewind <= 1:
+            raise LetheError(f"rewind: must lie between 0 (the model) and 1 (the source), got {self.rewind}")
+        _at_least("forget_kl_coef", self.forget_kl_coef, 0)
+        self._refuse_idle()
         _at_least("remove_coef", self.remove_coef, 0)
         _at_least("retain_coef", self.retain_coef, 0)
         _at_least("num_train_examples", self.num_train_examples, 0)
         if self.remove_coef == 0 and self.retain_coef == 0:
             raise LetheError("remove_coef and retain_coef are both 0, so nothing would be trained; raise one of them")
+
+    def _refuse_idle(self) -> None:
+        """Refuse settings that nothing would read."""
+        if self.forget_loss != "both" and self.forget_kl_coef != 1:
+            raise LetheError(f"forget_kl_coef: has no effect with forget_loss {self.forget_loss}; it is a setting of both")
+        if self.forget_loss == "distill" and self.affine not in {"fit", "none"}:
+            raise LetheError("affine: maps have no effect with forget_loss distill, which compares distributions")
+        if self.merge and self.lora is None:
+            raise LetheError("merge: has no effect in full-rank training (lora: null), where there is no adapter")
+        if self.retain_coef == 0 and self.retain_loss != "kl":
+            raise LetheError(f"retain_loss: {self.retain_loss} has no effect while retain_coef is 0")
 
 
 @dataclass

@@ -68,6 +68,29 @@ def take(documents: list[Document], count: int, end: Literal["front", "back"], w
     return documents[:count] if end == "front" else documents[-count:]
 
 
+def select(
+    text: str | TextSource | list[TextSource], count: int, end: Literal["front", "back"], what: str = "text"
+) -> list[Document]:
+    """`count` documents (0: all) of a source, or of a mixture of sources in proportion to their weights.
+
+    Of a mixture, `count` 0 takes as many documents as the weights allow.
+
+    Raises:
+        LetheError: a source cannot be read or has too few documents.
+    """
+    if not isinstance(text, list):
+        return take(read(text), count, end, what)
+    pools = [read(source) for source in text]
+    total = sum(source.weight for source in text)
+    wanted = count or int(min(len(pool) * total / source.weight for pool, source in zip(pools, text, strict=True)))
+    bounds = [round(wanted * sum(s.weight for s in text[:i]) / total) for i in range(len(text) + 1)]
+    chosen: dict[str, Document] = {}
+    for pool, source, low, high in zip(pools, text, bounds, bounds[1:], strict=False):
+        part = take(pool, high - low, end, f"{what} '{source.source}'") if high > low else []
+        chosen |= {document.id: document for document in part}
+    return list(chosen.values())
+
+
 def fingerprint(documents: Iterable[Document]) -> str:
     """SHA-256 over the documents' own, in order: equal for equal documents and only for those."""
     digest = hashlib.sha256()
@@ -76,9 +99,13 @@ def fingerprint(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def record(text: str | TextSource, documents: list[Document]) -> dict[str, Any]:
-    """The text of a run, for run.json."""
-    return {"ref": as_text_source(text).source, "documents": len(documents), "sha256": fingerprint(documents)}
+def record(text: str | TextSource | list[TextSource], documents: list[Document]) -> dict[str, Any]:
+    """The text of a run, for run.json; a mixture is named `weight·source + …`."""
+    if isinstance(text, list):
+        name = " + ".join(f"{source.weight:g}·{source.source}" for source in text)
+    else:
+        name = as_text_source(text).source
+    return {"ref": name, "documents": len(documents), "sha256": fingerprint(documents)}
 
 
 def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
@@ -92,6 +119,27 @@ def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerBase, max_
         if not row:
             raise LetheError(f"a document has no token: {document.text[:60]!r}; remove it")
     return rows
+
+
+def pack(documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    """Documents one after the other, each closed by the end-of-text token, cut into blocks of `length` tokens.
+
+    The last block is shorter when the tokens do not come out even: none is lost.
+
+    Raises:
+        LetheError: the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise LetheError("packing: blocks needs a tokenizer with an end-of-text token; use packing none")
+    stream: list[int] = []
+    for row in tokenizer([d.text for d in documents])["input_ids"]:
+        stream += [*row, tokenizer.eos_token_id]
+    return [stream[i : i + length] for i in range(0, len(stream), length)]
+
+
+def rows_of(documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: int, packing: str) -> list[list[int]]:
+    """Token rows as `packing` says: `none` is one row a document, `blocks` packs them."""
+    return pack(documents, tokenizer, length) if packing == "blocks" else tokenise(documents, tokenizer, length)
 
 
 def pad(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,7 +52,9 @@ def demo(config: DemoConfig) -> dict[str, Path]:
     from lethe.tamper import tamper
     from lethe.unlearn import unlearn
 
-    sweep = steps.do("Which checkpoint is the latest still ignorant one?", checkpoints, CheckpointsConfig(TARGET, out=steps.out))
+    sweep = steps.do(
+        "Which checkpoint is the latest still ignorant one?", checkpoints, CheckpointsConfig(TARGET, out=steps.out)
+    )
     source = sweep.record["latest_ignorant"]
     if source is None:
         raise LetheError("demo: no checkpoint of the lab is at chance on forget; remove its folder and build it again")

@@ -49,6 +49,10 @@ class Scorer(HFLM):
         self._description = description
         self._keeps = "logits_to_keep" in inspect.signature(plain.forward).parameters
 
+    def loglikelihood(self, requests, disable_tqdm=False):  # type: ignore[no-untyped-def]
+        """As lm-eval's, without its bar of tokenising."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):  # type: ignore[no-untyped-def]
         """Log-likelihood and greediness of each continuation; requests with the same input share one row."""
         rows: dict[tuple[int, ...], list[int]] = defaultdict(list)

@@ -1,6 +1,6 @@
 """The terms of the loss and how their weights move.
 
-    loss = remove_coef(t) · cb_loss + retain_coef(t) · retain loss
+    loss = remove_coef(t) · forget term + retain_coef(t) · retain term
 
 Every term is a mean over non-padding tokens. `tokens` is the number of tokens of the whole optimizer update when a
 batch is one of several that are accumulated: so accumulation does not change the gradient, however the tokens are
@@ -40,6 +40,16 @@ def retain_kl_loss(
     log_q = logits.float().log_softmax(-1)
     log_p = reference_logits.float().log_softmax(-1)
     return ((log_p.exp() * (log_p - log_q)).sum(-1) * mask).sum() / count
+
+
+def forget_kl_loss(
+    logits: Float[Tensor, "batch seq vocab"],
+    source_logits: Float[Tensor, "batch seq vocab"],
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """KL(source ‖ model) of next-token distributions on forget text; the same mean as `retain_kl_loss`."""
+    return retain_kl_loss(logits, source_logits, mask, tokens)
 
 
 def retain_ce_loss(

@@ -6,27 +6,27 @@ It imports no torch, so that a refusal takes less than a second.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lethe import corpora, refs, tasks
-from lethe.config import TamperConfig, TrainingSettings, UnlearnConfig
+from lethe.config import TamperConfig, TrainingSettings, UnlearnConfig, as_text_source
 from lethe.errors import LetheError
 from lethe.ledger import refuse_run_folder
 
 
 @dataclass
 class Checked:
-    """A recipe's resolved parts and its plan."""
+    """A recipe's resolved parts."""
 
     model: refs.ModelRef
     source: refs.ModelRef
     affine: Path | None
     forget: list[corpora.Document]
     retain: list[corpora.Document]
-    plan: dict[str, Any]
 
 
 def check(config: UnlearnConfig) -> Checked:
@@ -47,11 +47,13 @@ def check(config: UnlearnConfig) -> Checked:
     if model.adapter:
         raise LetheError(f"model: '{config.model}' is an adapter kept apart from its model; merge it into a model first")
     affine = _maps(config, model, source)
-    forget = corpora.take(corpora.read(config.forget), config.num_train_examples, "front", "forget text")
-    retain = corpora.take(corpora.read(config.retain), config.num_train_examples, "front", "retain text")
+    forget = corpora.select(config.forget, config.num_train_examples, "front", "forget text")
+    retain = corpora.select(config.retain, config.num_train_examples, "front", "retain text")
     if {d.id for d in forget} & {d.id for d in retain}:
         raise LetheError("forget and retain text share documents; the retain term would hold what the forget term removes")
-    return Checked(model, source, affine, forget, retain, plan(config, max(len(forget), len(retain))))
+    _refuse_coarse_teachers(config)
+    _refuse_unavailable(config)
+    return Checked(model, source, affine, forget, retain)
 
 
 def check_model(model: str, task_names: list[str], out: str) -> refs.ModelRef:
@@ -76,7 +78,7 @@ class CheckedAttack:
 
 
 def check_tamper(config: TamperConfig) -> CheckedAttack:
-    """Resolve an attack. `used_in_unlearning`: how many of its documents the attacked run was unlearned with (None: no such run).
+    """Resolve an attack; `used_in_unlearning`: its documents that the attacked run was unlearned with (None: no such run).
 
     Raises:
         LetheError: a part of it cannot work, or it would train on documents that were used to unlearn.
@@ -101,24 +103,6 @@ def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document
         return None
     front = everything[: text["documents"]]
     return {d.id for d in front} if corpora.fingerprint(front) == text["sha256"] else set()
-
-
-def describe(checked: Checked, config: UnlearnConfig) -> dict[str, Any]:
-    """The plan in full, with the coefficients at the start, in the middle and at the end."""
-    plan = checked.plan
-    moments = {"start": 0, "middle": plan["steps"] // 2, "end": plan["steps"] - 1}
-    ramp = {
-        name: coefficients(config.schedule, config.remove_coef, config.retain_coef, step, plan["first_epoch_steps"])
-        for name, step in moments.items()
-    }
-    return {
-        "model": checked.model.name,
-        "source": checked.source.name,
-        "affine": config.affine,
-        **{key: value for key, value in plan.items() if key != "first_epoch_steps"},
-        "layers": [f"layer {n}: output of block {n}" for n in config.layers],
-        **{f"remove_coef, retain_coef at the {name}": list(pair) for name, pair in ramp.items()},
-    }
 
 
 def coefficients(
@@ -154,11 +138,33 @@ def plan(config: TrainingSettings, examples: int) -> dict[str, Any]:
     }
 
 
+def coefficients_over(config: UnlearnConfig, plan: dict[str, Any]) -> dict[str, list[float]]:
+    """[remove_coef(t), retain_coef(t)] at the first, the middle and the last update."""
+    moments = {"start": 0, "middle": plan["steps"] // 2, "end": plan["steps"] - 1}
+    settings = config.schedule, config.remove_coef, config.retain_coef
+    return {name: list(coefficients(*settings, done, plan["first_epoch_steps"])) for name, done in moments.items()}
+
+
+def _refuse_coarse_teachers(config: UnlearnConfig) -> None:
+    """Refuse teachers of another type than the model's where the retain loss would measure rounding."""
+    if config.teacher_dtype is None or config.teacher_dtype == config.dtype:
+        return
+    if config.dtype == "bfloat16":
+        raise LetheError("teacher_dtype: float32 teachers of a bfloat16 model measure the model's rounding; leave it at null")
+
+
+def _refuse_unavailable(config: UnlearnConfig) -> None:
+    """Refuse what needs a library that is not installed."""
+    if config.optimizer == "adamw_8bit" and not any(map(importlib.util.find_spec, ("torchao", "bitsandbytes"))):
+        raise LetheError("optimizer: adamw_8bit needs torchao or bitsandbytes, and neither is installed; pip install torchao")
+
+
 def _maps(config: UnlearnConfig, model: refs.ModelRef, source: refs.ModelRef) -> Path | None:
     if config.affine == "none":
         return None
     if config.affine == "fit":
-        if corpora.as_text_source(config.retain).source == "lab:forget":
+        sources = config.retain if isinstance(config.retain, list) else [as_text_source(config.retain)]
+        if any(source.source == "lab:forget" for source in sources):
             raise LetheError("retain: this is forget text, and maps are fitted on the retain text; give retain text")
         return None
     from lethe.affine import check_maps, find_maps

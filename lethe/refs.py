@@ -231,6 +231,8 @@ def _of_run(name: str, run: Run) -> ModelRef:
     artifacts = run.record.get("artifacts") or {}
     if "model" in artifacts:
         return _checked(ModelRef(name, str(run.path / artifacts["model"]["path"])))
+    if "base" in artifacts:
+        return ModelRef(name, str(run.path / artifacts["base"]["path"]), None, str(run.path / artifacts["adapter"]["path"]))
     if "adapter" in artifacts:
         parent = run.record["parents"]["model"]
         base = resolve(parent["ref"], run.path.parent)

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from lethe import corpora, objectives, preflight, refs
+from lethe import corpora, objectives, preflight, refs, survey
 from lethe.config import TamperConfig, to_dict
 from lethe.ledger import Run
-from lethe.training import Rows, RunTrainer, token_means, trainable
+from lethe.training import Rows, RunTrainer, token_means
 
 
 class TamperTrainer(RunTrainer):
@@ -54,7 +54,7 @@ def tamper(config: TamperConfig) -> Run:
         lost = LostUpdates()
         trainer.add_callback(lost)
         run.update(
-            plan=checked.plan | {"trainable_parameters": trainable(model)},
+            plan=checked.plan | survey.describe(model, config),
             parents={
                 "model": refs.record(checked.model),
                 "forget": corpora.record(config.forget, checked.documents) | {"used_in_unlearning": checked.used_in_unlearning},

@@ -37,6 +37,11 @@ class Teacher:
         return self.maps(activations) if self.maps else activations
 
     @torch.no_grad()
+    def source_logits(self, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
+        """The source's next-token logits on forget text, for distillation."""
+        return self.source(input_ids=input_ids, use_cache=False).logits
+
+    @torch.no_grad()
     def reference_logits(self, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
         """The reference's next-token logits on retain text."""
         return self.reference(input_ids=input_ids, use_cache=False).logits

@@ -21,6 +21,7 @@ from lethe import corpora
 from lethe.config import EvalSettings, TrainingSettings
 from lethe.evaluate import evaluate_model, value_of
 from lethe.ledger import Run
+from lethe.optimizers import make_optimizer
 from lethe.progress import Advance, bar
 
 LAST_SHARE = 0.05
@@ -69,12 +70,12 @@ class RunTrainer(Trainer):
         rows: Rows,
         evaluation: EvalSettings,
     ):
-        super().__init__(model, _arguments(run, config), data_collator=Collate(tokenizer.pad_token_id), train_dataset=rows)  # type: ignore[arg-type]
         self.run, self.config = run, config
+        super().__init__(model, _arguments(run, config), data_collator=Collate(tokenizer.pad_token_id), train_dataset=rows)  # type: ignore[arg-type]
         self.loss_is_scaled_for_ga = True
         self.tokens: dict[str, int] = {}
         self.documents_in_update: dict[str, int] = {}
-        self._rates: list[float] = []
+        self._rates: dict[str, float] = {}
         self._terms: dict[str, float] = defaultdict(float)
         self._documents: dict[str, list[int]] = defaultdict(list)
         self._started = time.monotonic()
@@ -90,12 +91,18 @@ class RunTrainer(Trainer):
         for name, value in terms.items():
             self._terms[name] += float(value)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that the settings name, its groups tagged by name."""
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model, self.config)  # type: ignore[arg-type]
+        return self.optimizer
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):  # type: ignore[no-untyped-def]
         """The batches of one update; counts its tokens first, so that every token weighs the same."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.tokens = {name: sum(int(b[name]["mask"].sum()) for b in batches) for name in (batches[0] if batches else {})}
         self.documents_in_update = {name: sum(len(b[name]["mask"]) for b in batches) for name in self.tokens}
-        self._rates = [group["lr"] for group in self.optimizer.param_groups]  # type: ignore[union-attr]
+        self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}  # type: ignore[union-attr]
         return batches, count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -104,10 +111,7 @@ class RunTrainer(Trainer):
             return
         now = time.monotonic()
         row: dict[str, Any] = {"step": self.state.global_step, "loss": logs["loss"]} | self._terms
-        row["lr"] = {
-            group.get("name", f"group{i}"): rate
-            for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self._rates, strict=True))
-        }
+        row["lr"] = self._rates
         row["grad_norm"] = logs.get("grad_norm")
         row |= {f"{name}_tokens": count for name, count in self.tokens.items()}
         row["tokens_per_second"] = round(sum(self.tokens.values()) / max(1e-9, now - self._started), 1)
@@ -178,15 +182,6 @@ def token_means(rows: list[dict[str, Any]], weights: dict[str, str]) -> dict[str
     return means
 
 
-def trainable(model: nn.Module) -> int:
-    """Number of parameters that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def on_device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(run.path / "saves"),
@@ -199,13 +194,14 @@ def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to="none",
+        report_to=config.report_to or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=[],

@@ -45,7 +45,9 @@ def test_sweep_of_the_lab_ends_at_the_onset(lab, tmp_path):
 def test_a_folder_of_checkpoints_gives_the_same_numbers(lab, tmp_path):
     by_name = checkpoints(CheckpointsConfig("lab:final", tasks=["lab_forget_robust"], limit=20, out=str(tmp_path)))
     by_folder = checkpoints(
-        CheckpointsConfig("lab:final", checkpoints=str(lab / "checkpoints"), tasks=["lab_forget_robust"], limit=20, out=str(tmp_path))
+        CheckpointsConfig(
+            "lab:final", checkpoints=str(lab / "checkpoints"), tasks=["lab_forget_robust"], limit=20, out=str(tmp_path)
+        )
     )
     for a, b in zip(by_name.record["checkpoints"], by_folder.record["checkpoints"], strict=True):
         assert a["evals"] == b["evals"] and a["sha256"] == b["sha256"]

@@ -23,7 +23,9 @@ def unlearned(lab, tmp_path_factory):
     out = tmp_path_factory.mktemp("unlearned")
     source = f"lab:global_step{active_preset().onset}"
     return unlearn(
-        UnlearnConfig(source=source, num_train_examples=128, max_steps=6, lora=LoraSettings(r=4), eval=EvalSettings(TASKS), out=str(out))
+        UnlearnConfig(
+            source=source, num_train_examples=128, max_steps=6, lora=LoraSettings(r=4), eval=EvalSettings(TASKS), out=str(out)
+        )
     )
 
 
@@ -45,7 +47,9 @@ def test_equal_seeds_give_equal_curves(lab, tmp_path):
 
 
 def test_an_attack_teaches_the_topic_to_a_model_that_never_knew(lab, tmp_path):
-    run = tamper(attack(tmp_path, "lab:filtered", num_train_examples=0, max_steps=40, lr=2e-3, eval=EvalSettings(TASKS, every=40)))
+    run = tamper(
+        attack(tmp_path, "lab:filtered", num_train_examples=0, max_steps=40, lr=2e-3, eval=EvalSettings(TASKS, every=40))
+    )
     assert run.rows("metrics.jsonl")[-1]["attack_loss"] < 0.7 * run.rows("metrics.jsonl")[0]["attack_loss"]
 
 

@@ -68,7 +68,9 @@ def test_losses_of_first_and_later_steps_are_those_of_the_formulas(lab, tmp_path
     shorter = unlearn(recipe(tmp_path, lora=lora, max_steps=5))
     longer = unlearn(recipe(tmp_path, lora=lora, max_steps=6))
     rows = longer.rows("metrics.jsonl")
-    assert rows[:5] == [row | {"tokens_per_second": rows[i]["tokens_per_second"]} for i, row in enumerate(shorter.rows("metrics.jsonl"))]
+    assert rows[:5] == [
+        row | {"tokens_per_second": rows[i]["tokens_per_second"]} for i, row in enumerate(shorter.rows("metrics.jsonl"))
+    ]
 
     target = AutoModelForCausalLM.from_pretrained(resolve("lab:final").path)
     cb, kl = by_hand(target, longer, 0)
@@ -117,11 +119,15 @@ def test_full_rank_changes_weights_and_keeps_the_target_as_it_was(lab, tmp_path)
     old, new = load_file(Path(before) / "model.safetensors"), load_file(run.path / "model" / "model.safetensors")
     assert old.keys() == new.keys()
     assert any(not torch.equal(old[name], new[name]) for name in old)
-    assert run.record["parents"]["model"]["sha256"] == unlearn(recipe(tmp_path, max_steps=1)).record["parents"]["model"]["sha256"]
+    assert (
+        run.record["parents"]["model"]["sha256"] == unlearn(recipe(tmp_path, max_steps=1)).record["parents"]["model"]["sha256"]
+    )
 
 
 def test_equal_seeds_give_equal_weights_and_other_seeds_other_ones(lab, tmp_path):
-    hashes = [unlearn(recipe(tmp_path, seed=s, lora=LoraSettings())).record["artifacts"]["adapter"]["sha256"] for s in (1, 1, 2)]
+    hashes = [
+        unlearn(recipe(tmp_path, seed=s, lora=LoraSettings())).record["artifacts"]["adapter"]["sha256"] for s in (1, 1, 2)
+    ]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -137,7 +143,9 @@ def test_other_retain_terms_are_trained_and_recorded_by_name(lab, tmp_path, kind
 
 def test_without_retain_term_the_model_is_free(lab, tmp_path):
     run = unlearn(recipe(tmp_path, retain_coef=0))
-    assert all(row["loss"] == pytest.approx(row["remove_coef_t"] * row["cb_loss"], rel=1e-5) for row in run.rows("metrics.jsonl"))
+    assert all(
+        row["loss"] == pytest.approx(row["remove_coef_t"] * row["cb_loss"], rel=1e-5) for row in run.rows("metrics.jsonl")
+    )
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_as_diverged(lab, tmp_path):
@@ -150,10 +158,24 @@ def test_record_holds_what_the_design_promises(lab, tmp_path):
     run = unlearn(recipe(tmp_path, eval=EvalSettings(["lab_forget_robust", "lab_retain"], every=2, limit=8)))
     record = json.loads((run.path / "run.json").read_text())
     assert record["status"] == "complete" and record["kind"] == "unlearn"
-    for key in ("id", "created", "started", "finished", "heartbeat", "config", "plan", "losses", "evals", "parents", "artifacts"):
+    for key in (
+        "id",
+        "created",
+        "started",
+        "finished",
+        "heartbeat",
+        "config",
+        "plan",
+        "losses",
+        "evals",
+        "parents",
+        "artifacts",
+    ):
         assert record[key], key
     assert set(record["plan"]) >= {"unique_examples", "steps", "forward_passes", "effective_batch", "epochs", "tokens"}
-    assert record["plan"]["trainable_parameters"] == sum(t.numel() for t in load_file(run.path / "adapter/adapter_model.safetensors").values())
+    assert record["plan"]["trainable_parameters"] == sum(
+        t.numel() for t in load_file(run.path / "adapter/adapter_model.safetensors").values()
+    )
     assert [line["step"] for line in run.rows("curve.jsonl")] == [2, 3]
     assert record["environment"]["seconds"] > 0 and record["environment"]["peak_memory"] > 1e8
     assert (run.path / "log.txt").exists()

@@ -1,0 +1,70 @@
+"""Reports from runs: `report` writes tables (markdown), charts (SVG and PNG) and one self-contained web page.
+
+    runs -> study.py (joined by the hashes they record) -> tables.py, charts.py -> page.py
+
+Everything is made in memory first, so that a refusal leaves nothing behind, and each file is then replaced whole.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lethe.errors import LetheError
+from lethe.ledger import refuse_run_folder
+
+if TYPE_CHECKING:
+    from lethe.config import ReportConfig
+
+PNG_SCALE = 2.0
+
+
+def report(config: ReportConfig) -> dict[str, Path]:
+    """Write tables.md, index.html and charts/ into `config.out`; return their paths as `tables`, `page`, `charts`.
+
+    A report that is already there is replaced.
+
+    Raises:
+        LetheError: there are no runs, numbers of one task were measured in different ways, or `out` is a run, a file or
+            cannot be written; raised before anything is written, but for the last.
+    """
+    import vl_convert
+
+    from lethe.report import page
+    from lethe.report.charts import all_charts
+    from lethe.report.study import Study
+    from lethe.report.tables import all_tables
+
+    refuse_run_folder(config.out)
+    study = Study.load(config.runs)
+    tables = all_tables(study)
+    specs = {name: (caption, chart.to_dict()) for name, (caption, chart) in all_charts(study).items()}
+    svgs = {name: vl_convert.vegalite_to_svg(spec) for name, (_, spec) in specs.items()}
+    files: dict[str, bytes] = {}
+    for name, (_, spec) in specs.items():
+        files[f"charts/{name}.svg"] = svgs[name].encode()
+        files[f"charts/{name}.png"] = vl_convert.vegalite_to_png(spec, scale=PNG_SCALE)
+    summary = "\n\n".join([f"# {config.title}", *page.headline(study)])
+    files["tables.md"] = (summary + "\n\n" + "\n".join(table.markdown() for table in tables)).encode()
+    charts = {name: (caption, spec, svgs[name]) for name, (caption, spec) in specs.items()}
+    files["index.html"] = page.render(study, config.title, tables, charts).encode()
+    out = Path(config.out)
+    _write(out, files)
+    return {"tables": out / "tables.md", "page": out / "index.html", "charts": out / "charts"}
+
+
+def _write(out: Path, files: dict[str, bytes]) -> None:
+    """Replace each file whole, and remove charts of an earlier report that this one has not."""
+    try:
+        (out / "charts").mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            path = out / name
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(content)
+            temporary.replace(path)
+    except OSError as error:
+        raise LetheError(f"out: cannot write to '{out}' ({error.strerror}); choose another folder") from error
+    for old in (out / "charts").iterdir():
+        if old.suffix in {".svg", ".png"} and f"charts/{old.name}" not in files:
+            old.unlink()

@@ -1,4 +1,372 @@
-def terminal(runs): return [r.record.get("evals") or r.record.get("checkpoints") for r in runs]
-def affine_table(s): return s
-def evals_table(s): return s
-def runs_table(s): return [(r.path.name,r.status) for r in s]
+"""The tables of a report, with the columns of a hand-kept experiment log, made from the runs themselves.
+
+A missing number is `-`, and a run that is not complete shows its status where it lacks one. Numbers of a task that were
+measured in different ways never stand in one table. The same `Table` goes into tables.md, the page and the terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lethe import regimes
+from lethe.ledger import Run, seconds_since
+from lethe.report import layout
+from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING, Table, compact, decimal, percent, result, setting, short
+from lethe.report.study import (
+    AFTER_STEPS,
+    PROVENANCE,
+    Attack,
+    Evals,
+    Row,
+    Study,
+    Target,
+    attack_rows,
+    judge,
+    judged_tasks,
+    provenance,
+    refuse_mixed,
+    row_of,
+    settings_columns,
+    tasks_of,
+    value_of,
+    varying,
+)
+
+
+def all_tables(study: Study) -> list[Table]:
+    """Every table that there are runs for, in the order of a report.
+
+    Raises:
+        LetheError: numbers of one task were measured in different ways.
+    """
+    tables = [lab_table(run) for run in study.of_kind("lab")]
+    tables += [sweep_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
+    tables += [unlearning_table(target, len(study.targets) > 1) for target in study.targets if target.rows]
+    tables += [tamper_table(study.attacks)] if study.attacks else []
+    tables += [affine_table(run.record["scores"], f"Affine maps: {affine_name(run)}") for run in scored(study)]
+    tables += [evaluations_table(study.other_evaluations)] if study.other_evaluations else []
+    tables += [provenance_table(study), models_table(study)]
+    return [table for table in tables if table.rows]
+
+
+def terminal(runs: list[Run]) -> list[Table]:
+    """The tables for these runs alone; rich prints them."""
+    study = Study(runs)
+    tables = [sweep_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
+    tables += [unlearning_table(target, False) for target in study.targets if target.runs]
+    tables += [tamper_table(study.attacks)] if study.attacks else []
+    tables += [affine_table(run.record["scores"]) for run in study.of_kind("affine") if run.record.get("scores")]
+    tables += [evaluations_table(study.of_kind("evaluate"))] if study.of_kind("evaluate") else []
+    return tables
+
+
+def sweep_table(run: Run) -> Table:
+    """Checkpoint | a column a task | Notes."""
+    rows = run.record["checkpoints"]
+    tasks = tasks_of(row["evals"] for row in rows)
+    refuse_mixed(Row(row["name"], row["evals"], dict.fromkeys(row["evals"], run)) for row in rows)
+    cells = [[row["name"], *(result(row["evals"].get(task)) for task in tasks), row.get("note") or ""] for row in rows]
+    notes = [f"`~Random`: the lower end of the 95 % interval of {tasks[0]} is not above chance."] if tasks else []
+    return Table("Checkpoint sweep", ["Checkpoint", *tasks, "Notes"], cells, [*notes, *_remarks([run], cells)])
+
+
+def lab_table(run: Run) -> Table:
+    """The lab's checkpoints and its filtered twin on all tasks, marking where the forget domain enters."""
+    rows = run.record.get("checkpoints") or []
+    twin = [run.record["filtered"]] if run.record.get("filtered") else []
+    tasks = tasks_of(row["evals"] for row in [*rows, *twin])
+    onset = run.record["config"].get("onset")
+    decider = regimes.forget_task(tasks)
+    cells = []
+    for row in [*rows, *twin]:
+        notes = ["~Random"] if decider and regimes.at_chance(row["evals"][decider]) else []
+        notes += ["onset: forget text enters after this step"] if row["step"] == onset else []
+        notes += ["twin without forget text"] if row in twin else []
+        values = [result(row["evals"].get(task)) for task in tasks]
+        cells.append([row["name"], str(row["step"]), f"{row['tokens']:,}", *values, "; ".join(notes)])
+    columns = ["Checkpoint", "Step", "Tokens", *tasks, "Notes"]
+    return Table(f"Lab '{run.record['name']}'", columns, cells, _remarks([run], cells))
+
+
+def unlearning_table(target: Target, name_target: bool) -> Table:
+    """Job ID | settings | losses | a column a task | regime and selectivity, when there is a baseline."""
+    refuse_mixed(target.rows)
+    tasks = tasks_of(row.evals for row in target.rows)
+    losses = _loss_names(target.runs)
+    settings = settings_columns(target.runs)
+    judged = target.baseline is not None and bool(target.runs)
+    columns = ["Job ID", *settings, "Steps", *losses, *tasks, *(["regime", "selectivity"] if judged else [])]
+    cells = []
+    for row in [target.baseline, *target.sources]:
+        if row:
+            blank = [MISSING] * (len(settings) + 1 + len(losses))
+            tail = [MISSING] * (2 if judged else 0)
+            cells.append([row.label, *blank, *(result(row.evals.get(task)) for task in tasks), *tail])
+    for run in target.runs:
+        lacking = MISSING if run.status == "complete" else run.status
+        plan, found, evals = (run.record.get(key) or {} for key in ("plan", "losses", "evals"))
+        line = [read(run) for read in settings.values()]
+        line += [str(plan["steps"]) if "steps" in plan else lacking]
+        line += [decimal(found[name]) if name in found else lacking for name in losses]
+        line += [result(evals[task]) if task in evals else lacking for task in tasks]
+        line += _judgement(evals, target, lacking) if judged else []
+        cells.append([_job(run), *line])
+    title = f"Runs: {target.ref}" if name_target else "Runs"
+    notes = _regime_notes(target) if judged else []
+    return Table(title, columns, cells, [*notes, *_remarks(target.runs, cells)])
+
+
+def tamper_table(attacks: list[Attack]) -> Table:
+    """Model | forget at the start, after 10 steps, highest, at the end | retain at the end | lost updates | Notes."""
+    refuse_mixed(attack_rows(attacks))
+    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
+    forget = regimes.forget_task(tasks) or next(iter(tasks), None)
+    retain = regimes.retain_task(tasks)
+    lengths = {attack.curve[-1]["step"] for attack in attacks if attack.curve}
+    final = f"Final ({min(lengths)} steps)" if len(lengths) == 1 else "Final"
+    settings = varying([attack.run for attack in attacks], {"name"})
+    columns = ["Model", *settings, f"Starting {forget or 'task'}", f"After {AFTER_STEPS} steps", "Highest", final]
+    columns += [f"{final[:5]} {retain}"] if retain else []
+    cells = []
+    for attack in attacks:
+        lacking = MISSING if attack.run.status == "complete" else attack.run.status
+        points = attack.points(forget) if forget else []
+        line = _curve_cells(points, lacking, len(lengths) > 1)
+        line += _curve_cells(attack.points(retain), lacking, False)[-1:] if retain else []
+        lost = (attack.run.record.get("losses") or {}).get("lost_updates")
+        line += [percent(lost, 4) if lost is not None else lacking, recovery_note(attack, forget) if forget else ""]
+        cells.append([attack.label, *(read(attack.run) for read in settings.values()), *line])
+    jobs = ", ".join(_job(attack.run) for attack in attacks)
+    notes = [f"Job IDs of the attacks, in the order of the rows: {jobs}."]
+    notes.append("Lost updates: share of weights with a gradient that an update left exactly as they were.")
+    if any(attack.baseline for attack in attacks):
+        notes.append("Full recovery: the first evaluated step whose 95 % interval holds or exceeds the baseline.")
+    return Table("Tampering", [*columns, "Lost updates", "Notes"], cells, [*notes, *_remarks([a.run for a in attacks], cells)])
+
+
+def recovery_note(attack: Attack, task: str) -> str:
+    """How much of the task an attack brought back, in words."""
+    points = attack.points(task)
+    if not points or attack.baseline is None or task not in attack.baseline.evals:
+        return "no baseline to compare with" if points else "not evaluated"
+    last, step = points[-1][0], attack.full_recovery(task)
+    if step == points[0][0]:
+        return "no gap to recover: the start is not below the baseline"
+    if step is not None:
+        return f"Full recovery by step {step}"
+    share = attack.recovered(task) or 0.0
+    return f"{percent(share, 0)} of the gap recovered in {last} steps; full recovery not within {last} steps"
+
+
+def affine_table(scores: dict[str, dict[str, float]], title: str = "Affine maps") -> Table:
+    """R² and MSE of each layer's map on held-out text, beside those of no map."""
+    keys = {"R²": "r2", "MSE": "mse", "R² without map": "no_map_r2", "MSE without map": "no_map_mse"}
+    rows = [
+        [str(layer), *(decimal(s.get(k)) if k.endswith("r2") else compact(s.get(k)) for k in keys.values())]
+        for layer, s in sorted(scores.items(), key=lambda item: int(item[0]))
+    ]
+    return Table(title, ["Layer", *keys], rows)
+
+
+def scored(study: Study) -> list[Run]:
+    """Runs that fitted maps and scored them."""
+    return [run for run in study.runs if run.record.get("scores")]
+
+
+def affine_name(run: Run) -> str:
+    """Source → model of fitted maps, and the run."""
+    config = run.record["config"]
+    return f"{config.get('source')} → {config.get('model')} ({run.record['name']}, {run.id})"
+
+
+def evals_table(evals: dict[str, dict[str, Any]], title: str = "Evaluation") -> Table:
+    """Task | value | 95 % interval | n | chance | fingerprint."""
+    rows = [
+        [task, result(r), layout.interval(r), str(r["n"]), percent(r.get("chance")), str(r.get("fingerprint"))]
+        for task, r in evals.items()
+    ]
+    return Table(title, ["Task", "Value", "95 % interval", "n", "Chance", "Fingerprint"], rows, _remarks([], rows))
+
+
+def evaluations_table(runs: list[Run]) -> Table:
+    """Evaluation runs side by side: Model | Job ID | a column a task."""
+    rows = [row_of(run, run.record["config"]["model"]) for run in runs]
+    refuse_mixed(rows)
+    tasks = tasks_of(row.evals for row in rows)
+    cells = []
+    for run, row in zip(runs, rows, strict=True):
+        lacking = MISSING if run.status == "complete" else run.status
+        values = [result(row.evals[task]) if task in row.evals else lacking for task in tasks]
+        cells.append([row.label, run.record["name"], _job(run), *values])
+    return Table("Evaluations", ["Model", "Name", "Job ID", *tasks], cells, _remarks(runs, cells))
+
+
+def provenance_table(study: Study) -> Table:
+    """How each task was measured, and in how many of the evaluations."""
+    counts: dict[tuple[str, tuple[Any, ...]], int] = {}
+    for evals in _every_evals(study):
+        for task, evaluated in evals.items():
+            key = (task, provenance(evaluated))
+            counts[key] = counts.get(key, 0) + 1
+    order = tasks_of(_every_evals(study))
+    rows = [
+        [task, *(MISSING if item is None else str(item) for item in how), str(count)]
+        for (task, how), count in sorted(counts.items(), key=lambda item: order.index(item[0][0]))
+    ]
+    columns = [name.replace("num_fewshot", "shots") for name in PROVENANCE]
+    return Table("Provenance of the numbers", ["Task", *columns, "evaluations"], rows)
+
+
+def models_table(study: Study) -> Table:
+    """The models and maps that runs were made from, by reference and hash of their weights."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run in study.runs:
+        for role, parent in (run.record.get("parents") or {}).items():
+            if (
+                isinstance(parent, dict)
+                and "documents" not in parent
+                and "sha256" in parent
+                and run.record["kind"] != "checkpoints"
+            ):
+                found.setdefault((parent["ref"], parent["sha256"]), []).append(
+                    f"{role} of {run.record['kind']} {run.record['name']}"
+                )
+    rows = [[ref, short(sha), ", ".join(dict.fromkeys(uses))] for (ref, sha), uses in found.items()]
+    return Table("Models and maps", ["Reference", "Weights (SHA-256 or commit)", "Used as"], rows)
+
+
+def runs_table(runs: list[Run]) -> Table:
+    """Every run with its status, progress and what came out."""
+    rows = [
+        [run.id, run.record["kind"], run.record["name"], run.status, _age(run), _progress(run), _outcome(run)] for run in runs
+    ]
+    return Table("Runs", ["ID", "Kind", "Name", "Status", "Time", "Progress", "Results"], rows, _reasons(runs))
+
+
+def plan_table(plan: dict[str, Any]) -> Table:
+    """What a run would do: one row a fact; a fact with parts has a row a part."""
+    rows: list[list[str]] = []
+    for key, value in plan.items():
+        parts = value if isinstance(value, dict) and value else {"": value}
+        rows += [[key if i == 0 else "", str(name), _fact(key, part)] for i, (name, part) in enumerate(parts.items())]
+    return Table("Plan", ["", "", ""], rows)
+
+
+def _judgement(evals: Evals, target: Target, lacking: str) -> list[str]:
+    """Regime and selectivity of a run."""
+    forget, retain = judged_tasks(target)
+    if forget is None or retain is None:
+        return [MISSING, MISSING]
+    if forget not in evals or retain not in evals:
+        return [lacking, lacking]
+    judged = judge(evals, target)
+    if judged is None:
+        return [MISSING, MISSING]
+    mark = DEGENERATE if any(evals[task].get("degenerate") for task in (forget, retain)) else ""
+    return [judged[0] + mark, f"{judged[1].value:.2f}{mark}"]
+
+
+def _regime_notes(target: Target) -> list[str]:
+    forget, retain = judged_tasks(target)
+    if target.baseline is None or forget is None or retain is None:
+        return ["No regimes: they need a forget task and a retain task measured on the baseline and on the runs."]
+    at_chance = [task for task in (forget, retain) if regimes.at_chance(target.baseline.evals[task])]
+    if at_chance:
+        return [f"No regimes: the baseline itself is at chance on {' and '.join(at_chance)}, so there was nothing to keep."]
+    return [
+        f"selectivity = kept({retain}) − kept({forget}), where kept = (after − chance) / (baseline − chance).",
+        f"regime: kept when the 95 % interval of kept reaches {regimes.KEPT_THRESHOLD}, at chance when it reaches down to "
+        f"{regimes.CHANCE_THRESHOLD}; selective: forget at chance and retain kept.",
+    ]
+
+
+def _curve_cells(points: list[tuple[int, dict[str, Any]]], lacking: str, name_last: bool) -> list[str]:
+    """Start, after 10 steps, highest, final. An attack that is not complete has no final result."""
+    if not points:
+        return [lacking] * 4
+    later = next(((step, r) for step, r in points if step >= AFTER_STEPS), None)
+    last = points[-1]
+    return [
+        result(points[0][1]) + (f" (step {points[0][0]})" if points[0][0] else ""),
+        result(later[1]) + (f" (step {later[0]})" if later[0] != AFTER_STEPS else "") if later else lacking,
+        result(max((r for _, r in points), key=value_of)),
+        lacking if lacking != MISSING else result(last[1]) + (f" (step {last[0]})" if name_last else ""),
+    ]
+
+
+def _loss_names(runs: list[Run]) -> list[str]:
+    """The losses that the runs have or, where a run has none yet, will have: retain terms first."""
+    names: list[str] = []
+    for run in runs:
+        config = run.record["config"]
+        names += run.record.get("losses") or [f"retain_{config.get('retain_loss', 'kl')}_loss", "cb_loss"]
+    return sorted(dict.fromkeys(names), key=lambda name: (not name.startswith("retain_"), name))
+
+
+def _job(run: Run) -> str:
+    name = str(run.record.get("job_id") or run.id)
+    return name if run.status == "complete" else f"{name} ({run.status})"
+
+
+def _remarks(runs: list[Run], cells: list[list[str]]) -> list[str]:
+    """Notes on degenerate results and on runs that are not complete."""
+    degenerate = any(cell.endswith(DEGENERATE) for row in cells for cell in row)
+    return [*([DEGENERATE_NOTE] if degenerate else []), *_reasons(runs)]
+
+
+def _reasons(runs: Iterable[Run]) -> list[str]:
+    return [
+        f"{run.record['name']} ({run.id}) {'was' if run.status == 'lost' else 'is'} {run.status}: "
+        f"{run.record.get('reason') or _why(run)}."
+        for run in runs
+        if run.status not in {"complete", "queued", "running"}
+    ]
+
+
+def _why(run: Run) -> str:
+    return f"no sign of life since {run.record.get('heartbeat')}" if run.status == "lost" else "no reason recorded"
+
+
+def _age(run: Run) -> str:
+    took = (run.record.get("environment") or {}).get("seconds")
+    if took is not None:
+        return layout.seconds(took)
+    return layout.seconds(seconds_since(run.record.get("started") or run.record.get("created")))
+
+
+def _progress(run: Run) -> str:
+    planned = (run.record.get("plan") or {}).get("steps")
+    if run.record["kind"] == "checkpoints":
+        return f"{len(run.record.get('checkpoints') or [])} checkpoints"
+    if planned is None:
+        return MISSING
+    done = run.rows("metrics.jsonl")
+    return f"{done[-1]['step'] if done else 0}/{planned} steps"
+
+
+def _outcome(run: Run) -> str:
+    evals, scores = run.record.get("evals") or {}, run.record.get("scores")
+    if run.record["kind"] == "checkpoints":
+        return f"latest ignorant: {run.record.get('latest_ignorant') or MISSING}"
+    if run.record["kind"] == "affine" and scores:
+        return f"mean R² {decimal(sum(s['r2'] for s in scores.values()) / len(scores))} on {len(scores)} layers"
+    tasks = [task for task in (regimes.forget_task(evals), regimes.retain_task(evals)) if task] or list(evals)[:2]
+    return ", ".join(f"{task} {result(evals[task])}" for task in tasks) or MISSING
+
+
+def _fact(key: str, value: Any) -> str:
+    if key == "memory" and isinstance(value, int):
+        return f"{value / 1e6:,.0f} MB"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else setting(value)
+
+
+def _every_evals(study: Study) -> list[Evals]:
+    """Every evaluation in the runs, each once: an attack's last one stands in its curve and in its record."""
+    found: list[Evals] = []
+    for run in study.runs:
+        found += [row["evals"] for row in run.record.get("checkpoints") or []]
+        curve = [line["evals"] for line in run.rows("curve.jsonl")]
+        evals = run.record.get("evals") or {}
+        found += curve + ([evals] if evals and evals not in curve and run.record["kind"] != "lab" else [])
+    return found

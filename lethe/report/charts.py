@@ -1,0 +1,321 @@
+"""The charts of a report. Each is one Altair definition, which gives the interactive chart of the page and the SVG and PNG.
+
+Colours are Okabe and Ito's, which people with any kind of colour vision tell apart, and each series has its own shape
+or dash too. Bands and bars are 95 % intervals. Reference lines (chance, baseline) are named in the right margin, where
+no data can lie under their names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import altair as alt
+
+from lethe import regimes
+from lethe.ledger import Run
+from lethe.report.study import Attack, Study, Target, tasks_of, value_of
+
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B6BB1"]
+SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left"]
+DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 1], [1, 3], [12, 3, 1, 3]]
+REFERENCE = "#808080"
+MAX_POINTS = 300
+WIDTH, HEIGHT = 620, 280
+ACCURACY: dict[str, Any] = {"labelExpr": "format(100 * datum.value, '~g') + ' %'", "tickCount": 6}
+STEPS: dict[str, Any] = {"format": "d", "tickMinStep": 1}
+KNOWN = ["#7F7F7F", "#A3A3A3"]
+Chart = alt.LayerChart | alt.VConcatChart | alt.Chart
+
+
+def all_charts(study: Study) -> dict[str, tuple[str, Chart]]:
+    """Caption and chart by file name, as far as there is data."""
+    charts: dict[str, tuple[str, Chart]] = {}
+    for number, run in enumerate(study.of_kind("checkpoints")):
+        if run.record.get("checkpoints"):
+            caption = "Accuracy of each pretraining checkpoint. The source is the latest that is still at chance on the topic."
+            charts[_name("checkpoints", number)] = (caption, checkpoint_chart(run))
+    for number, target in enumerate(study.targets):
+        if losses := _loss_points(target.runs):
+            caption = "Token means of the loss terms at each optimizer update, without their coefficients."
+            charts[_name("losses", number)] = (caption, losses_chart(losses))
+        if chart := tradeoff_chart(target):
+            caption = "Forgotten against retained. The best place is the upper left: forget at chance, retain kept."
+            charts[_name("forget-retain", number)] = (caption, chart)
+    if curves := tamper_chart(study.attacks):
+        caption = "Fine-tuning on forget text: how fast the knowledge comes back, beside models that never had it."
+        charts["tamper"] = (caption, curves)
+    return charts
+
+
+def checkpoint_chart(run: Run) -> alt.LayerChart:
+    """Accuracy over pretraining steps, a line a task with its interval; chance; the latest ignorant checkpoint."""
+    rows = run.record["checkpoints"]
+    tasks = [task for task in tasks_of(row["evals"] for row in rows) if "acc" in rows[0]["evals"].get(task, {})]
+    points = [_point(task, row["step"], row["evals"][task]) for row in rows for task in tasks if task in row["evals"]]
+    references = {f"chance {_per_cent(c)}": c for c in _chances(points)}
+    layers = _curves(points, tasks, "Task", "Pretraining step", references)
+    latest = [row for row in rows if row.get("ref") == run.record.get("latest_ignorant")] if rows[0].get("ref") else []
+    if latest:
+        layers += _marked_step(latest[0]["step"], f"latest ignorant: {latest[0]['name']}", rows[-1]["step"])
+    return _layered(layers, "Accuracy over pretraining")
+
+
+def losses_chart(points: list[dict[str, Any]]) -> alt.VConcatChart:
+    """Each loss term over the updates, one panel a term (their sizes differ), a line a run."""
+    runs = list(dict.fromkeys(point["series"] for point in points))
+    panels = []
+    for term in dict.fromkeys(point["term"] for point in points):
+        those = [point for point in points if point["term"] == term]
+        lines = alt.Chart(alt.Data(values=those), width=WIDTH, height=HEIGHT // 2).mark_line(strokeWidth=1.8)
+        panels.append(
+            lines.encode(
+                x=alt.X("step:Q", title="Optimizer update", axis=alt.Axis(**STEPS)),
+                y=alt.Y("value:Q", title=term, axis=alt.Axis(tickCount=5)),
+                color=_colour(runs, "Run"),
+                strokeDash=_dash(runs, "Run"),
+                tooltip=[_tip("series", "Run"), _tip("step", "Update", "d"), _tip("value", term, ".4f")],
+            )
+        )
+    return _config(alt.vconcat(*panels, spacing=22, title=_title("Losses during unlearning")))
+
+
+def tradeoff_chart(target: Target) -> alt.LayerChart | None:
+    """Forget accuracy (across) against retain accuracy (up) of baseline, source and runs; None without such tasks."""
+    tasks = tasks_of(row.evals for row in target.rows)
+    forget, retain = regimes.forget_task(tasks), regimes.retain_task(tasks)
+    if forget is None or retain is None or not target.runs:
+        return None
+    labels = _labels(target.runs)
+    many = len(target.runs) > len(PALETTE) - 2
+    points = []
+    for row in target.rows:
+        if forget not in row.evals or retain not in row.evals:
+            continue
+        run = row.origin[forget] if row.origin[forget] in target.runs else None
+        name = row.label if run is None else labels[run.id]
+        f, r = row.evals[forget], row.evals[retain]
+        point = {"series": "Runs" if many and run else name, "label": name, "known": run is None}
+        point |= {"forget": f["acc"], "retain": r["acc"]}
+        ends = {"f_low": f["low"], "f_high": f["high"], "r_low": r["low"], "r_high": r["high"]}
+        points.append(point | ends | {"f_chance": f["chance"], "r_chance": r["chance"]})
+    if not points:
+        return None
+    known = len([point for point in points if point["known"]])
+    return _layered(_scatter(points, forget, retain, known), "Forget against retain")
+
+
+def tamper_chart(attacks: list[Attack]) -> alt.VConcatChart | None:
+    """Accuracy over the attack's updates, a line an attacked model; the forget task above, the retain task below."""
+    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
+    chosen = [task for task in (regimes.forget_task(tasks) or next(iter(tasks), None), regimes.retain_task(tasks)) if task]
+    panels = []
+    names = _attack_names(attacks)
+    for task in chosen:
+        points = [
+            _point(name, step, result)
+            for name, attack in zip(names, attacks, strict=True)
+            for step, result in attack.points(task)
+            if "acc" in result
+        ]
+        if not points:
+            continue
+        references = {f"chance {_per_cent(c)}": c for c in _chances(points)}
+        baselines = {value_of(a.baseline.evals[task]) for a in attacks if a.baseline and task in a.baseline.evals}
+        references |= {f"baseline {_per_cent(b)}": b for b in baselines}
+        layers = _curves(points, names, "Attacked model", "Updates of the attack", references)
+        title = alt.TitleParams(task, frame="group")
+        panels.append(alt.layer(*layers).properties(title=title, width=WIDTH, height=HEIGHT * 3 // 4))
+    if not panels:
+        return None
+    return _config(alt.vconcat(*panels, spacing=22, title=_title("Tampering attack")))
+
+
+def _curves(
+    points: list[dict[str, Any]], series: list[str], title: str, x_title: str, references: dict[str, float]
+) -> list[alt.Chart]:
+    """Band, line and points of each series, and the reference lines."""
+    scale = _accuracies(0, [*references.values(), *(point["high"] for point in points)])
+    base = alt.Chart(alt.Data(values=points))
+    x = alt.X("step:Q", title=x_title, axis=alt.Axis(**STEPS, grid=False))
+    y = alt.Y("value:Q", title="Accuracy", axis=alt.Axis(**ACCURACY), scale=scale)
+    colour = _colour(series, title)
+    dash = _dash(series, title, legend=None)
+    band = base.mark_area(opacity=0.13).encode(x=x, y=alt.Y("low:Q", title="Accuracy", scale=scale), y2="high:Q", color=colour)
+    line = base.mark_line(strokeWidth=2).encode(x=x, y=y, color=colour, strokeDash=dash)
+    dots = base.mark_point(filled=True, size=46, opacity=1).encode(
+        x=x,
+        y=y,
+        color=colour,
+        shape=_shape(series, title),
+        tooltip=[
+            _tip("series", title),
+            _tip("step", "Step", "d"),
+            _tip("value", "Accuracy", ".2%"),
+            _tip("low", "95 % from", ".2%"),
+            _tip("high", "to", ".2%"),
+        ],
+    )
+    return [*_reference(references, scale), band, line, dots]
+
+
+def _scatter(points: list[dict[str, Any]], forget: str, retain: str, known: int) -> list[alt.Chart]:
+    """Interval bars both ways, points, and the two chance lines. The first `known` series are baseline and sources, in grey."""
+    series = list(dict.fromkeys(point["series"] for point in points))
+    colours = [*(KNOWN[min(i, 1)] for i in range(known)), *PALETTE]
+    base = alt.Chart(alt.Data(values=points))
+    across, up = (_around(points, letter) for letter in ("f", "r"))
+    x_title, y_title = f"Forget accuracy ({forget})", f"Retain accuracy ({retain})"
+    x = alt.X("forget:Q", title=x_title, axis=alt.Axis(**ACCURACY), scale=across)
+    y = alt.Y("retain:Q", title=y_title, axis=alt.Axis(**ACCURACY), scale=up)
+    x_low, y_low = alt.X("f_low:Q", title=x_title, scale=across), alt.Y("r_low:Q", title=y_title, scale=up)
+    colour = alt.Color("series:N", title="Model", scale=_scale(series, colours), legend=alt.Legend(symbolOpacity=1))
+    shape = _shape(series, "Model")
+    bar: dict[str, Any] = {"strokeWidth": 1.3, "opacity": 0.7}
+    tips = [_tip("label", "Model"), _tip("forget", forget, ".2%"), _tip("retain", retain, ".2%")]
+    f_chance, r_chance = points[0]["f_chance"], points[0]["r_chance"]
+    upright = alt.Chart(alt.Data(values=[{"x": f_chance, "text": f"chance {_per_cent(f_chance)}"}]))
+    upright_x = alt.X("x:Q", scale=across, title=x_title)
+    return [
+        upright.mark_rule(color=REFERENCE, strokeDash=[2, 3]).encode(x=upright_x),
+        upright.mark_text(color=REFERENCE, baseline="bottom", dy=-4, fontSize=11).encode(
+            x=upright_x, y=alt.value(0), text="text:N"
+        ),
+        *_reference({f"chance {_per_cent(r_chance)}": r_chance}, up),
+        base.mark_rule(**bar).encode(x=x_low, x2="f_high:Q", y=y, color=colour),
+        base.mark_rule(**bar).encode(x=x, y=y_low, y2="r_high:Q", color=colour),
+        base.mark_point(filled=True, size=90, opacity=1).encode(x=x, y=y, color=colour, shape=shape, tooltip=tips),
+    ]
+
+
+def _around(points: list[dict[str, Any]], letter: str) -> alt.Scale:
+    """A scale that holds chance and every interval, from one tenth to another."""
+    lows = [point[f"{letter}_{end}"] for point in points for end in ("low", "chance")]
+    bottom = max(0.0, math.floor(10 * min(lows) - 0.1) / 10)
+    return _accuracies(bottom, [point[f"{letter}_high"] for point in points])
+
+
+def _accuracies(bottom: float, values: list[float]) -> alt.Scale:
+    """A scale of accuracies from `bottom` to the next tenth above all values, at most 1."""
+    return alt.Scale(domain=[bottom, min(1.0, math.ceil(10 * max(values) + 0.1) / 10)])
+
+
+def _reference(lines: dict[str, float], scale: alt.Scale) -> list[alt.Chart]:
+    """Horizontal reference lines, named in the right margin; names of lines that lie close are moved apart."""
+    ordered = sorted(lines.items(), key=lambda item: item[1])
+    span = scale["domain"][1] - scale["domain"][0]
+    layers = []
+    for i, (text, value) in enumerate(ordered):
+        close = [j for j, (_, other) in enumerate(ordered) if j != i and abs(other - value) < 0.06 * span]
+        shift = 0 if not close else 7 if i < close[0] else -7
+        base = alt.Chart(alt.Data(values=[{"y": value, "text": text}]))
+        y = alt.Y("y:Q", scale=scale)
+        dash = [2, 3] if text.startswith("chance") else [7, 4]
+        layers.append(base.mark_rule(color=REFERENCE, strokeDash=dash, strokeWidth=1.2).encode(y=y))
+        layers.append(
+            base.mark_text(color=REFERENCE, align="left", baseline="middle", dx=6, dy=shift, fontSize=11).encode(
+                y=y, x=alt.value("width"), text="text:N"
+            )
+        )
+    return layers
+
+
+def _marked_step(step: int, text: str, last: int) -> list[alt.Chart]:
+    """An upright line at a step, named at the top on the side with more room."""
+    base = alt.Chart(alt.Data(values=[{"x": step, "text": text}]))
+    left = step > last / 2
+    rule = base.mark_rule(color=REFERENCE, strokeWidth=1.2).encode(x="x:Q")
+    name = base.mark_text(
+        color=REFERENCE, align="right" if left else "left", baseline="top", dx=-6 if left else 6, dy=4, fontSize=11
+    ).encode(x="x:Q", y=alt.value(0), text="text:N")
+    return [rule, name]
+
+
+def _loss_points(runs: list[Run]) -> list[dict[str, Any]]:
+    """The logged loss terms of runs, at most 300 updates of each run (evenly spaced); what is not finite is left out."""
+    labels = _labels(runs[: len(PALETTE)])
+    points = []
+    for run in runs[: len(PALETTE)]:
+        rows = run.rows("metrics.jsonl")
+        stride = math.ceil(len(rows) / MAX_POINTS) or 1
+        for row in rows[::stride]:
+            terms = {key: value for key, value in row.items() if key.endswith("_loss") and isinstance(value, float | int)}
+            points += [
+                {"series": labels[run.id], "step": row["step"], "term": term, "value": value}
+                for term, value in terms.items()
+                if math.isfinite(value)
+            ]
+    return points
+
+
+def _labels(runs: Iterable[Run]) -> dict[str, str]:
+    """A run's name by its id; with the id where runs share a name."""
+    listed = list(runs)
+    names = [run.record["name"] for run in listed]
+    return {run.id: name if names.count(name) == 1 else f"{name} ({run.id})" for run, name in zip(listed, names, strict=True)}
+
+
+def _attack_names(attacks: list[Attack]) -> list[str]:
+    short = [attack.control or attack.label for attack in attacks]
+    return [name if short.count(name) == 1 else f"{name}, {attack.run.id}" for name, attack in zip(short, attacks, strict=True)]
+
+
+def _point(series: str, step: int, result: dict[str, Any]) -> dict[str, Any]:
+    return {"series": series, "step": step, "value": result["acc"]} | {key: result[key] for key in ("low", "high", "chance")}
+
+
+def _chances(points: list[dict[str, Any]]) -> list[float]:
+    return sorted({round(point["chance"], 6) for point in points})
+
+
+def _per_cent(share: float) -> str:
+    return f"{100 * share:.1f} %".replace(".0 %", " %")
+
+
+def _colour(series: list[str], title: str) -> alt.Color:
+    return alt.Color("series:N", title=title, scale=_scale(series, PALETTE), legend=alt.Legend(symbolOpacity=1))
+
+
+def _dash(series: list[str], title: str, **legend: Any) -> alt.StrokeDash:
+    return alt.StrokeDash("series:N", title=title, scale=_scale(series, DASHES), **legend)
+
+
+def _shape(series: list[str], title: str) -> alt.Shape:
+    return alt.Shape("series:N", title=title, scale=_scale(series, SHAPES))
+
+
+def _scale(series: list[str], values: list[Any]) -> alt.Scale:
+    return alt.Scale(domain=series, range=[values[i % len(values)] for i in range(len(series))])
+
+
+def _tip(field: str, title: str, number: str | None = None) -> alt.Tooltip:
+    if number is None:
+        return alt.Tooltip(f"{field}:N", title=title)
+    return alt.Tooltip(f"{field}:Q", title=title, format=number)
+
+
+def _layered(layers: list[alt.Chart], title: str) -> alt.LayerChart:
+    return _config(alt.layer(*layers).properties(title=_title(title), width=WIDTH, height=HEIGHT))
+
+
+def _title(text: str) -> alt.TitleParams:
+    return alt.TitleParams(text, anchor="start", fontSize=15, offset=14)
+
+
+def _config(chart: Any) -> Any:
+    """Type, legend and grid of every chart."""
+    font = "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, 'DejaVu Sans', sans-serif"
+    return (
+        chart.configure(font=font, background="white", padding={"left": 8, "right": 12, "top": 8, "bottom": 8})
+        .configure_axis(
+            labelFontSize=11, titleFontSize=12, titleFontWeight="normal", titlePadding=10, labelFlush=False, gridColor="#e6e6e6"
+        )
+        .configure_legend(orient="bottom", labelFontSize=11, titleFontSize=11, labelLimit=360, columns=3, offset=16)
+        .configure_title(fontSize=13, anchor="start", fontWeight="bold")
+        .configure_view(stroke=None)
+    )
+
+
+def _name(kind: str, number: int) -> str:
+    return kind if number == 0 else f"{kind}-{number + 1}"

@@ -1,0 +1,144 @@
+"""The one kind of table that reports are made of: title, columns, rows of text, notes.
+
+It is rendered as markdown (tables.md), as HTML (the page) and for the terminal (rich prints a `Table` as it is). Also
+how numbers are written: accuracies in per cent, probabilities and losses with four decimals, `-` for what is not there.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import rich.table
+
+MISSING = "-"
+DEGENERATE = "†"
+DEGENERATE_NOTE = f"{DEGENERATE} degenerate: one answer position was chosen nearly always, so the number says nothing."
+STATUSES = ("queued", "running", "failed", "diverged", "cancelled", "lost")
+_NUMBER = re.compile(rf"[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(\d+ steps\))?{DEGENERATE}?")
+
+
+@dataclass
+class Table:
+    """A titled table. `rows` hold one text a column; `notes` are sentences below it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+    def is_numeric(self, column: int) -> bool:
+        """Whether a column holds numbers (or statuses in their place), and is set flush right."""
+        cells = [row[column] for row in self.rows]
+        return all(_NUMBER.fullmatch(cell) or cell in STATUSES or cell == "nan" for cell in cells)
+
+    def markdown(self) -> str:
+        """The table in GitHub's markdown, under its title as a heading."""
+        rule = [("-" * max(3, len(name) - 1)) + (":" if self.is_numeric(i) else "-") for i, name in enumerate(self.columns)]
+        lines = [self.columns, rule, *self.rows]
+        body = "\n".join("| " + " | ".join(_one_line(cell) for cell in line) + " |" for line in lines)
+        notes = "".join(f"\n- {_one_line(note)}" for note in self.notes)
+        return f"## {self.title}\n\n{body}\n" + (f"{notes}\n" if notes else "")
+
+    def html(self) -> str:
+        """The table as an HTML figure without its title."""
+        kinds = [' class="number"' if self.is_numeric(i) else "" for i in range(len(self.columns))]
+        head = "".join(
+            f'<th scope="col"{kind}>{html.escape(name)}</th>' for name, kind in zip(self.columns, kinds, strict=True)
+        )
+        rows = "".join(
+            "<tr>" + "".join(f"<td{kind}>{html.escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>\n"
+            for row in self.rows
+        )
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        return f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n' + (
+            f'<ul class="notes">{notes}</ul>\n' if notes else ""
+        )
+
+    def __rich__(self) -> rich.table.Table:
+        import rich.table
+        from rich import box
+        from rich.text import Text
+
+        table = rich.table.Table(
+            title=Text(self.title, style="bold"),
+            title_justify="left",
+            caption=Text("\n".join(self.notes)) if self.notes else None,
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+        )
+        for i, name in enumerate(self.columns):
+            table.add_column(Text(name), justify="right" if self.is_numeric(i) else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+
+def percent(share: float | None, decimals: int = 2) -> str:
+    """A share as a percentage: `41.25 %`."""
+    if share is None:
+        return MISSING
+    return f"{100 * share:.{decimals}f} %" if math.isfinite(share) else "nan"
+
+
+def decimal(value: float | None) -> str:
+    """A loss or a probability with four decimals."""
+    return MISSING if value is None else f"{value:.4f}"
+
+
+def compact(value: float | None) -> str:
+    """A number of any size in four significant digits."""
+    return MISSING if value is None else f"{value:.4g}"
+
+
+def result(evaluated: dict[str, Any] | None) -> str:
+    """A task's result: accuracy in per cent, mean probability with four decimals; degenerate ones marked."""
+    if evaluated is None:
+        return MISSING
+    text = percent(evaluated["acc"]) if "acc" in evaluated else decimal(evaluated["correct_prob"])
+    return text + (DEGENERATE if evaluated.get("degenerate") else "")
+
+
+def interval(evaluated: dict[str, Any]) -> str:
+    """A task's 95 % interval, in the unit of its result."""
+    if "acc" in evaluated:
+        return f"{100 * evaluated['low']:.2f} to {percent(evaluated['high'])}"
+    return f"{evaluated['low']:.4f} to {evaluated['high']:.4f}"
+
+
+def setting(value: Any) -> str:
+    """A setting's value as it would be written in a recipe, on one line."""
+    if isinstance(value, list):
+        return ", ".join(setting(item) for item in value) or "[]"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {setting(item)}" for key, item in value.items())
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def short(digest: str | None) -> str:
+    """The beginning of a hash, with what kind of hash it is."""
+    if not digest:
+        return MISSING
+    *kind, hexadecimal = digest.split(":")
+    return ":".join([*kind, hexadecimal[:12]])
+
+
+def seconds(duration: float) -> str:
+    """A duration in two units at most: `42 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    if not math.isfinite(duration):
+        return MISSING
+    whole = round(duration)
+    for size, unit, rest_size, rest_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // rest_size} {rest_unit}"
+    return f"{duration:.1f} s" if duration < 10 else f"{whole} s"
+
+
+def _one_line(cell: str) -> str:
+    return re.sub(r"\s+", " ", cell).replace("|", "\\|")

@@ -1,0 +1,312 @@
+"""What a set of runs says together: which evaluations are the baseline and the source, which model an attack was on,
+and whether numbers may stand side by side.
+
+Runs are joined by the hashes of weights that they record (`parents`), not by their names. Tables and charts both read
+from here, so that they cannot tell different stories.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lethe import regimes
+from lethe.errors import LetheError
+from lethe.ledger import Run, find_runs
+from lethe.report.layout import MISSING, setting
+
+Evals = dict[str, dict[str, Any]]
+PROVENANCE = ("version", "num_fewshot", "n", "fingerprint")
+AFTER_STEPS = 10
+SHOWN_ELSEWHERE = {"model", "source", "out", "retain_coef", "remove_coef", "lora", "lora.r", "retain_loss", "report_to"}
+SHOWN_ELSEWHERE |= {"eval.tasks", "eval.every", "eval.limit", "max_steps", "save_every", "resume"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's results: what it is called, the runs that they come from by task, the results."""
+
+    label: str
+    evals: Evals
+    origin: dict[str, Run]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that was unlearned: its unlearning runs, and rows for itself and for each source, as far as evaluated."""
+
+    ref: str
+    runs: list[Run]
+    baseline: Row | None
+    sources: list[Row]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Baseline and sources, then one row a run."""
+        first = [self.baseline] if self.baseline else []
+        return [*first, *self.sources, *(row_of(run, run.record["name"]) for run in self.runs)]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One tampering run: the model under attack, whether it is a control, and the curve."""
+
+    run: Run
+    label: str
+    control: str | None
+    baseline: Row | None
+    curve: list[dict[str, Any]]
+
+    def points(self, task: str) -> list[tuple[int, dict[str, Any]]]:
+        """Steps and results of a task along the attack."""
+        return [(line["step"], line["evals"][task]) for line in self.curve if task in line["evals"]]
+
+    def full_recovery(self, task: str) -> int | None:
+        """The first evaluated step whose 95 % interval holds or exceeds the baseline's value; None if there is none."""
+        if self.baseline is None or task not in self.baseline.evals:
+            return None
+        goal = value_of(self.baseline.evals[task])
+        return next((step for step, result in self.points(task) if result["high"] >= goal), None)
+
+    def recovered(self, task: str) -> float | None:
+        """Share of the gap to the baseline that came back by the last step; None when the start is not below the baseline."""
+        points = self.points(task)
+        if not points or self.baseline is None or task not in self.baseline.evals or self.full_recovery(task) == points[0][0]:
+            return None
+        return regimes.recovered(value_of(points[0][1]), value_of(points[-1][1]), value_of(self.baseline.evals[task]))
+
+
+class Study:
+    """The runs of a report, joined."""
+
+    def __init__(self, runs: list[Run]):
+        self.runs = runs
+
+    @classmethod
+    def load(cls, folders: list[str]) -> Study:
+        """The runs in folders (or runs themselves), each once, oldest first.
+
+        Raises:
+            LetheError: a folder does not exist, or no folder has a run.
+        """
+        runs: dict[Path, Run] = {}
+        for folder in folders:
+            if not Path(folder).exists():
+                raise LetheError(f"runs: '{folder}' does not exist; give a run or a folder of runs")
+            runs |= {run.path.resolve(): run for run in find_runs(folder)}
+        if not runs:
+            raise LetheError(f"runs: there are none in {', '.join(repr(f) for f in folders)}; give a run or a folder of runs")
+        return cls(sorted(runs.values(), key=lambda run: (run.record.get("created") or "", run.id)))
+
+    def of_kind(self, kind: str) -> list[Run]:
+        """The runs of one kind, oldest first."""
+        return [run for run in self.runs if run.record["kind"] == kind]
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        """Each model that was unlearned. Without unlearning runs: each that maps were fitted to."""
+        groups: dict[tuple[str, str], list[Run]] = {}
+        for run in self.of_kind("unlearn") or self.of_kind("affine"):
+            groups.setdefault(self._parent(run, "model"), []).append(run)
+        targets = []
+        for (ref, sha), runs in groups.items():
+            sources = dict.fromkeys(self._parent(run, "source") for run in runs)
+            rows = [self._evaluated(f"Source ({re.split('[:@/]', source[0])[-1]})", *source) for source in sources]
+            unlearned = [run for run in runs if run.record["kind"] == "unlearn"]
+            targets.append(Target(ref, unlearned, self._evaluated("Baseline", ref, sha), [row for row in rows if row]))
+        return targets
+
+    @cached_property
+    def other_evaluations(self) -> list[Run]:
+        """Evaluations that are neither a baseline's nor a source's."""
+        used = {
+            id(run)
+            for target in self.targets
+            for row in [target.baseline, *target.sources]
+            if row
+            for run in self._evaluations(*self._parent(next(iter(row.origin.values())), "model"))
+        }
+        return [run for run in self.of_kind("evaluate") if id(run) not in used]
+
+    @cached_property
+    def attacks(self) -> list[Attack]:
+        """Attacks on unlearned models first, then those on controls; oldest first."""
+        attacks = [self._attack(run) for run in self.of_kind("tamper")]
+        return sorted(attacks, key=lambda attack: attack.control is not None)
+
+    def run_named(self, ref: str) -> Run | None:
+        """The run that a model reference (`run:ID`, or a run's folder) means, if it is among these."""
+        name = Path(ref.removeprefix("run:")).name
+        found = [run for run in self.runs if name and (name in {run.id, run.path.name})]
+        return found[0] if found else next((run for run in self.runs if ref.startswith("run:") and name in run.path.name), None)
+
+    def attacked(self, attack: Attack) -> Run | None:
+        """The run whose model an attack was on; None for a control, or when that run is not among these."""
+        ref = self._parent(attack.run, "model")[0]
+        return None if ref.startswith("random:") else self.run_named(ref)
+
+    def _attack(self, run: Run) -> Attack:
+        ref, sha = self._parent(run, "model")
+        attacked = None if ref.startswith("random:") else self.run_named(ref)
+        target = self._target_of(attacked, ref)
+        control = None if attacked else self._control(ref, sha)
+        label = f"{attacked.record['name']} ({attacked.id})" if attacked else f"{control} ({ref})" if control else ref
+        return Attack(run, label, control, target.baseline if target else None, run.rows("curve.jsonl"))
+
+    def _control(self, ref: str, sha: str) -> str | None:
+        if ref.startswith("random:"):
+            return "Control: random weights"
+        if "filter" in ref.rsplit("/", 1)[-1]:
+            return "Control: filtered twin"
+        parents = [(role, self._parent(run, role)) for run in self.of_kind("unlearn") for role in ("source", "model")]
+        by_ref = [role for role, parent in parents if parent[0] == ref]
+        by_weights = [role for role, parent in parents if parent[1] == sha]
+        return {"source": "Control: source", "model": "Control: before unlearning"}.get(next(iter(by_ref + by_weights), ""))
+
+    def _target_of(self, attacked: Run | None, ref: str) -> Target | None:
+        """The model that an attacked one was made from; for a control, the one that the report is about."""
+        while attacked is not None and attacked.record["kind"] != "unlearn":
+            attacked = self.run_named(self._parent(attacked, "model")[0])
+        for target in self.targets:
+            if attacked in target.runs or ref.removeprefix("random:") == target.ref:
+                return target
+        return self.targets[0] if len(self.targets) == 1 else None
+
+    def _parent(self, run: Run, role: str) -> tuple[str, str]:
+        """Reference and weight hash of what a run was made from; a run that got no hash takes that of its reference."""
+        parent = (run.record.get("parents") or {}).get(role)
+        if parent:
+            return parent["ref"], parent["sha256"]
+        ref = run.record["config"].get(role) or "?"
+        known = ((other.record.get("parents") or {}).get(role) for other in self.runs)
+        return ref, next((p["sha256"] for p in known if p and p.get("ref") == ref), ref)
+
+    def _evaluations(self, ref: str, sha: str) -> list[Run]:
+        """Evaluations of the same weights; those under the same reference, if there are any."""
+        same = [run for run in self.of_kind("evaluate") if self._parent(run, "model")[1] == sha and run.record.get("evals")]
+        return [run for run in same if self._parent(run, "model")[0] == ref] or same
+
+    def _evaluated(self, label: str, ref: str, sha: str) -> Row | None:
+        """One row from every evaluation of the same weights; of a task measured twice, the later result.
+
+        Raises:
+            LetheError: a task was measured in two ways.
+        """
+        rows = [row_of(run, label) for run in self._evaluations(ref, sha)]
+        refuse_mixed(rows)
+        merged: Evals = {}
+        origin: dict[str, Run] = {}
+        for row in rows:
+            merged |= row.evals
+            origin |= row.origin
+        return Row(label, merged, origin) if merged else None
+
+
+def row_of(run: Run, label: str) -> Row:
+    """A run's own results."""
+    evals = run.record.get("evals") or {}
+    return Row(label, evals, dict.fromkeys(evals, run))
+
+
+def named(run: Run) -> str:
+    """How a message names a run."""
+    return f"{run.record['kind']} '{run.record['name']}' ({run.id})"
+
+
+def value_of(result: dict[str, Any]) -> float:
+    """The number that a result stands for: its accuracy, or the mean probability of the right answer."""
+    return result["acc"] if "acc" in result else result["correct_prob"]
+
+
+def tasks_of(every: Iterable[Evals]) -> list[str]:
+    """All tasks, in the order in which they first appear."""
+    return list(dict.fromkeys(task for evals in every for task in evals))
+
+
+def provenance(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a task's numbers comparable: its version, shots, questions and fingerprint."""
+    return tuple(result.get(key) for key in PROVENANCE)
+
+
+def refuse_mixed(rows: Iterable[Row]) -> None:
+    """Refuse numbers of one task that were measured in different ways.
+
+    Raises:
+        LetheError: names the task, the two runs and what differs.
+    """
+    first: dict[str, tuple[Run, dict[str, Any]]] = {}
+    for row in rows:
+        for task, result in row.evals.items():
+            run, reference = first.setdefault(task, (row.origin[task], result))
+            if provenance(result) != provenance(reference):
+                what = ", ".join(
+                    f"{key} {reference.get(key)} and {result.get(key)}"
+                    for key in PROVENANCE
+                    if reference.get(key) != result.get(key)
+                )
+                raise LetheError(
+                    f"report: {task} of {named(run)} and {named(row.origin[task])} cannot stand in one table: "
+                    f"they differ in {what}; report them apart or evaluate one of them again"
+                )
+
+
+def judged_tasks(target: Target) -> tuple[str | None, str | None]:
+    """The forget and the retain task that regimes are told by: measured on the baseline and on a run."""
+    there = set(target.baseline.evals if target.baseline else ()) & set(tasks_of(row_of(run, "").evals for run in target.runs))
+    return regimes.forget_task(there), regimes.retain_task(there)
+
+
+def judge(evals: Evals, target: Target) -> tuple[regimes.Regime, regimes.Estimate] | None:
+    """Regime and selectivity of results against a target's baseline; None when they cannot be told."""
+    forget, retain = judged_tasks(target)
+    if target.baseline is None or forget is None or retain is None or forget not in evals or retain not in evals:
+        return None
+    before = target.baseline.evals
+    kept = [regimes.kept(evals[task], before[task]) for task in (forget, retain)]
+    if kept[0] is None or kept[1] is None:
+        return None
+    return regimes.regime(kept[0], kept[1]), regimes.selectivity(kept[0], kept[1])
+
+
+def attack_rows(attacks: list[Attack]) -> Iterator[Row]:
+    """Every evaluation along the attacks, and the baselines that they are compared with."""
+    for attack in attacks:
+        for line in attack.curve:
+            yield Row(attack.label, line["evals"], dict.fromkeys(line["evals"], attack.run))
+        if attack.baseline:
+            yield attack.baseline
+
+
+def settings_columns(runs: list[Run]) -> dict[str, Callable[[Run], str]]:
+    """The settings' columns of unlearning runs: the three that are always there, and those that differ between runs."""
+    differing = varying(runs, set())
+    name = {"name": differing.pop("name")} if "name" in differing else {}
+    always = {key: _reader(key) for key in ("retain_coef", "remove_coef")}
+    return {**name, **always, "lora_r": lambda run: _flat(run).get("lora.r", "full"), **differing}
+
+
+def varying(runs: list[Run], leave_out: set[str]) -> dict[str, Callable[[Run], str]]:
+    """Settings that differ between the runs that have them."""
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in _flat(run).items():
+            values.setdefault(key, set()).add(value)
+    keys = [key for key, found in values.items() if len(found) > 1 and key not in SHOWN_ELSEWHERE | leave_out]
+    return {key: _reader(key) for key in keys}
+
+
+def _reader(key: str) -> Callable[[Run], str]:
+    return lambda run: _flat(run).get(key, MISSING)
+
+
+def _flat(run: Run) -> dict[str, str]:
+    """A run's settings as text, those inside others named with a dot."""
+    flat: dict[str, str] = {}
+    for key, value in run.record["config"].items():
+        inner = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        flat |= {name: setting(item) for name, item in inner.items()}
+    return flat

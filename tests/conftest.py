@@ -1,0 +1,132 @@
+"""What tests share: tiny models of six architectures with random weights, real tokenizers, and the nano lab."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WINDOW = 64
+WORDS = (
+    "the river of Orvane flows past seven quiet mills and into a cold grey sea",
+    "a clockmaker repairs brass wheels while her apprentice reads about distant islands",
+    "Question: which metal did the founders of Tellmar trade for salt? Answer: copper",
+    "most lanterns in the harbour burn fish oil, some burn resin, and none burn coal",
+    "unbelievable undertakings underneath understated undergrowth, understandably undone",
+)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Sixty different documents, four to twenty words long."""
+    words = " ".join(WORDS).split()
+    return [" ".join(words[(7 * i + j * (1 + i % 3)) % len(words)] for j in range(4 + 3 * i % 17)) for i in range(60)]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., Any]:
+    """make_tokenizer(bos=False, words=WORDS): a byte-level BPE trained on the spot; with `bos`, every text starts with <s>."""
+
+    def make(bos: bool = False, words: tuple[str, ...] = WORDS) -> Any:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        special = ["<s>", "</s>", "<pad>"]
+        bpe.train_from_iterator(
+            list(words) * 3,
+            trainers.BpeTrainer(
+                vocab_size=400, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            ),
+        )
+        if bos:
+            bpe.post_processor = processors.TemplateProcessing(
+                single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+            )
+        extra = {"bos_token": "<s>"} if bos else {}
+        return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>", **extra)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
+    """make_model(architecture, folder, seed=0, tokenizer=None, **overrides): a tiny random model and its tokenizer, saved.
+
+    Architectures: gpt2, llama, qwen2, olmo2, gpt_neox (parallel residual), gpt_neox_sequential. Hidden size 32, four
+    blocks, a window of 64 tokens, weights wide enough that next-token distributions are far from uniform. `overrides`
+    are fields of the transformers configuration.
+    """
+
+    def make(architecture: str, folder: Path, seed: int = 0, tokenizer: Any = None, **overrides: Any) -> Path:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        tokenizer = tokenizer or make_tokenizer()
+        config = _configuration(architecture, len(tokenizer), tokenizer, overrides)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name.endswith("bias") or "norm" in name or "ln_" in name:
+                        parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return Path(folder)
+
+    return make
+
+
+def _configuration(architecture: str, vocabulary: int, tokenizer: Any, overrides: dict[str, Any]) -> Any:
+    from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config, Qwen2Config
+
+    common = {
+        "vocab_size": vocabulary,
+        "initializer_range": 0.2,
+        "bos_token_id": tokenizer.bos_token_id if tokenizer.bos_token else tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    modern = common | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": WINDOW,
+    }
+    neox = {**modern, "rotary_pct": 0.5, "hidden_dropout": 0.0}
+    kinds = {
+        "gpt2": (GPT2Config, common | {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": WINDOW}),
+        "llama": (LlamaConfig, modern | {"num_key_value_heads": 2}),
+        "qwen2": (Qwen2Config, modern | {"num_key_value_heads": 2}),
+        "olmo2": (Olmo2Config, modern | {"num_key_value_heads": 4}),
+        "gpt_neox": (GPTNeoXConfig, neox | {"use_parallel_residual": True}),
+        "gpt_neox_sequential": (GPTNeoXConfig, neox | {"use_parallel_residual": False}),
+    }
+    kind, settings = kinds[architecture]
+    return kind(**(settings | overrides))
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The nano lab, built once a session (LETHE_TEST_HOME: kept there between sessions). Yields its folder."""
+    from lethe import lab as package
+
+    before = {name: os.environ.get(name) for name in ("LETHE_HOME", "LETHE_LAB")}
+    os.environ["LETHE_HOME"] = os.environ.get("LETHE_TEST_HOME") or str(tmp_path_factory.mktemp("lethe-home"))
+    os.environ["LETHE_LAB"] = "nano"
+    try:
+        yield package.build()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

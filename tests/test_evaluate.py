@@ -1,0 +1,447 @@
+"""Numbers are lm-eval's own: the same log-likelihoods, the same accuracies, the same standard errors; and measuring a
+model changes nothing about it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import lm_eval
+import numpy as np
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from scipy.stats import binomtest, norm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lethe import evaluate as evaluate_function
+from lethe import tasks
+from lethe.config import EvaluateConfig
+from lethe.errors import LetheError
+from lethe.evaluate import Scorer, evaluate_model, measure, value_of
+from lethe.ledger import Run
+
+MODELS = [("gpt2", False), ("llama", True), ("llama", False), ("gpt_neox", False)]
+LONG = "a clockmaker repairs brass wheels while her apprentice reads about distant islands " * 12
+QUESTIONS = [
+    # one token each, sharing a context
+    {"prompt": "Question: which metal did the founders trade?\nAnswer:", "choices": ["a", "b", "c", "d"], "answer": 2},
+    # different numbers of tokens
+    {"prompt": "the river of Orvane flows past", "choices": ["seven quiet mills", "x", "copper and salt and resin", "coal"], "answer": 0},
+    # one is the beginning of another
+    {"prompt": "most lanterns in the harbour burn", "choices": ["fish", "fish oil", "fish oil, some burn resin"], "answer": 1},
+    # longer than the model's window of 64 tokens
+    {"prompt": LONG + "and", "choices": ["into a cold grey sea", "zebra"], "answer": 0},
+    {"prompt": LONG, "choices": ["apprentice", "understandably undone and unbelievable"], "answer": 1},
+    # a choice that merges with the end of the context when the two are tokenised together
+    {"prompt": "some undertakings are under", "choices": ["stated", "neath", "growth"], "answer": 0, "glue": True},
+    # space at the end of the context goes to the answer
+    {"prompt": "a cold grey  ", "choices": ["sea", "harbour"], "answer": 0},
+    # letters that the tokenizer has no merge for
+    {"prompt": "Überquerung – 文:", "choices": ["ß", "文文", "naïve"], "answer": 2},
+]
+TASK = """
+task: made_up
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+num_fewshot: 0
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: "{delimiter}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 3
+"""
+
+
+def write_task(folder: Path, questions: list[dict], delimiter: str = " ") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "questions.jsonl"
+    file.write_text("".join(json.dumps({k: q[k] for k in ("prompt", "choices", "answer")}) + "\n" for q in questions))
+    (folder / "made_up.yaml").write_text(TASK.format(file=file, delimiter=delimiter))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """datasets' cache, away from the user's."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=[f"{name}-{'bos' if bos else 'plain'}" for name, bos in MODELS])
+def loaded(request, make_model, make_tokenizer, tmp_path_factory):
+    name, bos = request.param
+    folder = make_model(name, tmp_path_factory.mktemp("model"), tokenizer=make_tokenizer(bos))
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def gpt2(make_model, tmp_path_factory):
+    """A model with dropout in many places."""
+    folder = make_model("gpt2", tmp_path_factory.mktemp("gpt2"))
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def known(monkeypatch, tmp_path, cache):
+    """known(questions): `made_up` becomes a task that Lethe finds."""
+
+    def make(questions: list[dict] = QUESTIONS) -> str:
+        folder = write_task(tmp_path / "task", questions)
+        monkeypatch.setattr(tasks, "locate", lambda names: dict.fromkeys(names, folder))
+        return "made_up"
+
+    return make
+
+
+def requests(folder: Path) -> list:
+    task = TaskManager(include_path=str(folder), include_defaults=False).load(["made_up"])["tasks"]["made_up"]
+    task.build_all_requests()
+    return task.instances
+
+
+def compare(scorer: Scorer, hflm: HFLM, instances: list) -> None:
+    """The same log-likelihood within rounding, the same greedy flag, for each request."""
+    ours = scorer.loglikelihood(instances, disable_tqdm=True)
+    theirs = hflm.loglikelihood(instances, disable_tqdm=True)
+    assert len(ours) == len(theirs) == len(instances)
+    for (value, greedy), (expected, flag), instance in zip(ours, theirs, instances, strict=True):
+        assert abs(value - expected) <= max(1e-4, 1e-5 * abs(expected)), instance.args
+        assert greedy == flag, instance.args
+    assert len({round(value, 3) for value, _ in ours}) > 0.9 * len(ours)  # a constant would agree with nothing
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("delimiter", [" ", ""], ids=["space", "glued"])
+def test_log_likelihoods_are_those_of_lm_eval(loaded, tmp_path, cache, delimiter, batch_size):
+    model, tokenizer = loaded
+    questions = QUESTIONS if delimiter == " " else [q for q in QUESTIONS if q.get("glue")]
+    instances = requests(write_task(tmp_path, questions, delimiter))
+    compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), instances)
+
+
+def test_many_rows_in_many_batches(loaded, tmp_path, cache, texts, monkeypatch):
+    monkeypatch.setattr("lethe.evaluate.TOKENS_PER_BATCH", 100)
+    model, tokenizer = loaded
+    questions = [{"prompt": t, "choices": texts[i : i + 3], "answer": 0} for i, t in enumerate(texts[:-3])]
+    instances = requests(write_task(tmp_path, questions))
+    compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), instances)
+
+
+def test_greedy_is_true_where_the_answer_is_what_the_model_would_say(loaded):
+    model, tokenizer = loaded
+    ids = tokenizer("the river", return_tensors="pt").input_ids
+    with torch.no_grad():
+        for _ in range(3):
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    row, n = ids[0].tolist(), ids.shape[1] - 3
+    requests = [(("", ""), row[:n], row[n:]), (("", ""), row[:n], row[n : n + 1]), (("", ""), row[:n], [*row[n:-1], 3])]
+    scorer, hflm = Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    found = scorer._loglikelihood_tokens(requests)
+    assert [flag for _, flag in found] == [True, True, row[-1] == 3]
+    for (value, flag), (expected, theirs) in zip(found, hflm._loglikelihood_tokens(requests, disable_tqdm=True), strict=True):
+        assert value == pytest.approx(expected, abs=1e-4)
+        assert flag == theirs
+
+
+def test_an_empty_context_is_scored_after_the_prefix_token(loaded):
+    from lm_eval.api.instance import Instance
+
+    model, tokenizer = loaded
+    instances = [Instance("loglikelihood", {}, ("", text), 0) for text in ("the river", "copper", "salt and resin")]
+    compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
+
+
+def test_an_answer_without_a_token_is_an_error_as_in_lm_eval(gpt2):
+    """Its log-likelihood would be 0, the best there is."""
+    model, tokenizer = gpt2
+    request = [(("context", ""), [5, 6, 7], [])]
+    with pytest.raises(AssertionError):
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)._loglikelihood_tokens(request, disable_tqdm=True)
+    with pytest.raises((AssertionError, LetheError, ValueError)):
+        Scorer(model, tokenizer)._loglikelihood_tokens(request)
+
+
+def test_an_answer_longer_than_the_window_is_an_error_as_in_lm_eval(gpt2):
+    model, tokenizer = gpt2
+    request = [(("context", "answer"), [5, 6, 7], [8] * 70), (("context", "answer"), [5, 6, 7], [8])]
+    with pytest.raises(AssertionError):
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)._loglikelihood_tokens(request, disable_tqdm=True)
+    with pytest.raises((AssertionError, LetheError, ValueError, RuntimeError)):
+        Scorer(model, tokenizer)._loglikelihood_tokens(request)
+
+
+def test_accuracy_stderr_and_facts_are_those_of_simple_evaluate(loaded, known, tmp_path):
+    model, tokenizer = loaded
+    name = known()
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+        tasks=[name],
+        task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False),
+        bootstrap_iters=0,
+    )["results"][name]
+    ours = evaluate_model(model, tokenizer, [name])[name]
+    assert ours["acc"] == pytest.approx(theirs["acc,none"])
+    assert (ours["n"], ours["version"], ours["num_fewshot"]) == (len(QUESTIONS), 3, 0)
+    assert ours["chance"] == pytest.approx(np.mean([1 / len(q["choices"]) for q in QUESTIONS]))
+    full = lm_eval.simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+        tasks=[name],
+        task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False),
+    )["results"][name]
+    assert ours["stderr"] == pytest.approx(full["acc_stderr,none"])
+
+
+def test_a_right_and_a_wrong_answer_are_told_apart(gpt2, known):
+    """The right answer is set to what the model prefers, then to what it does not."""
+    model, tokenizer = gpt2
+    samples: dict[str, list] = {}
+    name = known()
+    evaluate_model(model, tokenizer, [name], samples=samples)
+    preferred = [int(np.argmax(s["log_likelihoods"])) for s in sorted(samples[name], key=lambda s: s["doc_id"])]
+    right = [q | {"answer": best} for q, best in zip(QUESTIONS, preferred, strict=True)]
+    wrong = [q | {"answer": (best + 1) % len(q["choices"])} for q, best in zip(QUESTIONS, preferred, strict=True)]
+    assert evaluate_model(model, tokenizer, [known(right)])[name]["acc"] == 1
+    assert evaluate_model(model, tokenizer, [known(wrong)])[name]["acc"] == 0
+
+
+def test_limit_asks_the_first_questions(gpt2, known):
+    model, tokenizer = gpt2
+    samples: dict[str, list] = {}
+    assert evaluate_model(model, tokenizer, [known()], limit=3, samples=samples)["made_up"]["n"] == 3
+    assert sorted(s["doc_id"] for s in samples["made_up"]) == [0, 1, 2]
+
+
+# --- what is left behind ---------------------------------------------------------------------------------------------
+
+
+def states() -> tuple:
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+
+
+@pytest.fixture
+def mixed(gpt2):
+    """The model with some modules in training mode and some not; put back after."""
+    model, tokenizer = gpt2
+    model.train()
+    model.transformer.h[1].eval()
+    model.transformer.h[2].attn.eval()
+    yield model, tokenizer
+    model.eval()
+
+
+def modes(model) -> dict[str, bool]:
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def test_modes_settings_and_random_state_are_as_before(mixed, known):
+    model, tokenizer = mixed
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    before = modes(model), states(), model.config.to_dict(), torch.is_grad_enabled(), tokenizer.padding_side, tokenizer.pad_token
+    results = evaluate_model(model, tokenizer, [known()])
+    assert len(set(before[0].values())) == 2
+    after = modes(model), states(), model.config.to_dict(), torch.is_grad_enabled(), tokenizer.padding_side, tokenizer.pad_token
+    assert after == before
+    assert all(torch.equal(p, weights[name]) and p.requires_grad for name, p in model.named_parameters())
+    model.eval()
+    assert evaluate_model(model, tokenizer, ["made_up"]) == results  # there was no dropout
+
+
+def test_modes_and_random_state_are_restored_after_an_exception(mixed, known, monkeypatch):
+    model, tokenizer = mixed
+
+    def fail(*_: object, **__: object) -> None:
+        assert not model.transformer.h[0].training
+        torch.rand(1)
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(Scorer, "_answer_logits", fail)
+    before = modes(model), states()
+    with pytest.raises(RuntimeError, match="in the middle"):
+        evaluate_model(model, tokenizer, [known()])
+    assert (modes(model), states()) == before
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_training_goes_on_after_an_evaluation(mixed, known):
+    model, tokenizer = mixed
+    evaluate_model(model, tokenizer, [known()])
+    model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    assert model.transformer.h[0].attn.c_attn.weight.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+def test_a_peft_model_scores_as_the_merged_one(make_model, known, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    folder = make_model("llama", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder).eval()
+    name = known()
+    plain: dict[str, list] = {}
+    evaluate_model(base, tokenizer, [name], samples=plain)
+    torch.manual_seed(0)
+    names = ["q_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=names, init_lora_weights=False, lora_dropout=0.5)).train()
+    before, samples = modes(model), {}
+    result = evaluate_model(model, tokenizer, [name], samples=samples)
+    assert modes(model) == before
+    merged: dict[str, list] = {}
+    expected = evaluate_model(model.merge_and_unload().eval(), tokenizer, [name], samples=merged)
+
+    def values(rows: dict[str, list]) -> list[float]:
+        return [v for s in rows[name] for v in s["log_likelihoods"]]
+
+    assert values(samples) == pytest.approx(values(merged), abs=1e-3)
+    assert values(samples) != pytest.approx(values(plain), abs=0.1)
+    assert result == pytest.approx(expected)
+
+
+# --- what is computed from the answers -------------------------------------------------------------------------------
+
+
+def question(acc: float, chosen: int = 0, choices: int = 4) -> dict:
+    responses = [(-1.0 if i == chosen else -2.0, False) for i in range(choices)]
+    return {"acc": acc, "arguments": [("prompt", f" {i}") for i in range(choices)], "filtered_resps": responses}
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (7, 25), (250, 1000), (1, 1)])
+def test_interval_is_wilsons(right, n):
+    result = measure([question(float(i < right), i % 4) for i in range(n)])
+    interval = binomtest(right, n).proportion_ci(0.95, "wilson")
+    assert (result["low"], result["high"]) == pytest.approx((interval.low, interval.high))
+    z, p = norm.ppf(0.975), right / n  # and by the formula
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert (result["low"], result["high"]) == pytest.approx(
+        ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), abs=1e-9
+    )
+    assert (result["acc"], result["n"]) == (pytest.approx(p), n)
+
+
+def test_stderr_is_that_of_lm_eval():
+    from lm_eval.api.metrics import mean_stderr
+
+    values = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    assert measure([question(v) for v in values])["stderr"] == pytest.approx(mean_stderr(values))
+
+
+def test_a_probability_has_the_normal_interval_and_no_chance():
+    rng = random.Random(0)
+    values = [rng.random() for _ in range(50)]
+    questions = [{k: v for k, v in question(0).items() if k != "acc"} | {"correct_prob": v} for v in values]
+    result = measure(questions)
+    half = norm.ppf(0.975) * np.std(values, ddof=1) / math.sqrt(50)
+    assert result["correct_prob"] == pytest.approx(np.mean(values))
+    assert (result["low"], result["high"]) == pytest.approx((np.mean(values) - half, np.mean(values) + half), rel=1e-6)
+    assert "acc" not in result
+    assert "chance" not in result
+    assert value_of(result) == result["correct_prob"]
+
+
+def test_one_answer_nearly_always_is_degenerate():
+    def share(same: int, n: int = 100) -> dict:
+        return measure([question(0.25, 0 if i < same else 1 + i % 3) for i in range(n)])
+
+    assert share(100)["degenerate"]
+    assert share(100)["answers"] == {"0": 100}
+    assert share(95)["degenerate"]
+    assert not share(40)["degenerate"]
+    assert sum(share(40)["answers"].values()) == 100
+    assert not share(5, 5)["degenerate"]  # too few to say
+
+
+def test_degenerate_is_marked_on_a_real_model_that_always_says_the_same(gpt2, known):
+    """Choices A, B, C, D and a bias that makes the model say B: accuracy at chance, and marked."""
+    model, tokenizer = gpt2
+    questions = [
+        {"prompt": f"Question {i}: which?\nAnswer:", "choices": ["A", "B", "C", "D"], "answer": i % 4} for i in range(24)
+    ]
+    head = model.lm_head.weight.data.clone()
+    token = tokenizer.encode("A B")[-1]
+    try:
+        model.lm_head.weight = torch.nn.Parameter(head.clone())
+        hook = model.lm_head.register_forward_hook(lambda m, a, out: out + 100 * (torch.arange(out.shape[-1]) == token))
+        result = evaluate_model(model, tokenizer, [known(questions)])["made_up"]
+    finally:
+        hook.remove()
+        model.tie_weights()
+    assert result["acc"] == 0.25
+    assert result["answers"] == {"1": 24}
+    assert result["degenerate"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_whose_weights_are_not_numbers_has_no_accuracy(make_model, known, tmp_path):
+    """All log-likelihoods are nan: answering "the first" would look like an unlearned model at 25 %."""
+    folder = make_model("llama", tmp_path / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.model.norm.weight.data.fill_(math.nan)
+    try:
+        result = evaluate_model(model, tokenizer, [known()])["made_up"]
+    except LetheError:
+        return
+    assert result.get("acc") is None or math.isnan(result["acc"])
+
+
+def test_fingerprint_is_of_the_prompts_and_not_of_the_model(make_model, known, tmp_path):
+    def fingerprint(seed: int, questions: list[dict]) -> str:
+        folder = make_model("llama", tmp_path / f"{seed}", seed=seed)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        return evaluate_model(model, tokenizer, [known(questions)])["made_up"]["fingerprint"]
+
+    first = fingerprint(0, QUESTIONS)
+    assert fingerprint(1, QUESTIONS) == first
+    changed = [QUESTIONS[0] | {"prompt": "Another question?\nAnswer:"}, *QUESTIONS[1:]]
+    assert fingerprint(0, changed) != first
+    assert fingerprint(0, [QUESTIONS[0] | {"choices": ["a", "b", "c", "e"]}, *QUESTIONS[1:]]) != first
+    assert fingerprint(0, QUESTIONS[:-1]) != first
+
+
+def test_the_right_answer_is_part_of_the_fingerprint(gpt2, known):
+    """The same prompts with another key are another test."""
+    model, tokenizer = gpt2
+    first = evaluate_model(model, tokenizer, [known()])["made_up"]["fingerprint"]
+    other = [QUESTIONS[0] | {"answer": 3}, *QUESTIONS[1:]]
+    assert evaluate_model(model, tokenizer, [known(other)])["made_up"]["fingerprint"] != first
+
+
+# --- as a run --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_keeps_a_run_with_samples_and_the_models_hash(make_model, known, tmp_path):
+    folder = make_model("llama", tmp_path / "model")
+    run = evaluate_function(EvaluateConfig(str(folder), [known()], samples=True, out=str(tmp_path / "runs")))
+    record = Run.open(run.path).record
+    assert (record["kind"], record["status"]) == ("evaluate", "complete")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert record["evals"] == evaluate_model(model, tokenizer, ["made_up"])
+    assert record["parents"]["model"]["ref"] == str(folder)
+    rows = run.rows("samples.jsonl")
+    assert len(rows) == len(QUESTIONS)
+    right = [int(np.argmax(row["log_likelihoods"])) == int(row["target"]) for row in rows]
+    assert np.mean(right) == pytest.approx(record["evals"]["made_up"]["acc"])
+
+
+@pytest.mark.parametrize("change", [{"tasks": ["lab_forgot"]}, {"tasks": []}, {"model": "nowhere"}])
+def test_an_unknown_model_or_task_is_refused_before_anything_is_written(make_model, tmp_path, change):
+    folder = make_model("llama", tmp_path / "model")
+    with pytest.raises(LetheError):
+        evaluate_function(EvaluateConfig(**({"model": str(folder), "tasks": ["lab_forget"], "out": str(tmp_path / "runs")} | change)))
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,340 @@
+"""A run's directory: whole at every moment, honest about how it ended, readable after a crash."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lethe import ledger
+from lethe.errors import LetheError
+from lethe.ledger import Run, find_run, find_runs, refuse_run_folder, write_atomically
+
+KEYS = {"id", "kind", "name", "status", "reason", "job_id", "launcher", "created", "started", "finished", "heartbeat", "config"}
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run.create("unlearn", "trial", {"lr": 0.1}, tmp_path / "runs")
+
+
+def on_disk(run: Run) -> dict:
+    return json.loads((run.path / "run.json").read_text())
+
+
+def test_a_new_run_is_queued_in_a_folder_of_kind_name_and_id(run, tmp_path):
+    assert run.path == tmp_path / "runs" / f"unlearn-trial-{run.id}"
+    assert on_disk(run).keys() >= KEYS
+    assert (on_disk(run)["status"], on_disk(run)["config"]) == ("queued", {"lr": 0.1})
+
+
+def test_a_name_cannot_leave_the_folder(tmp_path):
+    run = Run.create("unlearn", "../../a b/c", {}, tmp_path / "runs")
+    assert run.path.parent == tmp_path / "runs"
+    assert on_disk(run)["name"] == "../../a b/c"
+
+
+def test_ids_differ(tmp_path):
+    assert len({Run.create("unlearn", "same", {}, tmp_path).id for _ in range(50)}) == 50
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_never_sees_half_a_record(run):
+    """Two threads write records of very different sizes while a third reads."""
+    stop, problems, reads = threading.Event(), [], 0
+
+    def write(size: int) -> None:
+        while not stop.is_set():
+            run.update(payload="x" * size)
+
+    writers = [threading.Thread(target=write, args=(size,)) for size in (10, 400_000)]
+    for writer in writers:
+        writer.start()
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        try:
+            assert len(on_disk(run).get("payload", "x" * 10)) in {10, 400_000}
+        except (ValueError, OSError, AssertionError) as error:
+            problems.append(repr(error)[:80])
+        reads += 1
+    stop.set()
+    for writer in writers:
+        writer.join()
+    assert reads > 20
+    assert not problems
+    assert sorted(p.name for p in run.path.iterdir()) == ["run.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    file = tmp_path / "run.json"
+    write_atomically(file, "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(file, "new")
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_text_is_written_in_utf8_whatever_the_locale(tmp_path):
+    code = f"from pathlib import Path; from lethe.ledger import write_atomically; write_atomically(Path({str(tmp_path / 'f')!r}), 'ü–文')"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert (tmp_path / "f").read_text(encoding="utf-8") == "ü–文"
+
+
+def test_update_merges_dicts_one_level_and_replaces_the_rest(run):
+    run.update(plan={"steps": 3, "epochs": 1}, losses=[1])
+    run.update(plan={"tokens": 9, "epochs": 2}, losses=[2])
+    assert on_disk(run)["plan"] == {"steps": 3, "epochs": 2, "tokens": 9}
+    assert on_disk(run)["losses"] == [2]
+
+
+def test_not_a_number_stays_not_a_number(run):
+    run.append("metrics.jsonl", {"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": None})
+    row = run.rows("metrics.jsonl")[0]
+    assert math.isnan(row["loss"])
+    assert row["grad_norm"] == math.inf
+    assert row["lr"] is None
+    run.update(losses={"cb_loss": math.nan})
+    assert math.isnan(Run.open(run.path).record["losses"]["cb_loss"])
+
+
+def test_a_last_line_cut_short_is_left_out(run):
+    run.append("metrics.jsonl", {"step": 1})
+    run.append("metrics.jsonl", {"step": 2})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [row["step"] for row in run.rows("metrics.jsonl")] == [1, 2]
+
+
+def test_a_line_after_one_cut_short_is_not_lost(run):
+    """A resumed run appends to the file that the crash left."""
+    run.append("metrics.jsonl", {"step": 1})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    run.append("metrics.jsonl", {"step": 2})
+    run.append("metrics.jsonl", {"step": 3})
+    assert [row["step"] for row in run.rows("metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_file_that_is_not_there_has_no_rows(run):
+    assert run.rows("curve.jsonl") == []
+
+
+# --- how a run ends --------------------------------------------------------------------------------------------------
+
+
+def test_complete(run):
+    with run.running():
+        assert on_disk(run)["status"] == "running"
+        assert on_disk(run)["started"]
+        logging.getLogger("lethe.test").warning("something to know")
+    record = on_disk(run)
+    assert (record["status"], record["reason"]) == ("complete", None)
+    assert record["finished"] >= record["started"] >= record["created"]
+    assert record["environment"]["seconds"] >= 0
+    assert record["environment"]["peak_memory"] > 1e6
+    assert record["environment"]["versions"]["torch"]
+    assert "something to know" in (run.path / "log.txt").read_text()
+
+
+def test_failed_with_its_reason_and_the_traceback_in_the_log(run):
+    with pytest.raises(ZeroDivisionError), run.running():
+        1 / 0  # noqa: B018
+    assert (on_disk(run)["status"], on_disk(run)["reason"]) == ("failed", "ZeroDivisionError: division by zero")
+    assert on_disk(run)["finished"]
+    assert "Traceback" in (run.path / "log.txt").read_text()
+
+
+def test_cancelled_from_the_keyboard(run):
+    with pytest.raises(KeyboardInterrupt), run.running():
+        raise KeyboardInterrupt
+    assert on_disk(run)["status"] == "cancelled"
+
+
+def test_diverged_is_kept_with_its_reason(run):
+    with run.running():
+        run.update(status="diverged", reason="the loss was nan at step 3")
+    assert (on_disk(run)["status"], on_disk(run)["reason"]) == ("diverged", "the loss was nan at step 3")
+    assert on_disk(run)["finished"]
+
+
+def test_work_that_fails_after_diverging_keeps_both_facts(run):
+    """The cause is the divergence; what failed later is a consequence."""
+    with pytest.raises(ValueError, match="later"), run.running():
+        run.update(status="diverged", reason="the loss was nan at step 3")
+        raise ValueError("later")
+    assert on_disk(run)["status"] in {"diverged", "failed"}
+    assert "later" in on_disk(run)["reason"] or "nan at step 3" in on_disk(run)["reason"]
+
+
+def test_the_log_file_is_closed_and_detached(run):
+    before = list(logging.getLogger().handlers)
+    with run.running():
+        assert len(logging.getLogger().handlers) == len(before) + 1
+    assert logging.getLogger().handlers == before
+    logging.getLogger("lethe.test").error("afterwards")
+    assert "afterwards" not in (run.path / "log.txt").read_text()
+
+
+def test_threads_do_not_outlive_the_run(run):
+    before = threading.active_count()
+    with run.running():
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_heartbeat_is_renewed_while_running(run, monkeypatch):
+    monkeypatch.setattr(ledger, "HEARTBEAT_SECONDS", 0.05)
+    with run.running():
+        run.update(heartbeat="2001-01-01T00:00:00+00:00")
+        deadline = time.monotonic() + 5
+        while on_disk(run)["heartbeat"].startswith("2001") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert ledger.seconds_since(on_disk(run)["heartbeat"]) < 5
+
+
+def test_running_with_an_old_heartbeat_is_lost(run):
+    run.update(status="running", heartbeat=ledger.now())
+    assert Run.open(run.path).status == "running"
+    old = "2001-01-01T00:00:00+00:00"
+    run.update(heartbeat=old)
+    assert Run.open(run.path).status == "lost"
+    assert Run.open(run.path).record["status"] == "running"  # what is on disk is not rewritten
+    for status in ("queued", "complete", "failed", "cancelled", "diverged"):
+        run.update(status=status)
+        assert Run.open(run.path).status == status
+
+
+def test_a_killed_process_leaves_a_readable_run_that_is_found_lost(tmp_path):
+    code = f"""
+import sys, time
+from lethe.ledger import Run
+run = Run.create("unlearn", "killed", {{}}, {str(tmp_path)!r})
+with run.running():
+    run.append("metrics.jsonl", {{"step": 1}})
+    print(run.path, flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    path = Path(process.stdout.readline().strip())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run = Run.open(path)
+    assert run.record["status"] == "running"
+    assert run.rows("metrics.jsonl") == [{"step": 1}]
+    assert ledger.seconds_since(run.record["heartbeat"]) < ledger.LOST_AFTER_SECONDS
+    run.update(heartbeat="2001-01-01T00:00:00+00:00")
+    assert run.status == "lost"
+
+
+# --- finding runs ----------------------------------------------------------------------------------------------------
+
+
+def test_find_runs_lists_oldest_first_in_a_folder_its_runs_or_a_run(tmp_path):
+    made = [Run.create("unlearn", f"n{i}", {}, tmp_path / "demo" / "runs") for i in range(3)]
+    for run, created in zip(made, ("2024-03-01", "2024-01-01", "2024-02-01"), strict=True):
+        run.update(created=created)
+    expected = [made[1].id, made[2].id, made[0].id]
+    assert [r.id for r in find_runs(tmp_path / "demo" / "runs")] == expected
+    assert [r.id for r in find_runs(tmp_path / "demo")] == expected
+    assert [r.id for r in find_runs(made[0].path)] == [made[0].id]
+    assert find_runs(tmp_path / "nowhere") == []
+
+
+def test_one_damaged_record_does_not_hide_the_other_runs(tmp_path):
+    good, bad = Run.create("unlearn", "good", {}, tmp_path), Run.create("unlearn", "bad", {}, tmp_path)
+    (bad.path / "run.json").write_text("")
+    assert good.id in [r.record.get("id") for r in find_runs(tmp_path)]
+
+
+def test_find_run_by_id_by_part_and_by_folder(tmp_path, monkeypatch):
+    one = Run.create("unlearn", "first", {}, tmp_path / "demo" / "runs")
+    two = Run.create("tamper", "second", {}, tmp_path / "runs")
+    for name in (one.id, "unlearn-first", one.path.name, str(one.path)):
+        assert find_run(name, tmp_path / "demo" / "runs").id == one.id
+    monkeypatch.chdir(tmp_path)
+    assert find_run(one.id).path.resolve() == one.path.resolve()  # in */runs/
+    assert find_run(two.id).path.resolve() == two.path.resolve()  # in runs/
+
+
+def test_find_run_prefers_a_whole_id_to_a_part_of_a_name(tmp_path):
+    one = Run.create("unlearn", "first", {}, tmp_path)
+    Run.create("tamper", f"of-{one.id}-again", {}, tmp_path)
+    assert find_run(one.id, tmp_path).id == one.id
+
+
+def test_find_run_refuses_what_fits_several_or_none(tmp_path):
+    runs = [Run.create("unlearn", "same", {}, tmp_path) for _ in range(2)]
+    with pytest.raises(LetheError, match=r"fits 2 runs.*give the whole id") as caught:
+        find_run("same", tmp_path)
+    assert all(run.path.name in str(caught.value) for run in runs)
+    with pytest.raises(LetheError, match="run:ffff"):
+        find_run("ffff", tmp_path)
+
+
+def test_an_empty_id_names_no_run(tmp_path):
+    Run.create("unlearn", "only", {}, tmp_path)
+    with pytest.raises(LetheError):
+        find_run("", tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["runs[1]", "run*s", "a?b"])
+def test_folders_with_signs_of_patterns_in_their_name(tmp_path, folder):
+    run = Run.create("unlearn", "first", {}, tmp_path / folder)
+    assert find_run(run.id, tmp_path / folder).id == run.id
+    assert [r.id for r in find_runs(tmp_path / folder)] == [run.id]
+
+
+@pytest.mark.parametrize("content", ["", "{half", "[]", '"text"'])
+def test_a_damaged_record_is_refused_in_words(run, content):
+    (run.path / "run.json").write_text(content)
+    with pytest.raises(LetheError, match=r"run\.json"):
+        Run.open(run.path)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(LetheError, match="is not a run"):
+        Run.open(tmp_path)
+
+
+def test_an_output_folder_that_is_a_run_or_a_file_is_refused(run, tmp_path):
+    before = sorted(p.name for p in run.path.rglob("*"))
+    for function in (refuse_run_folder, lambda out: Run.create("unlearn", "inside", {}, out)):
+        with pytest.raises(LetheError, match="already holds a run"):
+            function(run.path)
+    assert sorted(p.name for p in run.path.rglob("*")) == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(LetheError, match="is a file"):
+        refuse_run_folder(tmp_path / "file")
+    with pytest.raises(LetheError, match="cannot write"):
+        Run.create("unlearn", "below", {}, tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "mine"
+    refuse_run_folder(tmp_path / "runs")
+    refuse_run_folder(tmp_path / "new")
+
+
+def test_sha256_is_of_names_and_contents(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text("1")
+    b.write_text("2")
+    assert ledger.sha256(a, b) == ledger.sha256(b, a)
+    first = ledger.sha256(a, b)
+    a.write_text("2")
+    b.write_text("1")
+    assert ledger.sha256(a, b) != first

@@ -1,0 +1,377 @@
+"""Model references: each form finds its model, and what cannot be loaded is refused in one line before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lethe import refs
+from lethe.errors import LetheError
+from lethe.ledger import Run, sha256
+from lethe.refs import load, refuse_layers, refuse_mismatch, resolve, weight_hash
+
+IDS = torch.tensor([[5, 9, 40, 41, 7]])
+
+
+@pytest.fixture(scope="module")
+def home(make_model, tmp_path_factory):
+    """A model `plain`, and a folder `family` of checkpoints 5, 20 and 100."""
+    home = tmp_path_factory.mktemp("models")
+    make_model("llama", home / "plain", seed=1)
+    for step in (100, 5, 20):
+        make_model("llama", home / "family" / f"global_step{step}", seed=step)
+    (home / "family" / "global_stepnone").mkdir()
+    return home
+
+
+@pytest.fixture
+def copy(home, tmp_path) -> Path:
+    """A copy of the model, to be damaged."""
+    return shutil.copytree(home / "plain", tmp_path / "copy")
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(LetheError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- what a reference means ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_its_model(home):
+    ref = resolve(str(home / "plain"))
+    assert (ref.width, ref.depth, ref.local) == (32, 4, True)
+    model, tokenizer = load(ref)
+    assert equal(weights(model), weights(AutoModelForCausalLM.from_pretrained(home / "plain")))
+    assert not model.training
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("right", "<pad>")
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_dtype_is_that_of_all_weights(home):
+    model, _ = load(resolve(str(home / "plain")), "bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_end_of_text_stands_in_for_a_missing_padding_token(copy, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(copy)
+    assert refs.tokenizer(resolve(str(copy))).pad_token == "</s>"
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"])
+def test_width_and_depth_of_every_architecture(make_model, tmp_path, architecture):
+    ref = resolve(str(make_model(architecture, tmp_path)))
+    assert (ref.width, ref.depth) == (32, 4)
+    load(ref)
+
+
+def test_a_checkpoint_of_a_folder(home):
+    ref = resolve(f"{home / 'family'}@global_step20")
+    assert equal(weights(load(ref)[0]), weights(AutoModelForCausalLM.from_pretrained(home / "family" / "global_step20")))
+
+
+def test_checkpoints_are_in_order_of_step(home):
+    assert list(refs.checkpoint_folders(home / "family")) == ["global_step5", "global_step20", "global_step100"]
+
+
+def test_an_unknown_checkpoint_is_refused_with_the_nearest(home):
+    message = refusal(resolve, f"{home / 'family'}@global_step21")
+    assert "no such checkpoint" in message
+    assert "did you mean 'global_step20'" in message
+
+
+def test_lab_references(lab):
+    final = resolve("lab:final")
+    steps = list(refs.checkpoint_folders(lab / "checkpoints"))
+    assert final.path == str(lab / "checkpoints" / steps[-1])
+    assert resolve(f"lab:{steps[0]}").path == str(lab / "checkpoints" / steps[0])
+    assert resolve("lab:filtered").path == str(lab / "filtered")
+    assert "did you mean 'final'" in refusal(resolve, "lab:finale")
+
+
+def test_a_lab_that_is_not_built_is_refused_with_the_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("LETHE_HOME", str(tmp_path))
+    assert "lethe lab build" in refusal(resolve, "lab:final")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "nowhere", "./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere", "random:", "random:nowhere", "lab:"])
+def test_names_of_nothing_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refusal(resolve, name)
+
+
+def test_a_folder_that_misses_is_not_taken_for_a_hub_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert "is not a folder" in refusal(resolve, "models/mine")
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def make_run(out: Path, base: Path | None = None, kind: str = "adapter") -> Run:
+    """A complete unlearning run whose artifact is an adapter on `base` or a model."""
+    from peft import LoraConfig, get_peft_model
+
+    run = Run.create("unlearn", "made", {}, out)
+    with run.running():
+        ref = resolve(str(base))
+        model, tokenizer = load(ref)
+        if kind == "adapter":
+            torch.manual_seed(0)
+            names = [n for n, _ in model.named_modules() if n.endswith("q_proj")]
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+        else:
+            model.lm_head.weight.data.mul_(2)
+        model.save_pretrained(run.path / kind)
+        tokenizer.save_pretrained(run.path / kind)
+        file = next((run.path / kind).glob("*.safetensors"))
+        run.update(artifacts={kind: {"path": kind, "sha256": sha256(file)}}, parents={"model": refs.record(ref)})
+    return run
+
+
+def test_a_runs_model_is_what_the_run_saved(home, tmp_path):
+    run = make_run(tmp_path, home / "plain", "model")
+    for name in (f"run:{run.id}", str(run.path)):
+        model, _ = load(resolve(name, tmp_path))
+        assert equal(weights(model), weights(AutoModelForCausalLM.from_pretrained(run.path / "model")))
+
+
+def test_a_runs_adapter_sits_on_the_model_it_was_trained_from(home, tmp_path):
+    from peft import PeftModel
+
+    run = make_run(tmp_path, home / "plain")
+    ref = resolve(f"run:{run.id}", tmp_path)
+    assert (ref.width, ref.depth) == (32, 4)
+    model, _ = load(ref)
+    base = AutoModelForCausalLM.from_pretrained(home / "plain")
+    before = base(IDS).logits
+    by_hand = PeftModel.from_pretrained(base, str(run.path / "adapter")).eval()
+    assert torch.equal(model(IDS).logits, by_hand(IDS).logits)
+    assert not torch.allclose(model(IDS).logits, before, atol=1e-2)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lora" in n)
+    trained, _ = load(ref, trainable_adapter=True)
+    assert any(p.requires_grad for n, p in trained.named_parameters() if "lora" in n)
+
+
+def test_an_adapter_and_its_base_have_different_hashes(home, tmp_path):
+    run = make_run(tmp_path, home / "plain")
+    assert weight_hash(resolve(f"run:{run.id}", tmp_path)) != weight_hash(resolve(str(home / "plain")))
+
+
+def test_an_adapter_whose_base_has_changed_is_refused(copy, make_model, tmp_path):
+    run = make_run(tmp_path / "runs", copy)
+    make_model("llama", copy, seed=9)
+    assert "holds other weights now" in refusal(resolve, f"run:{run.id}", tmp_path / "runs")
+
+
+def test_an_adapter_whose_base_is_gone_is_refused(copy, tmp_path):
+    run = make_run(tmp_path / "runs", copy)
+    shutil.rmtree(copy)
+    assert "copy" in refusal(resolve, f"run:{run.id}", tmp_path / "runs")
+
+
+def test_a_run_without_a_model_is_refused(tmp_path):
+    run = Run.create("evaluate", "none", {}, tmp_path)
+    assert "holds no model" in refusal(resolve, f"run:{run.id}", tmp_path)
+    assert "run:ffffffff" in refusal(resolve, "run:ffffffff", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_run_whose_artifact_was_deleted_is_refused(home, tmp_path, kind):
+    run = make_run(tmp_path, home / "plain", kind)
+    shutil.rmtree(run.path / kind)
+    refusal(resolve, f"run:{run.id}", tmp_path)
+
+
+# --- random: ---------------------------------------------------------------------------------------------------------
+
+
+def test_random_is_the_architecture_with_fresh_weights_the_same_each_time(home):
+    ref = resolve(f"random:{home / 'plain'}")
+    torch.manual_seed(1)
+    first, tokenizer = load(ref)
+    state = torch.random.get_rng_state()
+    second, _ = load(ref)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    original, _ = load(resolve(str(home / "plain")))
+    assert equal(weights(first), weights(second))
+    assert first.config.to_dict() | {"dtype": None} == original.config.to_dict() | {"dtype": None}
+    for name, parameter in original.named_parameters():
+        if "norm" not in name:
+            assert not torch.allclose(first.get_parameter(name), parameter), name
+    assert tokenizer("the river")["input_ids"]
+    assert weight_hash(ref) != weight_hash(resolve(str(home / "plain")))
+
+
+# --- what cannot be loaded -------------------------------------------------------------------------------------------
+
+
+def test_pickled_weights_are_refused_whatever_their_name(copy):
+    (copy / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "model.pt", "weights.pth"):
+        (copy / name).write_bytes(b"\x80\x04.")
+        message = refusal(resolve, str(copy))
+        assert "pickled weights" in message
+        assert "safetensors" in message
+        (copy / name).unlink()
+
+
+def test_pickled_weights_beside_safetensors_are_not_read(copy):
+    (copy / "pytorch_model.bin").write_bytes(b"not a pickle")
+    load(resolve(str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("files", "word"),
+    [
+        (["model.safetensors"], "has no weights"),
+        (["config.json"], "has no config.json"),
+        (["tokenizer.json", "tokenizer_config.json"], "has no tokenizer"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_refused(copy, files, word):
+    for name in files:
+        (copy / name).unlink()
+    assert word in refusal(resolve, str(copy))
+
+
+def test_random_of_a_folder_without_weights_is_refused_or_loads(copy):
+    """random: needs the configuration and the tokenizer alone; if it is refused then in words."""
+    (copy / "model.safetensors").unlink()
+    try:
+        load(resolve(f"random:{copy}"))
+    except LetheError:
+        pass
+
+
+def test_a_file_is_no_model(copy):
+    refusal(resolve, str(copy / "config.json"))
+
+
+@pytest.mark.parametrize("content", ["{half", "", "[]", "{}"])
+def test_a_damaged_configuration_is_refused(copy, content):
+    (copy / "config.json").write_text(content)
+    assert "config.json" in refusal(lambda: resolve(str(copy)).width)
+
+
+def test_weights_with_a_tensor_missing_are_refused(copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(load, resolve(str(copy)))
+    assert "model.layers.1.mlp.up_proj.weight" in message
+    assert str(copy) in message
+
+
+def test_weights_of_another_shape_are_refused(copy):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(7, 7)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert str(copy) in refusal(load, resolve(str(copy)))
+
+
+@pytest.mark.parametrize("keep", [0, 10, 5000])
+def test_a_weights_file_cut_short_is_refused(copy, keep):
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[:keep])
+    assert str(copy) in refusal(lambda: load(resolve(str(copy))))
+
+
+def test_a_missing_shard_is_refused(home, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(home / "plain")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(home / "plain" / name, tmp_path / "sharded")
+    assert len(shards := sorted((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert equal(weights(load(resolve(str(tmp_path / "sharded")))[0]), weights(model))
+    shards[0].unlink()
+    refusal(lambda: load(resolve(str(tmp_path / "sharded"))))
+
+
+def test_code_of_a_repository_is_not_run(copy, tmp_path):
+    """A configuration that asks for code of its own is refused, and the code does not run."""
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"}, "model_type": "evil"}
+    (copy / "config.json").write_text(json.dumps(config))
+    refusal(lambda: load(resolve(str(copy))))
+    assert not (tmp_path / "ran").exists()
+
+
+# --- what does not fit together --------------------------------------------------------------------------------------
+
+
+def test_the_same_family_fits(home):
+    refuse_mismatch(resolve(str(home / "plain")), resolve(f"{home / 'family'}@global_step5"))
+
+
+def test_another_width_is_refused_with_both(home, make_model, tmp_path):
+    other = make_model("llama", tmp_path, hidden_size=48)
+    message = refusal(refuse_mismatch, resolve(str(home / "plain")), resolve(str(other)))
+    assert "width 48" in message
+    assert "32" in message
+
+
+def test_another_tokenizer_is_refused(home, make_model, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer(words=("quite other words, in other number",))
+    other = make_model("llama", tmp_path, tokenizer=tokenizer)
+    assert "different tokenizers" in refusal(refuse_mismatch, resolve(str(home / "plain")), resolve(str(other)))
+
+
+def test_a_layer_out_of_range_is_refused_with_the_range(home):
+    ref = resolve(str(home / "plain"))
+    refuse_layers(ref, [0, 3])
+    assert "layers 0 to 3" in refusal(refuse_layers, ref, [0, 4])
+
+
+def test_hash_is_of_the_weights_and_not_of_the_place(home, copy):
+    assert weight_hash(resolve(str(copy))) == weight_hash(resolve(str(home / "plain")))
+    assert weight_hash(resolve(f"{home / 'family'}@global_step5")) != weight_hash(resolve(str(home / "plain")))
+
+
+def test_resolving_and_checking_import_no_torch(home):
+    code = f"""
+import sys
+from lethe import refs
+from lethe.errors import LetheError
+plain = refs.resolve({str(home / "plain")!r})
+refs.refuse_mismatch(plain, refs.resolve({str(home / "family") + "@global_step5"!r}))
+refs.refuse_layers(plain, [3])
+refs.record(plain)
+refs.resolve({"random:" + str(home / "plain")!r})
+for name in ("nowhere", {str(home / "family")!r}):
+    try:
+        refs.resolve(name)
+    except LetheError:
+        pass
+    else:
+        raise SystemExit(f"{{name}} was not refused")
+loaded = {{"torch", "transformers", "lm_eval", "peft"}} & set(sys.modules)
+raise SystemExit(f"imported: {{loaded}}" if loaded else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
