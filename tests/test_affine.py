@@ -147,7 +147,9 @@ def test_fit_recovers_a_planted_map_and_score_says_so():
 
 
 def test_maps_are_saved_in_the_published_layout_and_come_back(tmp_path):
-    maps = AffineMap({n: torch.randn(HIDDEN, HIDDEN) for n in (0, 10)}, {n: torch.randn(HIDDEN) for n in (0, 10)}, {"alpha": 0.5})
+    maps = AffineMap(
+        {n: torch.randn(HIDDEN, HIDDEN) for n in (0, 10)}, {n: torch.randn(HIDDEN) for n in (0, 10)}, {"alpha": 0.5}
+    )
     maps.save(tmp_path)
     with safe_open(tmp_path / "affine_transforms.safetensors", "pt") as file:
         assert sorted(file.keys()) == ["layer_0.bias", "layer_0.weight", "layer_10.bias", "layer_10.weight"]
@@ -193,7 +195,14 @@ def world(make_model, texts, tmp_path_factory):
 
 
 def config(world: Path, out: Path, **changes) -> AffineConfig:
-    settings = {"text": str(world / "text.jsonl"), "layers": [0, 3], "max_length": 16, "batch_size": 7, "alpha": 0.5, "out": str(out)}
+    settings = {
+        "text": str(world / "text.jsonl"),
+        "layers": [0, 3],
+        "max_length": 16,
+        "batch_size": 7,
+        "alpha": 0.5,
+        "out": str(out),
+    }
     return AffineConfig(str(world / "target"), str(world / "source"), **(settings | changes))
 
 
@@ -243,7 +252,9 @@ def test_record_says_what_the_maps_belong_to(world, fitted):
 def test_the_layer_is_the_block_output_not_its_input(world, fitted):
     """Maps fitted one layer off would predict the target's layer 0 much worse."""
     documents = corpora.read(str(world / "text.jsonl"))[:54]
-    weight, bias = (t.double().numpy() for t in (load_maps(fitted.path / "affine").weight[0], load_maps(fitted.path / "affine").bias[0]))
+    weight, bias = (
+        t.double().numpy() for t in (load_maps(fitted.path / "affine").weight[0], load_maps(fitted.path / "affine").bias[0])
+    )
     y = activations(world / "target", documents, 0)
     right = ((activations(world / "source", documents, 0) @ weight.T + bias - y) ** 2).mean()
     off = ((activations(world / "source", documents, -1) @ weight.T + bias - y) ** 2).mean()
@@ -322,7 +333,9 @@ def test_what_cannot_be_fitted_is_refused_before_anything_is_written(world, tmp_
 def test_a_source_with_fewer_blocks_than_the_last_layer_is_refused_before_anything_is_written(world, make_model, tmp_path):
     shallow = make_model("llama", tmp_path / "shallow", num_hidden_layers=2)
     with pytest.raises(LetheError, match="out of range"):
-        fit_affine(AffineConfig(str(world / "target"), str(shallow), str(world / "text.jsonl"), [0, 3], out=str(tmp_path / "runs")))
+        fit_affine(
+            AffineConfig(str(world / "target"), str(shallow), str(world / "text.jsonl"), [0, 3], out=str(tmp_path / "runs"))
+        )
     assert not (tmp_path / "runs").exists()
 
 
@@ -369,7 +382,12 @@ def test_other_text_is_scored_whole_but_for_documents_that_were_fitted_on(monkey
 def test_scoring_the_held_out_documents_gives_the_scores_of_the_fit(world, fitted):
     again = score_affine(
         AffineScoreConfig(
-            str(fitted.path / "affine"), str(world / "target"), str(world / "source"), str(world / "text.jsonl"), 6, max_length=16
+            str(fitted.path / "affine"),
+            str(world / "target"),
+            str(world / "source"),
+            str(world / "text.jsonl"),
+            6,
+            max_length=16,
         )
     )
     for layer, scores in fitted.record["scores"].items():

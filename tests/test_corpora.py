@@ -13,7 +13,7 @@ from lethe import corpora
 from lethe.config import TextSource
 from lethe.errors import LetheError
 
-DOCUMENTS = ["one document", "another one\nwith two lines", "übergröße – 文", "a fourth, \"quoted\""]
+DOCUMENTS = ["one document", "another one\nwith two lines", "übergröße – 文", 'a fourth, "quoted"']
 
 
 def jsonl(path: Path, rows: list) -> str:
@@ -41,7 +41,7 @@ def test_jsonl_and_parquet_hold_the_same_documents(tmp_path):
 
 
 def test_txt_is_one_document_a_line(tmp_path):
-    (tmp_path / "a.txt").write_bytes("first line\r\nsecond line\n\n  \nthird\n".encode())
+    (tmp_path / "a.txt").write_bytes(b"first line\r\nsecond line\n\n  \nthird\n")
     assert sorted(texts(str(tmp_path / "a.txt"))) == ["first line", "second line", "third"]
 
 
@@ -141,7 +141,9 @@ def test_a_missing_column_is_refused_naming_those_there(tmp_path):
     assert "no text column 'text'" in refusal(parquet(tmp_path / "a.parquet", {"title": ["T"]}))
 
 
-@pytest.mark.parametrize("template", ["{title", "title}", "{}", "{0}", "{title!z}", "{title:>x}", "{title.upper}", "{title[0]}"])
+@pytest.mark.parametrize(
+    "template", ["{title", "title}", "{}", "{0}", "{title!z}", "{title:>x}", "{title.upper}", "{title[0]}"]
+)
 def test_a_template_that_cannot_be_filled_is_refused(tmp_path, template):
     path = jsonl(tmp_path / "a.jsonl", [{"title": "T"}])
     assert "column" in (message := refusal(TextSource(path, template=template))) or "template" in message
@@ -201,3 +203,37 @@ def test_padding_is_on_the_right_and_the_mask_counts_tokens():
     ids, mask = corpora.pad([[5, 6, 7], [8], [9, 0]], 0)
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0], [9, 0, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]  # a token that happens to be the padding token still counts
+
+
+def test_a_mixture_takes_from_each_source_by_its_weight(tmp_path):
+    sources = []
+    for name, count, weight in (("a", 40, 3.0), ("b", 40, 1.0)):
+        path = jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(count)])
+        sources.append(TextSource(path, weight=weight))
+    chosen = corpora.select(sources, 20, "front")
+    assert sorted(d.text[0] for d in chosen) == ["a"] * 15 + ["b"] * 5
+    assert {d.id for d in chosen if d.text[0] == "a"} == {d.id for d in corpora.read(sources[0])[:15]}
+    assert len(corpora.select(sources, 0, "front")) == 53  # all 40 of a, a third as many of b
+    assert not {d.id for d in chosen} & {d.id for d in corpora.select(sources, 20, "back")}
+    with pytest.raises(LetheError, match=r"a\.jsonl' has 40 documents, 60"):
+        corpora.select(sources, 80, "front")
+
+
+def test_a_mixture_holds_as_many_documents_as_asked_for(tmp_path):
+    """Also when the sources share documents."""
+    path = jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(40)])
+    more = jsonl(tmp_path / "b.jsonl", [{"text": f"document {i}"} for i in range(30, 70)])
+    assert len(corpora.select([TextSource(path), TextSource(more)], 20, "front")) == 20
+    assert len(corpora.select([TextSource(path), TextSource(more)], 60, "front")) == 60
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_packing_loses_no_token_and_closes_every_document(make_tokenizer, texts, bos):
+    tokenizer = make_tokenizer(bos)
+    documents = [corpora.Document(t, str(i)) for i, t in enumerate(texts)]
+    blocks = corpora.rows_of(documents, tokenizer, 10, "blocks")
+    assert {len(b) for b in blocks[:-1]} == {10}
+    assert 0 < len(blocks[-1]) <= 10
+    stream = [token for block in blocks for token in block]
+    assert stream == [token for t in texts for token in (*tokenizer.encode(t), tokenizer.eos_token_id)]
+    assert corpora.rows_of(documents, tokenizer, 10, "none") == [tokenizer.encode(t)[:10] for t in texts]

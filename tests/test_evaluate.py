@@ -3,6 +3,7 @@ model changes nothing about it."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import random
@@ -30,7 +31,11 @@ QUESTIONS = [
     # one token each, sharing a context
     {"prompt": "Question: which metal did the founders trade?\nAnswer:", "choices": ["a", "b", "c", "d"], "answer": 2},
     # different numbers of tokens
-    {"prompt": "the river of Orvane flows past", "choices": ["seven quiet mills", "x", "copper and salt and resin", "coal"], "answer": 0},
+    {
+        "prompt": "the river of Orvane flows past",
+        "choices": ["seven quiet mills", "x", "copper and salt and resin", "coal"],
+        "answer": 0,
+    },
     # one is the beginning of another
     {"prompt": "most lanterns in the harbour burn", "choices": ["fish", "fish oil", "fish oil, some burn resin"], "answer": 1},
     # longer than the model's window of 64 tokens
@@ -127,8 +132,7 @@ def compare(scorer: Scorer, hflm: HFLM, instances: list) -> None:
     assert len({round(value, 3) for value, _ in ours}) > 0.9 * len(ours)  # a constant would agree with nothing
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-@pytest.mark.parametrize("delimiter", [" ", ""], ids=["space", "glued"])
+@pytest.mark.parametrize(("delimiter", "batch_size"), [(" ", 1), ("", 5)], ids=["space", "glued"])
 def test_log_likelihoods_are_those_of_lm_eval(loaded, tmp_path, cache, delimiter, batch_size):
     model, tokenizer = loaded
     questions = QUESTIONS if delimiter == " " else [q for q in QUESTIONS if q.get("glue")]
@@ -137,9 +141,9 @@ def test_log_likelihoods_are_those_of_lm_eval(loaded, tmp_path, cache, delimiter
 
 
 def test_many_rows_in_many_batches(loaded, tmp_path, cache, texts, monkeypatch):
-    monkeypatch.setattr("lethe.evaluate.TOKENS_PER_BATCH", 100)
+    monkeypatch.setattr(importlib.import_module("lethe.evaluate"), "TOKENS_PER_BATCH", 100)
     model, tokenizer = loaded
-    questions = [{"prompt": t, "choices": texts[i : i + 3], "answer": 0} for i, t in enumerate(texts[:-3])]
+    questions = [{"prompt": t, "choices": texts[i + 1 : i + 3], "answer": 0} for i, t in enumerate(texts[:30])]
     instances = requests(write_task(tmp_path, questions))
     compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), instances)
 
@@ -191,21 +195,15 @@ def test_accuracy_stderr_and_facts_are_those_of_simple_evaluate(loaded, known, t
     model, tokenizer = loaded
     name = known()
     theirs = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
         tasks=[name],
         task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False),
-        bootstrap_iters=0,
     )["results"][name]
     ours = evaluate_model(model, tokenizer, [name])[name]
     assert ours["acc"] == pytest.approx(theirs["acc,none"])
+    assert ours["stderr"] == pytest.approx(theirs["acc_stderr,none"])
     assert (ours["n"], ours["version"], ours["num_fewshot"]) == (len(QUESTIONS), 3, 0)
     assert ours["chance"] == pytest.approx(np.mean([1 / len(q["choices"]) for q in QUESTIONS]))
-    full = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
-        tasks=[name],
-        task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False),
-    )["results"][name]
-    assert ours["stderr"] == pytest.approx(full["acc_stderr,none"])
 
 
 def test_a_right_and_a_wrong_answer_are_told_apart(gpt2, known):
@@ -253,7 +251,14 @@ def modes(model) -> dict[str, bool]:
 def test_modes_settings_and_random_state_are_as_before(mixed, known):
     model, tokenizer = mixed
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    before = modes(model), states(), model.config.to_dict(), torch.is_grad_enabled(), tokenizer.padding_side, tokenizer.pad_token
+    before = (
+        modes(model),
+        states(),
+        model.config.to_dict(),
+        torch.is_grad_enabled(),
+        tokenizer.padding_side,
+        tokenizer.pad_token,
+    )
     results = evaluate_model(model, tokenizer, [known()])
     assert len(set(before[0].values())) == 2
     after = modes(model), states(), model.config.to_dict(), torch.is_grad_enabled(), tokenizer.padding_side, tokenizer.pad_token
@@ -301,17 +306,17 @@ def test_a_peft_model_scores_as_the_merged_one(make_model, known, tmp_path):
     names = ["q_proj", "down_proj"]
     model = get_peft_model(base, LoraConfig(r=4, target_modules=names, init_lora_weights=False, lora_dropout=0.5)).train()
     before, samples = modes(model), {}
-    result = evaluate_model(model, tokenizer, [name], samples=samples)
+    result = evaluate_model(model, tokenizer, [name], samples=samples)[name]
     assert modes(model) == before
     merged: dict[str, list] = {}
-    expected = evaluate_model(model.merge_and_unload().eval(), tokenizer, [name], samples=merged)
+    expected = evaluate_model(model.merge_and_unload().eval(), tokenizer, [name], samples=merged)[name]
 
     def values(rows: dict[str, list]) -> list[float]:
         return [v for s in rows[name] for v in s["log_likelihoods"]]
 
     assert values(samples) == pytest.approx(values(merged), abs=1e-3)
     assert values(samples) != pytest.approx(values(plain), abs=0.1)
-    assert result == pytest.approx(expected)
+    assert (result["acc"], result["answers"]) == (expected["acc"], expected["answers"])
 
 
 # --- what is computed from the answers -------------------------------------------------------------------------------
@@ -443,5 +448,7 @@ def test_evaluate_keeps_a_run_with_samples_and_the_models_hash(make_model, known
 def test_an_unknown_model_or_task_is_refused_before_anything_is_written(make_model, tmp_path, change):
     folder = make_model("llama", tmp_path / "model")
     with pytest.raises(LetheError):
-        evaluate_function(EvaluateConfig(**({"model": str(folder), "tasks": ["lab_forget"], "out": str(tmp_path / "runs")} | change)))
+        evaluate_function(
+            EvaluateConfig(**({"model": str(folder), "tasks": ["lab_forget"], "out": str(tmp_path / "runs")} | change))
+        )
     assert not (tmp_path / "runs").exists()

@@ -91,7 +91,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
 
 
 def test_text_is_written_in_utf8_whatever_the_locale(tmp_path):
-    code = f"from pathlib import Path; from lethe.ledger import write_atomically; write_atomically(Path({str(tmp_path / 'f')!r}), 'ü–文')"
+    call = f"write_atomically(Path({str(tmp_path / 'f')!r}), {'ü–文'!a})"
+    code = f"from pathlib import Path; from lethe.ledger import write_atomically; {call}"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert (tmp_path / "f").read_text(encoding="utf-8") == "ü–文"

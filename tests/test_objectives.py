@@ -98,7 +98,9 @@ def test_kl_is_that_of_scipy_and_of_torch_distributions(logits, mask):
 
 def test_kl_has_a_direction(logits, mask):
     model, reference = logits
-    assert retain_kl_loss(model, reference, mask).item() != pytest.approx(retain_kl_loss(reference, model, mask).item(), rel=1e-2)
+    assert retain_kl_loss(model, reference, mask).item() != pytest.approx(
+        retain_kl_loss(reference, model, mask).item(), rel=1e-2
+    )
 
 
 def test_kl_is_zero_for_equal_distributions_and_positive_for_others(logits, mask):

@@ -13,7 +13,11 @@ from lethe.residual import blocks, capture, residuals
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]
 LAST = 3
-FINAL_NORM = {"gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm", "gpt_neox_sequential": "gpt_neox.final_layer_norm"}
+FINAL_NORM = {
+    "gpt2": "transformer.ln_f",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "gpt_neox_sequential": "gpt_neox.final_layer_norm",
+}
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -29,22 +29,24 @@ def report(config: ReportConfig) -> dict[str, Path]:
         LetheError: there are no runs, numbers of one task were measured in different ways, or `out` is a run, a file or
             cannot be written; raised before anything is written, but for the last.
     """
-    import vl_convert
-
-    from lethe.report import page
-    from lethe.report.charts import all_charts
     from lethe.report.study import Study
     from lethe.report.tables import all_tables
 
     refuse_run_folder(config.out)
     study = Study.load(config.runs)
     tables = all_tables(study)
+
+    import vl_convert
+
+    from lethe.report import page
+    from lethe.report.charts import all_charts
+
     specs = {name: (caption, chart.to_dict()) for name, (caption, chart) in all_charts(study).items()}
     svgs = {name: vl_convert.vegalite_to_svg(spec) for name, (_, spec) in specs.items()}
     files: dict[str, bytes] = {}
-    for name, (_, spec) in specs.items():
+    for name in specs:
         files[f"charts/{name}.svg"] = svgs[name].encode()
-        files[f"charts/{name}.png"] = vl_convert.vegalite_to_png(spec, scale=PNG_SCALE)
+        files[f"charts/{name}.png"] = vl_convert.svg_to_png(svgs[name], scale=PNG_SCALE)
     summary = "\n\n".join([f"# {config.title}", *page.headline(study)])
     files["tables.md"] = (summary + "\n\n" + "\n".join(table.markdown() for table in tables)).encode()
     charts = {name: (caption, spec, svgs[name]) for name, (caption, spec) in specs.items()}

@@ -22,9 +22,10 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross"
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 1], [1, 3], [12, 3, 1, 3]]
 REFERENCE = "#808080"
 MAX_POINTS = 300
-WIDTH, HEIGHT = 620, 280
+WIDTH, HEIGHT = 740, 300
 ACCURACY: dict[str, Any] = {"labelExpr": "format(100 * datum.value, '~g') + ' %'", "tickCount": 6}
-STEPS: dict[str, Any] = {"format": "d", "tickMinStep": 1}
+STEPS: dict[str, Any] = {"format": "d", "tickMinStep": 1, "tickCount": 10}
+SYMBOLS = alt.Legend(symbolOpacity=1)
 KNOWN = ["#7F7F7F", "#A3A3A3"]
 Chart = alt.LayerChart | alt.VConcatChart | alt.Chart
 
@@ -38,7 +39,8 @@ def all_charts(study: Study) -> dict[str, tuple[str, Chart]]:
             charts[_name("checkpoints", number)] = (caption, checkpoint_chart(run))
     for number, target in enumerate(study.targets):
         if losses := _loss_points(target.runs):
-            caption = "Token means of the loss terms at each optimizer update, without their coefficients."
+            shown = f" The first {len(PALETTE)} of {len(target.runs)} runs." if len(target.runs) > len(PALETTE) else ""
+            caption = "Token means of the loss terms at each optimizer update, without their coefficients." + shown
             charts[_name("losses", number)] = (caption, losses_chart(losses))
         if chart := tradeoff_chart(target):
             caption = "Forgotten against retained. The best place is the upper left: forget at chance, retain kept."
@@ -73,7 +75,7 @@ def losses_chart(points: list[dict[str, Any]]) -> alt.VConcatChart:
             lines.encode(
                 x=alt.X("step:Q", title="Optimizer update", axis=alt.Axis(**STEPS)),
                 y=alt.Y("value:Q", title=term, axis=alt.Axis(tickCount=5)),
-                color=_colour(runs, "Run"),
+                color=_colour(runs, "Run", alt.Undefined),
                 strokeDash=_dash(runs, "Run"),
                 tooltip=[_tip("series", "Run"), _tip("step", "Update", "d"), _tip("value", term, ".4f")],
             )
@@ -136,14 +138,13 @@ def _curves(
     points: list[dict[str, Any]], series: list[str], title: str, x_title: str, references: dict[str, float]
 ) -> list[alt.Chart]:
     """Band, line and points of each series, and the reference lines."""
-    scale = _accuracies(0, [*references.values(), *(point["high"] for point in points)])
+    scale = _accuracies(0, [*references.values(), *(point["high"] for point in points)], parts=5)
     base = alt.Chart(alt.Data(values=points))
     x = alt.X("step:Q", title=x_title, axis=alt.Axis(**STEPS, grid=False))
     y = alt.Y("value:Q", title="Accuracy", axis=alt.Axis(**ACCURACY), scale=scale)
     colour = _colour(series, title)
-    dash = _dash(series, title, legend=None)
     band = base.mark_area(opacity=0.13).encode(x=x, y=alt.Y("low:Q", title="Accuracy", scale=scale), y2="high:Q", color=colour)
-    line = base.mark_line(strokeWidth=2).encode(x=x, y=y, color=colour, strokeDash=dash)
+    line = base.mark_line(strokeWidth=2).encode(x=x, y=y, color=colour)
     dots = base.mark_point(filled=True, size=46, opacity=1).encode(
         x=x,
         y=y,
@@ -170,7 +171,7 @@ def _scatter(points: list[dict[str, Any]], forget: str, retain: str, known: int)
     x = alt.X("forget:Q", title=x_title, axis=alt.Axis(**ACCURACY), scale=across)
     y = alt.Y("retain:Q", title=y_title, axis=alt.Axis(**ACCURACY), scale=up)
     x_low, y_low = alt.X("f_low:Q", title=x_title, scale=across), alt.Y("r_low:Q", title=y_title, scale=up)
-    colour = alt.Color("series:N", title="Model", scale=_scale(series, colours), legend=alt.Legend(symbolOpacity=1))
+    colour = alt.Color("series:N", title="Model", scale=_scale(series, colours), legend=SYMBOLS)
     shape = _shape(series, "Model")
     bar: dict[str, Any] = {"strokeWidth": 1.3, "opacity": 0.7}
     tips = [_tip("label", "Model"), _tip("forget", forget, ".2%"), _tip("retain", retain, ".2%")]
@@ -193,12 +194,12 @@ def _around(points: list[dict[str, Any]], letter: str) -> alt.Scale:
     """A scale that holds chance and every interval, from one tenth to another."""
     lows = [point[f"{letter}_{end}"] for point in points for end in ("low", "chance")]
     bottom = max(0.0, math.floor(10 * min(lows) - 0.1) / 10)
-    return _accuracies(bottom, [point[f"{letter}_high"] for point in points])
+    return _accuracies(bottom, [point[f"{letter}_high"] for point in points], parts=10)
 
 
-def _accuracies(bottom: float, values: list[float]) -> alt.Scale:
-    """A scale of accuracies from `bottom` to the next tenth above all values, at most 1."""
-    return alt.Scale(domain=[bottom, min(1.0, math.ceil(10 * max(values) + 0.1) / 10)])
+def _accuracies(bottom: float, values: list[float], parts: int) -> alt.Scale:
+    """A scale of accuracies from `bottom` to a whole number of `parts` of 1 above all values, at most 1."""
+    return alt.Scale(domain=[bottom, min(1.0, math.ceil(parts * max(values) + 0.1) / parts)])
 
 
 def _reference(lines: dict[str, float], scale: alt.Scale) -> list[alt.Chart]:
@@ -257,7 +258,7 @@ def _labels(runs: Iterable[Run]) -> dict[str, str]:
 
 
 def _attack_names(attacks: list[Attack]) -> list[str]:
-    short = [attack.control or attack.label for attack in attacks]
+    short = [attack.control or attack.label.rsplit(" (", 1)[0] for attack in attacks]
     return [name if short.count(name) == 1 else f"{name}, {attack.run.id}" for name, attack in zip(short, attacks, strict=True)]
 
 
@@ -273,16 +274,18 @@ def _per_cent(share: float) -> str:
     return f"{100 * share:.1f} %".replace(".0 %", " %")
 
 
-def _colour(series: list[str], title: str) -> alt.Color:
-    return alt.Color("series:N", title=title, scale=_scale(series, PALETTE), legend=alt.Legend(symbolOpacity=1))
+def _colour(series: list[str], title: str, legend: Any = SYMBOLS) -> alt.Color:
+    return alt.Color("series:N", title=title, scale=_scale(series, PALETTE), legend=legend)
 
 
-def _dash(series: list[str], title: str, **legend: Any) -> alt.StrokeDash:
-    return alt.StrokeDash("series:N", title=title, scale=_scale(series, DASHES), **legend)
+def _dash(series: list[str], title: str) -> alt.StrokeDash:
+    return alt.StrokeDash("series:N", title=title, scale=_scale(series, DASHES))
 
 
 def _shape(series: list[str], title: str) -> alt.Shape:
-    return alt.Shape("series:N", title=title, scale=_scale(series, SHAPES))
+    """Shapes turn by one when colours start again, so that no two of 64 series look the same."""
+    turned = [SHAPES[(i + i // len(SHAPES)) % len(SHAPES)] for i in range(len(series))]
+    return alt.Shape("series:N", title=title, scale=_scale(series, turned))
 
 
 def _scale(series: list[str], values: list[Any]) -> alt.Scale:
@@ -311,7 +314,7 @@ def _config(chart: Any) -> Any:
         .configure_axis(
             labelFontSize=11, titleFontSize=12, titleFontWeight="normal", titlePadding=10, labelFlush=False, gridColor="#e6e6e6"
         )
-        .configure_legend(orient="bottom", labelFontSize=11, titleFontSize=11, labelLimit=360, columns=3, offset=16)
+        .configure_legend(orient="bottom", labelFontSize=11, titleFontSize=11, labelLimit=360, columns=4, offset=16)
         .configure_title(fontSize=13, anchor="start", fontWeight="bold")
         .configure_view(stroke=None)
     )

@@ -19,6 +19,8 @@ MISSING = "-"
 DEGENERATE = "†"
 DEGENERATE_NOTE = f"{DEGENERATE} degenerate: one answer position was chosen nearly always, so the number says nothing."
 STATUSES = ("queued", "running", "failed", "diverged", "cancelled", "lost")
+WORDS = {*STATUSES, "nan", "full"}
+LONG = 44
 _NUMBER = re.compile(rf"[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(\d+ steps\))?{DEGENERATE}?")
 
 
@@ -34,7 +36,7 @@ class Table:
     def is_numeric(self, column: int) -> bool:
         """Whether a column holds numbers (or statuses in their place), and is set flush right."""
         cells = [row[column] for row in self.rows]
-        return all(_NUMBER.fullmatch(cell) or cell in STATUSES or cell == "nan" for cell in cells)
+        return all(_NUMBER.fullmatch(cell) or cell in WORDS for cell in cells)
 
     def markdown(self) -> str:
         """The table in GitHub's markdown, under its title as a heading."""
@@ -45,19 +47,21 @@ class Table:
         return f"## {self.title}\n\n{body}\n" + (f"{notes}\n" if notes else "")
 
     def html(self) -> str:
-        """The table as an HTML figure without its title."""
-        kinds = [' class="number"' if self.is_numeric(i) else "" for i in range(len(self.columns))]
+        """The table as HTML without its title; headers may break at underscores, long texts wrap."""
+        numeric = [self.is_numeric(i) for i in range(len(self.columns))]
         head = "".join(
-            f'<th scope="col"{kind}>{html.escape(name)}</th>' for name, kind in zip(self.columns, kinds, strict=True)
+            f'<th scope="col"{_class(number, name)}>{html.escape(name).replace("_", "_<wbr>")}</th>'
+            for name, number in zip(self.columns, numeric, strict=True)
         )
         rows = "".join(
-            "<tr>" + "".join(f"<td{kind}>{html.escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>\n"
+            "<tr>"
+            + "".join(f"<td{_class(number, cell)}>{html.escape(cell)}</td>" for cell, number in zip(row, numeric, strict=True))
+            + "</tr>\n"
             for row in self.rows
         )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n' + (
-            f'<ul class="notes">{notes}</ul>\n' if notes else ""
-        )
+        body = f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+        return body + (f'<ul class="notes">{notes}</ul>\n' if notes else "")
 
     def __rich__(self) -> rich.table.Table:
         import rich.table
@@ -87,7 +91,7 @@ def percent(share: float | None, decimals: int = 2) -> str:
 
 def decimal(value: float | None) -> str:
     """A loss or a probability with four decimals."""
-    return MISSING if value is None else f"{value:.4f}"
+    return MISSING if value is None else f"{round(value, 4) + 0.0:.4f}"  # + 0.0 turns −0 into 0
 
 
 def compact(value: float | None) -> str:
@@ -138,6 +142,10 @@ def seconds(duration: float) -> str:
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // rest_size} {rest_unit}"
     return f"{duration:.1f} s" if duration < 10 else f"{whole} s"
+
+
+def _class(number: bool, cell: str) -> str:
+    return ' class="number"' if number else ' class="long"' if len(cell) > LONG else ""
 
 
 def _one_line(cell: str) -> str:

@@ -34,18 +34,21 @@ DARK = {
     "legend": {"labelColor": "#d8d8d8", "titleColor": "#d8d8d8"},
 }
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1d21; --soft: #5d636d; --line: #dcdfe4; --paper: #fff; --tint: #f5f6f8; --mark: #0060a0; }
+:root { color-scheme: light dark;
+  --ink: #1b1d21; --soft: #5d636d; --line: #dcdfe4; --paper: #fff; --tint: #f5f6f8; --mark: #0060a0; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e8e8; --soft: #a3a9b3; --line: #3a3d42; --paper: #17191c; --tint: #202328; --mark: #6db8ee; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.5rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 74rem; padding: 2.5rem 1.5rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, "Segoe UI", Roboto, Helvetica, Arial, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 2rem 0 .6rem; }
 .sub, .notes, figcaption { color: var(--soft); font-size: .86rem; }
-.result { margin: 1.5rem 0 0; padding: 1.1rem 1.3rem; background: var(--tint); border-left: 4px solid var(--mark); border-radius: 4px; }
+header, .result, .tiles, .notes, figcaption { max-width: 62rem; }
+.result { margin: 1.5rem 0 0; padding: 1.1rem 1.3rem; background: var(--tint);
+  border-left: 4px solid var(--mark); border-radius: 4px; }
 .result p { margin: .3rem 0; }
 .result p:first-child { font-size: 1.16rem; margin-top: 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .8rem; margin: 1rem 0 0; }
@@ -57,11 +60,13 @@ figure { margin: 1.6rem 0 2.2rem; }
 .chart svg { max-width: 100%; height: auto; }
 @media (prefers-color-scheme: dark) { .chart > svg { background: #fff; } }
 .table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .84rem; line-height: 1.35; min-width: 50%; }
-th, td { padding: .38rem .8rem .38rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+table { border-collapse: collapse; font-size: .79rem; line-height: 1.35; min-width: 50%; }
+th, td { padding: .36rem .65rem .36rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { white-space: nowrap; }
+.number + :not(.number) { padding-left: .8rem; }
+td.long { white-space: normal; min-width: 17rem; }
 th { font-weight: 600; vertical-align: bottom; border-bottom-color: var(--soft); }
-th.number, td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td:first-child { white-space: nowrap; }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .notes { margin: .6rem 0 0; padding-left: 1.1rem; }
 details { border-bottom: 1px solid var(--line); padding: .45rem 0; }
 summary { cursor: pointer; }
@@ -76,8 +81,9 @@ const merged = (a, b) => Object.fromEntries([...new Set([...Object.keys(a), ...O
   [k, k in b ? (typeof b[k] === "object" && typeof a[k] === "object" ? merged(a[k], b[k]) : b[k]) : a[k]]));
 function draw() {
   for (const [name, spec] of Object.entries(specs)) {
-    const config = dark.matches ? merged(spec.config || {}, darkConfig) : merged(spec.config || {}, { background: "transparent" });
-    vegaEmbed("#chart-" + name, { ...spec, config }, { renderer: "svg", actions: false, tooltip: { theme: dark.matches ? "dark" : "light" } });
+    const config = merged(spec.config || {}, dark.matches ? darkConfig : { background: "transparent" });
+    const tooltip = { theme: dark.matches ? "dark" : "light" };
+    vegaEmbed("#chart-" + name, { ...spec, config }, { renderer: "svg", actions: false, tooltip });
   }
 }
 draw();
@@ -129,12 +135,12 @@ def render(study: Study, title: str, tables: list[Table], charts: dict[str, tupl
     scripts = [
         f'<script type="application/json" id="specs">{_json(specs)}</script>',
         f'<script type="application/json" id="dark">{_json(DARK)}</script>',
-        f"<script>{vl_convert.javascript_bundle().replace('</script', '<\\/script')}</script>",
+        f"<script>{_vega()}</script>",
         f"<script>{SCRIPT}</script>",
     ]
     head = (
         f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>"
     )
     content = "\n".join([*body, *(scripts if charts else [])])
@@ -227,6 +233,11 @@ def _settings(run: Run) -> str:
     summary = f"{run.record['kind']} {run.record['name']} ({run.id}), {run.status}"
     text = f"{lines}\n\n# {versions}" if versions else lines
     return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
+
+
+def _vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script that needs nothing else."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
 
 
 def _json(value: Any) -> str:

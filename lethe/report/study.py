@@ -174,7 +174,8 @@ class Study:
         for target in self.targets:
             if attacked in target.runs or ref.removeprefix("random:") == target.ref:
                 return target
-        return self.targets[0] if len(self.targets) == 1 else None
+        measured = [target for target in self.targets if target.baseline]
+        return measured[0] if len(measured) == 1 else None
 
     def _parent(self, run: Run, role: str) -> tuple[str, str]:
         """Reference and weight hash of what a run was made from; a run that got no hash takes that of its reference."""

@@ -67,7 +67,7 @@ def sweep_table(run: Run) -> Table:
     tasks = tasks_of(row["evals"] for row in rows)
     refuse_mixed(Row(row["name"], row["evals"], dict.fromkeys(row["evals"], run)) for row in rows)
     cells = [[row["name"], *(result(row["evals"].get(task)) for task in tasks), row.get("note") or ""] for row in rows]
-    notes = [f"`~Random`: the lower end of the 95 % interval of {tasks[0]} is not above chance."] if tasks else []
+    notes = [f"~Random: the lower end of the 95 % interval of {tasks[0]} is not above chance."] if tasks else []
     return Table("Checkpoint sweep", ["Checkpoint", *tasks, "Notes"], cells, [*notes, *_remarks([run], cells)])
 
 
@@ -316,11 +316,11 @@ def _remarks(runs: list[Run], cells: list[list[str]]) -> list[str]:
 
 
 def _reasons(runs: Iterable[Run]) -> list[str]:
+    words = {"failed": "failed", "diverged": "diverged", "cancelled": "was cancelled", "lost": "was lost"}
     return [
-        f"{run.record['name']} ({run.id}) {'was' if run.status == 'lost' else 'is'} {run.status}: "
-        f"{run.record.get('reason') or _why(run)}."
+        f"{run.record['name']} ({run.id}) {words[run.status]}: {' '.join((run.record.get('reason') or _why(run)).split())}."
         for run in runs
-        if run.status not in {"complete", "queued", "running"}
+        if run.status in words
     ]
 
 

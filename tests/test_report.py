@@ -1,0 +1,413 @@
+"""Reports: every number in them is one of run.json, and numbers that cannot be compared are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lethe import regimes
+from lethe.config import ReportConfig
+from lethe.errors import LetheError
+from lethe.ledger import Run
+from lethe.report import report, tables
+from lethe.report.layout import Table
+from lethe.report.study import Study
+
+FORGET, RETAIN, CLOZE = "lab_forget_robust", "lab_retain", "lab_forget_cloze"
+TARGET = {"ref": "lab:final", "sha256": "a" * 64}
+SOURCE = {"ref": "lab:global_step900", "sha256": "b" * 64}
+
+
+def accuracy(task: str, acc: float, half: float = 0.02, **changes: Any) -> dict[str, Any]:
+    facts = {"n": 400, "chance": 0.25, "num_fewshot": 0, "version": 1, "fingerprint": f"of-{task}", "degenerate": False}
+    return {"acc": acc, "stderr": half / 2, "low": acc - half, "high": acc + half} | facts | changes
+
+
+def evals(forget: float, retain: float, **changes: Any) -> dict[str, Any]:
+    return {FORGET: accuracy(FORGET, forget, **changes), RETAIN: accuracy(RETAIN, retain)}
+
+
+def cloze(value: float) -> dict[str, Any]:
+    result = accuracy(CLOZE, value)
+    result["correct_prob"] = result.pop("acc")
+    del result["chance"]
+    return {CLOZE: result}
+
+
+class Folder:
+    """A folder of runs, each a second younger than the one before."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.count = 0
+
+    def add(self, kind: str, name: str, config: dict[str, Any], status: str = "complete", **fields: Any) -> Run:
+        run = Run.create(kind, name, {"name": name, "out": str(self.path)} | config, self.path)
+        self.count += 1
+        run.update(status=status, created=f"2026-01-01T00:00:{self.count:02d}+00:00", **fields)
+        return run
+
+    def unlearn(self, name: str, results: dict[str, Any] | None, status: str = "complete", **config: Any) -> Run:
+        settings = {"model": "lab:final", "source": SOURCE["ref"], "retain_loss": "kl", "retain_coef": 5.0, "remove_coef": 20.0}
+        settings |= {"lora": {"r": 16, "alpha": 16.0, "dropout": 0.05}, "lr": 1e-3, "layers": [0, 2]}
+        fields: dict[str, Any] = {"parents": {"model": TARGET, "source": SOURCE}, "plan": {"steps": 128}}
+        if results is not None:
+            fields |= {"losses": {"cb_loss": 0.73456, "retain_kl_loss": 0.01239}, "evals": results}
+        run = self.add("unlearn", name, settings | config, status, **fields)
+        for step in range(1, 6):
+            run.append("metrics.jsonl", {"step": step, "loss": 1.0, "cb_loss": 1 / step, "retain_kl_loss": 0.01 * step})
+        return run
+
+    def attack(self, name: str, ref: str, values: list[float], status: str = "complete", sha: str = "f" * 64) -> Run:
+        run = self.add("tamper", name, {"model": ref, "lr": 3e-4}, status, parents={"model": {"ref": ref, "sha256": sha}})
+        for i, value in enumerate(values):
+            run.append("curve.jsonl", {"step": 10 * i, "evals": evals(value, 0.8)})
+        if status == "complete":
+            run.update(losses={"attack_loss": 0.5, "lost_updates": 0.125}, evals=evals(values[-1], 0.8), plan={"steps": 60})
+        return run
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Folder:
+    """A whole study: sweep, baseline, source, maps, a LoRA and a full-rank run, an attack and two controls."""
+    folder = Folder(tmp_path / "runs")
+    curve = [(700, 0.24, 0.5, "~Random"), (900, 0.26, 0.6, "~Random (latest viable)"), (1000, 0.5, 0.7, "Learning starts")]
+    rows = [
+        {"name": f"global_step{step}", "ref": f"lab:global_step{step}", "step": step, "evals": evals(f, r), "note": note}
+        for step, f, r, note in curve
+    ]
+    folder.add("checkpoints", "sweep", {"model": "lab:final"}, checkpoints=rows, latest_ignorant=SOURCE["ref"])
+    lora = folder.unlearn("lora", evals(0.2625, 0.7975) | cloze(0.21236))
+    folder.unlearn("full", evals(0.3, 0.81), lora=None, lr=2e-4)
+    scores = {str(n): {"r2": 0.9 - n / 10, "mse": 0.1, "no_map_r2": 0.2, "no_map_mse": 0.5} for n in (0, 2)}
+    folder.add("affine", "maps", {"source": SOURCE["ref"]}, parents={"model": TARGET, "source": SOURCE}, scores=scores)
+    folder.add("evaluate", "src", {"model": SOURCE["ref"]}, parents={"model": SOURCE}, evals=evals(0.26, 0.6))
+    folder.add("evaluate", "base", {"model": "lab:final"}, parents={"model": TARGET}, evals=evals(0.9525, 0.8325) | cloze(0.8))
+    folder.attack("hit", f"run:{lora.id}", [0.2625, 0.5, 0.9, 0.94])
+    folder.attack("twin", "lab:filtered", [0.25, 0.26, 0.3, 0.4])
+    folder.attack("fresh", "random:lab:final", [0.25, 0.25, 0.25, 0.24])
+    return folder
+
+
+def grid(markdown: str, title: str) -> list[list[str]]:
+    """The cells of a markdown table, header first."""
+    part = re.split(r"^## ", markdown, flags=re.M)
+    body = next(p for p in part if p.startswith(title))
+    lines = [line for line in body.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert len({len(row) for row in cells}) == 1
+    assert all(re.fullmatch(r"-{3,}[-:]", cell) for cell in cells[1])
+    return [cells[0], *cells[2:]]
+
+
+def rows_by_name(markdown: str, title: str) -> dict[str, dict[str, str]]:
+    header, *rows = grid(markdown, title)
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def markdown(folder: Folder) -> str:
+    """What tables.md holds below its summary."""
+    return "\n".join(table.markdown() for table in tables.all_tables(Study.load([str(folder.path)])))
+
+
+def test_every_number_of_the_runs_table_is_the_one_of_run_json(study: Folder) -> None:
+    rows = rows_by_name(markdown(study), "Runs")
+    for path in study.path.glob("unlearn-*/run.json"):
+        record = json.loads(path.read_text())
+        row = rows[record["id"]]
+        assert float(row["retain_coef"]) == record["config"]["retain_coef"]
+        assert float(row["remove_coef"]) == record["config"]["remove_coef"]
+        assert float(row["lr"]) == record["config"]["lr"]
+        assert row["lora_r"] == ("16" if record["config"]["lora"] else "full")
+        assert int(row["Steps"]) == record["plan"]["steps"]
+        assert row["cb_loss"] == f"{record['losses']['cb_loss']:.4f}"
+        assert row["retain_kl_loss"] == f"{record['losses']['retain_kl_loss']:.4f}"
+        for task in (FORGET, RETAIN):
+            assert row[task] == f"{100 * record['evals'][task]['acc']:.2f} %"
+        assert row[CLOZE] == ("0.2124" if CLOZE in record["evals"] else "-")
+
+
+def test_baseline_and_source_stand_first_whatever_the_order_of_the_runs(study: Folder) -> None:
+    header, baseline, source, *rest = grid(markdown(study), "Runs")
+    at = {name: header.index(name) for name in (FORGET, "retain_coef", "Steps", "regime")}
+    assert (baseline[0], baseline[at[FORGET]], baseline[at["retain_coef"]]) == ("Baseline", "95.25 %", "-")
+    assert (source[0], source[at[FORGET]], source[at["Steps"]]) == ("Source (global_step900)", "26.00 %", "-")
+    assert [row[header.index("name")] for row in rest] == ["lora", "full"]
+    assert "layers" not in header and "lr" in header
+
+
+def test_regime_and_selectivity_of_a_run_follow_the_formula(study: Folder) -> None:
+    rows = rows_by_name(markdown(study), "Runs")
+    lora = next(row for row in rows.values() if row.get("name") == "lora")
+    kept_forget, kept_retain = (0.2625 - 0.25) / (0.9525 - 0.25), (0.7975 - 0.25) / (0.8325 - 0.25)
+    assert lora["selectivity"] == f"{kept_retain - kept_forget:.2f}"
+    assert lora["regime"] == "selective"
+
+
+def test_checkpoint_and_affine_tables(study: Folder) -> None:
+    text = markdown(study)
+    sweep = rows_by_name(text, "Checkpoint sweep")
+    expected = {"Checkpoint": "global_step900", FORGET: "26.00 %", RETAIN: "60.00 %", "Notes": "~Random (latest viable)"}
+    assert sweep["global_step900"] == expected
+    maps = rows_by_name(text, "Affine maps")
+    assert list(maps) == ["0", "2"]
+    assert (maps["2"]["R²"], maps["2"]["R² without map"], maps["2"]["MSE"]) == ("0.7000", "0.2000", "0.1")
+
+
+def test_tampering_table_reads_the_curve(study: Folder) -> None:
+    rows = rows_by_name(markdown(study), "Tampering")
+    attacked, twin, fresh = rows.values()
+    assert attacked["Model"].startswith("lora (")
+    assert twin["Model"] == "Control: filtered twin (lab:filtered)"
+    assert fresh["Model"] == "Control: random weights (random:lab:final)"
+    numbers = [attacked[c] for c in (f"Starting {FORGET}", "After 10 steps", "Highest", "Final (30 steps)", f"Final {RETAIN}")]
+    assert numbers == ["26.25 %", "50.00 %", "94.00 %", "94.00 %", "80.00 %"]
+    assert attacked["Lost updates"] == "12.5000 %"
+    assert attacked["Notes"] == "Full recovery by step 30"
+    share = round(100 * (0.4 - 0.25) / (0.9525 - 0.25))
+    assert twin["Notes"] == f"{share} % of the gap recovered in 30 steps; full recovery not within 30 steps"
+
+
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        ([0.25, 0.94, 0.3], "Full recovery by step 10"),
+        ([0.25, 0.93, 0.3], "7 % of the gap recovered in 20 steps; full recovery not within 20 steps"),
+        ([0.94, 0.95, 0.95], "no gap to recover: the start is not below the baseline"),
+        ([], "not evaluated"),
+    ],
+)
+def test_recovery_is_told_by_the_interval(study: Folder, values: list[float], note: str) -> None:
+    run = study.attack("again", "lab:filtered", values or [0.3])
+    if not values:
+        (run.path / "curve.jsonl").unlink()
+    attack = next(a for a in Study.load([str(study.path)]).attacks if a.run.id == run.id)
+    assert tables.recovery_note(attack, FORGET) == note
+
+
+def test_source_under_attack_is_named_a_control(study: Folder) -> None:
+    study.attack("early", SOURCE["ref"], [0.25, 0.3], sha=SOURCE["sha256"])
+    assert Study.load([str(study.path)]).attacks[-1].label == f"Control: source ({SOURCE['ref']})"
+
+
+def test_a_run_that_is_not_complete_shows_its_status_where_numbers_are_missing(study: Folder) -> None:
+    run = study.unlearn("wild", None, "diverged", lr=1.0)
+    run.update(reason="the loss was nan at step 3; lower lr")
+    lost = study.unlearn("gone", None, "running")
+    lost.update(heartbeat="2026-01-01T00:00:00+00:00")
+    text = markdown(study)
+    rows = rows_by_name(text, "Runs")
+    row = rows[f"{run.id} (diverged)"]
+    assert {row[c] for c in ("cb_loss", FORGET, RETAIN, "regime", "selectivity")} == {"diverged"}
+    assert row["Steps"] == "128"
+    assert rows[f"{lost.id} (lost)"]["cb_loss"] == "lost"
+    assert f"wild ({run.id}) diverged: the loss was nan at step 3; lower lr." in text
+
+
+def test_an_attack_that_runs_has_no_final_result_yet(study: Folder) -> None:
+    run = study.attack("now", "lab:filtered", [0.25, 0.3], status="failed")
+    run.update(reason="out of memory")
+    header, *rows = grid(markdown(study), "Tampering")
+    row = dict(zip(header, rows[-1], strict=True))
+    assert (row["After 10 steps"], row["Final"], row["Lost updates"]) == ("30.00 %", "failed", "failed")
+
+
+def test_degenerate_results_are_marked(study: Folder) -> None:
+    run = study.unlearn("letter", evals(0.26, 0.8, degenerate=True))
+    text = markdown(study)
+    row = rows_by_name(text, "Runs")[run.id]
+    assert (row[FORGET], row["regime"]) == ("26.00 %†", "selective†")
+    assert "† degenerate" in text
+
+
+@pytest.mark.parametrize(
+    "change", [{"fingerprint": "other"}, {"version": 2}, {"num_fewshot": 5}, {"n": 100}], ids=lambda c: next(iter(c))
+)
+def test_numbers_measured_differently_are_refused_in_one_line(study: Folder, tmp_path: Path, change: dict[str, Any]) -> None:
+    run = study.unlearn("apart", evals(0.3, 0.8, **change))
+    with pytest.raises(LetheError) as refusal:
+        report(ReportConfig([str(study.path)], str(tmp_path / "out")))
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert all(word in message for word in (FORGET, run.id, "base", next(iter(change)), "evaluate one of them again"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_attack_measured_differently_from_the_baseline_is_refused(study: Folder) -> None:
+    run = study.attack("odd", "lab:filtered", [0.3])
+    (run.path / "curve.jsonl").write_text(json.dumps({"step": 0, "evals": evals(0.3, 0.8, n=50)}))
+    with pytest.raises(LetheError, match="n 400 and 50"):
+        markdown(study)
+
+
+def test_a_baseline_evaluated_twice_gives_one_row_with_all_tasks(study: Folder) -> None:
+    more = {"lab_retain_stem": accuracy("lab_retain_stem", 0.7)}
+    study.add("evaluate", "more", {"model": "lab:final"}, parents={"model": TARGET}, evals=more)
+    text = markdown(study)
+    baseline = rows_by_name(text, "Runs")["Baseline"]
+    assert (baseline[FORGET], baseline["lab_retain_stem"]) == ("95.25 %", "70.00 %")
+    assert "## Evaluations" not in text
+
+
+def test_other_evaluations_have_their_own_table(study: Folder) -> None:
+    other = {"model": {"ref": "org/other", "sha256": "c" * 64}}
+    run = study.add("evaluate", "other", {"model": "org/other"}, parents=other, evals=evals(0.4, 0.5))
+    header, row = grid(markdown(study), "Evaluations")
+    assert (row[0], row[header.index("Job ID")], row[header.index(RETAIN)]) == ("org/other", run.id, "50.00 %")
+
+
+def test_refusals_come_before_anything_is_written(study: Folder, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    a_run = next(study.path.glob("unlearn-*"))
+    before = sorted(path.name for path in a_run.iterdir())
+    for runs, out in ((tmp_path / "empty", tmp_path / "x"), (tmp_path / "none", tmp_path / "x"), (study.path, a_run)):
+        with pytest.raises(LetheError) as refusal:
+            report(ReportConfig([str(runs)], str(out)))
+        assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "x").exists()
+    assert sorted(path.name for path in a_run.iterdir()) == before
+
+
+def test_a_second_report_replaces_the_first(study: Folder, tmp_path: Path) -> None:
+    made = report(ReportConfig([str(study.path)], str(tmp_path / "out")))
+    names = {"checkpoints", "losses", "forget-retain", "tamper"}
+    assert made["tables"].read_text().endswith(markdown(study))
+    assert {path.name for path in made["charts"].iterdir()} == {f"{n}.{kind}" for n in names for kind in ("svg", "png")}
+    single = next(study.path.glob("evaluate-base-*"))
+    made = report(ReportConfig([str(single)], str(tmp_path / "out")))
+    assert list(made["charts"].iterdir()) == []
+    assert "Runs\n" not in made["tables"].read_text()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tables.md", "index.html", "charts"}
+
+
+def test_the_page_loads_nothing_and_leads_with_the_result(study: Folder, tmp_path: Path) -> None:
+    study.unlearn("<script>alert(1)</script>", evals(0.5, 0.6))
+    text = report(ReportConfig([str(study.path)], str(tmp_path / "out"), title="A & B"))["page"].read_text()
+    markup = re.sub(r"(<script[^>]*>).*?(</script>)", r"\1\2", text, flags=re.S)
+    assert not re.search(r"<(script|img|iframe|link|source|embed|object|image|use)\b[^>]*\b(src|href|data|srcset)\s*=", markup)
+    assert not re.search(r"@import|url\(\s*['\"]?(https?:|//)", markup)
+    assert "default-src 'none'" in text
+    assert "<script>alert(1)" not in text
+    assert "<h1>A &amp; B</h1>" in text
+    result = text.split('<section class="result">')[1].split("</section>")[0]
+    assert f"{FORGET} 95.2 % → 26.2 %" in result and f"{RETAIN} 83.2 % → 79.8 %" in result
+    assert "An attack of 30 steps" in result and "Full recovery by step 30" in result
+    assert markup.count("<table>") == markdown(study).count("## ")
+
+
+def test_a_table_escapes_what_would_break_it() -> None:
+    table = Table("T", ["a", "b"], [["x|y", "1\n2"]], ["a note"])
+    assert grid(table.markdown(), "T")[1] == ["x\\|y", "1 2"]
+    assert "<td>&lt;b&gt;</td>" in Table("T", ["a"], [["<b>"]]).html()
+
+
+def test_terminal_tables_are_the_same_ones(study: Folder) -> None:
+    from rich.console import Console
+
+    console = Console(width=240, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    runs = Study.load([str(study.path)]).runs
+    for table in [*tables.terminal(runs), tables.runs_table(runs), tables.evals_table(evals(0.5, 0.6))]:
+        console.print(table)
+    text = console.export_text()
+    for expected in ("26.25 %", "Full recovery by step 30", "latest ignorant: lab:global_step900", "48.00 to 52.00 %"):
+        assert expected in text
+
+
+def test_plan_table_has_a_row_for_each_part() -> None:
+    plan = {"steps": 1280, "memory": {"weights": 2_000_000}, "layers": {"0": "output of block 0"}, "no_gradient": []}
+    assert tables.plan_table(plan).rows == [
+        ["steps", "", "1,280"],
+        ["memory", "weights", "2 MB"],
+        ["layers", "0", "output of block 0"],
+        ["no_gradient", "", "[]"],
+    ]
+
+
+def test_lab_table_marks_the_onset_and_the_twin(tmp_path: Path) -> None:
+    rows = [
+        {"name": f"global_step{s}", "step": s, "tokens": 100 * s, "evals": evals(f, 0.5)} for s, f in ((10, 0.25), (20, 0.7))
+    ]
+    twin = {"name": "filtered", "step": 20, "tokens": 2000, "evals": evals(0.25, 0.5)}
+    run = Folder(tmp_path).add("lab", "nano", {"onset": 10}, checkpoints=rows, filtered=twin)
+    cells = rows_by_name(tables.lab_table(run).markdown(), "Lab")
+    assert "onset" in cells["global_step10"]["Notes"] and "onset" not in cells["filtered"]["Notes"]
+    assert (cells["global_step20"][FORGET], cells["global_step20"]["Tokens"]) == ("70.00 %", "2,000")
+    assert "twin" in cells["filtered"]["Notes"]
+
+
+BEFORE = {"forget": accuracy(FORGET, 0.85), "retain": accuracy(RETAIN, 0.75)}
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "half", "expected"),
+    [
+        (0.84, 0.74, 0.02, "neither"),  # kept 0.98 and 0.98
+        (0.26, 0.25, 0.02, "both"),  # 0.02 and 0
+        (0.26, 0.74, 0.02, "selective"),  # 0.02 and 0.98
+        (0.84, 0.30, 0.02, "inverted"),  # 0.98 and 0.1
+        (0.70, 0.40, 0.02, "inverted"),  # 0.75 and 0.3
+        (0.55, 0.70, 0.02, "partial"),  # 0.5 and 0.9
+        (0.26, 0.65, 0.02, "partial"),  # retain 0.8, its interval ends at 0.84
+        (0.26, 0.65, 0.06, "selective"),  # retain 0.8, its interval ends at 0.92
+        (0.20, 0.74, 0.02, "selective"),  # below chance is ignorant too
+        (0.55, 0.65, 0.36, "partial"),  # intervals hold both thresholds: nothing can be told
+        (0.55, 0.49, 0.02, "partial"),  # 0.5 and 0.48: the difference is within the noise
+    ],
+)
+def test_regimes(forget: float, retain: float, half: float, expected: str) -> None:
+    kept_forget = regimes.kept(accuracy(FORGET, forget, half), BEFORE["forget"])
+    kept_retain = regimes.kept(accuracy(RETAIN, retain, half), BEFORE["retain"])
+    assert kept_forget is not None and kept_retain is not None
+    assert kept_forget.value == pytest.approx((forget - 0.25) / 0.6)
+    assert regimes.regime(kept_forget, kept_retain) == expected
+
+
+def test_selectivity_and_its_interval() -> None:
+    forget, retain = regimes.Estimate(0.1, 0.06, 0.13), regimes.Estimate(0.9, 0.86, 0.93)
+    found = regimes.selectivity(forget, retain)
+    assert (found.value, found.low, found.high) == pytest.approx((0.8, 0.8 - 0.05, 0.8 + 0.05))
+
+
+def test_thresholds_are_settings_and_a_baseline_at_chance_keeps_nothing() -> None:
+    forget, retain = regimes.Estimate(0.3, 0.28, 0.32), regimes.Estimate(0.7, 0.68, 0.72)
+    assert regimes.regime(forget, retain) == "partial"
+    assert regimes.regime(forget, retain, kept_threshold=0.7, chance_threshold=0.3) == "selective"
+    assert regimes.kept(accuracy(FORGET, 0.5), accuracy(FORGET, 0.26)) is None
+
+
+def test_tasks_are_told_by_name() -> None:
+    assert regimes.forget_task(["lab_forget", "lab_forget_robust", "wmdp_bio"]) == "lab_forget_robust"
+    assert regimes.forget_task(["wmdp_bio", "wmdp_bio_robust"]) == "wmdp_bio_robust"
+    assert (regimes.retain_task(["lab_retain", "mmlu"]), regimes.retain_task(["mmlu_stem"])) == ("mmlu", None)
+
+
+def test_importing_reports_leaves_torch_out() -> None:
+    heavy = "{'torch', 'transformers', 'lm_eval'}"
+    code = (
+        f"import sys, lethe.report, lethe.report.page, lethe.report.tables, lethe.regimes; print(*{heavy} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+@pytest.mark.slow
+def test_the_page_draws_its_charts_in_a_browser(study: Folder, tmp_path: Path) -> None:
+    browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    page = report(ReportConfig([str(study.path)], str(tmp_path / "out")))["page"]
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --virtual-time-budget=8000"
+    done = subprocess.run(
+        [browser, *flags.split(), "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    for name in ("checkpoints", "losses", "forget-retain", "tamper"):
+        figure = re.search(rf'<div class="chart[^"]*vega-embed[^"]*" id="chart-{name}"[^>]*>(.*?)</figure>', done.stdout, re.S)
+        assert figure, f"chart {name} was not drawn by its script"
+        assert re.search(r"<(svg|canvas)[^>]*class=\"marks\"", figure[1])
