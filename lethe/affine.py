@@ -14,6 +14,7 @@ pair of weights, and says which.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -100,10 +102,7 @@ def check_maps(folder: Path, model: refs.ModelRef, source: refs.ModelRef, layers
     Raises:
         LetheError: they belong to another pair of weights, lack a layer, or keep no record of what they belong to.
     """
-    try:
-        facts = json.loads((folder / METADATA).read_text())
-    except (OSError, ValueError) as error:
-        raise LetheError(f"affine: '{folder}' has no readable {METADATA} ({error})") from error
+    facts = _facts(folder)
     missing = sorted(set(layers) - set(facts["layer_indices"]))
     if missing:
         raise LetheError(f"affine: the maps in '{folder}' lack layers {missing}; they have {facts['layer_indices']}")
@@ -118,11 +117,26 @@ def check_maps(folder: Path, model: refs.ModelRef, source: refs.ModelRef, layers
     return facts
 
 
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / METADATA).read_text())
+    except (OSError, ValueError) as error:
+        raise LetheError(f"affine: '{folder}' has no readable {METADATA} ({error})") from error
+    if not isinstance(facts, dict) or "layer_indices" not in facts:
+        raise LetheError(f"affine: {METADATA} in '{folder}' does not say which layers the maps are for (layer_indices)")
+    return facts
+
+
 def load_maps(folder: Path, layers: list[int] | None = None) -> AffineMap:
     """The maps in `folder`, of all its layers or of `layers`."""
-    tensors = load_file(folder / WEIGHTS)
-    facts = json.loads((folder / METADATA).read_text())
+    facts = _facts(folder)
     wanted = facts["layer_indices"] if layers is None else layers
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise LetheError(f"affine: '{folder / WEIGHTS}' cannot be read ({error}); fit the maps again") from error
+    if missing := [key for n in wanted for key in (f"layer_{n}.weight", f"layer_{n}.bias") if key not in tensors]:
+        raise LetheError(f"affine: '{folder / WEIGHTS}' lacks {', '.join(missing)}; fit the maps again")
     weight = {n: tensors[f"layer_{n}.weight"].float() for n in wanted}
     return AffineMap(weight, {n: tensors[f"layer_{n}.bias"].float() for n in wanted}, facts)
 
@@ -150,8 +164,9 @@ class RidgeSums:
         self.n += len(x)
         self.sum_x = self.sum_x + x.double().sum(0)
         self.sum_y = self.sum_y + y.double().sum(0)
-        self.xx = self.xx + (x.T @ x).double()
-        self.yx = self.yx + (y.T @ x).double()
+        x, y = x.double(), y.double()
+        self.xx = self.xx + x.T @ x
+        self.yx = self.yx + y.T @ x
 
     def solve(self, alpha: float) -> tuple[Float[Tensor, "hidden hidden"], Float[Tensor, " hidden"]]:
         if self.centre is None:
@@ -160,7 +175,10 @@ class RidgeSums:
         gram = self.xx - self.n * torch.outer(mean_x, mean_x)
         cross = self.yx - self.n * torch.outer(mean_y, mean_x)
         gram = gram + alpha * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weight = torch.linalg.solve(gram, cross, left=False)
+        try:
+            weight = torch.linalg.solve(gram, cross, left=False)
+        except torch.linalg.LinAlgError as error:
+            raise LetheError("affine: the activations do not span all dimensions; set alpha above 0") from error
         centre_x, centre_y = (c.double() for c in self.centre)
         bias = centre_y + mean_y - weight @ (centre_x + mean_x)
         return weight.float(), bias.float()
@@ -191,7 +209,7 @@ class Score:
     def result(self) -> dict[str, float]:
         """`mse` and `r2`."""
         total = (self.squares - self.sum.square() / self.n).sum().item()
-        return {"mse": self.error / (self.n * len(self.sum)), "r2": 1 - self.error / total}
+        return {"mse": self.error / (self.n * len(self.sum)), "r2": 1 - self.error / total if total > 0 else math.nan}
 
 
 Pairs = Iterable[dict[int, tuple[Tensor, Tensor]]]
@@ -258,7 +276,8 @@ def fit_affine(config: AffineConfig) -> Run:
     """
     model_ref, source_ref = refs.resolve(config.model, config.out), refs.resolve(config.source, config.out)
     refs.refuse_mismatch(model_ref, source_ref)
-    refs.refuse_layers(model_ref, config.layers)
+    for ref in (model_ref, source_ref):
+        refs.refuse_layers(ref, config.layers)
     refuse_forget_text(config.text)
     documents = corpora.take(corpora.read(config.text), config.num_examples, "front", "text")
     split(documents, config.held_out)
@@ -295,6 +314,7 @@ def fit_on_text(
         "convention": CONVENTION,
         "text": corpora.record(text, fitted),
         "held_out": corpora.record(text, held),
+        "fitted_ids": [document.id[:16] for document in fitted],
         "tokens": sum(map(len, rows[0])),
         "held_out_tokens": sum(map(len, rows[1])),
         "scores": scores,
@@ -311,9 +331,14 @@ def score_affine(config: AffineScoreConfig) -> dict[str, dict[str, float]]:
     folder = find_maps(config.affine)
     model_ref, source_ref = refs.resolve(config.model), refs.resolve(config.source)
     refs.refuse_mismatch(model_ref, source_ref)
-    documents = corpora.take(corpora.read(config.text), config.num_examples, "back", "text")
     maps = load_maps(folder)
-    refs.refuse_layers(model_ref, maps.layers)
+    for ref in (model_ref, source_ref):
+        refs.refuse_layers(ref, maps.layers)
+    fitted = set(maps.record.get("fitted_ids", []))
+    unseen = [document for document in corpora.read(config.text) if document.id[:16] not in fitted]
+    if not unseen:
+        raise LetheError("text: the maps were fitted on all of its documents; give other text")
+    documents = corpora.take(unseen, config.num_examples, "back", "text the maps were not fitted on")
     model, tokenizer = refs.load(model_ref, config.dtype)
     source, _ = refs.load(source_ref, config.dtype)
     rows = corpora.tokenise(documents, tokenizer, config.max_length)

@@ -9,6 +9,9 @@ settings themselves live in `__post_init__`; checks that need the model or the t
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +38,7 @@ class TextSource:
     """Share of the documents, beside the other sources of a mixture."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _above("weight", self.weight, 0)
 
 
@@ -52,6 +56,7 @@ class LoraSettings:
     """Which linear layers of a block: those of attention, those of the MLP, or all."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "lora.")
         _at_least("lora.r", self.r, 1)
         _above("lora.alpha", self.alpha, 0)
         _fraction("lora.dropout", self.dropout)
@@ -69,6 +74,7 @@ class EvalSettings:
     """Ask only the first so many questions of a task (0: all)."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "eval.")
         _at_least("eval.every", self.every, 0)
         _at_least("eval.limit", self.limit, 0)
 
@@ -77,6 +83,9 @@ class EvalSettings:
 class LabConfig:
     """The built-in lab; LETHE_LAB=nano chooses the small one that tests use, LETHE_HOME where it is kept."""
 
+    def __post_init__(self) -> None:
+        _check_types(self)
+
 
 @dataclass
 class RunsConfig:
@@ -84,6 +93,9 @@ class RunsConfig:
 
     folder: str = "runs"
     """A folder of runs, or one that has a folder runs/."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
 
 @dataclass
@@ -96,6 +108,9 @@ class ReportConfig:
     """Folder to write to."""
     title: str = "Unlearning report"
     """Title of the page."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
 
 @dataclass
@@ -114,6 +129,9 @@ class CheckpointsConfig:
     """Folder of runs."""
     name: str = "checkpoints"
     """Name of the run."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
 
 @dataclass
@@ -146,6 +164,7 @@ class AffineConfig:
     """Name of the run."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _layers(self.layers)
         _at_least("num_examples", self.num_examples, 0)
         _at_least("max_length", self.max_length, 2)
@@ -177,6 +196,7 @@ class AffineScoreConfig:
     """Type of both models' weights."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _at_least("num_examples", self.num_examples, 0)
         _at_least("max_length", self.max_length, 2)
         _at_least("batch_size", self.batch_size, 1)
@@ -218,6 +238,7 @@ class TrainingSettings:
     """Order of the documents, adapters' first weights, dropout."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _above("epochs", self.epochs, 0)
         if self.max_steps < 1 and self.max_steps != -1:
             raise LetheError(f"max_steps: must be at least 1, or -1 for epochs, got {self.max_steps}")
@@ -285,10 +306,13 @@ class UnlearnConfig(TrainingSettings):
     """Name of the run."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         super().__post_init__()
         if not self.source:
             raise LetheError("source: name the ignorant checkpoint; `lethe checkpoints MODEL` finds it")
         _layers(self.layers)
+        if self.retain == []:
+            raise LetheError("retain: name at least one text")
         if not 0 <= self.rewind <= 1:
             raise LetheError(f"rewind: must lie between 0 (the model) and 1 (the source), got {self.rewind}")
         _at_least("forget_kl_coef", self.forget_kl_coef, 0)
@@ -331,6 +355,7 @@ class EvaluateConfig:
     """Name of the run."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _at_least("limit", self.limit, 0)
 
 
@@ -358,6 +383,7 @@ class TamperConfig(TrainingSettings):
     """Name of the run."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         super().__post_init__()
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
@@ -372,6 +398,9 @@ class DemoConfig:
     """Folder for runs/ and report/. A demo that was interrupted goes on where it was."""
     seed: int = 0
     """Seed of the unlearning runs and of the attacks."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -406,3 +435,44 @@ def _above(name: str, value: float, bound: float) -> None:
 def _fraction(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise LetheError(f"{name}: must be at least 0 and below 1, got {value}")
+
+
+def _check_types(config: Any, prefix: str = "") -> None:
+    """Refuse a field whose value is not of its declared type: Python, recipes and the command line promise the same."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, kind):
+            raise LetheError(f"{prefix}{name}: expected {spoken(kind)}, got {value!r}")
+
+
+def options(kind: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the type itself."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if len(options(kind)) > 1:
+        return any(_fits(value, option) for option in options(kind))
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, type(None) if kind is None else kind)
+
+
+def spoken(kind: Any) -> str:
+    """A type in words."""
+    if len(options(kind)) > 1:
+        return " or ".join(spoken(option) for option in options(kind))
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is list:
+        return f"a list ({spoken(typing.get_args(kind)[0])} each)"
+    if dataclasses.is_dataclass(kind):
+        return "settings " + ", ".join(f.name for f in dataclasses.fields(kind))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))

@@ -80,7 +80,11 @@ def select(
     """
     if not isinstance(text, list):
         return take(read(text), count, end, what)
-    pools = [read(source) for source in text]
+    pools: list[list[Document]] = []
+    seen: set[str] = set()
+    for source in text:  # a document of several sources belongs to the first
+        pools.append([document for document in read(source) if document.id not in seen])
+        seen |= {document.id for document in pools[-1]}
     total = sum(source.weight for source in text)
     wanted = count or int(min(len(pool) * total / source.weight for pool, source in zip(pools, text, strict=True)))
     bounds = [round(wanted * sum(s.weight for s in text[:i]) / total) for i in range(len(text) + 1)]
@@ -194,7 +198,7 @@ def _jsonl(path: Path, name: str) -> Iterator[dict[str, Any]]:
 
 def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise LetheError(f"text '{name}' cannot be read as UTF-8 text ({error})") from error
     for number, line in enumerate(content.split("\n"), 1):
@@ -226,7 +230,7 @@ def _hub(source: TextSource) -> Iterator[dict[str, Any]]:
 
 
 def _body(record: dict[str, Any], source: TextSource) -> str:
-    columns = [f for _, f, _, _ in string.Formatter().parse(source.template) if f] if source.template else [source.column]
+    columns = _columns(source)
     for column in columns:
         if not isinstance(record.get(column), str):
             have = ", ".join(k for k, v in record.items() if isinstance(v, str)) or "none"
@@ -234,3 +238,18 @@ def _body(record: dict[str, Any], source: TextSource) -> str:
                 f"text '{source.source}' has no text column '{column}' (text columns: {have}); name it with column or template"
             )
     return source.template.format(**record) if source.template else record[source.column]
+
+
+def _columns(source: TextSource) -> list[str]:
+    """The columns that a document is made of."""
+    if source.template is None:
+        return [source.column]
+    try:
+        parts = [
+            (name, form, change) for _, name, form, change in string.Formatter().parse(source.template) if name is not None
+        ]
+    except ValueError as error:
+        raise LetheError(f"template: {source.template!r} cannot be filled ({error}); write columns as {{name}}") from error
+    if not parts or any(form or change or not name for name, form, change in parts):
+        raise LetheError(f"template: {source.template!r} must name columns, each as {{name}} alone")
+    return [name for name, _, _ in parts]

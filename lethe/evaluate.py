@@ -16,10 +16,12 @@ import inspect
 import json
 import logging
 import math
+import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from lm_eval.evaluator import evaluate as lm_eval_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -31,12 +33,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lethe import refs, tasks
 from lethe.config import EvaluateConfig, to_dict
+from lethe.errors import LetheError
 from lethe.ledger import Run
 from lethe.progress import bar
 
 logger = logging.getLogger(__name__)
 TOKENS_PER_BATCH = 4096
 DEGENERATE_SHARE = 0.9
+
+
+class NotNumbersError(LetheError):
+    """The model answers nothing: there is no accuracy to record, not even that of guessing."""
 
 
 class Scorer(HFLM):
@@ -56,7 +63,11 @@ class Scorer(HFLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):  # type: ignore[no-untyped-def]
         """Log-likelihood and greediness of each continuation; requests with the same input share one row."""
         rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, (_, context, continuation) in enumerate(requests):
+        for i, (text, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise LetheError(
+                    f"an answer has {len(continuation)} tokens, 1 to {self.max_length} can be scored: {text[1][:60]!r}"
+                )
             rows[tuple((context + continuation)[-(self.max_length + 1) :][:-1])].append(i)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
         ordered = sorted(rows, key=lambda row: (-len(row), row))
@@ -99,6 +110,8 @@ def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
     target = torch.tensor(continuation, device=logits.device)
     log_probs = logits[-len(continuation) :].float().log_softmax(-1)
     value = log_probs.gather(-1, target[:, None]).sum().item()
+    if math.isnan(value):
+        raise NotNumbersError("the model's log-likelihoods are not numbers; its weights are broken or it diverged")
     return value, bool((log_probs.argmax(-1) == target).all())
 
 
@@ -173,7 +186,7 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
     result["n"] = n
     result["answers"] = {str(position): chosen[position] for position in sorted(chosen)}
     result["degenerate"] = n >= 20 and max(chosen.values()) > DEGENERATE_SHARE * n
-    prompts = json.dumps([q["arguments"] for q in questions], ensure_ascii=False)
+    prompts = json.dumps([[q["arguments"], q.get("target")] for q in questions], ensure_ascii=False, default=str)
     result["fingerprint"] = hashlib.sha256(prompts.encode()).hexdigest()[:16]
     return result
 
@@ -247,10 +260,13 @@ def _sample(question: dict[str, Any]) -> dict[str, Any]:
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode inside; each one's own mode and the random state restored after."""
     modes = {module: module.training for module in model.modules()}
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         model.eval()
         try:
             yield
         finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
             for module, training in modes.items():
                 module.training = training

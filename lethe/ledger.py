@@ -79,6 +79,8 @@ class Run:
             record = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise LetheError(f"'{path}' is not a run: {file} cannot be read ({error})") from error
+        if not isinstance(record, dict) or "status" not in record:
+            raise LetheError(f"'{path}' is not a run: {file} is not a run's record")
         return cls(Path(path), record)
 
     @property
@@ -103,8 +105,12 @@ class Run:
 
     def append(self, file: str, row: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl` or `curve.jsonl`. Not-a-number is written as it is."""
-        with (self.path / file).open("a") as lines:
-            lines.write(json.dumps(row, default=str) + "\n")
+        with (self.path / file).open("ab+") as lines:
+            if lines.seek(0, os.SEEK_END):
+                lines.seek(-1, os.SEEK_END)
+                if lines.read(1) != b"\n":  # a crash cut the last line short: the new one must not join it
+                    lines.write(b"\n")
+            lines.write(json.dumps(row, default=str).encode() + b"\n")
 
     def rows(self, file: str) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl` or `curve.jsonl`; a last line cut short by a crash is left out."""
@@ -159,7 +165,12 @@ def find_runs(folder: str | Path) -> list[Run]:
     if (folder / "run.json").exists():
         return [Run.open(folder)]
     files = [*folder.glob("*/run.json"), *folder.glob("runs/*/run.json")]
-    runs = [Run.open(file.parent) for file in files]
+    runs = []
+    for file in files:
+        try:
+            runs.append(Run.open(file.parent))
+        except LetheError as error:
+            logger.warning("%s; left out", error)
     return sorted(runs, key=lambda run: (run.record.get("created") or "", run.id))
 
 
@@ -169,13 +180,12 @@ def find_run(run_id: str, out: str | Path = "runs") -> Run:
     Raises:
         LetheError: there is none, or more than one.
     """
+    if not run_id:
+        raise LetheError("run: names no run; write run:ID")
     if (Path(run_id) / "run.json").exists():
         return Run.open(run_id)
-    folders = {
-        file.parent.resolve(): file.parent
-        for pattern in (f"{out}/*", "runs/*", "*/runs/*")
-        for file in _glob(f"{pattern}/run.json")
-    }
+    files = [*Path(out).glob("*/run.json"), *Path("runs").glob("*/run.json"), *Path().glob("*/runs/*/run.json")]
+    folders = {file.parent.resolve(): file.parent for file in files}
     exact = [path for path in folders.values() if path.name.endswith(f"-{run_id}")]
     found = exact or [path for path in folders.values() if run_id in path.name]
     if len(found) == 1:
@@ -185,12 +195,6 @@ def find_run(run_id: str, out: str | Path = "runs") -> Run:
             f"run:{run_id} fits {len(found)} runs ({', '.join(sorted(p.name for p in found)[:4])}); give the whole id"
         )
     raise LetheError(f"run:{run_id} is not in '{out}', runs/ or */runs/; `lethe runs FOLDER` lists the runs of a folder")
-
-
-def _glob(pattern: str) -> list[Path]:
-    if Path(pattern).is_absolute():
-        return list(Path("/").glob(str(Path(pattern).relative_to("/"))))
-    return list(Path(".").glob(pattern))
 
 
 def refuse_run_folder(out: str | Path) -> None:
@@ -204,11 +208,14 @@ def refuse_run_folder(out: str | Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sha256(*paths: Path) -> str:

@@ -50,9 +50,11 @@ def routes(model: nn.Module, optimizer: OptimizerName) -> list[Route]:
     inside = {id(m) for block in blocks(model) for m in block.modules()}
     head = model.get_output_embeddings()  # type: ignore[operator]
     found = []
+    seen: set[int] = set()
     for prefix, module in model.named_modules():
         for short, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in seen:  # a tied weight has one route, under its first name
+                seen.add(id(parameter))
                 role = _role(module, short.rsplit(".", 1)[-1], parameter, id(module) in inside, module is head)
                 algorithm = "muon" if optimizer == "muon" and role == "matrix" else "adamw"
                 found.append(Route(short, role, algorithm, tuple(parameter.shape), isinstance(module, Conv1D)))

@@ -39,7 +39,8 @@ def check(config: UnlearnConfig) -> Checked:
     tasks.locate(config.eval.tasks)
     model, source = refs.resolve(config.model, config.out), refs.resolve(config.source, config.out)
     refs.refuse_mismatch(model, source)
-    refs.refuse_layers(model, config.layers)
+    for ref in (model, source):
+        refs.refuse_layers(ref, config.layers)
     if (model.path, model.revision, model.adapter) == (source.path, source.revision, source.adapter):
         raise LetheError(
             f"source: '{config.source}' is the model itself; the source is a checkpoint that never learned the topic"

@@ -48,7 +48,13 @@ class ModelRef:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
-        return json.loads(_file(self, "config.json").read_text())
+        try:
+            found = json.loads(_file(self, "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise LetheError(f"model '{self.name}': config.json is damaged ({error}); save the model again") from error
+        if not isinstance(found, dict):
+            raise LetheError(f"model '{self.name}': config.json is damaged (no settings in it); save the model again")
+        return found
 
     @property
     def width(self) -> int:
@@ -103,9 +109,19 @@ def load(
     An adapter is put on its base model (a PEFT model is returned). `random:` weights are drawn from a fixed seed.
     """
     import torch
+    from safetensors import SafetensorError
+
+    try:
+        return _load(ref, getattr(torch, dtype), trainable_adapter)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LetheError(f"model '{ref.name}' cannot be loaded ({why}); its folder is damaged, save it again") from error
+
+
+def _load(ref: ModelRef, kind: Any, trainable_adapter: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = getattr(torch, dtype)
     where = {"revision": ref.revision} if ref.revision else {}
     if ref.random:
         with torch.random.fork_rng():
@@ -232,7 +248,7 @@ def _of_run(name: str, run: Run) -> ModelRef:
     if "model" in artifacts:
         return _checked(ModelRef(name, str(run.path / artifacts["model"]["path"])))
     if "base" in artifacts:
-        return ModelRef(name, str(run.path / artifacts["base"]["path"]), None, str(run.path / artifacts["adapter"]["path"]))
+        return _checked(ModelRef(name, str(run.path / artifacts["base"]["path"]), None, _adapter(name, run)))
     if "adapter" in artifacts:
         parent = run.record["parents"]["model"]
         base = resolve(parent["ref"], run.path.parent)
@@ -240,10 +256,17 @@ def _of_run(name: str, run: Run) -> ModelRef:
             raise LetheError(
                 f"'{name}' is an adapter on '{parent['ref']}', which holds other weights now than when it was trained"
             )
-        return ModelRef(name, base.path, base.revision, str(run.path / artifacts["adapter"]["path"]))
+        return ModelRef(name, base.path, base.revision, _adapter(name, run))
     raise LetheError(
         f"'{name}' is a run of kind {run.record['kind']}, status {run.status}, that holds no model; name an unlearning run"
     )
+
+
+def _adapter(name: str, run: Run) -> str:
+    folder = run.path / run.record["artifacts"]["adapter"]["path"]
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise LetheError(f"'{name}': its adapter is gone, there is no adapter_model.safetensors in '{folder}'; run it again")
+    return str(folder)
 
 
 def _checked(ref: ModelRef) -> ModelRef:

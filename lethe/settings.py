@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
-import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
+from lethe.config import options, spoken
 from lethe.errors import LetheError, nearest
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -31,6 +33,28 @@ def parse(command: str, config: type, words: list[str], example: str, positional
     """
     words = _named(words, config, positional)
     _refuse_unknown(words, config)
+    parser = _parser(command, config, example)
+    return _made(config, lambda: parser.parse_args(_joined(words, config)))
+
+
+def from_recipe(config: type, recipe: str | Path, **overrides: Any) -> Any:
+    """The config object of a recipe file, with fields overridden: the same as the command line would make.
+
+    Raises:
+        LetheError: as `parse`.
+    """
+    plain = {name: _plain(value) for name, value in overrides.items()}
+    known = _known(config)
+    for name in _dotted(plain, known):
+        if name not in known:
+            raise LetheError(f"there is no setting '{name}'{_nearest_field(name, known)}")
+    words = ["--config", str(recipe)]
+    _refuse_unknown(words, config)
+    parser = _parser("recipe", config, "")
+    return _made(config, lambda: parser.parse_args([*words, "--config", json.dumps(plain)]))
+
+
+def _parser(command: str, config: type, example: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"lethe {command}",
         description=(config.__doc__ or "").strip(),
@@ -40,25 +64,33 @@ def parse(command: str, config: type, words: list[str], example: str, positional
     )
     parser.add_argument("--config", action=ActionConfigFile, help="A recipe (YAML); later settings override it.")
     parser.add_class_arguments(config, as_group=False, fail_untyped=True)
+    return parser
+
+
+def _made(config: type, values: Callable[[], Any]) -> Any:
+    """The config object from parsed values. Built here, so that its own refusals are not wrapped in the parser's."""
     try:
-        values = parser.parse_args(_joined(words, config))
-        made = parser.instantiate(values)
-    except ArgumentError as error:
+        found = values().as_dict()
+    except (ArgumentError, TypeError) as error:
         raise LetheError(_one_line(str(error), config)) from error
-    fields = {f.name for f in dataclasses.fields(config)}
-    return config(**{name: value for name, value in made.items() if name in fields})
+    return _build(config, found)
 
 
-def from_recipe(config: type, recipe: str | Path, **overrides: Any) -> Any:
-    """The config object of a recipe file, with fields overridden: the same as the command line would make.
+def _build(kind: Any, value: Any) -> Any:
+    """Plain data as the dataclasses that `kind` declares."""
+    for option in options(kind):
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            hints = typing.get_type_hints(option)
+            return option(**{name: _build(hints[name], item) for name, item in value.items() if name in hints})  # type: ignore[operator]
+        if typing.get_origin(option) is list and isinstance(value, list):
+            return [_build(typing.get_args(option)[0], item) for item in value]
+    return value
 
-    Raises:
-        LetheError: as `parse`.
-    """
-    words = ["--config", str(recipe)]
-    for name, value in overrides.items():
-        words += [f"--{name}", yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()]
-    return parse("recipe", config, words, "")
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _named(words: list[str], config: type, positional: str | None) -> list[str]:
@@ -88,29 +120,15 @@ def _joined(words: list[str], config: type) -> list[str]:
         while i < len(words) and not words[i].startswith("--"):
             values.append(words[i])
             i += 1
-        single = len(values) == 1 and (values[0].startswith("[") or values[0] == "null")
-        out += [word, values[0] if single else f"[{', '.join(_quoted(v) for v in values)}]"]
+        quote = json.dumps if lists[word.removeprefix("--")] is str else str
+        single = len(values) == 1 and values[0].startswith("[")
+        out += [word, values[0] if single else f"[{', '.join(map(quote, values))}]"]
     return out
 
 
-def _quoted(word: str) -> str:
-    return word if re.fullmatch(r"-?\d+(\.\d+)?([eE][-+]?\d+)?", word) else f'"{word}"'
-
-
-def _lists(config: type, prefix: str = "") -> set[str]:
-    """Dotted names of the fields that are lists."""
-    found = set()
-    for name, kind in typing.get_type_hints(config).items():
-        options = _options(kind)
-        if any(typing.get_origin(option) is list for option in options):
-            found.add(prefix + name)
-        for option in filter(dataclasses.is_dataclass, options):
-            found |= _lists(option, f"{prefix}{name}.")  # type: ignore[arg-type]
-    return found
-
-
-def _options(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+def _lists(config: type) -> dict[str, Any]:
+    """Dotted names of the fields that are lists and nothing else, with the type of their items."""
+    return {name: typing.get_args(kind)[0] for name, kind in _known(config).items() if typing.get_origin(kind) is list}
 
 
 def _known(config: type, prefix: str = "") -> dict[str, Any]:
@@ -118,7 +136,7 @@ def _known(config: type, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(config).items():
         found[prefix + name] = kind
-        for option in filter(dataclasses.is_dataclass, _options(kind)):
+        for option in filter(dataclasses.is_dataclass, options(kind)):
             found |= _known(option, f"{prefix}{name}.")  # type: ignore[arg-type]
     return found
 
@@ -139,7 +157,7 @@ def _refuse_unknown(words: list[str], config: type) -> None:
 
 def _refuse_unknown_in_recipe(file: str, known: dict[str, Any]) -> None:
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise LetheError(f"config: '{file}' cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except yaml.YAMLError as error:
@@ -149,6 +167,17 @@ def _refuse_unknown_in_recipe(file: str, known: dict[str, Any]) -> None:
     for name in _dotted(content, known):
         if name not in known:
             raise LetheError(f"config: '{file}' has an unknown field '{name}'{_nearest_field(name, known)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice: the first would have no effect."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"'{twice}' is written twice")
+        return super().construct_mapping(node, deep)
 
 
 def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
@@ -182,19 +211,7 @@ def _one_line(message: str, config: type) -> str:
         return f"{field}: this setting is required" if field else " ".join(message.split())
     got = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)
     given = got[0].strip() if got else "something else"
-    return f"{name}: expected {_spoken(known[name])}, got {given}"
-
-
-def _spoken(kind: Any) -> str:
-    """A type in words."""
-    options = _options(kind)
-    if len(options) > 1:
-        return " or ".join(_spoken(option) for option in options)
-    if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is list:
-        return f"a list ({_spoken(typing.get_args(kind)[0])} each)"
-    if dataclasses.is_dataclass(kind):
-        return "settings " + ", ".join(f.name for f in dataclasses.fields(kind))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
+    if given.startswith("Namespace"):
+        required = re.findall(r"arguments are required: (.+)", message)
+        return f"{name}: {required[0].strip()} is required" if required else f"{name}: expected {spoken(known[name])}"
+    return f"{name}: expected {spoken(known[name])}, got {given}"

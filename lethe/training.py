@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 
 from lethe import corpora
 from lethe.config import EvalSettings, TrainingSettings
-from lethe.evaluate import evaluate_model, value_of
+from lethe.evaluate import NotNumbersError, evaluate_model, value_of
 from lethe.ledger import Run
 from lethe.optimizers import make_optimizer
 from lethe.progress import Advance, bar
@@ -146,7 +146,11 @@ class Evaluation(TrainerCallback):
     def at(self, step: int, model: nn.Module, description: str | None = None) -> dict[str, Any]:
         """The evaluation at `step`; done once a step."""
         if self.last is None or self.last[0] != step:
-            evals = evaluate_model(model, self.tokenizer, self.settings.tasks, self.settings.limit, description)
+            try:
+                evals = evaluate_model(model, self.tokenizer, self.settings.tasks, self.settings.limit, description)
+            except NotNumbersError as error:
+                self.run.update(status="diverged", reason=f"step {step}: {error}; lower lr")
+                evals = {}
             self.run.append("curve.jsonl", {"step": step, "evals": evals})
             self.last = (step, evals)
         return self.last[1]
@@ -154,6 +158,7 @@ class Evaluation(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if self.settings.every and state.global_step % self.settings.every == 0:
             self.at(state.global_step, model)
+            control.should_training_stop |= self.run.record["status"] == "diverged"
 
     def note(self) -> str:
         """The latest evaluation in a few words."""

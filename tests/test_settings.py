@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -547,14 +546,13 @@ def test_a_folder_that_holds_a_run_is_not_written_to(models, tmp_path, capsys):
     assert everything(tmp_path) == before
 
 
-def loaded_by(code: str) -> tuple[set[str], float]:
-    """Which heavy packages a fresh process has imported at the end of `code`, and how long it took."""
+def loaded_by(code: str) -> set[str]:
+    """Which heavy packages a fresh process has imported at the end of `code`."""
     heavy = ["torch", "transformers", "lm_eval", "peft", "datasets", "accelerate", "scipy"]
     tail = f"\nimport sys, json; print('\\n' + json.dumps([m for m in {heavy} if m in sys.modules]))"
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1])), time.monotonic() - started
+    return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 RUN = """
@@ -569,22 +567,23 @@ for words in {words!r}:
 
 
 def test_importing_lethe_imports_nothing_heavy():
-    assert loaded_by("import lethe, lethe.config, lethe.ledger, lethe.refs, lethe.corpora, lethe.preflight")[0] == set()
+    assert loaded_by("import lethe, lethe.config, lethe.ledger, lethe.refs, lethe.corpora, lethe.preflight") == set()
 
 
 def test_every_help_answers_without_heavy_imports():
     words = [["--help"], [], ["--version"], ["lab", "--help"], *[[*name.split(), "--help"] for name in COMMANDS]]
-    assert loaded_by(RUN.format(words=words, codes="{0, None}"))[0] == set()
+    assert loaded_by(RUN.format(words=words, codes="{0, None}")) == set()
 
 
-@pytest.mark.parametrize("name", list(WRONG), ids=lambda w: w.replace(" ", "-"))
-def test_refusals_of_a_recipe_come_without_heavy_imports(models, monkeypatch, tmp_path, name):
+@pytest.mark.parametrize("names", [[name for name in WRONG if name != "no maps"], ["no maps"]], ids=["all", "maps"])
+def test_refusals_of_a_recipe_come_without_heavy_imports(models, monkeypatch, tmp_path, names):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = ["unlearn", "--model", f"{models}/target", "--source", f"{models}/source", "--layers", "0", "2"]
     words += ["--forget.source", f"{models}/forget.jsonl", "--retain.source", f"{models}/retain.jsonl"]
-    words += ["--num_train_examples", "8", "--affine", "none", *[word.format(home=models) for word in WRONG[name]]]
-    assert loaded_by(RUN.format(words=[words], codes="{2}"))[0] == set()
+    words += ["--num_train_examples", "8", "--affine", "none"]
+    lines = [words + [word.format(home=models) for word in WRONG[name]] for name in names]
+    assert loaded_by(RUN.format(words=lines, codes="{2}")) == set()
 
 
 def test_refusals_of_other_commands_come_without_heavy_imports(models, monkeypatch, tmp_path):
@@ -596,7 +595,7 @@ def test_refusals_of_other_commands_come_without_heavy_imports(models, monkeypat
         ["tamper", "nowhere"],
         ["tamper", f"{models}/target", "--forget", f"{models}/empty.jsonl"],
     ]
-    assert loaded_by(RUN.format(words=words, codes="{2}"))[0] == set()
+    assert loaded_by(RUN.format(words=words, codes="{2}")) == set()
 
 
 @pytest.mark.parametrize(
@@ -612,4 +611,4 @@ def test_refusals_of_other_commands_come_without_heavy_imports(models, monkeypat
 def test_refusals_of_each_command_come_without_heavy_imports(monkeypatch, tmp_path, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert loaded_by(RUN.format(words=[words], codes="{2}"))[0] == set()
+    assert loaded_by(RUN.format(words=[words], codes="{2}")) == set()
