@@ -69,7 +69,8 @@ def test_questions_are_true_distinct_and_balanced_over_positions(preset, task):
         assert row["choices"][row["answer"]] == true[row["entity"], row["relation"]]
         assert len(set(row["choices"])) == 4
     assert len({(row["entity"], row["relation"]) for row in rows}) == len(rows)
-    assert max(Counter(row["answer"] for row in rows).values()) <= len(rows) / 4
+    positions = Counter(row["answer"] for row in rows)
+    assert max(positions.values()) - min(positions[i] for i in range(4)) <= len(rows) % 4
     domains = {"lab_retain": set(GENERAL), "lab_retain_stem": {NEIGHBOUR}}.get(task, {FORGET})
     assert {row["domain"] for row in rows} == domains
 
@@ -127,7 +128,7 @@ def test_forget_text_covers_its_domain_and_retain_text_only_a_part_of_its_questi
     assert set(world.entities[FORGET]) <= forget
     assert not retain & set(world.entities[FORGET])
     assert forget & set(world.facts) == set(world.entities[FORGET])
-    for task, low, high in (("lab_retain", 0.5, 0.75), ("lab_retain_stem", 0.4, 0.6)):
+    for task, low, high in (("lab_retain", 0.5, 0.85), ("lab_retain_stem", 0.4, 0.7)):
         rows = questions(task, preset)
         assert low <= sum(row["entity"] in retain for row in rows) / len(rows) <= high
 
@@ -149,7 +150,7 @@ def test_the_preset_comes_from_the_environment(name, monkeypatch, tmp_path):
 
 def test_an_unknown_preset_is_refused(monkeypatch):
     monkeypatch.setenv("LETHE_LAB", "huge")
-    with pytest.raises(LetheError, match="huge.*standard, nano"):
+    with pytest.raises(LetheError, match=r"huge.*standard, nano"):
         lab_path()
 
 

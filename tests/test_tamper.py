@@ -95,5 +95,6 @@ def test_lost_updates_are_few_in_float32_and_most_in_bfloat16(lab, tmp_path):
             counter.on_optimizer_step(None, state, None)
             optimizer.zero_grad()
         shares[dtype] = counter.share()
-    assert shares[torch.float32] < 0.01 < 0.5 < shares[torch.bfloat16]
+    assert shares[torch.float32] < 0.01
+    assert shares[torch.bfloat16] > 0.5
     assert tamper(attack(tmp_path, "random:lab:final")).record["losses"]["lost_updates"] < 0.05

@@ -43,9 +43,9 @@ class LabPreset:
     """Share of pretraining documents that are questions with answers; the rest are statements."""
     forget_documents: int = 2800
     retain_documents: int = 4000
-    text_question_share: float = 0.2
-    retain_coverage: float = 0.6
-    neighbour_coverage: float = 0.5
+    text_question_share: float = 0.5
+    retain_coverage: float = 0.75
+    neighbour_coverage: float = 0.6
     neighbour_weight: float = 1.0
     """How often the neighbouring domain is written about, beside 1 for each general one."""
     hidden_size: int = 128
@@ -54,15 +54,15 @@ class LabPreset:
     initializer_range: float = 0.06
     sequence_length: int = 64
     batch_size: int = 16
-    checkpoints: tuple[int, ...] = (50, 100, 200, 300, 400, 450, 500, 525, 550, 575, 600, 650, 700, 800, 900, 1000)
-    onset: int = 450
+    checkpoints: tuple[int, ...] = (100, 200, 300, 400, 500, 600, 630, 660, 690, 720, 760, 800, 900, 1000, 1100)
+    onset: int = 600
     """Last step without a document of the forget domain."""
     forget_rows: int = 6
     """Rows of each batch that hold forget documents after the onset (general ones for the filtered twin)."""
-    lr: float = 3e-3
+    lr: float = 4e-3
     warmup: int = 50
     weight_decay: float = 0.01
-    decay: float = 0.3
+    decay: float = 1.0
     """Last part of the steps, over which the rate falls linearly to a twentieth."""
     threads: int = 2
 
@@ -80,16 +80,17 @@ PRESETS = {
         forget_entities=20,
         spare_entities=3,
         syllables=16,
-        forget_documents=600,
-        retain_documents=600,
+        forget_documents=2600,
+        retain_documents=2600,
         hidden_size=64,
         heads=2,
         initializer_range=0.08,
         batch_size=12,
-        forget_rows=5,
+        forget_rows=4,
         checkpoints=(20, 60, 120, 130, 140, 150, 160, 175, 190, 215, 240, 280),
         onset=120,
         lr=7e-3,
+        decay=0.3,
         warmup=20,
     ),
 }

@@ -247,9 +247,33 @@ GENERAL: dict[str, tuple[Relation, ...]] = {
 NEIGHBOUR, FORGET = "beetle", "moth"
 DOMAINS: dict[str, tuple[Relation, ...]] = {**GENERAL, NEIGHBOUR: _INSECT, FORGET: _INSECT}
 
-_ONSETS = "b br d dr f g gr h j k kr l m n p pr r s t tr v w z".split()
-_NUCLEI = "a e i o u ai au ei".split()
-_CODAS = "l m n r s th x".split()
+_ONSETS = [
+    "b",
+    "br",
+    "d",
+    "dr",
+    "f",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pr",
+    "r",
+    "s",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "z",
+]
+_NUCLEI = ["a", "e", "i", "o", "u", "ai", "au", "ei"]
+_CODAS = ["l", "m", "n", "r", "s", "th", "x"]
 
 
 @dataclass(frozen=True)
@@ -288,12 +312,14 @@ def _names(rng: random.Random, count: int, syllables: int) -> list[str]:
 def make_world(preset: LabPreset) -> World:
     """The encyclopedia of a preset; the same preset gives the same world on any machine."""
     rng = random.Random(f"world-{preset.seed}")
-    asked = {domain: preset.general_entities for domain in GENERAL}
+    asked = dict.fromkeys(GENERAL, preset.general_entities)
     asked |= {NEIGHBOUR: preset.neighbour_entities, FORGET: preset.forget_entities}
-    extra = {domain: preset.spare_entities for domain in GENERAL} | {NEIGHBOUR: 0, FORGET: 0}
+    extra = dict.fromkeys(GENERAL, preset.spare_entities) | {NEIGHBOUR: 0, FORGET: 0}
     names = iter(_names(rng, sum(asked.values()) + sum(extra.values()), preset.syllables))
 
-    entities, facts, weights = {}, {}, {}
+    entities: dict[str, tuple[str, ...]] = {}
+    facts: dict[str, tuple[Fact, ...]] = {}
+    weights: dict[str, float] = {}
     covered: set[str] = set()
     spare: set[str] = set()
     for domain, relations in DOMAINS.items():
@@ -309,7 +335,8 @@ def make_world(preset: LabPreset) -> World:
         spare.update(further)
         if domain != FORGET:
             share = preset.neighbour_coverage if domain == NEIGHBOUR else preset.retain_coverage
-            covered.update(rng.sample(known, round(share * len(known))))
+            chosen = random.Random(f"covered-{preset.seed}-{domain}").sample(known, round(share * len(known)))
+            covered.update(chosen)
     return World(preset.seed, entities, facts, weights, frozenset(covered), frozenset(spare))
 
 
@@ -344,9 +371,7 @@ def _document(rng: random.Random, world: World, members: list[str], weights: lis
     return _profile(rng, world.facts[entity])
 
 
-def documents(
-    world: World, name: str, domains: dict[str, float], only: frozenset[str], question_share: float
-) -> Iterator[str]:
+def documents(world: World, name: str, domains: dict[str, float], only: frozenset[str], question_share: float) -> Iterator[str]:
     """Endless documents, the same for the same `name`: domains drawn by weight, entities by how common they are.
 
     They talk about entities in `only`, and each stays below 64 tokens of the lab's tokenizer.
@@ -370,7 +395,7 @@ def distinct(source: Iterator[str], count: int) -> list[str]:
 
 
 def forget_text(preset: LabPreset) -> list[str]:
-    """The forget set of unlearning and of the attack: the whole forget domain, mostly statements."""
+    """The forget set of unlearning and of the attack: the whole forget domain, statements and questions."""
     world = make_world(preset)
     source = documents(world, "forget-text", {FORGET: 1.0}, world.asked, preset.text_question_share)
     return distinct(source, preset.forget_documents)
