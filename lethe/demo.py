@@ -74,13 +74,17 @@ def demo(config: DemoConfig) -> dict[str, Path]:
 
 
 def unlearn_recipe(source: str, affine: str, out: str, seed: int = 0, lora: bool = True) -> UnlearnConfig:
-    """The demo's unlearning recipe: the defaults; recipes/lab.yaml and recipes/lab-full.yaml are the same in YAML."""
-    evaluation = EvalSettings(tasks=list(LAB_TASKS))
+    """The demo's unlearning recipes; `recipes/lab.yaml` (LoRA) and `recipes/lab-full.yaml` are the same in YAML."""
+    settings: dict[str, Any] = {
+        "source": source,
+        "affine": affine,
+        "eval": EvalSettings(list(LAB_TASKS)),
+        "seed": seed,
+        "out": out,
+    }
     if lora:
-        return UnlearnConfig(source=source, affine=affine, eval=evaluation, seed=seed, out=out, name="demo-lora")
-    return UnlearnConfig(
-        source=source, affine=affine, eval=evaluation, seed=seed, out=out, name="demo-full", lora=None, lr=2e-4
-    )
+        return UnlearnConfig(**settings, name="demo-lora", lr=1e-2, retain_coef=10, epochs=2)
+    return UnlearnConfig(**settings, name="demo-full", lora=None, lr=2e-3, retain_coef=20)
 
 
 class _Steps:
