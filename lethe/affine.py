@@ -26,15 +26,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lethe import corpora, refs
+from lethe import corpora, preflight, refs
 from lethe.config import AffineConfig, AffineScoreConfig, to_dict
 from lethe.errors import LetheError
-from lethe.ledger import Run, find_run, sha256
+from lethe.ledger import Run, sha256
+from lethe.maps import METADATA, WEIGHTS, facts_of
+from lethe.preflight import split
 from lethe.progress import bar
 from lethe.residual import CONVENTION, residuals
-
-WEIGHTS = "affine_transforms.safetensors"
-METADATA = "metadata.json"
 
 
 @dataclass
@@ -68,68 +67,9 @@ class AffineMap:
         (folder / METADATA).write_text(json.dumps(facts, indent=2))
 
 
-def find_maps(name: str, out: str | Path = "runs") -> Path:
-    """The folder of maps that `name` means: a folder, a run (folder or run:ID) or a hub repository.
-
-    Raises:
-        LetheError: there are no maps.
-    """
-    if name.startswith("run:") or (Path(name) / "run.json").exists():
-        run = find_run(name.removeprefix("run:"), out)
-        artifact = (run.record.get("artifacts") or {}).get("affine")
-        if artifact is None:
-            raise LetheError(f"affine: '{name}' is a run of kind {run.record['kind']}, status {run.status}, that holds no maps")
-        return run.path / artifact["path"]
-    if Path(name).is_dir():
-        if not (Path(name) / WEIGHTS).exists():
-            raise LetheError(f"affine: '{name}' has no {WEIGHTS}; give a folder that `lethe affine fit` wrote")
-        return Path(name)
-    if name.count("/") != 1:
-        raise LetheError(f"affine: '{name}' is neither fit, none, a folder of maps, run:ID nor a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, METADATA]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LetheError(f"affine: no folder '{name}' here, and the hub's cannot be read ({why})") from error
-
-
-def check_maps(folder: Path, model: refs.ModelRef, source: refs.ModelRef, layers: list[int]) -> dict[str, Any]:
-    """The maps' record, if they were fitted for these weights and layers.
-
-    Raises:
-        LetheError: they belong to another pair of weights, lack a layer, or keep no record of what they belong to.
-    """
-    facts = _facts(folder)
-    missing = sorted(set(layers) - set(facts["layer_indices"]))
-    if missing:
-        raise LetheError(f"affine: the maps in '{folder}' lack layers {missing}; they have {facts['layer_indices']}")
-    if "model" not in facts or "source" not in facts:
-        raise LetheError(f"affine: the maps in '{folder}' do not record their weights; score them first: lethe affine score")
-    for role, ref in (("model", model), ("source", source)):
-        if facts[role]["sha256"] != refs.weight_hash(ref):
-            raise LetheError(
-                f"affine: the maps in '{folder}' were fitted for {role} '{facts[role]['ref']}', "
-                f"whose weights are not those of '{ref.name}'; fit maps for this pair: lethe affine fit"
-            )
-    return facts
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads((folder / METADATA).read_text())
-    except (OSError, ValueError) as error:
-        raise LetheError(f"affine: '{folder}' has no readable {METADATA} ({error})") from error
-    if not isinstance(facts, dict) or "layer_indices" not in facts:
-        raise LetheError(f"affine: {METADATA} in '{folder}' does not say which layers the maps are for (layer_indices)")
-    return facts
-
-
 def load_maps(folder: Path, layers: list[int] | None = None) -> AffineMap:
     """The maps in `folder`, of all its layers or of `layers`."""
-    facts = _facts(folder)
+    facts = facts_of(folder)
     wanted = facts["layer_indices"] if layers is None else layers
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -260,27 +200,13 @@ def activation_pairs(
         done(len(ids))
 
 
-def split(documents: list[corpora.Document], held_out: float) -> tuple[list[corpora.Document], list[corpora.Document]]:
-    """The documents to fit on and those to score on: the last ones in order of content, a share of `held_out`."""
-    count = max(1, round(held_out * len(documents)))
-    if count >= len(documents):
-        raise LetheError(f"affine: {len(documents)} documents are too few to hold {held_out:.0%} out; give more text")
-    return documents[:-count], documents[-count:]
-
-
 def fit_affine(config: AffineConfig) -> Run:
     """Fit maps for a pair of models and keep them as a run; artifacts: `affine`.
 
     Raises:
         LetheError: the models do not fit together, or the text cannot be used; raised before anything is written.
     """
-    model_ref, source_ref = refs.resolve(config.model, config.out), refs.resolve(config.source, config.out)
-    refs.refuse_mismatch(model_ref, source_ref)
-    for ref in (model_ref, source_ref):
-        refs.refuse_layers(ref, config.layers)
-    refuse_forget_text(config.text)
-    documents = corpora.take(corpora.read(config.text), config.num_examples, "front", "text")
-    split(documents, config.held_out)
+    model_ref, source_ref, documents = preflight.check_affine(config)
     run = Run.create("affine", config.name, to_dict(config), config.out)
     with run.running():
         model, tokenizer = refs.load(model_ref, config.dtype)
@@ -328,26 +254,11 @@ def score_affine(config: AffineScoreConfig) -> dict[str, dict[str, float]]:
     Raises:
         LetheError: there are no maps, or the models or the text cannot be used.
     """
-    folder = find_maps(config.affine)
-    model_ref, source_ref = refs.resolve(config.model), refs.resolve(config.source)
-    refs.refuse_mismatch(model_ref, source_ref)
+    folder, model_ref, source_ref, documents = preflight.check_affine_score(config)
     maps = load_maps(folder)
-    for ref in (model_ref, source_ref):
-        refs.refuse_layers(ref, maps.layers)
-    fitted = set(maps.record.get("fitted_ids", []))
-    unseen = [document for document in corpora.read(config.text) if document.id[:16] not in fitted]
-    if not unseen:
-        raise LetheError("text: the maps were fitted on all of its documents; give other text")
-    documents = corpora.take(unseen, config.num_examples, "back", "text the maps were not fitted on")
     model, tokenizer = refs.load(model_ref, config.dtype)
     source, _ = refs.load(source_ref, config.dtype)
     rows = corpora.tokenise(documents, tokenizer, config.max_length)
     with bar("Scoring maps", len(rows), "documents") as advance:
         pairs = activation_pairs(model, source, rows, maps.layers, config.batch_size, tokenizer.pad_token_id, advance)
         return score(pairs, maps.to(model.device))
-
-
-def refuse_forget_text(text: Any) -> None:
-    """Refuse to fit on the lab's forget text."""
-    if corpora.as_text_source(text).source == "lab:forget":
-        raise LetheError("text: maps are never fitted on forget text, that would map the topic back in; give retain text")

@@ -12,7 +12,6 @@ from typing import Any
 from lethe import refs, tasks
 from lethe.config import CheckpointsConfig, to_dict
 from lethe.errors import LetheError
-from lethe.evaluate import evaluate_model
 from lethe.ledger import Run
 from lethe.progress import bar
 
@@ -27,6 +26,8 @@ def checkpoints(config: CheckpointsConfig) -> Run:
     """
     tasks.locate(config.tasks)
     found = find_checkpoints(config)
+    from lethe.evaluate import evaluate_model
+
     run = Run.create("checkpoints", config.name, to_dict(config), config.out)
     with run.running(), bar("Evaluating checkpoints", len(found), "checkpoints") as advance:
         rows: list[dict[str, Any]] = []

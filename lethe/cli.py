@@ -161,6 +161,9 @@ def _checkpoints(settings: c.CheckpointsConfig, as_json: bool) -> None:
 
 
 def _affine_fit(settings: c.AffineConfig, as_json: bool) -> None:
+    from lethe import preflight
+
+    preflight.check_affine(settings)
     from lethe.affine import fit_affine
     from lethe.report.tables import affine_table
 
@@ -169,6 +172,9 @@ def _affine_fit(settings: c.AffineConfig, as_json: bool) -> None:
 
 
 def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
+    from lethe import preflight
+
+    preflight.check_affine_score(settings)
     from lethe.affine import score_affine
     from lethe.report.tables import affine_table
 

@@ -186,8 +186,8 @@ class AffineScoreConfig:
     """The checkpoint whose activations are mapped."""
     text: str | TextSource = "lab:retain"
     """Text to score on."""
-    num_examples: int = 512
-    """Documents to use, from the end that fitting leaves out (0: all)."""
+    num_examples: int = 0
+    """Documents to use, of those that the maps were not fitted on (0: all)."""
     max_length: int = 64
     """Documents are cut at so many tokens."""
     batch_size: int = 32

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lethe import corpora, refs, tasks
-from lethe.config import TamperConfig, TrainingSettings, UnlearnConfig, as_text_source
+from lethe.config import AffineConfig, AffineScoreConfig, TamperConfig, TrainingSettings, UnlearnConfig, as_text_source
 from lethe.errors import LetheError
 from lethe.ledger import refuse_run_folder
+from lethe.maps import check_maps, facts_of, find_maps
 
 
 @dataclass
@@ -37,10 +38,7 @@ def check(config: UnlearnConfig) -> Checked:
     """
     refuse_run_folder(config.out)
     tasks.locate(config.eval.tasks)
-    model, source = refs.resolve(config.model, config.out), refs.resolve(config.source, config.out)
-    refs.refuse_mismatch(model, source)
-    for ref in (model, source):
-        refs.refuse_layers(ref, config.layers)
+    model, source = _pair(config.model, config.source, config.layers, config.out)
     if (model.path, model.revision, model.adapter) == (source.path, source.revision, source.adapter):
         raise LetheError(
             f"source: '{config.source}' is the model itself; the source is a checkpoint that never learned the topic"
@@ -66,6 +64,54 @@ def check_model(model: str, task_names: list[str], out: str) -> refs.ModelRef:
     refuse_run_folder(out)
     tasks.locate(task_names)
     return refs.resolve(model, out)
+
+
+def check_affine(config: AffineConfig) -> tuple[refs.ModelRef, refs.ModelRef, list[corpora.Document]]:
+    """Resolve a fit of maps: model, source, and the documents to fit and score on.
+
+    Raises:
+        LetheError: the models do not fit together, or the text cannot be used.
+    """
+    refuse_run_folder(config.out)
+    model, source = _pair(config.model, config.source, config.layers, config.out)
+    if as_text_source(config.text).source == "lab:forget":
+        raise LetheError("text: maps are never fitted on forget text, that would map the topic back in; give retain text")
+    documents = corpora.take(corpora.read(config.text), config.num_examples, "front", "text")
+    split(documents, config.held_out)
+    return model, source, documents
+
+
+def check_affine_score(config: AffineScoreConfig) -> tuple[Path, refs.ModelRef, refs.ModelRef, list[corpora.Document]]:
+    """Resolve a scoring of maps: their folder, model, source, and documents that they were not fitted on.
+
+    Raises:
+        LetheError: there are no maps, or the models or the text cannot be used.
+    """
+    folder = find_maps(config.affine)
+    facts = facts_of(folder)
+    model, source = _pair(config.model, config.source, facts["layer_indices"], "runs")
+    fitted = set(facts.get("fitted_ids", []))
+    unseen = [document for document in corpora.read(config.text) if document.id[:16] not in fitted]
+    if not unseen:
+        raise LetheError("text: the maps were fitted on all of its documents; give other text")
+    return folder, model, source, corpora.take(unseen, config.num_examples, "back", "text the maps were not fitted on")
+
+
+def _pair(model: str, source: str, layers: list[int], out: str) -> tuple[refs.ModelRef, refs.ModelRef]:
+    """Model and source, if their activations can be compared at these layers."""
+    pair = refs.resolve(model, out), refs.resolve(source, out)
+    refs.refuse_mismatch(*pair)
+    for ref in pair:
+        refs.refuse_layers(ref, layers)
+    return pair
+
+
+def split(documents: list[corpora.Document], held_out: float) -> tuple[list[corpora.Document], list[corpora.Document]]:
+    """The documents to fit on and those to score on: the last ones in order of content, a share of `held_out`."""
+    count = max(1, round(held_out * len(documents)))
+    if count >= len(documents):
+        raise LetheError(f"affine: {len(documents)} documents are too few to hold {held_out:.0%} out; give more text")
+    return documents[:-count], documents[-count:]
 
 
 @dataclass
@@ -168,8 +214,6 @@ def _maps(config: UnlearnConfig, model: refs.ModelRef, source: refs.ModelRef) ->
         if any(source.source == "lab:forget" for source in sources):
             raise LetheError("retain: this is forget text, and maps are fitted on the retain text; give retain text")
         return None
-    from lethe.affine import check_maps, find_maps
-
     folder = find_maps(config.affine, config.out)
     check_maps(folder, model, source, config.layers)
     return folder

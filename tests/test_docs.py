@@ -1,0 +1,90 @@
+"""Every command shown in README and docs is run, on the nano lab, in the order in which it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lethe.lab import PRESETS
+
+ROOT = Path(__file__).parent.parent
+STANDARD, NANO = (f"global_step{PRESETS[name].onset}" for name in ("standard", "nano"))
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def here(lab, tmp_path) -> Path:
+    """A folder as the repository's own, so far as the pages need it; recipes name the nano lab's onset."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (tmp_path / "lethe").symlink_to(ROOT / "lethe")
+    for recipe in (tmp_path / "recipes").rglob("*.yaml"):
+        recipe.write_text(recipe.read_text().replace(STANDARD, NANO))
+    return tmp_path
+
+
+def run(command: str, folder: Path) -> str:
+    scripts = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    shell = command.replace(STANDARD, NANO).replace(".venv/bin/", f"{scripts}/")
+    done = subprocess.run(shell, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_quickstart(here):
+    for command in commands("docs/quickstart.md"):
+        run(command, here)
+    assert (here / "report" / "index.html").exists()
+    for code in blocks("docs/quickstart.md", "python"):
+        (here / "example.py").write_text(code.replace(STANDARD, NANO))
+        assert "lab_forget_robust" not in run("python example.py", here)
+
+
+def test_readmes_two_commands_are_targets_and_its_others_run(here):
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands("README.md"):
+        if command.startswith("make "):
+            assert re.search(rf"^{command.removeprefix('make ')}: install$", makefile, re.MULTILINE), command
+        else:
+            run(command, here)
+
+
+@pytest.mark.slow
+def test_lab_page(here, lab):
+    for command in commands("docs/lab.md"):
+        run(command.replace("FOLDER", str(lab / "filtered")), here)
+    assert not commands("docs/runs.md")
+
+
+def test_yaml_of_the_quickstart_is_a_recipe(tmp_path):
+    from lethe.config import UnlearnConfig
+    from lethe.settings import from_recipe
+
+    for i, text in enumerate(blocks("docs/quickstart.md", "yaml")):
+        (tmp_path / f"{i}.yaml").write_text(text)
+        assert from_recipe(UnlearnConfig, tmp_path / f"{i}.yaml").layers
+
+
+def test_recipes_of_the_lab_are_the_demos():
+    from lethe.config import UnlearnConfig
+    from lethe.demo import unlearn_recipe
+    from lethe.settings import from_recipe
+
+    for file, lora in (("lab.yaml", True), ("lab-full.yaml", False)):
+        assert from_recipe(UnlearnConfig, ROOT / "recipes" / file) == unlearn_recipe(
+            f"lab:{STANDARD}", "fit", "runs", lora=lora
+        )

@@ -1,0 +1,77 @@
+"""Routing by module role on several architectures, and the updates against torch's own optimizers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lethe import LoraSettings, UnlearnConfig
+from lethe.optimizers import Muon, make_optimizer, orthogonalise, routes, routing_table
+from lethe.unlearn import add_adapters
+
+ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_matrices_go_to_muon_and_all_else_to_adamw(make_model, tmp_path, architecture):
+    model = AutoModelForCausalLM.from_pretrained(make_model(architecture, tmp_path))
+    found = {route.name: route for route in routes(model, "muon")}
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        outside = any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+        expected = "muon" if parameter.ndim == 2 and not outside else "adamw"
+        assert found[name].algorithm == expected, name
+    assert {row["role"] for row in routing_table(list(found.values())) if row["algorithm"] == "muon"} == {"matrix"}
+
+
+def test_the_two_matrices_of_an_adapter_go_to_muon(make_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model("gpt_neox", tmp_path))
+    found = routes(add_adapters(model, LoraSettings(r=2), [0, 1], seed=0), "muon")
+    assert len(found) == 16 and {route.algorithm for route in found} == {"muon"}
+
+
+def train(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int = 5) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_is_torchs_muon(shape):
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    group = {"params": [ours], "algorithm": "muon", "weight_decay": 0.1, "transposed": False}
+    mine = train([ours], Muon([group], lr=0.02, newton_schulz_dtype=torch.bfloat16))
+    other = train([theirs], torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1))
+    torch.testing.assert_close(mine[0], other[0], atol=2e-3, rtol=2e-2)
+    assert (mine[0] - start).abs().max() > 0.02
+
+
+def test_its_adamw_is_torchs_adamw():
+    start = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine = train([ours], Muon([{"params": [ours], "algorithm": "adamw", "weight_decay": 0.1}], lr=0.02))
+    other = train([theirs], torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.1))
+    torch.testing.assert_close(mine[0], other[0])
+
+
+def test_orthogonalise_keeps_directions_and_evens_out_singular_values():
+    matrix = torch.randn(20, 12, generator=torch.Generator().manual_seed(2))
+    result = orthogonalise(matrix, torch.float32)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.T @ result @ v.T
+    assert (inner.diagonal() > 0.6).all() and (inner.diagonal() < 1.3).all()
+    assert (inner - torch.diag(inner.diagonal())).abs().max() < 1e-3
+
+
+def test_groups_have_names_and_norms_and_biases_do_not_decay(make_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model("gpt2", tmp_path))
+    optimizer = make_optimizer(model, UnlearnConfig(source="x", optimizer="muon", weight_decay=0.1, lr=0.3))
+    decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decay == {"adamw": 0.1, "adamw_no_decay": 0.0, "muon_transposed": 0.1}
+    assert all(group["lr"] == 0.3 for group in optimizer.param_groups)
