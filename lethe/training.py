@@ -170,8 +170,9 @@ class _Bar(TrainerCallback):
         self.advance, self.evaluation = advance, evaluation
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        terms = [f"{name} {value:.4f}" for name, value in (logs or {}).items() if name.endswith("loss")]
-        self.advance(1 if terms else 0, "  ".join([*terms, self.evaluation.note()]))
+        if "loss" in (logs or {}):
+            terms = [f"{name} {value:.4f}" for name, value in logs.items() if name.endswith("_loss")]
+            self.advance(1, "  ".join([*terms, self.evaluation.note()]))
 
 
 def token_means(rows: list[dict[str, Any]], weights: dict[str, str]) -> dict[str, float]:
@@ -199,8 +200,6 @@ def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=1,
@@ -208,6 +207,7 @@ def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
         save_strategy="no",
         report_to=config.report_to or "none",
         disable_tqdm=True,
+        **({"activation_checkpointing": True} if config.gradient_checkpointing else {}),
         remove_unused_columns=False,
         label_names=[],
         use_cpu=not torch.cuda.is_available(),

@@ -215,3 +215,80 @@ def test_maps_of_another_pair_and_the_model_as_its_own_source_are_refused(lab, t
         unlearn(recipe(tmp_path, source="lab:filtered", affine=str(run.path / "affine")))
     with pytest.raises(LetheError, match="is the model itself"):
         unlearn(recipe(tmp_path, source="lab:final"))
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(r=4, dropout=0.0), None], ids=["lora", "full"])
+def test_gradient_checkpointing_changes_memory_alone(lab, tmp_path, lora):
+    plain, lean = (unlearn(recipe(tmp_path, lora=lora, gradient_checkpointing=on)) for on in (False, True))
+    for a, b in zip(plain.rows("metrics.jsonl"), lean.rows("metrics.jsonl"), strict=True):
+        for term in ("cb_loss", "retain_kl_loss", "grad_norm"):
+            assert a[term] == pytest.approx(b[term], rel=1e-4, abs=1e-6)
+
+
+def test_rewinding_to_the_source_starts_at_the_source(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, rewind=1.0, affine="none", schedule="constant", remove_coef=1, max_steps=1))
+    assert run.rows("metrics.jsonl")[0]["cb_loss"] == pytest.approx(0, abs=1e-8)
+    assert run.rows("metrics.jsonl")[0]["retain_kl_loss"] > 0.05
+    assert {"base", "adapter"} <= run.record["artifacts"].keys()
+    ours = load_file(run.path / "base" / "model.safetensors")
+    source = load_file(Path(resolve(run.record["config"]["source"]).path) / "model.safetensors")
+    assert all(torch.equal(ours[name], source[name]) for name in source)
+
+
+def test_rewinding_half_way_is_the_mean_of_the_weights(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, rewind=0.5, max_steps=1, lr=1e-12))
+    ends = [load_file(Path(resolve(ref).path) / "model.safetensors") for ref in ("lab:final", run.record["config"]["source"])]
+    ours = load_file(run.path / "base" / "model.safetensors")
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, (ends[0][name] + ends[1][name]) / 2)
+
+
+@pytest.mark.parametrize("kind", ["distill", "both"])
+def test_distillation_is_the_kl_to_the_source_on_forget_text(lab, tmp_path, kind):
+    coef = 0.5 if kind == "both" else 1.0
+    run = unlearn(recipe(tmp_path, forget_loss=kind, forget_kl_coef=coef, max_steps=1))
+    row, config = run.rows("metrics.jsonl")[0], run.record["config"]
+    model, source = (AutoModelForCausalLM.from_pretrained(resolve(config[role]).path) for role in ("model", "source"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve(config["model"]).path)
+    documents, total, count = corpora.read("lab:forget")[:128], 0.0, 0
+    with torch.no_grad():
+        for i in run.rows("batches.jsonl")[0]["forget"]:
+            ids = torch.tensor([tokenizer(documents[i].text)["input_ids"][:64]])
+            p, q = source(ids).logits.softmax(-1), model(ids).logits.softmax(-1)
+            total, count = total + (p * (p / q).log()).sum().item(), count + ids.numel()
+    assert row["forget_kl_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert row["loss"] == pytest.approx(row["remove_coef_t"] * (row.get("cb_loss", 0) + coef * row["forget_kl_loss"]), rel=1e-5)
+    assert ("cb_loss" in row) == (kind == "both")
+
+
+def test_muon_trains_and_each_groups_rate_is_logged(lab, tmp_path):
+    settings = {"optimizer": "muon", "lora": None, "warmup_steps": 2, "lr_scheduler_type": "linear", "max_steps": 12}
+    run, other = (unlearn(recipe(tmp_path, **settings, num_train_examples=8, lr=lr)) for lr in (2e-3, 4e-3))
+    rows = run.rows("metrics.jsonl")
+    assert rows[0]["lr"].keys() == {"adamw", "muon", "adamw_no_decay"}
+    assert [row["lr"]["muon"] for row in rows[:4]] == pytest.approx([0, 1e-3, 2e-3, 1.8e-3])
+    assert rows[-1]["cb_loss"] < 0.9 * rows[0]["cb_loss"]
+    assert {(r["algorithm"], r["role"]) for r in run.record["plan"]["routing"]} >= {("muon", "matrix"), ("adamw", "embedding")}
+    assert other.record["artifacts"]["model"]["sha256"] != run.record["artifacts"]["model"]["sha256"]
+
+
+def test_parameters_that_no_term_reaches_are_named_before_training(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, lora=None, retain_coef=0, layers=[1], max_steps=1))
+    unreached = run.record["plan"]["no_gradient"]
+    assert any(".layers.5." in name for name in unreached) and not any(".layers.1." in name for name in unreached)
+    assert unlearn(recipe(tmp_path, lora=None, layers=[1], max_steps=1)).record["plan"]["no_gradient"] == []
+
+
+def test_packed_blocks_lose_no_token_and_merged_adapters_are_the_model(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, packing="blocks", merge=True, max_steps=-1, num_train_examples=32, max_length=50))
+    tokenizer = AutoTokenizer.from_pretrained(resolve("lab:final").path)
+    expected = sum(
+        len(tokenizer(d.text)["input_ids"]) + 1 for name in ("forget", "retain") for d in corpora.read(f"lab:{name}")[:32]
+    )
+    assert run.record["plan"]["tokens"] == pytest.approx(expected, abs=50)
+    assert (run.path / "model" / "model.safetensors").exists() and "adapter" not in run.record["artifacts"]
+    distances = run.record["update_by_layer"]
+    target, merged = (load_file(p / "model.safetensors") for p in (Path(resolve("lab:final").path), run.path / "model"))
+    squares = sum((merged[n] - target[n]).square().sum().item() for n in target if ".layers.0." in n)
+    assert distances["0"]["distance"] == pytest.approx(squares**0.5, rel=1e-3)
+    assert 1 <= distances["0"]["stable_rank"] <= 16
