@@ -189,6 +189,7 @@ def token_means(rows: list[dict[str, Any]], weights: dict[str, str]) -> dict[str
 
 
 def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
+    saving: dict[str, Any] = {"activation_checkpointing": True} if config.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(run.path / "saves"),
         num_train_epochs=config.epochs,
@@ -207,7 +208,7 @@ def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
         save_strategy="no",
         report_to=config.report_to or "none",
         disable_tqdm=True,
-        **({"activation_checkpointing": True} if config.gradient_checkpointing else {}),
+        **saving,
         remove_unused_columns=False,
         label_names=[],
         use_cpu=not torch.cuda.is_available(),
