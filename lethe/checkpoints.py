@@ -26,14 +26,18 @@ def checkpoints(config: CheckpointsConfig) -> Run:
     """
     tasks.locate(config.tasks)
     found = find_checkpoints(config)
-    from lethe.evaluate import evaluate_model
+    from lethe.evaluate import evaluate_model, load_tasks
 
+    load_tasks(config.tasks)
     run = Run.create("checkpoints", config.name, to_dict(config), config.out)
     with run.running(), bar("Evaluating checkpoints", len(found), "checkpoints") as advance:
         rows: list[dict[str, Any]] = []
         for name, ref in found.items():
             model, tokenizer = refs.load(ref)
             evals = evaluate_model(model, tokenizer, config.tasks, config.limit)
+            if "chance" not in evals[config.tasks[0]]:
+                first = config.tasks[0]
+                raise LetheError(f"tasks: '{first}' has no chance level, so it cannot tell ignorance; name another first")
             rows.append({"name": name, "step": refs.step_of(name), **refs.record(ref), "evals": evals})
             run.update(checkpoints=rows)
             advance(1, f"{name} {config.tasks[0]} {evals[config.tasks[0]]['acc']:.3f}")

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lethe import config as c
@@ -236,6 +237,8 @@ def _runs(settings: c.RunsConfig, as_json: bool) -> None:
     from lethe.ledger import find_runs
     from lethe.report.tables import runs_table
 
+    if not Path(settings.folder).is_dir():
+        raise LetheError(f"folder: there is no folder '{settings.folder}'")
     runs = find_runs(settings.folder)
     if as_json:
         _dump([run.record | {"status": run.status, "path": str(run.path)} for run in runs])

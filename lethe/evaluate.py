@@ -142,7 +142,7 @@ def evaluate_model(
         LetheError: a task is not known.
     """
     with _evaluation_mode(model), torch.inference_mode():
-        loaded = _load(task_names)
+        loaded = load_tasks(task_names)
         scorer = Scorer(model, tokenizer, description)
         output = lm_eval_evaluate(scorer, loaded, limit=limit or None, bootstrap_iters=0)
     if output is None:
@@ -203,7 +203,7 @@ def evaluate(config: EvaluateConfig) -> Run:
         LetheError: the model or a task is not known; raised before anything is written.
     """
     ref = refs.resolve(config.model, config.out)
-    tasks.locate(config.tasks)
+    load_tasks(config.tasks)
     run = Run.create("evaluate", config.name, to_dict(config), config.out)
     with run.running():
         model, tokenizer = refs.load(ref, config.dtype)
@@ -216,13 +216,21 @@ def evaluate(config: EvaluateConfig) -> Run:
     return run
 
 
-def _load(task_names: list[str]) -> dict[str, Any]:
-    """lm-eval's task objects, read from the folders that define them; datasets' own progress bars are kept quiet."""
+def load_tasks(task_names: list[str]) -> dict[str, Any]:
+    """lm-eval's task objects, read from the folders that define them; datasets' own progress bars are kept quiet.
+
+    Raises:
+        LetheError: a task is not known, or its data cannot be loaded.
+    """
     import datasets
 
     folders = sorted({str(folder) for folder in tasks.locate(task_names).values()})
     datasets.disable_progress_bars()
-    loaded: dict[str, Any] = TaskManager(include_path=folders, include_defaults=False).load(list(task_names))  # type: ignore[assignment]
+    try:
+        loaded: dict[str, Any] = TaskManager(include_path=folders, include_defaults=False).load(list(task_names))  # type: ignore[assignment]
+    except Exception as error:  # data sets, their scripts and the network fail in a dozen ways; each means the same here
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LetheError(f"tasks: the data of {', '.join(task_names)} cannot be loaded ({why})") from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)

@@ -149,7 +149,7 @@ def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document
     if text is None:
         return None
     front = everything[: text["documents"]]
-    return {d.id for d in front} if corpora.fingerprint(front) == text["sha256"] else set()
+    return {d.id for d in front} if corpora.fingerprint(front) == text["sha256"] else None
 
 
 def coefficients(

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from lethe import corpora, objectives, preflight, refs, survey
 from lethe.config import TamperConfig, to_dict
+from lethe.evaluate import load_tasks
 from lethe.ledger import Run
 from lethe.training import Rows, RunTrainer, token_means
 
@@ -42,6 +43,7 @@ def tamper(config: TamperConfig) -> Run:
         LetheError: the attack cannot work; raised before anything is written.
     """
     checked = preflight.check_tamper(config)
+    load_tasks(config.eval.tasks)
     run = Run.create("tamper", config.name, to_dict(config), config.out)
     with run.running():
         model: Any

@@ -23,6 +23,7 @@ from lethe import corpora, objectives, preflight, refs, survey
 from lethe.affine import WEIGHTS, AffineMap, fit_on_text, load_maps
 from lethe.config import AffineConfig, LoraSettings, UnlearnConfig, to_dict
 from lethe.errors import LetheError
+from lethe.evaluate import load_tasks
 from lethe.ledger import Run, sha256
 from lethe.residual import blocks, capture, residuals
 from lethe.teacher import Teacher
@@ -114,6 +115,7 @@ def unlearn(config: UnlearnConfig) -> Run:
         LetheError: the recipe cannot work; raised before anything is written.
     """
     checked = preflight.check(config)
+    load_tasks(config.eval.tasks)
     run = Run.create("unlearn", config.name, to_dict(config), config.out)
     with run.running():
         trainer, tokenizer = _prepare(run, config, checked)

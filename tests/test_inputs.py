@@ -1,0 +1,50 @@
+"""Wrong inputs that only a loaded model or a data set can tell: refused in one line, with nothing written."""
+
+from __future__ import annotations
+
+import pytest
+
+from lethe import CheckpointsConfig, EvaluateConfig, TamperConfig, UnlearnConfig, checkpoints, evaluate, tamper, unlearn
+from lethe.cli import main
+from lethe.config import EvalSettings
+from lethe.errors import LetheError
+from lethe.lab import active_preset
+
+
+def test_a_task_whose_data_cannot_be_loaded_is_refused_before_anything_is_written(lab, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    out, source = str(tmp_path / "runs"), f"lab:global_step{active_preset().onset}"
+    for function, config in (
+        (evaluate, EvaluateConfig("lab:final", ["wmdp_bio"], out=out)),
+        (unlearn, UnlearnConfig(source=source, eval=EvalSettings(["wmdp_bio"]), out=out)),
+        (tamper, TamperConfig(model="lab:filtered", eval=EvalSettings(["wmdp_bio"]), out=out)),
+        (checkpoints, CheckpointsConfig("lab:final", tasks=["wmdp_bio"], out=out)),
+    ):
+        with pytest.raises(LetheError, match="data of wmdp_bio cannot be loaded"):
+            function(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_task_without_a_chance_level_cannot_tell_ignorance(lab, tmp_path):
+    with pytest.raises(LetheError, match="no chance level"):
+        checkpoints(CheckpointsConfig("lab:final", tasks=["lab_forget_cloze"], out=str(tmp_path)))
+
+
+def test_other_text_than_was_unlearned_with_is_not_called_disjoint(lab, tmp_path):
+    source = f"lab:global_step{active_preset().onset}"
+    evaluation = EvalSettings(["lab_forget_robust"], limit=8)
+    run = unlearn(UnlearnConfig(source=source, num_train_examples=32, max_steps=1, eval=evaluation, out=str(tmp_path)))
+    text = tmp_path / "other.txt"
+    text.write_text("\n".join(f"Document {i} about nothing." for i in range(20)))
+    attack = tamper(
+        TamperConfig(
+            model=str(run.path), forget=str(text), num_train_examples=0, max_steps=1, eval=evaluation, out=str(tmp_path)
+        )
+    )
+    assert attack.record["parents"]["forget"]["used_in_unlearning"] is None
+
+
+def test_a_folder_that_is_not_there_has_no_runs(tmp_path, capsys):
+    assert main(["runs", str(tmp_path / "nowhere")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
