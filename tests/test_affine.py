@@ -17,9 +17,11 @@ from sklearn.metrics import r2_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lethe import affine, corpora, refs
-from lethe.affine import AffineMap, RidgeSums, Score, check_maps, find_maps, fit_affine, load_maps, score_affine, split
+from lethe.affine import AffineMap, RidgeSums, Score, fit_affine, load_maps, score_affine
 from lethe.config import AffineConfig, AffineScoreConfig, TextSource
 from lethe.errors import LetheError
+from lethe.maps import check_maps, find_maps
+from lethe.preflight import split
 
 HIDDEN = 12
 
