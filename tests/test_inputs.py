@@ -10,6 +10,8 @@ from lethe.config import EvalSettings
 from lethe.errors import LetheError
 from lethe.lab import active_preset
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_task_whose_data_cannot_be_loaded_is_refused_before_anything_is_written(lab, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -18,6 +18,7 @@ from lethe.lab import active_preset
 from lethe.ledger import Run
 from lethe.refs import resolve
 
+pytestmark = pytest.mark.slow
 LAYERS = [0, 2, 4]
 
 
