@@ -30,10 +30,10 @@ from lethe import corpora, preflight, refs
 from lethe.config import AffineConfig, AffineScoreConfig, to_dict
 from lethe.errors import LetheError
 from lethe.ledger import Run, sha256
-from lethe.maps import METADATA, WEIGHTS, facts_of
+from lethe.maps import CONVENTIONS, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention
 from lethe.preflight import split
 from lethe.progress import bar
-from lethe.residual import CONVENTION, residuals
+from lethe.residual import CONVENTION, blocks, residuals
 
 
 @dataclass
@@ -67,18 +67,24 @@ class AffineMap:
         (folder / METADATA).write_text(json.dumps(facts, indent=2))
 
 
-def load_maps(folder: Path, layers: list[int] | None = None) -> AffineMap:
-    """The maps in `folder`, of all its layers or of `layers`."""
+def load_maps(folder: Path, layers: list[int] | None = None, convention: str = CONVENTION) -> AffineMap:
+    """The maps in `folder`, of all its layers or of `layers`, their indices read by `convention`.
+
+    Raises:
+        LetheError: the file is damaged or lacks a layer.
+    """
     facts = facts_of(folder)
-    wanted = facts["layer_indices"] if layers is None else layers
+    offset = CONVENTIONS[convention]
+    wanted = layers_of(facts, convention, max(facts["layer_indices"]) + 1) if layers is None else layers
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise LetheError(f"affine: '{folder / WEIGHTS}' cannot be read ({error}); fit the maps again") from error
-    if missing := [key for n in wanted for key in (f"layer_{n}.weight", f"layer_{n}.bias") if key not in tensors]:
+    names = {n: (f"layer_{n + offset}.weight", f"layer_{n + offset}.bias") for n in wanted}
+    if missing := [key for pair in names.values() for key in pair if key not in tensors]:
         raise LetheError(f"affine: '{folder / WEIGHTS}' lacks {', '.join(missing)}; fit the maps again")
-    weight = {n: tensors[f"layer_{n}.weight"].float() for n in wanted}
-    return AffineMap(weight, {n: tensors[f"layer_{n}.bias"].float() for n in wanted}, facts)
+    weight = {n: tensors[name].float() for n, (name, _) in names.items()}
+    return AffineMap(weight, {n: tensors[name].float() for n, (_, name) in names.items()}, facts)
 
 
 class RidgeSums:
@@ -248,17 +254,58 @@ def fit_on_text(
     return maps
 
 
-def score_affine(config: AffineScoreConfig) -> dict[str, dict[str, float]]:
-    """Score maps on text, per layer, beside no map.
+LayerScores = dict[str, dict[str, float]]
+
+
+@dataclass
+class MapScores:
+    """Scores of fitted maps: by convention and layer, and the convention by which they are better."""
+
+    recorded: bool
+    by_convention: dict[str, LayerScores]
+
+    @property
+    def convention(self) -> str:
+        return max(self.by_convention, key=lambda name: mean_r2(self.by_convention[name]))
+
+    @property
+    def scores(self) -> LayerScores:
+        return self.by_convention[self.convention]
+
+
+def mean_r2(scores: LayerScores, key: str = "r2") -> float:
+    """Mean over layers of `r2` (or `no_map_r2`)."""
+    return math.fsum(layer[key] for layer in scores.values()) / len(scores)
+
+
+def score_affine(config: AffineScoreConfig) -> MapScores:
+    """Score maps on text, per layer, beside no map; maps that do not record their convention at both.
 
     Raises:
-        LetheError: there are no maps, or the models or the text cannot be used.
+        LetheError: there are no maps, they belong to another pair, or the models or the text cannot be used.
     """
-    folder, model_ref, source_ref, documents = preflight.check_affine_score(config)
-    maps = load_maps(folder)
-    model, tokenizer = refs.load(model_ref, config.dtype)
-    source, _ = refs.load(source_ref, config.dtype)
-    rows = corpora.tokenise(documents, tokenizer, config.max_length)
-    with bar("Scoring maps", len(rows), "documents") as advance:
-        pairs = activation_pairs(model, source, rows, maps.layers, config.batch_size, tokenizer.pad_token_id, advance)
-        return score(pairs, maps.to(model.device))
+    checked = preflight.check_affine_score(config)
+    model, tokenizer = refs.load(checked.model, config.dtype)
+    source, _ = refs.load(checked.source, config.dtype)
+    rows = corpora.tokenise(checked.documents, tokenizer, config.max_length)
+    return score_maps(checked.folder, checked.conventions, model, source, rows, tokenizer.pad_token_id, config.batch_size)
+
+
+def score_maps(
+    folder: Path,
+    conventions: list[str],
+    model: Any,
+    source: nn.Module,
+    rows: list[list[int]],
+    pad_id: int,
+    batch_size: int,
+    layers: list[int] | None = None,
+) -> MapScores:
+    """Score the maps in `folder` on rows of tokens, read by each of `conventions`, at all their layers or at `layers`."""
+    facts = facts_of(folder)
+    found: dict[str, LayerScores] = {}
+    with bar("Scoring maps", len(rows) * len(conventions), "documents") as advance:
+        for convention in conventions:
+            maps = load_maps(folder, layers or layers_of(facts, convention, len(blocks(model))), convention).to(model.device)
+            found[convention] = score(activation_pairs(model, source, rows, maps.layers, batch_size, pad_id, advance), maps)
+    return MapScores(recorded_convention(facts) is not None, found)

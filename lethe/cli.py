@@ -179,11 +179,14 @@ def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
     from lethe.affine import score_affine
     from lethe.report.tables import affine_table
 
-    scores = score_affine(settings)
+    scored = score_affine(settings)
     if as_json:
-        _dump(scores)
-    else:
-        _print(affine_table(scores))
+        facts = {"convention": scored.convention, "recorded": scored.recorded, "scores": scored.scores}
+        _dump(facts | {"conventions": scored.by_convention})
+        return
+    for convention, scores in scored.by_convention.items():
+        better = "; the better" if len(scored.by_convention) > 1 and convention == scored.convention else ""
+        _print(affine_table(scores, f"Affine maps ({convention}{better})"))
 
 
 def _check(settings: c.UnlearnConfig, as_json: bool) -> None:

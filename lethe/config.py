@@ -19,6 +19,7 @@ from lethe.errors import LetheError
 
 Dtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
+LAYERS = [0, 1, 2, 3, 4]
 LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
 
 
@@ -40,6 +41,10 @@ class TextSource:
     def __post_init__(self) -> None:
         _check_types(self)
         _above("weight", self.weight, 0)
+        if self.template is not None and self.column != "text":
+            raise LetheError(f"column: {self.column} has no effect beside a template; leave one of them out")
+        if self.split != "train" and (self.source.startswith("lab:") or self.source.endswith((".jsonl", ".parquet", ".txt"))):
+            raise LetheError(f"split: {self.split} has no effect on '{self.source}', which is no hub data set; leave it out")
 
 
 @dataclass
@@ -144,7 +149,7 @@ class AffineConfig:
     """The ignorant checkpoint whose activations are mapped."""
     text: str | TextSource = "lab:retain"
     """Text to fit on. Never forget text: that would map the topic back in."""
-    layers: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    layers: list[int] = field(default_factory=lambda: list(LAYERS))
     """Layer L is the residual stream after block L (from 0)."""
     alpha: float = 0.01
     """Ridge penalty, added to the Gram matrix's diagonal (as in scikit-learn's Ridge)."""
@@ -266,6 +271,8 @@ class UnlearnConfig(TrainingSettings):
     """The ignorant checkpoint, such as lab:global_step900 (lethe checkpoints MODEL finds it)."""
     affine: str = "fit"
     """fit: fit maps first, on retain text; none: compare activations as they are; or a folder, run or hub id of maps."""
+    affine_convention: Literal["auto", "block_output", "hidden_states"] = "auto"
+    """What layer N of maps without a record means: output of block N, or hidden_states[N] (of block N - 1); auto: by score."""
     forget: str | TextSource = "lab:forget"
     """Text to unlearn."""
     retain: str | TextSource | list[TextSource] = "lab:retain"
@@ -278,7 +285,7 @@ class UnlearnConfig(TrainingSettings):
     """transfer: cb_loss; distill: KL(source ‖ model) on forget text; both: cb_loss + forget_kl_coef · that KL."""
     forget_kl_coef: float = 1.0
     """Weight of forget_kl_loss beside cb_loss, with forget_loss both."""
-    layers: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    layers: list[int] = field(default_factory=lambda: list(LAYERS))
     """Layers whose activations are moved. Layer L is the residual stream after block L (from 0)."""
     remove_coef: float = 5.0
     """Weight of the forget term."""
@@ -325,14 +332,34 @@ class UnlearnConfig(TrainingSettings):
 
     def _refuse_idle(self) -> None:
         """Refuse settings that nothing would read."""
-        if self.forget_loss != "both" and self.forget_kl_coef != 1:
-            raise LetheError(f"forget_kl_coef: has no effect with forget_loss {self.forget_loss}; it is a setting of both")
-        if self.forget_loss == "distill" and self.affine not in {"fit", "none"}:
-            raise LetheError("affine: maps have no effect with forget_loss distill, which compares distributions")
-        if self.merge and self.lora is None:
-            raise LetheError("merge: has no effect in full-rank training (lora: null), where there is no adapter")
-        if self.retain_coef == 0 and self.retain_loss != "kl":
-            raise LetheError(f"retain_loss: {self.retain_loss} has no effect while retain_coef is 0")
+        given = self.affine not in {"fit", "none"}
+        for name in ("forget", "retain"):
+            text = getattr(self, name)
+            if isinstance(text, TextSource) and text.weight != 1:
+                raise LetheError(
+                    f"{name}.weight: {text.weight} has no effect on a text alone; it is for mixtures of retain text"
+                )
+        idle = {
+            "forget_kl_coef": self.forget_loss != "both"
+            and self.forget_kl_coef != 1
+            and f"with forget_loss {self.forget_loss}",
+            "affine": self.forget_loss == "distill" and given and "with forget_loss distill, which compares distributions",
+            "affine_convention": not given and self.affine_convention != "auto" and f"with affine {self.affine}",
+            "layers": not self.reads_layers and self.layers != LAYERS and "on a full-rank run that compares distributions",
+            "merge": self.merge and self.lora is None and "in full-rank training (lora: null), where there is no adapter",
+            "retain_loss": self.retain_coef == 0 and self.retain_loss != "kl" and "while retain_coef is 0",
+            "forget_loss": self.remove_coef == 0 and self.forget_loss != "transfer" and "while remove_coef is 0",
+        }
+        for name, why in idle.items():
+            if why:
+                raise LetheError(f"{name}: {getattr(self, name)} has no effect {why}; leave it out")
+        if self.forget_loss == "both" and self.forget_kl_coef == 0:
+            raise LetheError("forget_kl_coef: 0 leaves forget_loss both without its KL term; use forget_loss transfer")
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether `layers` means anything: to a term that compares activations, or to where adapters sit."""
+        return self.forget_loss != "distill" or self.retain_loss == "mse" or self.lora is not None
 
 
 @dataclass

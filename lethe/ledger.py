@@ -18,6 +18,7 @@ import os
 import platform
 import resource
 import secrets
+import shutil
 import subprocess
 import threading
 import time
@@ -46,6 +47,7 @@ class Run:
     def __init__(self, path: Path, record: dict[str, Any]):
         self.path = path
         self.record = record
+        self._made_folder = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -59,11 +61,13 @@ class Run:
         run_id = secrets.token_hex(4)
         slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
         path = Path(out) / f"{kind}-{slug}-{run_id}"
+        is_new = not Path(out).exists()
         try:
             path.mkdir(parents=True)
         except OSError as error:
             raise LetheError(f"out: cannot write to '{out}' ({error.strerror}); choose another folder") from error
         run = cls(path, {"id": run_id, "kind": kind, "name": name, "status": "queued", "reason": None, "job_id": None})
+        run._made_folder = is_new
         run.update(launcher="local", created=now(), started=None, finished=None, heartbeat=None, config=config)
         return run
 
@@ -94,6 +98,13 @@ class Run:
         if status == "running" and seconds_since(self.record.get("heartbeat")) > LOST_AFTER_SECONDS:
             return "lost"
         return status
+
+    def discard(self) -> None:
+        """Remove the directory of a run that was refused before it did anything."""
+        shutil.rmtree(self.path)
+        if self._made_folder:
+            with contextlib.suppress(OSError):  # other runs have come into it since
+                self.path.parent.rmdir()
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json and write it whole. A field that is a dict is merged into the dict that is there."""

@@ -16,6 +16,8 @@ from lethe.ledger import find_run
 
 WEIGHTS = "affine_transforms.safetensors"
 METADATA = "metadata.json"
+CONVENTIONS = {"block_output": 0, "hidden_states": 1}
+"""What `layer_N` means: N minus this is the block whose output the map is for. Lethe's own maps are `block_output`."""
 
 
 def find_maps(name: str, out: str | Path = "runs") -> Path:
@@ -46,25 +48,51 @@ def find_maps(name: str, out: str | Path = "runs") -> Path:
         raise LetheError(f"affine: no folder '{name}' here, and the hub's cannot be read ({why})") from error
 
 
-def check_maps(folder: Path, model: refs.ModelRef, source: refs.ModelRef, layers: list[int]) -> dict[str, Any]:
-    """The maps' record, if they were fitted for these weights and layers.
+def check_maps(
+    folder: Path, model: refs.ModelRef, source: refs.ModelRef, layers: list[int] | None = None, convention: str = "auto"
+) -> list[str]:
+    """The conventions by which the maps may be read: the recorded one, or for maps without a record those that have the layers.
 
     Raises:
-        LetheError: they belong to another pair of weights, lack a layer, or keep no record of what they belong to.
+        LetheError: they belong to another pair of weights, are of another width, or lack a layer by every convention.
     """
     facts = facts_of(folder)
-    missing = sorted(set(layers) - set(facts["layer_indices"]))
-    if missing:
-        raise LetheError(f"affine: the maps in '{folder}' lack layers {missing}; they have {facts['layer_indices']}")
-    if "model" not in facts or "source" not in facts:
-        raise LetheError(f"affine: the maps in '{folder}' do not record their weights; score them first: lethe affine score")
-    for role, ref in (("model", model), ("source", source)):
-        if facts[role]["sha256"] != refs.weight_hash(ref):
-            raise LetheError(
-                f"affine: the maps in '{folder}' were fitted for {role} '{facts[role]['ref']}', "
-                f"whose weights are not those of '{ref.name}'; fit maps for this pair: lethe affine fit"
-            )
-    return facts
+    if (width := facts.get("hidden_dim")) not in {None, model.width}:
+        raise LetheError(f"affine: the maps in '{folder}' are for width {width}, '{model.name}' has {model.width}")
+    if recorded := recorded_convention(facts):
+        if convention not in {"auto", recorded}:
+            raise LetheError(f"affine_convention: the maps in '{folder}' record that they are {recorded}; leave it at auto")
+        for role, ref in (("model", model), ("source", source)):
+            if facts[role]["sha256"] != refs.weight_hash(ref):
+                raise LetheError(
+                    f"affine: the maps in '{folder}' were fitted for {role} '{facts[role]['ref']}', "
+                    f"whose weights are not those of '{ref.name}'; fit maps for this pair: lethe affine fit"
+                )
+    wanted = [recorded] if recorded else [convention] if convention != "auto" else list(CONVENTIONS)
+    lacking = {name: sorted(set(layers or []) - set(layers_of(facts, name, model.depth))) for name in wanted}
+    if all(lacking.values()):
+        have = " or ".join(f"{layers_of(facts, name, model.depth)} as {name}" for name in wanted)
+        raise LetheError(f"affine: the maps in '{folder}' lack layers {lacking[wanted[0]]}; they have {have}")
+    return [name for name in wanted if not lacking[name]]
+
+
+def recorded_convention(facts: dict[str, Any]) -> str | None:
+    """The convention that maps record together with the weights they belong to; None for maps without a record.
+
+    Raises:
+        LetheError: it is not known.
+    """
+    if not {"model", "source", "convention"} <= facts.keys():
+        return None
+    if facts["convention"] not in CONVENTIONS:
+        raise LetheError(f"affine: convention '{facts['convention']}' of the maps is not one of {', '.join(CONVENTIONS)}")
+    return facts["convention"]
+
+
+def layers_of(facts: dict[str, Any], convention: str, depth: int) -> list[int]:
+    """The layers (blocks, from 0) that maps are for, if their indices are read by a convention."""
+    blocks = [index - CONVENTIONS[convention] for index in facts["layer_indices"]]
+    return sorted(block for block in blocks if 0 <= block < depth)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -77,6 +105,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
         facts = json.loads((folder / METADATA).read_text())
     except (OSError, ValueError) as error:
         raise LetheError(f"affine: '{folder}' has no readable {METADATA} ({error})") from error
-    if not isinstance(facts, dict) or "layer_indices" not in facts:
+    indices = facts.get("layer_indices") if isinstance(facts, dict) else None
+    if not isinstance(indices, list) or not indices or not all(isinstance(index, int) for index in indices):
         raise LetheError(f"affine: {METADATA} in '{folder}' does not say which layers the maps are for (layer_indices)")
     return facts

@@ -90,10 +90,15 @@ def make_optimizer(model: nn.Module, config: TrainingSettings) -> Optimizer:
         group["weight_decay"] = config.weight_decay if decayed else 0.0
         group["transposed"] = bool(orientation)
     listed = list(groups.values())
-    if config.optimizer == "muon":
+    if config.optimizer == "muon" or needs_masters(model, config.optimizer):
         return Muon(listed, lr=config.lr, newton_schulz_dtype=newton_schulz_dtype(config.newton_schulz_dtype))
     kind = eight_bit_adamw() if config.optimizer == "adamw_8bit" else AdamW
     return kind(listed, lr=config.lr, betas=BETAS, eps=EPS)
+
+
+def needs_masters(model: nn.Module, optimizer: OptimizerName) -> bool:
+    """Whether weights are trained in less than float32, where an update of their own type would often change nothing."""
+    return optimizer != "adamw_8bit" and any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters())
 
 
 def newton_schulz_dtype(setting: str) -> torch.dtype:
@@ -124,6 +129,9 @@ class Muon(Optimizer):
     Muon (https://kellerjordan.github.io/posts/muon/): momentum with Nesterov's look-ahead, then the update is replaced by
     the nearest (semi-)orthogonal matrix, found by five Newton–Schulz steps, and scaled by √max(1, rows / columns) of the
     matrix as it maps inputs to outputs (`transposed` groups hold it the other way round). As `torch.optim.Muon`.
+
+    Weights in a smaller type than float32 are stepped as float32 masters, kept in the state, and rounded from them: what
+    one update loses to rounding, the next ones still add up to.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, newton_schulz_dtype: torch.dtype = torch.float32):
@@ -137,36 +145,51 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            update = self._muon if group["algorithm"] == "muon" else self._adamw
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    update = self._muon if group["algorithm"] == "muon" else self._adamw
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    update(parameter, group)
+                    weight, state = self._master(parameter), self.state[parameter]
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    update(weight, parameter.grad.to(weight.dtype), state, group)
+                    if weight is not parameter:
+                        parameter.copy_(weight)
         return loss
 
-    def _muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, gradient = self.state[parameter], _gradient(parameter)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its own type: torch would round float32 state to the type of the weights."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, state in state_dict["state"].items():
+            parameter = parameters[index]
+            for name, value in state.items():
+                self.state[parameter][name] = value.to(parameter.device, copy=True) if name != "step" else value.clone()
+
+    def _master(self, parameter: Tensor) -> Tensor:
+        """The float32 weight that is stepped: the parameter itself, or its master."""
+        if parameter.dtype == torch.float32:
+            return parameter
+        state = self.state[parameter]
+        if "master" not in state:
+            state["master"] = parameter.detach().float()
+        return state["master"]
+
+    def _muon(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["momentum_buffer"] = torch.zeros_like(weight)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
         update = orthogonalise(torch.lerp(gradient, buffer, MOMENTUM), self.newton_schulz_dtype)
-        outputs, inputs = reversed(parameter.shape) if group["transposed"] else parameter.shape
-        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * math.sqrt(max(1, outputs / inputs)))
+        outputs, inputs = reversed(weight.shape) if group["transposed"] else weight.shape
+        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * math.sqrt(max(1, outputs / inputs)))
 
-    def _adamw(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, gradient = self.state[parameter], _gradient(parameter)
-        if not state:
-            state |= {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    def _adamw(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if "step" not in state:
+            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         state["step"] += 1
         step = state["step"].item()
         mean = state["exp_avg"].lerp_(gradient, 1 - BETAS[0])
         square = state["exp_avg_sq"].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
         scale = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
-        parameter.addcdiv_(mean, scale, value=-group["lr"] / (1 - BETAS[0] ** step))
+        weight.addcdiv_(mean, scale, value=-group["lr"] / (1 - BETAS[0] ** step))
 
 
 def orthogonalise(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
@@ -182,10 +205,6 @@ def orthogonalise(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> 
         gram = x @ x.T
         x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
     return x.T if tall else x
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _role(module: nn.Module, short: str, parameter: Tensor, inside: bool, is_head: bool) -> str:

@@ -16,7 +16,7 @@ from lethe import corpora, refs, tasks
 from lethe.config import AffineConfig, AffineScoreConfig, TamperConfig, TrainingSettings, UnlearnConfig, as_text_source
 from lethe.errors import LetheError
 from lethe.ledger import refuse_run_folder
-from lethe.maps import check_maps, facts_of, find_maps
+from lethe.maps import check_maps, facts_of, find_maps, layers_of
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Checked:
     model: refs.ModelRef
     source: refs.ModelRef
     affine: Path | None
+    conventions: list[str]
     forget: list[corpora.Document]
     retain: list[corpora.Document]
 
@@ -38,21 +39,24 @@ def check(config: UnlearnConfig) -> Checked:
     """
     refuse_run_folder(config.out)
     tasks.locate(config.eval.tasks)
-    model, source = _pair(config.model, config.source, config.layers, config.out)
+    model, source = _pair(config.model, config.source, config.layers if config.reads_layers else [0], config.out)
     if (model.path, model.revision, model.adapter) == (source.path, source.revision, source.adapter):
         raise LetheError(
             f"source: '{config.source}' is the model itself; the source is a checkpoint that never learned the topic"
         )
     if model.adapter:
         raise LetheError(f"model: '{config.model}' is an adapter kept apart from its model; merge it into a model first")
-    affine = _maps(config, model, source)
+    _refuse_length(config, model)
+    affine, conventions = _maps(config, model, source)
     forget = corpora.select(config.forget, config.num_train_examples, "front", "forget text")
     retain = corpora.select(config.retain, config.num_train_examples, "front", "retain text")
     if {d.id for d in forget} & {d.id for d in retain}:
         raise LetheError("forget and retain text share documents; the retain term would hold what the forget term removes")
-    _refuse_coarse_teachers(config)
+    _refuse_types(config)
     _refuse_unavailable(config)
-    return Checked(model, source, affine, forget, retain)
+    if config.packing == "none":
+        plan(config, max(len(forget), len(retain)))
+    return Checked(model, source, affine, conventions, forget, retain)
 
 
 def check_model(model: str, task_names: list[str], out: str) -> refs.ModelRef:
@@ -81,20 +85,35 @@ def check_affine(config: AffineConfig) -> tuple[refs.ModelRef, refs.ModelRef, li
     return model, source, documents
 
 
-def check_affine_score(config: AffineScoreConfig) -> tuple[Path, refs.ModelRef, refs.ModelRef, list[corpora.Document]]:
-    """Resolve a scoring of maps: their folder, model, source, and documents that they were not fitted on.
+@dataclass
+class CheckedScore:
+    """The resolved parts of a scoring of maps: their folder, the conventions to read them by, documents they have not seen."""
+
+    folder: Path
+    conventions: list[str]
+    model: refs.ModelRef
+    source: refs.ModelRef
+    documents: list[corpora.Document]
+
+
+def check_affine_score(config: AffineScoreConfig) -> CheckedScore:
+    """Resolve a scoring of maps.
 
     Raises:
-        LetheError: there are no maps, or the models or the text cannot be used.
+        LetheError: there are no maps, they belong to another pair, or the models or the text cannot be used.
     """
     folder = find_maps(config.affine)
     facts = facts_of(folder)
-    model, source = _pair(config.model, config.source, facts["layer_indices"], "runs")
+    model, source = _pair(config.model, config.source, [0], "runs")
+    conventions = check_maps(folder, model, source)
+    for convention in conventions:
+        refs.refuse_layers(source, layers_of(facts, convention, model.depth))
     fitted = set(facts.get("fitted_ids", []))
     unseen = [document for document in corpora.read(config.text) if document.id[:16] not in fitted]
     if not unseen:
         raise LetheError("text: the maps were fitted on all of its documents; give other text")
-    return folder, model, source, corpora.take(unseen, config.num_examples, "back", "text the maps were not fitted on")
+    documents = corpora.take(unseen, config.num_examples, "back", "text the maps were not fitted on")
+    return CheckedScore(folder, conventions, model, source, documents)
 
 
 def _pair(model: str, source: str, layers: list[int], out: str) -> tuple[refs.ModelRef, refs.ModelRef]:
@@ -131,6 +150,8 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
         LetheError: a part of it cannot work, or it would train on documents that were used to unlearn.
     """
     ref = check_model(config.model, config.eval.tasks, config.out)
+    _refuse_length(config, ref)
+    _refuse_unavailable(config)
     everything = corpora.read(config.forget)
     documents = corpora.take(everything, config.num_train_examples, "back", "forget text")
     used = _documents_unlearned(config, everything)
@@ -174,6 +195,8 @@ def plan(config: TrainingSettings, examples: int) -> dict[str, Any]:
     batches = math.ceil(examples / config.per_device_train_batch_size)
     per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
+    if config.warmup_steps >= steps:
+        raise LetheError(f"warmup_steps: {config.warmup_steps} of {steps} updates never reach lr {config.lr:g}; lower it")
     whole, rest = divmod(steps, per_epoch)
     return {
         "unique_examples": examples,
@@ -192,28 +215,50 @@ def coefficients_over(config: UnlearnConfig, plan: dict[str, Any]) -> dict[str, 
     return {name: list(coefficients(*settings, done, plan["first_epoch_steps"])) for name, done in moments.items()}
 
 
-def _refuse_coarse_teachers(config: UnlearnConfig) -> None:
-    """Refuse teachers of another type than the model's where the retain loss would measure rounding."""
-    if config.teacher_dtype is None or config.teacher_dtype == config.dtype:
-        return
-    if config.dtype == "bfloat16":
+def _refuse_types(config: UnlearnConfig) -> None:
+    """Refuse types of weights with which a loss would measure rounding, or an update would be lost to it."""
+    if config.dtype == "bfloat16" and config.teacher_dtype == "float32":
         raise LetheError("teacher_dtype: float32 teachers of a bfloat16 model measure the model's rounding; leave it at null")
+    if config.dtype == "bfloat16" and config.optimizer == "adamw_8bit" and config.lora is None:
+        raise LetheError(
+            "optimizer: adamw_8bit keeps no float32 weights, so full-rank updates in bfloat16 would be lost to rounding; "
+            "use adamw or muon, which do, or dtype float32"
+        )
 
 
-def _refuse_unavailable(config: UnlearnConfig) -> None:
+def _refuse_length(config: TrainingSettings, model: refs.ModelRef) -> None:
+    """Refuse rows that are longer than the model was made for."""
+    if model.window is not None and config.max_length > model.window:
+        raise LetheError(
+            f"max_length: {config.max_length} is beyond the window of '{model.name}', {model.window} tokens; lower it"
+        )
+
+
+REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX")}
+"""The packages of a `report_to` that are not of its own name."""
+
+
+def _refuse_unavailable(config: TrainingSettings) -> None:
     """Refuse what needs a library that is not installed."""
-    if config.optimizer == "adamw_8bit" and not any(map(importlib.util.find_spec, ("torchao", "bitsandbytes"))):
+
+    def missing(*packages: str) -> bool:
+        return not any(map(importlib.util.find_spec, packages))
+
+    if config.optimizer == "adamw_8bit" and missing("torchao", "bitsandbytes"):
         raise LetheError("optimizer: adamw_8bit needs torchao or bitsandbytes, and neither is installed; pip install torchao")
+    for name in config.report_to:
+        if not name.isidentifier() or missing(*REPORTERS.get(name, (name,))):
+            raise LetheError(f"report_to: '{name}' is not installed; pip install {name}, or leave it out")
 
 
-def _maps(config: UnlearnConfig, model: refs.ModelRef, source: refs.ModelRef) -> Path | None:
+def _maps(config: UnlearnConfig, model: refs.ModelRef, source: refs.ModelRef) -> tuple[Path | None, list[str]]:
+    """The folder of given maps (None: to be fitted, or none) and the conventions by which they may be read."""
     if config.affine == "none":
-        return None
+        return None, []
     if config.affine == "fit":
         sources = config.retain if isinstance(config.retain, list) else [as_text_source(config.retain)]
         if any(source.source == "lab:forget" for source in sources):
             raise LetheError("retain: this is forget text, and maps are fitted on the retain text; give retain text")
-        return None
+        return None, []
     folder = find_maps(config.affine, config.out)
-    check_maps(folder, model, source, config.layers)
-    return folder
+    return folder, check_maps(folder, model, source, config.layers, config.affine_convention)

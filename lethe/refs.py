@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+WINDOW_KEYS = ("max_position_embeddings", "n_positions")
+DROPOUTS = ("hidden_dropout", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "activation_dropout", "dropout")
 RANDOM_SEED = 0
 
 
@@ -66,6 +68,12 @@ class ModelRef:
         """Number of blocks."""
         return _config_value(self, DEPTH_KEYS)
 
+    @property
+    def window(self) -> int | None:
+        """Longest text in tokens that the model was made for; None if its configuration does not say."""
+        settings = self.config.get("text_config", self.config)
+        return next((int(settings[key]) for key in WINDOW_KEYS if key in settings), None)
+
 
 def resolve(name: str, out: str | Path = "runs") -> ModelRef:
     """What a model reference means. Runs are looked for in `out` too.
@@ -101,35 +109,39 @@ def run_of(name: str, out: str | Path = "runs") -> Run | None:
     return Run.open(name) if (Path(name) / "run.json").exists() else None
 
 
-def load(
-    ref: ModelRef, dtype: str = "float32", trainable_adapter: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode on the GPU if there is one, and its tokenizer (which pads on the right).
 
-    An adapter is put on its base model (a PEFT model is returned). `random:` weights are drawn from a fixed seed.
+    An adapter is put on its base model (a PEFT model is returned). `random:` weights are drawn from a fixed seed. The
+    model's own dropouts (GPT-2 has some) are off in training too: a loss that compares it with a teacher would measure
+    them. Its saved configuration keeps them.
     """
     import torch
     from safetensors import SafetensorError
 
     try:
-        return _load(ref, getattr(torch, dtype), trainable_adapter)
+        return _load(ref, getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LetheError(f"model '{ref.name}' cannot be loaded ({why}); its folder is damaged, save it again") from error
 
 
-def _load(ref: ModelRef, kind: Any, trainable_adapter: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(ref: ModelRef, kind: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = {"revision": ref.revision} if ref.revision else {}
+    config = AutoConfig.from_pretrained(ref.path, **where)
+    dropouts = {name: getattr(config, name) for name in DROPOUTS if getattr(config, name, None)}
+    for name in dropouts:
+        setattr(config, name, 0.0)
     if ref.random:
         with torch.random.fork_rng():
             torch.manual_seed(RANDOM_SEED)
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ref.path, **where), dtype=kind)
+            model = AutoModelForCausalLM.from_config(config, dtype=kind)
     else:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            ref.path, dtype=kind, use_safetensors=True, output_loading_info=True, **where
+            ref.path, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **where
         )
         model, report = loaded
         missing = sorted(report["missing_keys"])
@@ -137,10 +149,12 @@ def _load(ref: ModelRef, kind: Any, trainable_adapter: bool) -> tuple[PreTrained
             raise LetheError(
                 f"model '{ref.name}' lacks weights ({', '.join(missing[:3])}…); its folder is damaged, save it again"
             )
+    for name, value in dropouts.items():
+        setattr(model.config, name, value)
     if ref.adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, ref.adapter, is_trainable=trainable_adapter)
+        model = PeftModel.from_pretrained(model, ref.adapter)
     model.eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device), tokenizer(ref)

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lethe import corpora
-from lethe.optimizers import Route, routes, routing_table
+from lethe.optimizers import Route, needs_masters, routes, routing_table
 from lethe.residual import blocks
 from lethe.teacher import Teacher
 
@@ -48,7 +48,7 @@ def memory(student: nn.Module, teacher: Teacher, config: Any, width: int) -> dic
     """
     trained = [p for p in student.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
-    state = {"adamw": 8, "muon": 4, "adamw_8bit": 2}[config.optimizer]
+    state = {"adamw": 8, "muon": 4, "adamw_8bit": 2}[config.optimizer] + 4 * needs_masters(student, config.optimizer)
     text = student.config.get_text_config()  # type: ignore[union-attr,operator]
     tokens = config.per_device_train_batch_size * width
     element = trained[0].element_size()
@@ -56,13 +56,13 @@ def memory(student: nn.Module, teacher: Teacher, config: Any, width: int) -> dic
     depth = text.num_hidden_layers
     kept = block + depth * element * tokens * text.hidden_size if config.gradient_checkpointing else depth * block
     logits = 4 * 4 * tokens * text.vocab_size
-    maps = sum(w.numel() * 4 for w in teacher.maps.weight.values()) if teacher.maps else 0
+    mapped = len(config.layers) if config.affine != "none" and config.forget_loss != "distill" else 0
     return {
         "weights": _bytes(student),
         "gradients": sum(p.numel() * p.element_size() for p in trained),
         "optimizer": state * numbers,
         "teachers": _bytes(teacher.source) + _bytes(teacher.reference),
-        "maps": maps,
+        "maps": 4 * mapped * text.hidden_size * (text.hidden_size + 1),
         "activations": int(kept + logits),
     }
 
@@ -80,6 +80,12 @@ def describe(student: nn.Module, config: Any) -> dict[str, Any]:
         "trainable_by_layer": trainable_by_layer(student, found),
         "routing": routing_table(found),
     }
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models hold equal parameters."""
+    theirs = dict(other.named_parameters())
+    return all(name in theirs and torch.equal(p, theirs[name]) for name, p in one.named_parameters())
 
 
 def without_gradient(model: nn.Module) -> list[str]:

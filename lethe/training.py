@@ -39,6 +39,10 @@ class Rows(Dataset):
     def __getitem__(self, i: int) -> dict[str, tuple[int, list[int]]]:
         return {name: (i % len(rows), rows[i % len(rows)]) for name, rows in self.texts.items()}
 
+    def tokens(self, i: int) -> int:
+        """Number of tokens of item i, over all texts."""
+        return sum(len(rows[i % len(rows)]) for rows in self.texts.values())
+
 
 class Collate:
     """A batch: for each text `input_ids`, `mask` and `index` (which documents they are)."""
@@ -102,7 +106,7 @@ class RunTrainer(Trainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.tokens = {name: sum(int(b[name]["mask"].sum()) for b in batches) for name in (batches[0] if batches else {})}
         self.documents_in_update = {name: sum(len(b[name]["mask"]) for b in batches) for name in self.tokens}
-        self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}  # type: ignore[union-attr]
+        self._rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}  # type: ignore[union-attr]
         return batches, count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -189,6 +193,7 @@ def token_means(rows: list[dict[str, Any]], weights: dict[str, str]) -> dict[str
 
 
 def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
+    scheduler = config.lr_scheduler_type
     saving: dict[str, Any] = {"activation_checkpointing": True} if config.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(run.path / "saves"),
@@ -197,7 +202,7 @@ def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.lr,
-        lr_scheduler_type=config.lr_scheduler_type,
+        lr_scheduler_type="constant_with_warmup" if scheduler == "constant" else scheduler,  # `constant` would ignore it
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

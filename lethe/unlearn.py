@@ -12,6 +12,8 @@ trains, saves an adapter or a model, evaluates it and keeps all of it as one run
 from __future__ import annotations
 
 import logging
+import tempfile
+import time
 from typing import Any
 
 import torch
@@ -20,16 +22,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lethe import corpora, objectives, preflight, refs, survey
-from lethe.affine import WEIGHTS, AffineMap, fit_on_text, load_maps
+from lethe.affine import AffineMap, fit_on_text, load_maps, mean_r2, score_maps
 from lethe.config import AffineConfig, LoraSettings, UnlearnConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluate import load_tasks
 from lethe.ledger import Run, sha256
+from lethe.maps import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
+from lethe.optimizers import needs_masters, newton_schulz_dtype
 from lethe.residual import blocks, capture, residuals
 from lethe.teacher import Teacher
 from lethe.training import Rows, RunTrainer, token_means
 
 logger = logging.getLogger(__name__)
+SCORED_DOCUMENTS = 64
 
 
 class UnlearnTrainer(RunTrainer):
@@ -49,11 +54,11 @@ class UnlearnTrainer(RunTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
         """remove_coef(t) · forget term + retain_coef(t) · retain term, for one batch of an update."""
         remove, retain = self.coefficients(self.state.global_step)
-        terms = self.forget_terms(model, **inputs["forget"])
-        forget_loss = terms.get("cb_loss", 0) + self.kl_coef * terms.get("forget_kl_loss", 0)
-        retain_loss = self.retain_term(model, **inputs["retain"]) if self.config.retain_coef else 0.0
-        self.book(inputs, **terms, **{f"retain_{self.config.retain_loss}_loss": retain_loss})
-        return remove * forget_loss + retain * retain_loss
+        forget_terms = self.forget_terms(model, **inputs["forget"]) if "forget" in inputs else {}
+        retain_terms = self.retain_terms(model, **inputs["retain"]) if "retain" in inputs else {}
+        self.book(inputs, **forget_terms, **retain_terms)
+        weights = {"cb_loss": remove, "forget_kl_loss": remove * self.kl_coef}
+        return sum(weights.get(name, retain) * term for name, term in (forget_terms | retain_terms).items())
 
     @property
     def kl_coef(self) -> float:
@@ -74,16 +79,19 @@ class UnlearnTrainer(RunTrainer):
             terms["cb_loss"] = objectives.cb_loss(activations, self.teacher.forget_targets(input_ids), mask, tokens)
         return terms
 
-    def retain_term(self, model: nn.Module, input_ids: Tensor, mask: Tensor, index: Tensor) -> Tensor:
+    def retain_terms(self, model: nn.Module, input_ids: Tensor, mask: Tensor, index: Tensor) -> dict[str, Tensor]:
         """The retain term that the recipe names, as a token mean over the update."""
-        tokens = self.tokens["retain"]
-        if self.config.retain_loss == "mse":
+        kind, tokens = self.config.retain_loss, self.tokens["retain"]
+        if kind == "mse":
             activations = residuals(model, input_ids, self.config.layers)
-            return objectives.retain_mse_loss(activations, self.teacher.reference_activations(input_ids), mask, tokens)
-        logits = model(input_ids=input_ids, use_cache=False).logits
-        if self.config.retain_loss == "ce":
-            return objectives.retain_ce_loss(logits, input_ids, mask, tokens - self.documents_in_update["retain"])
-        return objectives.retain_kl_loss(logits, self.teacher.reference_logits(input_ids), mask, tokens)
+            loss = objectives.retain_mse_loss(activations, self.teacher.reference_activations(input_ids), mask, tokens)
+        else:
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            if kind == "ce":
+                loss = objectives.retain_ce_loss(logits, input_ids, mask, tokens - self.documents_in_update["retain"])
+            else:
+                loss = objectives.retain_kl_loss(logits, self.teacher.reference_logits(input_ids), mask, tokens)
+        return {f"retain_{kind}_loss": loss}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -91,36 +99,48 @@ class UnlearnTrainer(RunTrainer):
             self.book({}, remove_coef_t=remove, retain_coef_t=retain)
         super().log(logs, start_time)
 
-    def unreached(self) -> list[str]:
-        """Trainable parameters that no term of the loss gives a gradient, found by a probe batch that changes nothing."""
-        batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))  # type: ignore[index]
-        self.tokens = {name: int(text["mask"].sum()) for name, text in batch.items()}  # type: ignore[union-attr,index]
-        self.documents_in_update = dict.fromkeys(self.tokens, 1)
+    def probe(self) -> tuple[list[str], float]:
+        """Two forward and backward passes over the longest documents, which change nothing.
+
+        Returns the trainable parameters that no term of the loss gives a gradient, and the seconds of the second pass.
+        """
+        longest = sorted(range(len(self.train_dataset)), key=lambda i: -self.train_dataset.tokens(i))  # type: ignore
+        items = [self.train_dataset[i] for i in longest[: self.config.per_device_train_batch_size]]  # type: ignore[index]
+        batch: Any = self._prepare_inputs(self.data_collator(items))  # type: ignore[arg-type]
+        self.tokens = {name: int(text["mask"].sum()) for name, text in batch.items()}
+        self.documents_in_update = {name: len(text["mask"]) for name, text in batch.items()}
         with torch.random.fork_rng():
-            loss: Any = torch.zeros((), device=self.args.device)
-            if self.config.remove_coef:
-                loss = loss + sum(self.forget_terms(self.model, **batch["forget"]).values())  # type: ignore[arg-type]
-            if self.config.retain_coef:
-                loss = loss + self.retain_term(self.model, **batch["retain"])  # type: ignore[arg-type]
-            loss.backward()
+            for _ in range(2):
+                started = time.monotonic()
+                terms: dict[str, Any] = {}
+                for name, of in (("forget", self.forget_terms), ("retain", self.retain_terms)):
+                    terms |= of(self.model, **batch[name]) if name in batch else {}  # type: ignore[arg-type]
+                sum(terms.values()).backward()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds = time.monotonic() - started
         names = survey.without_gradient(self.model)  # type: ignore[arg-type]
         self.model.zero_grad()  # type: ignore[union-attr]
-        return names
+        return names, seconds
 
 
 def unlearn(config: UnlearnConfig) -> Run:
     """One unlearning run: check, maps, training, artifacts (`adapter` or `model`; `base`, `affine`), evaluation.
 
     Raises:
-        LetheError: the recipe cannot work; raised before anything is written.
+        LetheError: the recipe cannot work; nothing is left behind.
     """
     checked = preflight.check(config)
     load_tasks(config.eval.tasks)
     run = Run.create("unlearn", config.name, to_dict(config), config.out)
+    trainer, tokenizer = _prepared(run, config, checked)
     with run.running():
-        trainer, tokenizer = _prepare(run, config, checked)
+        for warning in run.record["plan"]["warnings"]:
+            logger.warning(warning)
+        if config.affine == "fit" and config.forget_loss != "distill":
+            trainer.teacher.maps = _fitted(run, config, checked, trainer.teacher, tokenizer)
         trainer.train_with_bar(f"Unlearning {config.name}")
-        _finish(run, config, trainer, tokenizer)
+        _finish(run, config, trainer, tokenizer, checked)
     return run
 
 
@@ -130,24 +150,35 @@ def inspect(config: UnlearnConfig) -> dict[str, Any]:
     Raises:
         LetheError: the recipe cannot work.
     """
-    import tempfile
-
     checked = preflight.check(config)
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create("check", config.name, to_dict(config), folder)
-        with run.running():
-            _prepare(run, config, checked, maps=False)
+        _prepared(run, config, checked)
         return run.record["plan"]
 
 
-def _prepare(
-    run: Run, config: UnlearnConfig, checked: preflight.Checked, maps: bool = True
-) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
-    """Models, maps and text of a run, made into a trainer; the plan and the parents are recorded."""
+def _prepared(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
+    """The trainer of a run, its plan and parents recorded; a run that is refused is removed.
+
+    Raises:
+        LetheError: what only the loaded models show cannot work.
+    """
+    try:
+        return _prepare(run, config, checked)
+    except LetheError:
+        run.discard()
+        raise
+
+
+def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
     model, tokenizer = refs.load(checked.model, config.dtype)
     teacher_dtype = config.teacher_dtype or config.dtype
     reference, _ = refs.load(checked.model, teacher_dtype)
     source, _ = refs.load(checked.source, teacher_dtype)
+    if survey.same_weights(source, reference):
+        raise LetheError(
+            f"source: '{config.source}' holds the very weights of '{config.model}'; the source never learned the topic"
+        )
     run.update(
         parents={
             "model": refs.record(checked.model),
@@ -156,25 +187,35 @@ def _prepare(
             "retain": corpora.record(config.retain, checked.retain),
         }
     )
-    fitted = _maps(run, checked, reference, source, tokenizer, config) if maps else None
-    teacher = Teacher(source, reference, fitted, config.layers)
+    teacher = Teacher(source, reference, None, config.layers)
+    teacher.maps, maps_plan, warnings = _given_maps(run, config, checked, teacher, tokenizer)
     student = _student(run, config, model, source, tokenizer)
-    rows = Rows(
-        forget=corpora.rows_of(checked.forget, tokenizer, config.max_length, config.packing),
-        retain=corpora.rows_of(checked.retain, tokenizer, config.max_length, config.packing),
-    )
-    plan = preflight.plan(config, len(rows)) | {"documents": {"forget": len(checked.forget), "retain": len(checked.retain)}}
+    used = {"forget": config.remove_coef, "retain": config.retain_coef}
+    documents = {"forget": checked.forget, "retain": checked.retain}
+    texts = {
+        name: corpora.rows_of(documents[name], tokenizer, config.max_length, config.packing) for name in used if used[name]
+    }
+    rows = Rows(**texts)
+    plan = preflight.plan(config, len(rows)) | {"documents": {name: len(part) for name, part in documents.items()}}
+    plan["tokens"] = round(sum(map(rows.tokens, range(len(rows)))) * plan["epochs"])
     trainer = UnlearnTrainer(
         run, config, student.train(), tokenizer, rows, config.eval, teacher=teacher, first_epoch_steps=plan["first_epoch_steps"]
     )
-    longest = max(len(row) for part in rows.texts.values() for row in part)
-    plan |= survey.describe(student, config) | {"no_gradient": trainer.unreached()}
+    plan |= survey.describe(student, config)
+    longest = max(len(row) for part in texts.values() for row in part)
     plan["memory"] = survey.memory(student, teacher, config, longest)
-    plan["dtypes"] = {"model": config.dtype, "source": teacher_dtype, "reference": teacher_dtype}
-    plan["layers"] = {str(n): f"output of block {n} ({type(block).__name__})" for n, block in _layer_modules(student, config)}
+    _refuse_memory(plan["memory"])
+    plan["no_gradient"], seconds = trainer.probe()
+    plan["seconds"] = {"training, without evaluation": seconds * plan["forward_passes"]}
+    masters = " (trained as float32)" if needs_masters(student, config.optimizer) else ""
+    plan["dtypes"] = {"model": config.dtype + masters, "source": teacher_dtype, "reference": teacher_dtype}
+    if config.reads_layers:
+        plan["layers"] = {
+            str(n): f"output of block {n} ({type(block).__name__})" for n, block in _layer_modules(student, config)
+        }
+    plan["maps"] = maps_plan
     plan["coefficients"] = preflight.coefficients_over(config, plan)
-    run.update(plan=plan)
-    _warn(plan)
+    run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
     return trainer, tokenizer
 
 
@@ -183,18 +224,35 @@ def _layer_modules(student: nn.Module, config: UnlearnConfig) -> list[tuple[int,
     return [(layer, found[layer]) for layer in config.layers]
 
 
-def _warn(plan: dict[str, Any]) -> None:
-    """Say what may not be meant, and refuse what cannot fit into memory.
+def _warnings(config: UnlearnConfig, plan: dict[str, Any]) -> list[str]:
+    """What may not be meant."""
+    found = []
+    if unreached := plan["no_gradient"]:
+        found.append(
+            f"{len(unreached)} trainable tensors get no gradient from any term ({unreached[0]}, …): they will not be trained"
+        )
+    if config.teacher_dtype not in {None, config.dtype}:
+        found.append(f"teachers in {config.teacher_dtype} beside a {config.dtype} model: the losses measure rounding, too")
+    if config.optimizer == "muon" and config.lora:
+        found.append("muon orthogonalises the updates of A and B, the two matrices of an adapter, each by itself")
+    if newton_schulz_dtype(config.newton_schulz_dtype) == torch.bfloat16 and not torch.cuda.is_available():
+        found.append("newton_schulz_dtype: bfloat16 products are about a hundred times slower than float32 on a CPU")
+    if config.schedule == "ramp" and plan["steps"] < plan["first_epoch_steps"]:
+        found.append(
+            f"schedule: the run ends within its first epoch, so the ramp is cut short and "
+            f"retain_coef rises to {plan['coefficients']['end'][1]:g} of {config.retain_coef:g}"
+        )
+    return found
+
+
+def _refuse_memory(memory: dict[str, int]) -> None:
+    """Refuse what cannot fit into memory, the models being there already.
 
     Raises:
-        LetheError: the estimated memory is more than there is.
+        LetheError: the estimate is more than there is.
     """
-    if unreached := plan["no_gradient"]:
-        logger.warning(
-            "%d trainable tensors get no gradient from any term (%s, …): they will not be trained", len(unreached), unreached[0]
-        )
-    free, needed = survey.available_memory(), sum(plan["memory"].values())
-    if needed - plan["memory"]["weights"] - plan["memory"]["teachers"] > free:
+    free, needed = survey.available_memory(), sum(memory.values())
+    if needed - memory["weights"] - memory["teachers"] > free:
         raise LetheError(
             f"memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free beside the models; "
             f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing"
@@ -263,21 +321,50 @@ def linear_layers(model: nn.Module, last: int, targets: str = "all") -> list[str
     return names
 
 
-def _maps(
-    run: Run,
-    checked: preflight.Checked,
-    model: nn.Module,
-    source: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    config: UnlearnConfig,
-) -> AffineMap | None:
-    if config.affine == "none" or config.forget_loss == "distill":
-        return None
-    if checked.affine:
-        maps = load_maps(checked.affine, config.layers)
-        run.update(parents={"affine": {"ref": config.affine, "sha256": sha256(checked.affine / WEIGHTS)}})
-        return maps.to(model.device)  # type: ignore[arg-type]
-    documents = corpora.select(config.retain, 0, "front")
+def _given_maps(
+    run: Run, config: UnlearnConfig, checked: preflight.Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> tuple[AffineMap | None, str, list[str]]:
+    """Maps that the recipe names (None: they are fitted later, or there are none), what the plan says of them, and warnings.
+
+    Maps without a record are scored first, against no map, by each convention of numbering layers that is possible.
+
+    Raises:
+        LetheError: they do no better than no map: they belong to another pair, or to other layers.
+    """
+    if config.forget_loss == "distill" or config.affine == "none":
+        return None, "none", []
+    if checked.affine is None:
+        return None, "fitted on retain text before training", []
+    run.update(parents={"affine": {"ref": config.affine, "sha256": sha256(checked.affine / WEIGHTS)}})
+    device: Any = teacher.reference.device
+    if recorded_convention(facts_of(checked.affine)):
+        return load_maps(checked.affine, config.layers).to(device), f"{config.affine} (recorded for this pair)", []
+    wanted = list(CONVENTIONS) if config.affine_convention != "auto" else checked.conventions
+    possible = [name for name in wanted if set(config.layers) <= set(layers_of(facts_of(checked.affine), name, 10**9))]
+    rows = corpora.tokenise(checked.retain[-SCORED_DOCUMENTS:], tokenizer, config.max_length)
+    scored = score_maps(
+        checked.affine, possible, teacher.reference, teacher.source, rows, tokenizer.pad_token_id, 8, config.layers
+    )
+    convention = scored.convention if config.affine_convention == "auto" else config.affine_convention
+    scores = scored.by_convention[convention]
+    mapped, plain = mean_r2(scores), mean_r2(scores, "no_map_r2")
+    if mapped <= plain:
+        raise LetheError(
+            f"affine: the maps in '{config.affine}' predict no better than no map (mean R² {mapped:.3f}, without {plain:.3f}); "
+            f"they belong to other weights or other layers: fit maps for this pair, lethe affine fit"
+        )
+    found = ", ".join(f"{name} {mean_r2(s):.3f}" for name, s in scored.by_convention.items())
+    said = f"{config.affine} without a record, read as {convention} (mean R² {found}; without map {plain:.3f})"
+    better = [f"affine_convention: {convention} as asked, but the maps fit better as {scored.convention} ({found})"]
+    run.update(scores=scores)
+    maps = load_maps(checked.affine, config.layers, convention).to(device)
+    return maps, said, better if convention != scored.convention else []
+
+
+def _fitted(
+    run: Run, config: UnlearnConfig, checked: preflight.Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> AffineMap:
+    """Maps fitted on all of the retain text, kept as the run's `affine`."""
     settings = AffineConfig(
         config.model,
         config.source,
@@ -285,8 +372,9 @@ def _maps(
         max_length=config.max_length,
         dtype=config.teacher_dtype or config.dtype,
     )
-    maps = fit_on_text(model, source, tokenizer, documents, settings, config.retain)
-    maps.record |= {"model": refs.record(checked.model), "source": refs.record(checked.source)}
+    documents = corpora.select(config.retain, 0, "front")
+    maps = fit_on_text(teacher.reference, teacher.source, tokenizer, documents, settings, config.retain)
+    maps.record |= {role: run.record["parents"][role] for role in ("model", "source")}
     maps.save(run.path / "affine")
     run.update(
         artifacts={"affine": {"path": "affine", "sha256": sha256(run.path / "affine" / WEIGHTS)}}, scores=maps.record["scores"]
@@ -294,15 +382,25 @@ def _maps(
     return maps
 
 
-def _finish(run: Run, config: UnlearnConfig, trainer: UnlearnTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+def _finish(
+    run: Run,
+    config: UnlearnConfig,
+    trainer: UnlearnTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    checked: preflight.Checked,
+) -> None:
     """Losses, artifact, records and evaluation of a run that has been trained."""
     student: Any = trainer.model
-    rows, texts = run.rows("metrics.jsonl"), trainer.train_dataset.texts  # type: ignore[union-attr]
+    rows = run.rows("metrics.jsonl")
     terms = {"cb_loss": "forget", "forget_kl_loss": "forget", f"retain_{config.retain_loss}_loss": "retain"}
+    seen = [
+        corpora.tokenise(part[: survey.AGREEMENT_ROWS], tokenizer, config.max_length)
+        for part in (checked.forget, checked.retain)
+    ]
     run.update(
         losses=token_means(rows, {term: text for term, text in terms.items() if term in rows[-1]}),
-        plan={"tokens": sum(row["forget_tokens"] + row["retain_tokens"] for row in rows)},
-        agreement=survey.agreement(student, trainer.teacher, texts["forget"], texts["retain"], tokenizer.pad_token_id),
+        plan={"tokens": sum(row.get(f"{text}_tokens", 0) for row in rows for text in ("forget", "retain"))},
+        agreement=survey.agreement(student, trainer.teacher, seen[0], seen[1], tokenizer.pad_token_id),
         update_by_layer=survey.update_by_layer(student, trainer.teacher.reference),
     )
     if config.lora and config.merge:

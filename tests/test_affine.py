@@ -277,7 +277,7 @@ def check(folder: Path, world: Path, model: str = "target", source: str = "sourc
 
 
 def test_maps_are_accepted_for_their_own_pair_wherever_it_lies(world, fitted, tmp_path):
-    assert check(fitted.path / "affine", world)["layer_indices"] == [0, 3]
+    assert check(fitted.path / "affine", world) == ["block_output"]
     shutil.copytree(world / "source", tmp_path / "copy")
     check_maps(fitted.path / "affine", refs.resolve(str(world / "target")), refs.resolve(str(tmp_path / "copy")), [3])
 
@@ -293,13 +293,19 @@ def test_maps_that_lack_a_layer_are_refused(world, fitted):
         check(fitted.path / "affine", world, layers=(0, 1))
 
 
-def test_maps_without_a_record_are_refused(world, tmp_path):
-    save_file({"layer_0.weight": torch.eye(32), "layer_0.bias": torch.zeros(32)}, tmp_path / affine.WEIGHTS)
+def test_maps_without_a_record_may_be_read_by_each_convention_that_has_the_layers(world, tmp_path):
+    save_file({"layer_1.weight": torch.eye(32), "layer_1.bias": torch.zeros(32)}, tmp_path / affine.WEIGHTS)
     with pytest.raises(LetheError, match=r"metadata\.json"):
         check(tmp_path, world, layers=(0,))
-    (tmp_path / affine.METADATA).write_text(json.dumps({"layer_indices": [0], "hidden_dim": 32, "alpha": 0.01}))
-    with pytest.raises(LetheError, match="do not record their weights"):
-        check(tmp_path, world, layers=(0,))
+    (tmp_path / affine.METADATA).write_text(json.dumps({"layer_indices": [1, 3, 4], "hidden_dim": 32, "alpha": 0.01}))
+    assert check(tmp_path, world, layers=(0, 2)) == ["hidden_states"]
+    assert check(tmp_path, world, layers=(1,)) == ["block_output"]
+    assert check(tmp_path, world, layers=(3,)) == ["block_output", "hidden_states"]
+    with pytest.raises(LetheError, match=r"lack layers .* as block_output or .* as hidden_states"):
+        check(tmp_path, world, layers=(0, 1))
+    (tmp_path / affine.METADATA).write_text(json.dumps({"layer_indices": [1], "hidden_dim": 64}))
+    with pytest.raises(LetheError, match="width 64"):
+        check(tmp_path, world, layers=(1,))
 
 
 @pytest.mark.parametrize("metadata", ["{}", "[]", '"text"', "{half"])
@@ -392,8 +398,14 @@ def test_scoring_the_held_out_documents_gives_the_scores_of_the_fit(world, fitte
             max_length=16,
         )
     )
+    assert again.recorded and again.convention == "block_output"
     for layer, scores in fitted.record["scores"].items():
-        assert again[layer] == pytest.approx(scores, rel=1e-6)
+        assert again.scores[layer] == pytest.approx(scores, rel=1e-6)
+
+
+def test_scoring_maps_of_another_pair_is_refused(world, fitted):
+    with pytest.raises(LetheError, match="fitted for source"):
+        score_affine(AffineScoreConfig(str(fitted.path), str(world / "target"), str(world / "stranger")))
 
 
 def test_a_map_file_with_a_layer_missing_is_refused_in_words(world, fitted, tmp_path):

@@ -83,12 +83,12 @@ def test_recipe_command_line_and_python_make_equal_objects(recipe):
 
 def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(recipe):
     config = made(
-        "--config", recipe(), "--lr", "3", "--layers", "1", "--lora.alpha", "2", "--eval.limit", "7", "--forget.column", "c"
+        "--config", recipe(), "--lr", "3", "--layers", "1", "--lora.alpha", "2", "--eval.limit", "7", "--forget.template", "{c}"
     )
     assert (config.lr, config.layers, config.name) == (3.0, [1], "from-recipe")
     assert config.lora == LoraSettings(r=4, alpha=2, dropout=0.0)
     assert config.eval == EvalSettings(["lab_retain"], every=10, limit=7)
-    assert config.forget == TextSource("forget.jsonl", column="c", template="{title}\n\n{text}")
+    assert config.forget == TextSource("forget.jsonl", template="{c}")
     assert config.remove_coef == UnlearnConfig(source="x").remove_coef
 
 
@@ -320,6 +320,29 @@ def test_a_value_out_of_range_is_refused(recipe, words, field):
     assert message.startswith(field) or field in message
 
 
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [
+        ("forget_kl_coef: 2", "forget_kl_coef"),
+        ("forget_loss: both\nforget_kl_coef: 0", "forget_kl_coef"),
+        ("forget_loss: distill\naffine: maps", "affine"),
+        ("affine_convention: hidden_states", "affine_convention"),
+        ("forget_loss: distill\nlora: null\nlayers: [1]", "layers"),
+        ("lora: null\nmerge: true", "merge"),
+        ("retain_coef: 0\nretain_loss: ce", "retain_loss"),
+        ("remove_coef: 0\nforget_loss: distill", "forget_loss"),
+        ("max_steps: 3\nepochs: 2", "epochs"),
+        ("newton_schulz_dtype: float32", "newton_schulz_dtype"),
+        ("forget: {source: a.jsonl, column: a, template: '{b}'}", "column"),
+        ("forget: {source: a.jsonl, split: test}", "split"),
+        ("forget: {source: a.jsonl, weight: 2}", "forget.weight"),
+        ("retain: {source: a.jsonl, weight: 2}", "retain.weight"),
+    ],
+)
+def test_a_setting_that_nothing_would_read_is_refused(recipe, text, setting):
+    assert refusal("--config", recipe(f"source: x\n{text}\n")).startswith(f"{setting}: ")
+
+
 @pytest.mark.parametrize("text", ["lora: {r: 0}", "forget: {source: a, weight: 0}", "retain: [{source: a, weight: -1}]"])
 def test_a_nested_value_out_of_range_in_a_recipe_is_refused(recipe, text):
     assert "must be" in refusal("--config", recipe(f"source: x\n{text}\n"))
@@ -406,6 +429,9 @@ def models(make_model, texts, tmp_path_factory):
     for name, part in (("forget", texts[:30]), ("retain", texts[30:])):
         (home / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
     (home / "empty.jsonl").write_text("")
+    (home / "maps").mkdir()
+    (home / "maps" / "affine_transforms.safetensors").write_bytes(b"")
+    (home / "maps" / "metadata.json").write_text(json.dumps({"layer_indices": [0, 2], "hidden_dim": 4096, "alpha": 0.01}))
     return home
 
 
@@ -433,6 +459,10 @@ WRONG = {
     "too few": ["--num_train_examples", "1000"],
     "same text": ["--retain.source", "{home}/forget.jsonl"],
     "no maps": ["--affine", "{home}"],
+    "width of maps": ["--affine", "{home}/maps"],
+    "window": ["--max_length", "65"],
+    "warm-up": ["--warmup_steps", "9"],
+    "reporter": ["--report_to", "clearml"],
     "out is a file": ["--out", "{home}/empty.jsonl"],
     "recipe": ["--config", "{home}/nowhere.yaml"],
 }

@@ -247,7 +247,9 @@ def runs_table(runs: list[Run]) -> Table:
 def plan_table(plan: dict[str, Any]) -> Table:
     """What a run would do: one row a fact; a fact with parts has a row a part."""
     rows: list[list[str]] = []
-    for key, value in plan.items():
+    unreached = plan.get("no_gradient")
+    shown = plan | ({"no_gradient": f"{len(unreached)} tensors, such as {unreached[0]}"} if unreached else {})
+    for key, value in shown.items():
         parts = value if isinstance(value, dict) and value else {"": value}
         rows += [[key if i == 0 else "", str(name), _fact(key, part)] for i, (name, part) in enumerate(parts.items())]
     return Table("Plan", ["", "", ""], rows)
@@ -358,6 +360,8 @@ def _outcome(run: Run) -> str:
 def _fact(key: str, value: Any) -> str:
     if key == "memory" and isinstance(value, int):
         return f"{value / 1e6:,.0f} MB"
+    if key == "seconds":
+        return f"about {layout.seconds(value)}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else setting(value)
 
 

@@ -1,0 +1,283 @@
+"""Each way in which earlier work went wrong without an error (FIELD's table), planted: it is refused, or said aloud.
+
+Rows that another file provokes: few-shot counts in one table (test_report), the held-out split and the layer's place
+(test_affine, test_residual), Muon's routes (test_optimizers), degenerate answers and missing numbers (test_evaluate).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lethe import AffineConfig, LoraSettings, TamperConfig, UnlearnConfig, fit_affine, refs, tamper, unlearn
+from lethe.config import EvalSettings, TextSource, options
+from lethe.errors import LetheError
+from lethe.lab import active_preset
+from lethe.ledger import Run
+from lethe.maps import METADATA, WEIGHTS
+from lethe.refs import resolve
+from lethe.unlearn import inspect
+
+pytestmark = pytest.mark.slow
+LAYERS = [0, 2, 4]
+
+
+def recipe(out: Path, **changes: Any) -> UnlearnConfig:
+    settings: dict[str, Any] = {
+        "source": f"lab:global_step{active_preset().onset}",
+        "affine": "none",
+        "layers": LAYERS,
+        "num_train_examples": 16,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "lr_scheduler_type": "constant",
+        "eval": EvalSettings(["lab_forget_robust"], limit=4),
+        "out": str(out),
+    }
+    return UnlearnConfig(**(settings | changes))
+
+
+# --- maps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def maps(lab, tmp_path_factory) -> Path:
+    """Maps that Lethe fitted for all blocks of the lab's pair."""
+    config = recipe(tmp_path_factory.mktemp("maps"))
+    run = fit_affine(AffineConfig(config.model, config.source, layers=[0, 1, 2, 3, 4, 5], num_examples=200, out=config.out))
+    return run.path / "affine"
+
+
+def published(maps: Path, folder: Path, shift: int) -> Path:
+    """The same maps as others publish them: no record, their indices moved by `shift`."""
+    folder.mkdir()
+    tensors = load_file(maps / WEIGHTS)
+    moved = {f"layer_{int(name.split('.')[0][6:]) + shift}.{name.split('.')[1]}": t for name, t in tensors.items()}
+    save_file(moved, folder / WEIGHTS)
+    indices = sorted({int(name.split(".")[0][6:]) for name in moved})
+    (folder / METADATA).write_text(json.dumps({"layer_indices": indices, "hidden_dim": len(tensors["layer_0.bias"])}))
+    return folder
+
+
+@pytest.mark.parametrize(("shift", "convention"), [(0, "block_output"), (1, "hidden_states")])
+def test_maps_without_a_record_are_read_by_the_convention_that_fits(maps, tmp_path, shift, convention):
+    """Layers 1 and 3 are there by either convention; one of them is off by a layer."""
+    recorded = unlearn(recipe(tmp_path, affine=str(maps), layers=[1, 3]))
+    run = unlearn(recipe(tmp_path, affine=str(published(maps, tmp_path / "maps", shift)), layers=[1, 3]))
+    assert f"read as {convention}" in run.record["plan"]["maps"] and run.record["plan"]["warnings"] == []
+    assert run.rows("metrics.jsonl")[0]["cb_loss"] == recorded.rows("metrics.jsonl")[0]["cb_loss"]
+
+
+def test_the_other_convention_is_used_when_asked_for_and_warned_of(maps, tmp_path):
+    folder = str(published(maps, tmp_path / "maps", 1))
+    right, off = (
+        unlearn(recipe(tmp_path, affine=folder, layers=[1, 3], affine_convention=convention))
+        for convention in ("hidden_states", "block_output")
+    )
+    assert right.record["plan"]["warnings"] == []
+    assert "fit better as hidden_states" in off.record["plan"]["warnings"][0]
+    assert "fit better as hidden_states" in (off.path / "log.txt").read_text()
+    assert off.rows("metrics.jsonl")[0]["cb_loss"] > right.rows("metrics.jsonl")[0]["cb_loss"]
+
+
+def test_maps_that_do_no_better_than_none_are_refused_and_nothing_is_left(maps, tmp_path):
+    folder = published(maps, tmp_path / "maps", 0)
+    noise = {
+        name: torch.randn(t.shape, generator=torch.Generator().manual_seed(0)) for name, t in load_file(maps / WEIGHTS).items()
+    }
+    save_file(noise, folder / WEIGHTS)
+    with pytest.raises(LetheError, match="no better than no map"):
+        unlearn(recipe(tmp_path / "runs", affine=str(folder)))
+    assert not (tmp_path / "runs").exists()
+
+
+# --- teachers --------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_of_full_rank_training_is_the_model_as_it_was(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, lora=None))
+    losses = [row["retain_kl_loss"] for row in run.rows("metrics.jsonl")]
+    assert losses[0] == pytest.approx(0, abs=1e-6)
+    assert all(loss > 1e-5 for loss in losses[1:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_at_the_first_update_the_retain_loss_measures_no_rounding(lab, tmp_path, dtype):
+    for lora in (None, LoraSettings()):
+        rows = unlearn(recipe(tmp_path, dtype=dtype, lora=lora, max_steps=1)).rows("metrics.jsonl")
+        assert rows[0]["retain_kl_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_coarser_teachers_are_used_only_when_named_and_warned_of(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, teacher_dtype="bfloat16", max_steps=1))
+    assert run.rows("metrics.jsonl")[0]["retain_kl_loss"] > 1e-6
+    assert "measure rounding" in run.record["plan"]["warnings"][0]
+    with pytest.raises(LetheError, match="teacher_dtype"):
+        unlearn(recipe(tmp_path, dtype="bfloat16", teacher_dtype="float32"))
+
+
+def test_a_source_that_holds_the_models_own_weights_is_refused_wherever_it_lies(lab, tmp_path):
+    """A hub's branch for an early step may hold the final weights: the path says nothing."""
+    shutil.copytree(resolve("lab:final").path, tmp_path / "copy")
+    with pytest.raises(LetheError, match="very weights"):
+        unlearn(recipe(tmp_path / "runs", source=str(tmp_path / "copy")))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox"])
+def test_a_models_own_dropout_is_off_in_training_and_kept_in_its_configuration(make_model, tmp_path, architecture):
+    names = [name for name in refs.DROPOUTS if hasattr(AutoConfigs[architecture](), name)]
+    folder = make_model(architecture, tmp_path / "model", **dict.fromkeys(names, 0.3))
+    model, _ = refs.load(resolve(str(folder)))
+    ids = torch.arange(3, 30)[None]
+    model.train()
+    torch.testing.assert_close(model(ids).logits, model.eval()(ids).logits)
+    assert names and all(getattr(model.config, name) == 0.3 for name in names)
+
+
+def _configs() -> dict[str, Any]:
+    from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+
+    return {"gpt2": GPT2Config, "llama": LlamaConfig, "gpt_neox": GPTNeoXConfig}
+
+
+AutoConfigs = _configs()
+
+
+# --- updates ---------------------------------------------------------------------------------------------------------
+
+
+def test_small_updates_of_bfloat16_weights_add_up(lab, tmp_path):
+    """Each update is far below half a unit in the last place of most weights; forty of them are not."""
+    settings = {"lora": None, "lr": 2e-5, "max_steps": 40, "retain_coef": 0, "schedule": "constant"}
+    target = load_file(Path(resolve("lab:final").path) / "model.safetensors")
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        run = unlearn(recipe(tmp_path, dtype=dtype, **settings))
+        weights = load_file(run.path / "model" / "model.safetensors")
+        moved[dtype] = torch.cat(
+            [(weights[n].float() - target[n].to(weights[n].dtype).float()).flatten() for n in sorted(target)]
+        )
+    one, other = moved["float32"], moved["bfloat16"]
+    assert torch.dot(one, other) / one.square().sum() > 0.8
+
+
+def test_an_attack_keeps_float32_weights_whatever_the_models_type(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, lora=None, dtype="bfloat16", max_steps=1))
+    attack = tamper(
+        TamperConfig(
+            model=str(run.path),
+            num_train_examples=16,
+            max_steps=3,
+            lr=2e-5,
+            eval=EvalSettings(["lab_forget_robust"], limit=4),
+            out=str(tmp_path),
+        )
+    )
+    assert attack.record["losses"]["lost_updates"] < 0.01
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+CHANGES: dict[str, Any] = {
+    "model": "lab:filtered",
+    "source": "lab:filtered",
+    "affine": "fit",
+    "affine_convention": "hidden_states",
+    "forget": TextSource("lab:retain"),
+    "retain": [TextSource("lab:retain"), TextSource("{home}/extra.jsonl", weight=0.5)],
+    "packing": "blocks",
+    "rewind": 0.5,
+    "forget_loss": "distill",
+    "forget_kl_coef": 2.0,
+    "layers": [0, 1],
+    "max_length": 8,
+    "retain_loss": "mse",
+    "schedule": "constant",
+    "lora": LoraSettings(targets="mlp"),
+    "merge": True,
+    "dtype": "bfloat16",
+    "teacher_dtype": "bfloat16",
+    "eval": EvalSettings(["lab_forget_robust"], every=1, limit=4),
+    "out": "elsewhere",
+    "name": "other",
+    "max_steps": 5,
+    "epochs": 3,
+    "optimizer": "muon",
+    "newton_schulz_dtype": "bfloat16",
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 2,
+    "max_grad_norm": 0.01,
+    "gradient_checkpointing": True,
+    "report_to": ["mlflow"],
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(UnlearnConfig)])
+def test_every_setting_changes_something_or_is_refused(lab, tmp_path, field, baseline):
+    (tmp_path / "extra.jsonl").write_text("".join(json.dumps({"text": f"Other text, number {i}."}) + "\n" for i in range(20)))
+    default = getattr(recipe(tmp_path), field)
+    changed = CHANGES.get(field, default * 2 + 1 if isinstance(default, int | float) else None)
+    if field == "retain":
+        changed = [dataclasses.replace(text, source=text.source.format(home=tmp_path)) for text in changed]
+    if field == "out":
+        changed = str(tmp_path / "elsewhere")
+    try:
+        run = unlearn(recipe(**({"out": tmp_path / "runs"} | {field: changed})))
+    except LetheError as error:
+        assert str(error).startswith((f"{field}:", f"{field} "))
+        assert not (tmp_path / "runs").exists()
+        return
+    if field == "out":
+        assert run.path.parent == tmp_path / "elsewhere"
+    elif field == "name":
+        assert "other" in run.path.name
+    else:
+        assert outcome(run) != baseline
+
+
+@pytest.fixture(scope="module")
+def baseline(lab, tmp_path_factory) -> dict[str, Any]:
+    first, again = (outcome(unlearn(recipe(tmp_path_factory.mktemp("baseline")))) for _ in range(2))
+    assert first == again
+    return first
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    """All that a run's settings decide, apart from the settings themselves and from time."""
+    record = {key: run.record[key] for key in ("losses", "artifacts", "evals", "agreement")}
+    plan = {key: value for key, value in run.record["plan"].items() if key != "seconds"}
+    return record | {"plan": plan, "curve": run.rows("curve.jsonl"), "files": sorted(p.name for p in run.path.iterdir())}
+
+
+@pytest.mark.parametrize(("targets", "tensors"), [("attention", 4), ("mlp", 4), ("all", 8)])
+def test_adapters_sit_on_the_layers_of_the_role_asked_for(lab, tmp_path, targets, tensors):
+    plan = inspect(recipe(tmp_path, lora=LoraSettings(targets=targets)))
+    assert [row["tensors"] for row in plan["routing"]] == [tensors * 5]
+
+
+def test_every_kind_of_setting_has_a_change_in_this_test(tmp_path, lab):
+    for field in dataclasses.fields(UnlearnConfig):
+        default = getattr(recipe(tmp_path), field.name)
+        assert field.name in CHANGES or isinstance(default, int | float), field.name
+        assert options(field.type)
+
+
+def test_the_plan_says_before_training_what_the_run_does(lab, tmp_path):
+    config = recipe(tmp_path, max_steps=-1, epochs=2, lora=None, retain_coef=0, layers=[1])
+    plan = inspect(config)
+    run = unlearn(config)
+    assert plan["tokens"] == run.record["plan"]["tokens"]
+    assert plan["steps"] == len(run.rows("metrics.jsonl")) == 8
+    assert "retain_kl_loss" not in run.record["losses"]
+    assert any("no gradient" in warning for warning in plan["warnings"]) and any(".5." in name for name in plan["no_gradient"])
+    assert all(seconds > 0 for seconds in plan["seconds"].values())
+    assert set(plan["memory"]) == {"weights", "gradients", "optimizer", "teachers", "maps", "activations"}
+    assert not (tmp_path / "check").exists()
