@@ -70,6 +70,19 @@ def test_lab_page(here, lab):
     assert not commands("docs/runs.md")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["docs/unlearning.md", "docs/rewinding.md"])
+def test_pages_about_training(here, page):
+    for command in commands(page):
+        run(command, here)
+
+
+def test_pages_name_files_that_are_there():
+    for page in ROOT.glob("docs/*.md"):
+        for file in re.findall(r"`(recipes/[\w./-]+\.yaml)`", page.read_text()):
+            assert (ROOT / file).exists(), f"{page.name}: {file}"
+
+
 def test_yaml_of_the_quickstart_is_a_recipe(tmp_path):
     from lethe.config import UnlearnConfig
     from lethe.settings import from_recipe

@@ -176,8 +176,6 @@ def test_a_runs_adapter_sits_on_the_model_it_was_trained_from(home, tmp_path):
     assert torch.equal(model(IDS).logits, by_hand(IDS).logits)
     assert not torch.allclose(model(IDS).logits, before, atol=1e-2)
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lora" in n)
-    trained, _ = load(ref, trainable_adapter=True)
-    assert any(p.requires_grad for n, p in trained.named_parameters() if "lora" in n)
 
 
 def test_an_adapter_and_its_base_have_different_hashes(home, tmp_path):

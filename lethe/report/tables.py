@@ -6,6 +6,7 @@ measured in different ways never stand in one table. The same `Table` goes into 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,6 +45,7 @@ def all_tables(study: Study) -> list[Table]:
     tables += [sweep_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
     tables += [unlearning_table(target, len(study.targets) > 1) for target in study.targets if target.rows]
     tables += [tamper_table(study.attacks)] if study.attacks else []
+    tables += [updates_table(study.of_kind("unlearn"))]
     tables += [affine_table(run.record["scores"], f"Affine maps: {affine_name(run)}") for run in scored(study)]
     tables += [evaluations_table(study.other_evaluations)] if study.other_evaluations else []
     tables += [provenance_table(study), models_table(study)]
@@ -115,6 +117,35 @@ def unlearning_table(target: Target, name_target: bool) -> Table:
     title = f"Runs: {target.ref}" if name_target else "Runs"
     notes = _regime_notes(target) if judged else []
     return Table(title, columns, cells, [*notes, *_remarks(target.runs, cells)])
+
+
+def updates_table(runs: list[Run]) -> Table:
+    """What training did to each model: agreement with its teachers, distance and stable rank of the update."""
+    cells = []
+    for run in runs:
+        layers, agreement = run.record.get("update_by_layer"), run.record.get("agreement")
+        if not layers or not agreement:
+            continue
+        ranks = [layer["stable_rank"] for layer in layers.values() if "stable_rank" in layer]
+        total = math.sqrt(math.fsum(layer["distance"] ** 2 for layer in layers.values()))
+        by_layer = "; ".join(
+            f"{name}: {compact(layer['distance'])}" + (f" ({layer['stable_rank']:.1f})" if "stable_rank" in layer else "")
+            for name, layer in layers.items()
+            if layer["distance"] > 0
+        )
+        shares = [percent(agreement["forget_with_source"]), percent(agreement["retain_with_reference"])]
+        mean_rank = f"{math.fsum(ranks) / len(ranks):.1f}" if ranks else MISSING
+        cells.append([_job(run), run.record["name"], *shares, compact(total), mean_rank, by_layer])
+    columns = [
+        "Job ID",
+        "Name",
+        "forget: top token as source's",
+        "retain: top token as before",
+        "‖θ − θ₀‖",
+        "stable rank",
+        "by layer",
+    ]
+    return Table("Updates", columns, cells, ["By layer: distance (mean stable rank of its matrices)."])
 
 
 def tamper_table(attacks: list[Attack]) -> Table:

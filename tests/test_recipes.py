@@ -1,0 +1,71 @@
+"""Recipes are runnable as they stand; those of the 7B model are the log's runs, as its tables count them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lethe import UnlearnConfig, unlearn
+from lethe.config import EvalSettings
+from lethe.lab import PRESETS, active_preset
+from lethe.preflight import plan
+from lethe.settings import from_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+LAB = [RECIPES / "lab.yaml", RECIPES / "lab-full.yaml", *sorted((RECIPES / "lab").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
+def test_a_recipe_names_itself_and_is_valid(recipe):
+    config = from_recipe(UnlearnConfig, recipe)
+    assert f"lethe unlearn --config recipes/{recipe.relative_to(RECIPES)}" in recipe.read_text()
+    assert plan(config, config.num_train_examples)["steps"] > 0
+
+
+ROWS = [
+    ("coefficients", {}, 256, 32),
+    ("coefficients", {"num_train_examples": 2048, "remove_coef": 100}, 512, 64),
+    ("coefficients", {"num_train_examples": 8192, "remove_coef": 50}, 2048, 256),
+    ("retain-sweep", {"retain_coef": 20}, 512, 64),
+    ("retain-sweep", {"retain_coef": 1, "remove_coef": 12}, 512, 64),
+    ("epoch-sweep", {"epochs": 1, "retain_coef": 1, "remove_coef": 3}, 256, 32),
+    ("epoch-sweep", {}, 2560, 320),
+    ("epoch-sweep", {"epochs": 100}, 25600, 3200),
+    ("lora", {"retain_coef": 2, "remove_coef": 5000}, 512, 64),
+    ("unconstrained", {"lora.r": 64}, 512, 64),
+    ("unconstrained", {"optimizer": "muon"}, 512, 64),
+    ("unconstrained-full", {}, 512, 64),
+    ("unconstrained-muon", {}, 512, 64),
+    ("step54832", {}, 512, 64),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "passes", "updates"), ROWS)
+def test_rows_of_the_log_have_the_logs_steps(name, changes, passes, updates):
+    nested = {key: value for key, value in changes.items() if "." not in key}
+    if "lora.r" in changes:
+        nested["lora"] = {"r": changes["lora.r"]}
+    config = from_recipe(UnlearnConfig, RECIPES / "deep-ignorance-7b" / f"{name}.yaml", **nested)
+    found = plan(config, config.num_train_examples)
+    assert (found["forward_passes"], found["steps"], found["effective_batch"]) == (passes, updates, 32)
+    assert config.layers == [4, 9, 14, 19, 24, 29]
+    assert config.affine == "none" or config.affine.endswith("step54832") == config.source.endswith("step54832")
+    if "lora.r" in changes:
+        assert config.lora is not None and (config.lora.r, config.lora.alpha) == (64, 16)
+
+
+def test_the_one_off_of_the_later_runs_can_be_repeated():
+    overrides = {"layers": [5, 10, 15, 20, 25, 30], "affine_convention": "block_output"}
+    assert from_recipe(UnlearnConfig, RECIPES / "deep-ignorance-7b" / "lora.yaml", **overrides).layers[0] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", LAB, ids=lambda path: path.stem)
+def test_a_lab_recipe_runs(lab, tmp_path, recipe):
+    """On the nano lab, cut to three updates; nothing else is changed."""
+    onset = f"lab:global_step{active_preset().onset}"
+    assert from_recipe(UnlearnConfig, recipe).source == f"lab:global_step{PRESETS['standard'].onset}"
+    short = {"source": onset, "max_steps": 3, "epochs": 1, "warmup_steps": 0, "out": str(tmp_path)}
+    run = unlearn(from_recipe(UnlearnConfig, recipe, **short, eval=EvalSettings(["lab_forget_robust"], limit=8)))
+    assert run.status == "complete" and len(run.rows("metrics.jsonl")) == 3
