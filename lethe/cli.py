@@ -21,6 +21,7 @@ from typing import Any
 
 from lethe import config as c
 from lethe.errors import LetheError, nearest
+from lethe.ledger import Terminated
 from lethe.settings import parse
 
 
@@ -36,7 +37,7 @@ class Command:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, 1 (a run failed or diverged), 2 (refused) or 130 (interrupted)."""
+    """Run a command line; returns 0, 1 (a run failed or diverged), 2 (refused), 130 (interrupted) or 143 (told to stop)."""
     words = list(sys.argv[1:] if argv is None else argv)
     _quiet()
     try:
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     except LetheError as error:
         print(f"lethe: {error}", file=sys.stderr)
         return 2
+    except Terminated as error:
+        print(f"lethe: {error}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("lethe: interrupted", file=sys.stderr)
         return 130
@@ -236,6 +240,14 @@ def _tamper(settings: c.TamperConfig, as_json: bool) -> None:
     _answer(run, as_json, *terminal([run]))
 
 
+def _resume(settings: c.ResumeConfig, as_json: bool) -> None:
+    from lethe.report.tables import terminal
+    from lethe.resume import resume
+
+    run = resume(settings)
+    _answer(run, as_json, *terminal([run]))
+
+
 def _runs(settings: c.RunsConfig, as_json: bool) -> None:
     from lethe.ledger import find_runs
     from lethe.report.tables import runs_table
@@ -285,6 +297,7 @@ COMMANDS = {
     "unlearn": Command(_unlearn, c.UnlearnConfig, "lethe unlearn --config recipes/lab.yaml --remove_coef 20 --lora.r 8"),
     "evaluate": Command(_evaluate, c.EvaluateConfig, "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model"),
     "tamper": Command(_tamper, c.TamperConfig, "lethe tamper run:ID --max_steps 100", "model"),
+    "resume": Command(_resume, c.ResumeConfig, "lethe resume runs/unlearn-demo-lora-1a2b3c4d", "run"),
     "runs": Command(_runs, c.RunsConfig, "lethe runs demo/runs", "folder"),
     "report": Command(_report, c.ReportConfig, "lethe report demo/runs --out report", "runs"),
 }

@@ -104,6 +104,19 @@ class RunsConfig:
 
 
 @dataclass
+class ResumeConfig:
+    """Go on with a run of any kind that was interrupted: unlearning and attacks from their last save, bit for bit."""
+
+    run: str
+    """The run: its id, a part of its folder's name that fits no other, or its folder."""
+    out: str = "runs"
+    """Folder of runs to look in, too."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass
 class ReportConfig:
     """Write tables (markdown), charts (SVG) and one self-contained web page from runs."""
 
@@ -237,6 +250,14 @@ class TrainingSettings:
     """Gradients are clipped at this norm (0: not)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, more time."""
+    save_every: int = 100
+    """Updates between saves that a killed run goes on from (0: only at the end)."""
+    divergence_factor: float = 100.0
+    """A run whose loss is above so many times the mean of its first 20 updates has diverged (0: only if it is no number)."""
+    on_divergence: Literal["stop", "finish"] = "stop"
+    """stop: end there, with the weights of the last save; finish: train on. The run stays `diverged` either way."""
+    time_limit: float = 0.0
+    """Hours after which the run saves and stops (0: none)."""
     report_to: list[str] = field(default_factory=list)
     """Where else to log, as in transformers: wandb, trackio, mlflow, tensorboard."""
     seed: int = 0
@@ -254,6 +275,10 @@ class TrainingSettings:
         _at_least("warmup_steps", self.warmup_steps, 0)
         _at_least("weight_decay", self.weight_decay, 0)
         _at_least("max_grad_norm", self.max_grad_norm, 0)
+        _at_least("save_every", self.save_every, 0)
+        _at_least("time_limit", self.time_limit, 0)
+        if self.divergence_factor != 0 and not self.divergence_factor > 1:
+            raise LetheError(f"divergence_factor: must be above 1, or 0, got {self.divergence_factor}")
         _at_least("seed", self.seed, 0)
         if self.max_steps > 0 and self.epochs != 1:
             raise LetheError(f"epochs: {self.epochs} has no effect while max_steps is {self.max_steps}; set max_steps to -1")

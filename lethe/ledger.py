@@ -19,6 +19,8 @@ import platform
 import resource
 import secrets
 import shutil
+import signal
+import socket
 import subprocess
 import threading
 import time
@@ -26,12 +28,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from lethe.errors import LetheError
 
 Status = Literal["queued", "running", "complete", "failed", "diverged", "cancelled", "lost"]
 HEARTBEAT_SECONDS = 20
 LOST_AFTER_SECONDS = 120
+GRACE_SECONDS = 120
+TIME_LIMIT = "time limit reached"
 logger = logging.getLogger(__name__)
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to stop; the run can go on later."""
 
 
 class Run:
@@ -47,6 +57,8 @@ class Run:
     def __init__(self, path: Path, record: dict[str, Any]):
         self.path = path
         self.record = record
+        self.stopping: str | None = None
+        self._deferred = False
         self._made_folder = False
         self._lock = threading.Lock()
 
@@ -93,11 +105,23 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """The recorded status; `lost` for one `running` whose heartbeat is older than two minutes."""
+        """The recorded status; `lost` for one `running` whose process is gone, or whose heartbeat is older than two minutes."""
         status = self.record["status"]
-        if status == "running" and seconds_since(self.record.get("heartbeat")) > LOST_AFTER_SECONDS:
+        if status == "running" and (
+            seconds_since(self.record.get("heartbeat")) > LOST_AFTER_SECONDS or self._process_is_gone()
+        ):
             return "lost"
         return status
+
+    def _process_is_gone(self) -> bool:
+        """Whether the run's process, on this machine, has ended; False for another machine's."""
+        where = self.record.get("environment") or {}
+        if where.get("host") != socket.gethostname() or "pid" not in where:
+            return False
+        try:
+            return psutil.Process(where["pid"]).status() == psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return True
 
     def discard(self) -> None:
         """Remove the directory of a run that was refused before it did anything."""
@@ -113,6 +137,20 @@ class Run:
                 old = self.record.get(key)
                 self.record[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
             write_atomically(self.path / "run.json", json.dumps(self.record, indent=2, default=str))
+
+    def set_parents(self, **parents: dict[str, Any]) -> None:
+        """Record what the run is made from.
+
+        Raises:
+            LetheError: a run that is resumed was made from something else.
+        """
+        for role, parent in parents.items():
+            before = (self.record.get("parents") or {}).get(role, parent)
+            if before["sha256"] != parent["sha256"]:
+                raise LetheError(
+                    f"{role}: '{parent.get('ref') or parent.get('source')}' has changed since the run began; start a new run"
+                )
+        self.update(parents=parents)
 
     def append(self, file: str, row: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl` or `curve.jsonl`. Not-a-number is written as it is."""
@@ -132,42 +170,95 @@ class Run:
                 rows.append(json.loads(line))
         return rows
 
+    def keep_until(self, step: int) -> None:
+        """Drop lines of metrics, batches and curve that come after `step`: a resumed run writes them again."""
+        for file in ("metrics.jsonl", "batches.jsonl", "curve.jsonl"):
+            if (self.path / file).exists():
+                kept = [json.dumps(row) + "\n" for row in self.rows(file) if row["step"] <= step]
+                write_atomically(self.path / file, "".join(kept))
+
     @contextlib.contextmanager
     def running(self) -> Iterator[Run]:
-        """Run the work inside as this run: keeps status, times, heartbeat and log file; a failure is recorded and raised."""
-        started = time.monotonic()
-        self.update(status="running", started=now(), heartbeat=now(), environment=environment())
+        """Run the work inside as this run: keeps status, times, heartbeat and log file; a failure is recorded and raised.
+
+        SIGTERM, and the end of `time_limit`, raise `Terminated`; inside `deferring` they only set `stopping`.
+        """
+        before = (self.record.get("environment") or {}).get("seconds") or 0.0
+        began = time.monotonic()
+        started = self.record.get("started") or now()
+        self.update(status="running", reason=None, started=started, finished=None, heartbeat=now(), environment=environment())
         handler = logging.FileHandler(self.path / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)
         stop = threading.Event()
-        beat = threading.Thread(target=self._beat, args=(stop,), daemon=True)
+        beat = threading.Thread(target=self._beat, args=(stop, began, before), daemon=True)
         beat.start()
         status, reason = "complete", None
-        try:
-            yield self
-            if self.record["status"] == "diverged":
-                status, reason = "diverged", self.record["reason"]
-        except KeyboardInterrupt:
-            status, reason = "cancelled", "interrupted from the keyboard"
-            raise
-        except BaseException as error:
-            status, reason = "failed", f"{type(error).__name__}: {error}"
-            if not isinstance(error, LetheError):
-                logger.error("the run failed", exc_info=error)
-            raise
-        finally:
-            stop.set()
-            beat.join()
-            usage = {"seconds": round(time.monotonic() - started, 3), "peak_memory": peak_memory()}
-            self.update(status=status, reason=reason, finished=now(), environment=usage)
-            root.removeHandler(handler)
-            handler.close()
+        with self._terminable():
+            try:
+                yield self
+            except KeyboardInterrupt as error:
+                late = self.stopping == TIME_LIMIT
+                status, reason = "failed" if late else "cancelled", str(error) or "interrupted from the keyboard"
+                raise
+            except BaseException as error:
+                status, reason = "failed", f"{type(error).__name__}: {error}"
+                if not isinstance(error, LetheError):
+                    logger.error("the run failed", exc_info=error)
+                raise
+            finally:
+                stop.set()
+                beat.join()
+                if self.record["status"] == "diverged":
+                    status, reason = "diverged", "; then ".join(filter(None, [self.record["reason"], reason]))
+                usage = {"seconds": round(before + time.monotonic() - began, 3), "peak_memory": peak_memory()}
+                with contextlib.suppress(OSError):  # a full disk: the error that it has caused is being raised
+                    self.update(status=status, reason=reason, finished=now(), environment=usage)
+                root.removeHandler(handler)
+                handler.close()
 
-    def _beat(self, stop: threading.Event) -> None:
-        while not stop.wait(HEARTBEAT_SECONDS):
-            self.update(heartbeat=now())
+    def _beat(self, stop: threading.Event, began: float, before: float) -> None:
+        limit = 3600 * float((self.record.get("config") or {}).get("time_limit") or 0)
+        while not stop.wait(min(HEARTBEAT_SECONDS, max(0.1, began + limit - time.monotonic())) if limit else HEARTBEAT_SECONDS):
+            elapsed = time.monotonic() - began
+            with contextlib.suppress(OSError):
+                self.update(heartbeat=now(), environment={"seconds": round(before + elapsed, 3)})
+            if limit and elapsed >= limit:
+                limit = 0.0
+                self.stopping = TIME_LIMIT
+                os.kill(os.getpid(), signal.SIGTERM)
+                if not stop.wait(GRACE_SECONDS):  # the process hangs outside of Python, where no signal is handled
+                    self.update(status="failed", reason=f"{TIME_LIMIT}, and the process hung", finished=now())
+                    os._exit(124)
+
+    @contextlib.contextmanager
+    def _terminable(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def terminate(number: int, frame: Any) -> None:
+            self.stopping = self.stopping or "SIGTERM"
+            if not self._deferred:
+                raise Terminated(f"{self.stopping}; go on with: lethe resume {self.path}")
+
+        previous = signal.signal(signal.SIGTERM, terminate)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    @contextlib.contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Inside, a request to stop waits: the work looks at `stopping` where it can be saved, and is ended afterwards."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.stopping:
+            raise Terminated(f"{self.stopping}; go on with: lethe resume {self.path}")
 
 
 def find_runs(folder: str | Path) -> list[Run]:
@@ -264,6 +355,8 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "git_commit": _git_commit(),
     }

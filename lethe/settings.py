@@ -73,17 +73,17 @@ def _made(config: type, values: Callable[[], Any]) -> Any:
         found = values().as_dict()
     except (ArgumentError, TypeError) as error:
         raise LetheError(_one_line(str(error), config)) from error
-    return _build(config, found)
+    return build(config, found)
 
 
-def _build(kind: Any, value: Any) -> Any:
-    """Plain data as the dataclasses that `kind` declares."""
+def build(kind: Any, value: Any) -> Any:
+    """Plain data, such as a run's `config`, as the dataclasses that `kind` declares."""
     for option in options(kind):
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
             hints = typing.get_type_hints(option)
-            return option(**{name: _build(hints[name], item) for name, item in value.items() if name in hints})  # type: ignore[operator]
+            return option(**{name: build(hints[name], item) for name, item in value.items() if name in hints})  # type: ignore[operator]
         if typing.get_origin(option) is list and isinstance(value, list):
-            return [_build(typing.get_args(option)[0], item) for item in value]
+            return [build(typing.get_args(option)[0], item) for item in value]
     return value
 
 

@@ -34,17 +34,18 @@ class TamperTrainer(RunTrainer):
         return loss
 
 
-def tamper(config: TamperConfig) -> Run:
+def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     """One attack: curve.jsonl has an evaluation at step 0, at every `eval.every` steps and at the end.
 
-    An adapter is merged into its model first. `evals` of the run are those of the last step.
+    An adapter is merged into its model first. `evals` of the run are those of the last step. `run` is an interrupted
+    attack of this configuration to go on with.
 
     Raises:
         LetheError: the attack cannot work; raised before anything is written.
     """
     checked = preflight.check_tamper(config)
     load_tasks(config.eval.tasks)
-    run = Run.create("tamper", config.name, to_dict(config), config.out)
+    run = run or Run.create("tamper", config.name, to_dict(config), config.out)
     with run.running():
         model: Any
         model, tokenizer = refs.load(checked.model, "float32")
@@ -53,32 +54,29 @@ def tamper(config: TamperConfig) -> Run:
         model.requires_grad_(True)
         rows = Rows(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
         trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
-        lost = LostUpdates()
-        trainer.add_callback(lost)
-        run.update(
-            plan=checked.plan | survey.describe(model, config),
-            parents={
-                "model": refs.record(checked.model),
-                "forget": corpora.record(config.forget, checked.documents) | {"used_in_unlearning": checked.used_in_unlearning},
-            },
+        trainer.add_callback(LostUpdates(trainer))
+        run.set_parents(
+            model=refs.record(checked.model),
+            forget=corpora.record(config.forget, checked.documents) | {"used_in_unlearning": checked.used_in_unlearning},
         )
+        run.update(plan=checked.plan | survey.describe(model, config))
         trainer.evaluation.at(0, model, "Evaluating before the attack")
         trainer.train_with_bar(f"Attacking {config.model}")
         lines = run.rows("metrics.jsonl")
         run.update(
-            losses=token_means(lines, {"attack_loss": "attack"}) | {"lost_updates": lost.share()},
+            losses=token_means(lines, {"attack_loss": "attack"}) | {"lost_updates": lost_share(lines)},
             plan={"tokens": sum(line["attack_tokens"] for line in lines)},
             evals=trainer.evaluation.at(trainer.state.global_step, model),
         )
+    trainer.clear_saves()
     return run
 
 
 class LostUpdates(TrainerCallback):
-    """Share of weights that an update left as they were although their gradient was not 0, at the first few updates."""
+    """Counts, at the first few updates, the weights with a gradient and those of them that the update left as they were."""
 
-    def __init__(self, updates: int = 5):
-        self.updates = updates
-        self.lost, self.all = 0, 0
+    def __init__(self, trainer: RunTrainer, updates: int = 5):
+        self.trainer, self.updates = trainer, updates
         self._before: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
@@ -86,11 +84,14 @@ class LostUpdates(TrainerCallback):
             self._before = [(p, p.detach().clone(), p.grad != 0) for p in model.parameters() if p.grad is not None]
 
     def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        for parameter, before, moved in self._before:
-            self.all += int(moved.sum())
-            self.lost += int((moved & (parameter.detach() == before)).sum())
+        if self._before:
+            lost = sum(int((moved & (p.detach() == before)).sum()) for p, before, moved in self._before)
+            self.trainer.book({}, lost_updates=lost, weights_with_gradient=sum(int(m.sum()) for _, _, m in self._before))
         self._before = []
 
-    def share(self) -> float | None:
-        """Lost updates over all; None when there was no update."""
-        return self.lost / self.all if self.all else None
+
+def lost_share(lines: list[dict[str, Any]]) -> float | None:
+    """Lost updates over all, from metrics.jsonl; None when there was no update."""
+    counts = [(line["lost_updates"], line["weights_with_gradient"]) for line in lines if "lost_updates" in line]
+    total = sum(count for _, count in counts)
+    return sum(lost for lost, _ in counts) / total if total else None

@@ -2,7 +2,8 @@
 
 Every optimizer update writes one line to metrics.jsonl, from the values of that update alone: the terms of the loss
 as token means over the whole update, the rate of every parameter group as the optimizer that steps has it, the norm
-of the gradient, tokens a second. A loss that is not a number ends the run as `diverged`. Evaluation runs in process.
+of the gradient, tokens a second. A loss that is not a number, or far above the first ones, makes the run `diverged`.
+Evaluation runs in process. Saves are Lethe's own (`saves.py`): what a resumed run does is bit for bit what it would have done.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lethe import corpora
+from lethe import corpora, saves
 from lethe.config import EvalSettings, TrainingSettings
 from lethe.evaluate import NotNumbersError, evaluate_model, value_of
 from lethe.ledger import Run
 from lethe.optimizers import make_optimizer
 from lethe.progress import Advance, bar
 
+FIRST_UPDATES = 20
 LAST_SHARE = 0.05
 
 
@@ -83,10 +86,12 @@ class RunTrainer(Trainer):
         self._terms: dict[str, float] = defaultdict(float)
         self._documents: dict[str, list[int]] = defaultdict(list)
         self._started = time.monotonic()
+        self._first_losses: list[float] = []
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.evaluation = Evaluation(run, tokenizer, evaluation)
         self.add_callback(self.evaluation)
+        self.add_callback(_Saving(run, config.save_every))
 
     def book(self, inputs: dict[str, dict[str, Tensor]], **terms: Tensor | float) -> None:
         """Keep a batch's documents and its share of the update's terms for the log."""
@@ -124,16 +129,90 @@ class RunTrainer(Trainer):
         self.run.append("batches.jsonl", {"step": self.state.global_step} | self._documents)
         self._terms.clear()
         self._documents.clear()
-        if not math.isfinite(row["loss"]):
-            self.run.update(status="diverged", reason=f"the loss was {row['loss']} at step {row['step']}; lower lr")
-            self.control.should_training_stop = True
+        self._look_for_divergence(row["step"], row["loss"])
         super().log({k: v for k, v in row.items() if isinstance(v, float | int)}, start_time)
 
+    def _look_for_divergence(self, step: int, loss: float) -> None:
+        """Mark the run as diverged when the loss is no number, or above `divergence_factor` times the first ones' mean."""
+        if len(self._first_losses) < FIRST_UPDATES:
+            self._first_losses.append(loss)
+        mean = math.fsum(self._first_losses) / len(self._first_losses)
+        factor = self.config.divergence_factor
+        high = factor > 0 and step > FIRST_UPDATES and loss > factor * mean
+        if not high and math.isfinite(loss):
+            return
+        if self.run.record["status"] != "diverged":
+            why = f"above {factor:g} times {mean:.4g}, the mean of the first" if high else "not a number"
+            self.run.update(
+                status="diverged",
+                reason=f"at step {step} the loss was {loss:.4g}, {why} (first loss {self._first_losses[0]:.4g}); lower lr",
+                divergence={"step": step, "first_loss": self._first_losses[0], "loss": loss},
+            )
+        if self.config.on_divergence == "stop":
+            self.control.should_training_stop = True
+
     def train_with_bar(self, description: str) -> None:
-        """Train, with a progress bar that shows the terms of the loss and the latest evaluation."""
-        with bar(description, self.planned_steps()) as advance:
+        """Train from the newest save, or from the start, with a bar that shows the losses and the latest evaluation.
+
+        A run that diverged, and stops there, has the weights of its last save afterwards.
+        """
+        planned = self.planned_steps()
+        save = saves.newest(self.run.path / "saves")
+        done = int(save.name.removeprefix("step-")) if save else 0
+        self.run.keep_until(done)
+        self._resume_threads()
+        self._first_losses = [row["loss"] for row in self.run.rows("metrics.jsonl")[:FIRST_UPDATES]]
+        with bar(description, planned) as advance:
+            advance(done)
             self.add_callback(_Bar(advance, self.evaluation))
-            self.train()
+            if save and done >= planned:
+                saves.load_weights(save, self.model)  # type: ignore[arg-type]
+                self.state.global_step = done
+            else:
+                with self.run.deferring():
+                    self.train(resume_from_checkpoint=str(save) if save else None)
+        if self.run.record["status"] == "diverged" and self.config.on_divergence == "stop":
+            self._fall_back()
+
+    def _fall_back(self) -> None:
+        """Put back the weights of the last save before the divergence."""
+        save = saves.newest(self.run.path / "saves")
+        if save is None:
+            reason = f"{self.run.record['reason']}; there was no save to fall back on"
+            self.run.update(reason=reason, divergence={"weights_of_step": self.state.global_step})
+            return
+        saves.load_weights(save, self.model)  # type: ignore[arg-type]
+        self.state.global_step = int(save.name.removeprefix("step-"))
+        self.run.update(divergence={"weights_of_step": self.state.global_step})
+
+    def clear_saves(self) -> None:
+        """Remove the saves of a run that is complete."""
+        if self.run.status == "complete":
+            saves.clear(self.run.path / "saves")
+
+    def _resume_threads(self) -> None:
+        """Use as many threads as the run began with: sums in another order would not be the same bits."""
+        recorded = self.run.record["environment"].get("threads")
+        if recorded is None:
+            self.run.update(environment={"threads": torch.get_num_threads()})
+        else:
+            torch.set_num_threads(recorded)
+
+    def _save_checkpoint(self, model, trial):  # type: ignore[no-untyped-def]
+        if all(bool(p.isfinite().all()) for p in saves.trained(self.model).values()):  # a save is there to go back to
+            folder = self.run.path / "saves"
+            saves.write(folder, self.state.global_step, self.model, self.optimizer, self.lr_scheduler, self.state)  # type: ignore
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):  # type: ignore[no-untyped-def]
+        saves.load_weights(Path(resume_from_checkpoint), self.model)  # type: ignore[arg-type]
+
+    def _load_optimizer_and_scheduler(self, checkpoint):  # type: ignore[no-untyped-def]
+        if checkpoint is not None:
+            saves.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint):  # type: ignore[no-untyped-def]
+        if checkpoint is not None:
+            saves.load_random(Path(checkpoint))
 
     def planned_steps(self) -> int:
         """Optimizer updates of the whole run."""
@@ -148,7 +227,10 @@ class Evaluation(TrainerCallback):
         self.last: tuple[int, dict[str, Any]] | None = None
 
     def at(self, step: int, model: nn.Module, description: str | None = None) -> dict[str, Any]:
-        """The evaluation at `step`; done once a step."""
+        """The evaluation at `step`; done once a step, by a resumed run too."""
+        known = [line["evals"] for line in self.run.rows("curve.jsonl") if line["step"] == step and line["evals"]]
+        if known:
+            self.last = (step, known[-1])
         if self.last is None or self.last[0] != step:
             try:
                 evals = evaluate_model(model, self.tokenizer, self.settings.tasks, self.settings.limit, description)
@@ -167,6 +249,18 @@ class Evaluation(TrainerCallback):
     def note(self) -> str:
         """The latest evaluation in a few words."""
         return "  ".join(f"{task} {value_of(result):.3f}" for task, result in self.last[1].items()) if self.last else ""
+
+
+class _Saving(TrainerCallback):
+    """Asks for a save at every `every` updates, at the last one, and before a run that was told to stop does so."""
+
+    def __init__(self, run: Run, every: int):
+        self.run, self.every = run, every
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        due = state.global_step >= state.max_steps or (self.every and state.global_step % self.every == 0)
+        control.should_save = bool(due or self.run.stopping)
+        control.should_training_stop |= bool(self.run.stopping)
 
 
 class _Bar(TrainerCallback):

@@ -124,23 +124,27 @@ class UnlearnTrainer(RunTrainer):
         return names, seconds
 
 
-def unlearn(config: UnlearnConfig) -> Run:
+def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
     """One unlearning run: check, maps, training, artifacts (`adapter` or `model`; `base`, `affine`), evaluation.
+
+    `run` is an interrupted run of this configuration to go on with.
 
     Raises:
         LetheError: the recipe cannot work; nothing is left behind.
     """
     checked = preflight.check(config)
     load_tasks(config.eval.tasks)
-    run = Run.create("unlearn", config.name, to_dict(config), config.out)
-    trainer, tokenizer = _prepared(run, config, checked)
+    resumed = run is not None
+    run = run or Run.create("unlearn", config.name, to_dict(config), config.out)
+    trainer, tokenizer = _prepared(run, config, checked, resumed)
     with run.running():
         for warning in run.record["plan"]["warnings"]:
             logger.warning(warning)
         if config.affine == "fit" and config.forget_loss != "distill":
-            trainer.teacher.maps = _fitted(run, config, checked, trainer.teacher, tokenizer)
+            trainer.teacher.maps = _fitted(run, config, trainer.teacher, tokenizer)
         trainer.train_with_bar(f"Unlearning {config.name}")
         _finish(run, config, trainer, tokenizer, checked)
+    trainer.clear_saves()
     return run
 
 
@@ -157,16 +161,19 @@ def inspect(config: UnlearnConfig) -> dict[str, Any]:
         return run.record["plan"]
 
 
-def _prepared(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
-    """The trainer of a run, its plan and parents recorded; a run that is refused is removed.
+def _prepared(
+    run: Run, config: UnlearnConfig, checked: preflight.Checked, resumed: bool = False
+) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
+    """The trainer of a run, its plan and parents recorded; a new run that is refused is removed.
 
     Raises:
-        LetheError: what only the loaded models show cannot work.
+        LetheError: what only the loaded models show cannot work, or differs from what a resumed run began with.
     """
     try:
         return _prepare(run, config, checked)
     except LetheError:
-        run.discard()
+        if not resumed:
+            run.discard()
         raise
 
 
@@ -179,13 +186,11 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
         raise LetheError(
             f"source: '{config.source}' holds the very weights of '{config.model}'; the source never learned the topic"
         )
-    run.update(
-        parents={
-            "model": refs.record(checked.model),
-            "source": refs.record(checked.source),
-            "forget": corpora.record(config.forget, checked.forget),
-            "retain": corpora.record(config.retain, checked.retain),
-        }
+    run.set_parents(
+        model=refs.record(checked.model),
+        source=refs.record(checked.source),
+        forget=corpora.record(config.forget, checked.forget),
+        retain=corpora.record(config.retain, checked.retain),
     )
     teacher = Teacher(source, reference, None, config.layers)
     teacher.maps, maps_plan, warnings = _given_maps(run, config, checked, teacher, tokenizer)
@@ -335,7 +340,7 @@ def _given_maps(
         return None, "none", []
     if checked.affine is None:
         return None, "fitted on retain text before training", []
-    run.update(parents={"affine": {"ref": config.affine, "sha256": sha256(checked.affine / WEIGHTS)}})
+    run.set_parents(affine={"ref": config.affine, "sha256": sha256(checked.affine / WEIGHTS)})
     device: Any = teacher.reference.device
     if recorded_convention(facts_of(checked.affine)):
         return load_maps(checked.affine, config.layers).to(device), f"{config.affine} (recorded for this pair)", []
@@ -361,10 +366,11 @@ def _given_maps(
     return maps, said, better if convention != scored.convention else []
 
 
-def _fitted(
-    run: Run, config: UnlearnConfig, checked: preflight.Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
-) -> AffineMap:
-    """Maps fitted on all of the retain text, kept as the run's `affine`."""
+def _fitted(run: Run, config: UnlearnConfig, teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> AffineMap:
+    """Maps fitted on all of the retain text, kept as the run's `affine`; those that an interrupted run has fitted already."""
+    weights, recorded = run.path / "affine" / WEIGHTS, run.record.get("artifacts", {}).get("affine")
+    if recorded and weights.is_file() and sha256(weights) == recorded["sha256"]:
+        return load_maps(run.path / "affine", config.layers).to(teacher.reference.device)  # type: ignore[arg-type]
     settings = AffineConfig(
         config.model,
         config.source,

@@ -1,0 +1,44 @@
+"""Going on with an interrupted run, whatever its kind: the same function that made it, given the run itself.
+
+Unlearning and attacks go on from their newest whole save, and end in the bits that they would have ended in. A sweep of
+checkpoints keeps what it has measured. An evaluation or a fit of maps, which have nothing to go on from, are done again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lethe import config as c
+from lethe.errors import LetheError
+from lethe.ledger import Run, find_run
+from lethe.settings import build
+
+KINDS: dict[str, tuple[type, str]] = {
+    "unlearn": (c.UnlearnConfig, "unlearn"),
+    "tamper": (c.TamperConfig, "tamper"),
+    "evaluate": (c.EvaluateConfig, "evaluate"),
+    "checkpoints": (c.CheckpointsConfig, "checkpoints"),
+    "affine": (c.AffineConfig, "affine"),
+}
+FUNCTIONS = {"affine": "fit_affine"}
+
+
+def resume(config: c.ResumeConfig) -> Run:
+    """Go on with a run.
+
+    Raises:
+        LetheError: there is no such run, it is complete or diverged, it is at work, or what it was made from has changed.
+    """
+    run = find_run(config.run, config.out)
+    kind = run.record["kind"]
+    if kind not in KINDS:
+        raise LetheError(f"run: '{config.run}' is of kind {kind}; what can be resumed: {', '.join(KINDS)}")
+    if run.status in {"complete", "diverged"}:
+        raise LetheError(f"run: '{config.run}' is {run.status}, there is nothing to go on with; start a new run")
+    if run.status == "running":
+        where = run.record["environment"]
+        raise LetheError(f"run: '{config.run}' is at work on {where.get('host')} (process {where.get('pid')}); stop it first")
+    settings, module = KINDS[kind]
+    made: Any = build(settings, run.record["config"])
+    return getattr(importlib.import_module(f"lethe.{module}"), FUNCTIONS.get(kind, kind))(made, run)

@@ -1,0 +1,275 @@
+"""No fault at any moment loses or bends a result: killed runs end in the bits that they would have ended in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lethe import LoraSettings, TamperConfig, UnlearnConfig, saves, tamper, unlearn
+from lethe.config import EvalSettings, ResumeConfig, to_dict
+from lethe.errors import LetheError
+from lethe.lab import active_preset
+from lethe.ledger import Run, find_runs, now
+from lethe.resume import resume
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def llama(make_model, tmp_path_factory) -> dict[str, Any]:
+    """A Llama, an older self, and text: settings of a recipe."""
+    home = tmp_path_factory.mktemp("llama")
+    for name, seed in (("target", 1), ("source", 2)):
+        make_model("llama", home / name, seed=seed)
+    for name in ("forget", "retain"):
+        (home / f"{name}.txt").write_text("\n".join(f"{name} document number {i} speaks of {name} things." for i in range(64)))
+    return {"model": str(home / "target"), "source": str(home / "source"), "layers": [0, 2]} | {
+        name: str(home / f"{name}.txt") for name in ("forget", "retain")
+    }
+
+
+def recipe(out: Path, **changes: Any) -> UnlearnConfig:
+    settings: dict[str, Any] = {
+        "source": f"lab:global_step{active_preset().onset}",
+        "layers": [0, 2, 4],
+        "num_train_examples": 64,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 20,
+        "save_every": 3,
+        "eval": EvalSettings(["lab_forget_robust"], every=5, limit=4),
+        "out": str(out),
+    }
+    return UnlearnConfig(**(settings | changes))
+
+
+def start(command: str, config: Any, folder: Path) -> subprocess.Popen:
+    """The command in a process of its own."""
+    (folder / "recipe.json").write_text(json.dumps(to_dict(config)))
+    words = [sys.executable, "-m", "lethe.cli", command, "--config", str(folder / "recipe.json")]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen, out: Path, file: str, lines: int) -> Run:
+    """The run of `process`, as soon as its `file` has so many lines."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        runs = find_runs(out) if out.exists() else []
+        if runs and len(runs[0].rows(file)) >= lines:
+            return runs[0]
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    raise AssertionError("the run did not come so far")
+
+
+def told(run: Run) -> list[Any]:
+    """All that a run wrote line by line, without what time decides."""
+    metrics = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.rows("metrics.jsonl")]
+    return [metrics, run.rows("batches.jsonl"), run.rows("curve.jsonl")]
+
+
+def assert_same(run: Run, whole: Run) -> None:
+    assert run.status == whole.status == "complete"
+    assert told(run) == told(whole)
+    for key in ("losses", "evals", "agreement", "update_by_layer", "parents"):
+        assert run.record.get(key) == whole.record.get(key), key
+    assert run.record["plan"]["tokens"] == whole.record["plan"]["tokens"]
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (run.path / name).exists() == (whole.path / name).exists()
+        if (run.path / name).exists():
+            one, other = load_file(run.path / name), load_file(whole.path / name)
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not (run.path / "saves").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "at"), [("neox-lora", 8), ("neox-full", 2), ("llama-lora", 2), ("llama-full", 19), ("llama-muon", 8)]
+)
+def test_a_run_killed_at_any_step_ends_in_the_same_bits(lab, llama, tmp_path, kind, at):
+    architecture, training = kind.split("-")
+    settings = llama if architecture == "llama" else {}
+    settings = settings | {"lora": LoraSettings() if training == "lora" else None}
+    settings = settings | ({"optimizer": "muon"} if training == "muon" else {})
+    whole = unlearn(recipe(tmp_path / "whole", **settings))
+    process = start("unlearn", recipe(tmp_path / "killed", **settings), tmp_path)
+    run = wait_for(process, tmp_path / "killed", "metrics.jsonl", at)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert Run.open(run.path).status in {"lost", "complete"}
+    if Run.open(run.path).status == "lost":
+        assert_same(resume(ResumeConfig(str(run.path))), whole)
+
+
+def test_rewound_weights_and_packed_text_are_resumed_too(lab, tmp_path):
+    settings = {"rewind": 0.5, "forget_loss": "both", "packing": "blocks", "lora": None, "affine": "none"}
+    whole = unlearn(recipe(tmp_path / "whole", **settings))
+    process = start("unlearn", recipe(tmp_path / "killed", **settings), tmp_path)
+    run = wait_for(process, tmp_path / "killed", "metrics.jsonl", 7)
+    process.kill()
+    process.communicate()
+    assert_same(resume(ResumeConfig(str(run.path))), whole)
+
+
+def attack(out: Path) -> TamperConfig:
+    return TamperConfig(
+        model="lab:filtered", num_train_examples=64, max_steps=20, save_every=2, out=str(out),
+        per_device_train_batch_size=4, eval=EvalSettings(["lab_forget_robust"], every=4, limit=8),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lines", [1, 3])
+def test_an_attack_killed_at_any_step_has_the_same_curve(lab, tmp_path, lines):
+    whole = tamper(attack(tmp_path / "whole"))
+    process = start("tamper", attack(tmp_path / "killed"), tmp_path)
+    run = wait_for(process, tmp_path / "killed", "curve.jsonl", lines)
+    process.kill()
+    process.communicate()
+    assert_same(resume(ResumeConfig(str(run.path))), whole)
+    assert [line["step"] for line in whole.rows("curve.jsonl")] == [0, 4, 8, 12, 16, 20]
+
+
+def test_sigterm_saves_and_exits_and_the_run_goes_on_from_there(lab, tmp_path):
+    settings = {"save_every": 0, "max_steps": 60, "lora": None}
+    whole = unlearn(recipe(tmp_path / "whole", **settings))
+    process = start("unlearn", recipe(tmp_path / "stopped", **settings), tmp_path)
+    run = wait_for(process, tmp_path / "stopped", "metrics.jsonl", 5)
+    process.terminate()
+    _, printed = process.communicate()
+    assert process.returncode == 143
+    assert printed.splitlines()[-1].startswith("lethe: SIGTERM; go on with: lethe resume")
+    run = Run.open(run.path)
+    assert run.status == "cancelled" and "SIGTERM" in run.record["reason"]
+    done = len(run.rows("metrics.jsonl"))
+    assert saves.newest(run.path / "saves").name == f"step-{done}" and done < 60
+    assert_same(resume(ResumeConfig(str(run.path))), whole)
+
+
+# --- saves -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def failed(lab, tmp_path_factory) -> Path:
+    """A run that failed after its last update, with saves at 6 and 8."""
+    out = tmp_path_factory.mktemp("failed")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["lethe.unlearn"], "_finish", fail)
+        with pytest.raises(OSError, match="No space"):
+            unlearn(recipe(out, max_steps=8, lora=None))
+    assert saves.steps(find_runs(out)[0].path / "saves") == [8, 6]
+    return find_runs(out)[0].path
+
+
+@pytest.fixture
+def stopped(failed, tmp_path) -> Run:
+    return Run.open(shutil.copytree(failed, tmp_path / "runs" / failed.name))
+
+
+@pytest.mark.parametrize("file", [*saves.FILES, saves.MANIFEST])
+@pytest.mark.parametrize("damage", ["gone", "short", "changed"])
+def test_a_save_that_is_not_whole_is_never_used(stopped, file, damage):
+    path = stopped.path / "saves" / "step-8" / file
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "short" else bytes([content[0] ^ 1]) + content[1:])
+    assert saves.newest(stopped.path / "saves").name == "step-6"
+
+
+def test_a_run_whose_newest_save_is_broken_goes_on_from_the_one_before(stopped, tmp_path):
+    whole = unlearn(recipe(tmp_path / "whole", max_steps=8, lora=None))
+    (stopped.path / "saves" / "step-8" / "optimizer.pt").unlink()
+    (stopped.path / "saves" / ".step-9.1.tmp").mkdir()
+    assert_same(resume(ResumeConfig(str(stopped.path))), whole)
+
+
+def test_a_run_without_a_save_begins_again(stopped, tmp_path):
+    whole = unlearn(recipe(tmp_path / "whole", max_steps=8, lora=None))
+    shutil.rmtree(stopped.path / "saves")
+    assert_same(resume(ResumeConfig(str(stopped.path))), whole)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system of its own needs root")
+def test_a_full_disk_is_an_error_that_leaves_earlier_saves_whole(lab, tmp_path):
+    """A save of this run takes about 4 MiB; two fit beside the run, three do not."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(small)], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        config = recipe(small / "runs", lora=None, affine="none", save_every=2)
+        with pytest.raises(LetheError, match=r"save at step \d+ could not be written.*lethe resume"):
+            unlearn(config)
+        run = find_runs(small / "runs")[0]
+        assert run.status == "failed" and "could not be written" in run.record["reason"]
+        assert saves.newest(run.path / "saves") is not None
+        assert not list((run.path / "saves").glob(".*"))
+        home = shutil.copytree(run.path, tmp_path / "roomy" / run.path.name)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    whole = unlearn(recipe(tmp_path / "whole", lora=None, affine="none", save_every=2))
+    assert_same(resume(ResumeConfig(str(home))), whole)
+
+
+# --- what cannot be resumed ------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_resumed_is_refused(stopped, tmp_path):
+    run = unlearn(recipe(tmp_path / "whole", max_steps=1))
+    with pytest.raises(LetheError, match="is complete"):
+        resume(ResumeConfig(str(run.path)))
+    stopped.update(status="running", heartbeat=now(), environment={"pid": os.getpid()})
+    with pytest.raises(LetheError, match="is at work"):
+        resume(ResumeConfig(str(stopped.path)))
+    stopped.update(status="failed", parents={"forget": stopped.record["parents"]["forget"] | {"sha256": "other"}})
+    before = sorted(stopped.path.rglob("*"))
+    with pytest.raises(LetheError, match="has changed since the run began"):
+        resume(ResumeConfig(str(stopped.path)))
+    assert sorted(stopped.path.rglob("*")) == before
+
+
+# --- divergence ------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_far_above_the_first_ones_is_a_divergence_with_the_weights_of_the_last_save(lab, tmp_path):
+    settings = {"lora": None, "lr": 0.5, "warmup_steps": 25, "max_grad_norm": 0, "max_steps": 60, "divergence_factor": 1.5}
+    run = unlearn(recipe(tmp_path, **settings, affine="none", schedule="constant"))
+    facts = run.record["divergence"]
+    assert run.status == "diverged"
+    assert 20 < facts["step"] < 60 and len(run.rows("metrics.jsonl")) == facts["step"]
+    first = [row["loss"] for row in run.rows("metrics.jsonl")[:20]]
+    assert facts["loss"] > 1.5 * sum(first) / 20 and facts["first_loss"] == first[0]
+    assert facts["weights_of_step"] == 3 * ((facts["step"] - 1) // 3)
+    saved = load_file(run.path / "saves" / f"step-{facts['weights_of_step']}" / "weights.safetensors")
+    kept = load_file(run.path / "model" / "model.safetensors")
+    assert all(bool(t.isfinite().all()) for t in kept.values())
+    assert any(torch.equal(t, saved["gpt_neox.layers.0.attention.dense.weight"]) for t in kept.values())
+    assert set(run.record["evals"]) == {"lab_forget_robust"}
+    finished = unlearn(recipe(tmp_path, **settings, affine="none", schedule="constant", on_divergence="finish"))
+    assert finished.status == "diverged" and len(finished.rows("metrics.jsonl")) == 60
+    with pytest.raises(LetheError, match="is diverged"):
+        resume(ResumeConfig(str(run.path)))
+
+
+def test_a_run_past_its_time_limit_saves_and_is_failed_with_the_reason(lab, tmp_path):
+    process = start("unlearn", recipe(tmp_path / "late", max_steps=100000, time_limit=8 / 3600), tmp_path)
+    process.communicate(timeout=120)
+    run = find_runs(tmp_path / "late")[0]
+    assert run.status == "failed" and run.record["reason"].startswith("time limit reached")
+    assert saves.newest(run.path / "saves").name == f"step-{len(run.rows('metrics.jsonl'))}"
