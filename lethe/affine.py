@@ -136,11 +136,12 @@ class RidgeSums:
         """Centre the first block, and find the basis from it."""
         self.centre = block.mean(0, dtype=torch.float64).float()
         block -= self.centre
-        x = block[:, self.x].double()
-        gram = x.new_zeros(x.shape[1], x.shape[1])
+        width = len(self.centre[self.x])
+        x = block[:: 2 if len(block) >= 4 * width else 1, self.x].double()  # twice the width is enough for a basis
+        gram = x.new_zeros(width, width)
         _add_products(gram, x)
         self.basis = _whitening(_symmetric(gram) / len(x)).float()
-        self.products, self.sums = x.new_zeros(block.shape[1], x.shape[1]), x.new_zeros(block.shape[1])
+        self.products, self.sums = x.new_zeros(block.shape[1], width), x.new_zeros(block.shape[1])
         return self.basis
 
     def solve(self, alpha: float) -> tuple[Float[Tensor, "hidden hidden"], Float[Tensor, " hidden"]]:

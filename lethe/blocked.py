@@ -27,7 +27,7 @@ ROWS = 128
 BLOCK = 2**18
 """Logits that a block may have anyway. A batch with no more than that goes the plain way, which is quicker there."""
 SLICE = 2**17
-"""Logits that the softmax works on at one time: few enough to stay in a core's cache between its steps."""
+"""Logits that the softmax works on at one time on a CPU: few enough to stay in a core's cache between its steps."""
 
 Aim = Callable[[slice], Tensor]
 """What some tokens are compared with, [tokens, …]: a teacher's logits, or the words that follow."""
@@ -74,12 +74,14 @@ def blocked_kl_loss(
     """KL(teacher ‖ model) of next-token distributions in nats, averaged over tokens: `retain_kl_loss`, `forget_kl_loss`.
 
     `hidden` and `teacher_hidden` are the inputs of the two heads (`residual.final_hidden`), `head` and `teacher_head`
-    what `head_of` gave. The model's side gets gradients, its head too unless frozen; the teacher's gets none.
+    what `head_of` gave. The model's side gets gradients, its head too unless frozen; the teacher's gets none. A teacher's
+    states may come from a cache, in any type; what they are where `mask` is 0 does not matter.
     """
+    teacher_hidden = teacher_hidden.detach().to(teacher_head.weight.dtype)
     if mask.numel() * len(head.weight) <= BLOCK:
         return retain_kl_loss(head(hidden), teacher_head(teacher_hidden).detach(), mask, tokens)
     keep = mask.bool()
-    teacher = teacher_hidden.detach()[keep]
+    teacher = teacher_hidden[keep]
 
     def aim(tokens: slice) -> Tensor:
         return linear(teacher[tokens], teacher_head.weight, teacher_head.bias)
@@ -155,7 +157,7 @@ def _walk(
     of_bias = torch.zeros_like(bias, dtype=losses.dtype) if needed[2] else None  # type: ignore[arg-type]
     for block in _slices(count, max(BLOCK // words, min(ROWS, count // 4))):
         logits, target = linear(hidden[block], weight, bias), aim(block)
-        for part in _slices(len(logits), SLICE // words):
+        for part in _slices(len(logits), SLICE // words if logits.device.type == "cpu" else len(logits)):
             log_q = wide(logits[part]).log_softmax(-1)
             losses[block][part], logits[part] = compare(target[part], log_q)
         if of_hidden is not None:

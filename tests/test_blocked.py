@@ -183,6 +183,17 @@ def test_a_second_backward_pass_through_the_same_graph_gives_the_same(tiny_block
         assert torch.equal(2 * a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_from_a_cache_is_as_good_as_a_live_one(tiny_blocks, dtype):
+    """A cache keeps each document's states, without padding, in its own type."""
+    problem = Problem(dtype=torch.float32, trained=False)
+    live = problem.gradients("kl", "blocked")
+    cache = [row[: int(mask.sum())].to(dtype) for row, mask in zip(problem.teacher, MASK, strict=True)]
+    problem.teacher = nn.utils.rnn.pad_sequence(cache, batch_first=True, padding_value=torch.nan)
+    for expected, found in zip(live, problem.gradients("kl", "blocked"), strict=True):
+        assert torch.equal(found, expected) if dtype == torch.float32 else torch.allclose(found, expected, rtol=0.05, atol=0.02)
+
+
 def test_without_gradients_the_loss_is_the_same(tiny_blocks):
     problem = Problem()
     with torch.no_grad():
