@@ -23,10 +23,10 @@ from torch.nn.functional import linear
 from lethe.objectives import retain_ce_loss, retain_kl_loss, wide
 
 ROWS = 128
-"""Tokens of a block; with fewer, products with a large vocabulary lose speed. A quarter of the tokens, if that is less."""
+"""Tokens of a block; with fewer, products with a large vocabulary lose speed. A fifth of the tokens, if that is less."""
 BLOCK = 2**18
 """Logits that a block may have anyway. A batch with no more than that goes the plain way, which is quicker there."""
-SLICE = 2**17
+SLICE = 2**18
 """Logits that the softmax works on at one time on a CPU: few enough to stay in a core's cache between its steps."""
 
 Aim = Callable[[slice], Tensor]
@@ -155,7 +155,7 @@ def _walk(
     of_hidden = torch.empty_like(hidden) if needed[0] else None
     of_weight = torch.zeros_like(weight, dtype=losses.dtype) if needed[1] else None
     of_bias = torch.zeros_like(bias, dtype=losses.dtype) if needed[2] else None  # type: ignore[arg-type]
-    for block in _slices(count, max(BLOCK // words, min(ROWS, count // 4))):
+    for block in _slices(count, max(BLOCK // words, min(ROWS, count // 5))):
         logits, target = linear(hidden[block], weight, bias), aim(block)
         for part in _slices(len(logits), SLICE // words if logits.device.type == "cpu" else len(logits)):
             log_q = wide(logits[part]).log_softmax(-1)
