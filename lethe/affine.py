@@ -2,9 +2,9 @@
 
     x = source activation, y = model activation, same tokens, padding left out
 
-Fitting streams: only the sums Σ x xᵀ, Σ y xᵀ, Σ x, Σ y are kept, so memory does not grow with the text. Blocks are
-centred on the mean of the first batch before their float32 products are taken, and the sums are kept in float64;
-without that, activations whose mean is many times their spread would lose the spread to rounding. Text is split by
+Fitting streams: only the sums Σ x xᵀ, Σ y xᵀ, Σ x, Σ y are kept, so memory does not grow with the text. Products are
+taken in float32, about the mean of the first tokens and in a basis where those are uncorrelated, and summed in float64:
+means many times the spread, or a massive direction, would lose the others to rounding otherwise. Text is split by
 document before anything is fitted, and the maps are scored on the part held out, beside the score of no map at all.
 
 Saved as `affine_transforms.safetensors` (`layer_N.weight`, `layer_N.bias`) and `metadata.json`. A map belongs to one
@@ -87,47 +87,114 @@ def load_maps(folder: Path, layers: list[int] | None = None, convention: str = C
     return AffineMap(weight, {n: tensors[name].float() for n, (_, name) in names.items()}, facts)
 
 
+BLOCK = 4096
+"""Tokens whose products are taken at one time, at least; twice the hidden size, if that is more."""
+PANEL = 256
+"""Columns of a matrix worked on at one time, where half of the matrix is enough."""
+FLOOR = 1e-8
+"""Share of a dimension's variance below which what the dimensions before it do not explain counts as rounding."""
+
+
 class RidgeSums:
-    """Sums for one layer's ridge regression, in float64, about a centre near the mean.
+    """Sums for one layer's ridge regression, in a basis in which float32 products lose nothing that matters.
 
     `add` takes x and y, both [tokens, hidden]. `solve(alpha)` returns W and b that minimise
     Σ |y − W x − b|² + alpha |W|² (the bias is not penalised; as scikit-learn's Ridge).
+
+    Tokens are gathered into blocks, [y | x]. The first gives a centre c and, from the Cholesky factor of its covariance
+    C = L Lᵀ, found in float64, a basis T = L⁻ᵀ. In that basis, z = Tᵀ (x − c), the covariance is near the identity, so
+    that no direction, however massive, drowns another in float32. Each block's float32 products are added to sums in
+    float64. The solution is W = V Tᵀ, where V minimises Σ |y − V z − b|² + alpha |V Tᵀ|².
     """
 
     def __init__(self) -> None:
         self.n = 0
-        self.centre: tuple[Tensor, Tensor] | None = None
+        self.held = 0
+        self.basis: Tensor | None = None
 
     def add(self, x: Float[Tensor, "tokens hidden"], y: Float[Tensor, "tokens hidden"]) -> None:
-        x, y = x.float(), y.float()
-        if self.centre is None:
-            self.centre = (x.double().mean(0).float(), y.double().mean(0).float())
-            zero = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-            self.sum_x, self.sum_y = zero, torch.zeros(y.shape[1], dtype=torch.float64, device=y.device)
-            self.xx: Tensor | float = 0.0
-            self.yx: Tensor | float = 0.0
-        x, y = x - self.centre[0], y - self.centre[1]
-        self.n += len(x)
-        self.sum_x = self.sum_x + x.double().sum(0)
-        self.sum_y = self.sum_y + y.double().sum(0)
-        x, y = x.double(), y.double()
-        self.xx = self.xx + x.T @ x
-        self.yx = self.yx + y.T @ x
+        if self.n == 0:
+            self.block = x.new_empty(max(BLOCK, 2 * x.shape[1]), y.shape[1] + x.shape[1], dtype=torch.float32)
+            self.y, self.x = slice(0, y.shape[1]), slice(y.shape[1], None)
+            self.centre = self.block.new_zeros(self.block.shape[1])
+        start = 0
+        while start < len(x):
+            count = min(len(x) - start, len(self.block) - self.held)
+            for given, columns in ((x, self.x), (y, self.y)):
+                block = self.block[self.held : self.held + count, columns]
+                torch.sub(given[start : start + count], self.centre[columns], out=block)
+            start, self.held, self.n = start + count, self.held + count, self.n + count
+            if self.held == len(self.block):
+                self._sum_block()
+
+    def _sum_block(self) -> None:
+        """Add the tokens that are held to the sums."""
+        block = self.block[: self.held]
+        self.held = 0
+        basis = self._begin(block) if self.basis is None else self.basis
+        x = block[:, self.x]
+        for panel in reversed(_panels(len(basis))):  # T is upper triangular: a panel takes no column after its own
+            x[:, panel] = x[:, : panel.stop] @ basis[: panel.stop, panel]
+        _add_products(self.products, block)
+        self.sums += block.sum(0)
+
+    def _begin(self, block: Tensor) -> Tensor:
+        """Centre the first block, and find the basis from it."""
+        self.centre = block.mean(0, dtype=torch.float64).float()
+        block -= self.centre
+        width = len(self.centre[self.x])
+        x = block[:: 2 if len(block) >= 4 * width else 1, self.x].double()  # twice the width is enough for a basis
+        gram = x.new_zeros(width, width)
+        _add_products(gram, x)
+        self.basis = _whitening(_symmetric(gram) / len(x)).float()
+        self.products, self.sums = x.new_zeros(block.shape[1], width), x.new_zeros(block.shape[1])
+        return self.basis
 
     def solve(self, alpha: float) -> tuple[Float[Tensor, "hidden hidden"], Float[Tensor, " hidden"]]:
-        if self.centre is None:
+        if self.n == 0:
             raise LetheError("affine: no token to fit on; give more text")
-        mean_x, mean_y = self.sum_x / self.n, self.sum_y / self.n
-        gram = self.xx - self.n * torch.outer(mean_x, mean_x)
-        cross = self.yx - self.n * torch.outer(mean_y, mean_x)
-        gram = gram + alpha * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        if self.held:
+            self._sum_block()
+        basis = self.basis.double()  # type: ignore[union-attr]
+        mean_y, mean_z = (self.sums[columns] / self.n for columns in (self.y, self.x))
+        gram = _symmetric(self.products[self.x]) - self.n * torch.outer(mean_z, mean_z) + alpha * basis.T @ basis
+        cross = self.products[self.y] - self.n * torch.outer(mean_y, mean_z)
         try:
-            weight = torch.linalg.solve(gram, cross, left=False)
+            solution = torch.linalg.solve(gram, cross, left=False)
         except torch.linalg.LinAlgError as error:
             raise LetheError("affine: the activations do not span all dimensions; set alpha above 0") from error
-        centre_x, centre_y = (c.double() for c in self.centre)
-        bias = centre_y + mean_y - weight @ (centre_x + mean_x)
+        weight = solution @ basis.T
+        bias = self.centre[self.y].double() + mean_y - solution @ mean_z - weight @ self.centre[self.x].double()
         return weight.float(), bias.float()
+
+
+def _panels(width: int) -> list[slice]:
+    return [slice(start, min(start + PANEL, width)) for start in range(0, width, PANEL)]
+
+
+def _add_products(total: Tensor, block: Tensor) -> None:
+    """Add the products of `block`'s columns with its last ones; what lies below the diagonal panels follows by symmetry."""
+    first = len(total) - total.shape[1]
+    for panel in _panels(total.shape[1]):
+        stop = first + panel.stop
+        total[:stop, panel] += block[:, :stop].T @ block[:, first + panel.start : stop]
+
+
+def _symmetric(upper: Tensor) -> Tensor:
+    return upper.triu() + upper.triu(1).T
+
+
+def _whitening(covariance: Float[Tensor, "hidden hidden"]) -> Float[Tensor, "hidden hidden"]:
+    """An upper triangular T with Tᵀ C T near the identity, of bounded size where C is singular."""
+    spread = covariance.diagonal().sqrt()
+    spread = spread.clamp(min=1e-6 * float(spread.max()) or 1.0)
+    correlation = covariance / torch.outer(spread, spread)
+    correlation.diagonal().add_(FLOOR)
+    factor, failed = torch.linalg.cholesky_ex(correlation)
+    if failed:
+        raise LetheError("affine: the activations are not finite; use a dtype of wider range")
+    inverse = torch.linalg.solve_triangular(factor.T, torch.eye(len(factor)).to(factor), upper=True)
+    return inverse / spread[:, None]
 
 
 class Score:

@@ -10,10 +10,15 @@ spread over the batches. It defaults to the batch's own.
 from __future__ import annotations
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, float32, promote_types
 from torch.nn.functional import cross_entropy
 
 Activations = dict[int, Float[Tensor, "batch seq hidden"]]
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in a type that reductions can be taken in: float32, or float64 if it is that already."""
+    return x.to(promote_types(x.dtype, float32))
 
 
 def cb_loss(
@@ -35,10 +40,10 @@ def retain_kl_loss(
     mask: Int[Tensor, "batch seq"],
     tokens: Tensor | int | None = None,
 ) -> Tensor:
-    """KL(reference ‖ model) of next-token distributions in nats, averaged over tokens, in float32."""
+    """KL(reference ‖ model) of next-token distributions in nats, averaged over tokens, in at least float32."""
     count = mask.sum() if tokens is None else tokens
-    log_q = logits.float().log_softmax(-1)
-    log_p = reference_logits.float().log_softmax(-1)
+    log_q = wide(logits).log_softmax(-1)
+    log_p = wide(reference_logits).log_softmax(-1)
     return ((log_p.exp() * (log_p - log_q)).sum(-1) * mask).sum() / count
 
 
@@ -60,7 +65,7 @@ def retain_ce_loss(
 ) -> Tensor:
     """Cross-entropy of the next token in nats, averaged over the tokens that have one before them."""
     count = mask[:, 1:].sum() if tokens is None else tokens
-    loss = cross_entropy(logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none")
+    loss = cross_entropy(wide(logits[:, :-1]).transpose(1, 2), input_ids[:, 1:], reduction="none")
     return (loss * mask[:, 1:]).sum() / count
 
 

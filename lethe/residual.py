@@ -80,6 +80,34 @@ def residuals(
     return activations
 
 
+@contextlib.contextmanager
+def input_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, a forward pass ends where `module` would run, and leaves its first input in the yielded list."""
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _Enough
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        yield found
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+
+
+def final_hidden(model: nn.Module, head: nn.Module, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
+    """The state, after the final norm, that the model's output `head` would be given; the head does not run.
+
+    Padding must be on the right: see `corpora.pad`.
+    """
+    with input_of(head) as found:
+        model(input_ids=input_ids, use_cache=False)
+    return found[0]
+
+
 def _needed(model: nn.Module, layers: list[int]) -> dict[int, nn.Module]:
     found = blocks(model)
     if not layers or min(layers) < 0 or max(layers) >= len(found):

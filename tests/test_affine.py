@@ -52,6 +52,15 @@ def against_sklearn(x, y, alpha, batch, tolerance):
     assert np.abs(predicted - ridge.predict(x.double().numpy())).max() < 10 * tolerance * spread
 
 
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    """The sums' blocks as they are, which a small text does not fill, and so small that most of it is in later ones."""
+    if request.param == "many blocks":
+        monkeypatch.setattr(affine, "BLOCK", 64)
+        monkeypatch.setattr(affine, "PANEL", 5)
+
+
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("alpha", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 20.0, 200.0])
 def test_ridge_is_scikit_learns_whatever_the_means(mean, alpha):
@@ -59,6 +68,7 @@ def test_ridge_is_scikit_learns_whatever_the_means(mean, alpha):
     against_sklearn(x, y, alpha, 500, 1e-3 if mean > 1 else 1e-5)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("mean", [0.0, 200.0])
 def test_many_small_batches_give_the_same_map(mean):
     x, y = planted(3000, mean)
@@ -67,13 +77,15 @@ def test_many_small_batches_give_the_same_map(mean):
     assert torch.allclose(one[0], many[0], atol=1e-3)
 
 
+@pytest.mark.usefixtures("blocks")
 def test_a_first_batch_unlike_the_rest_does_no_harm():
-    """The sums' centre is the first batch's mean: here fifty spreads away from that of all."""
+    """The sums' centre and basis are the first block's: here its mean is up to fifty spreads away from that of all."""
     x, y = planted(3000, 20.0)
     x[:4] += 50
     against_sklearn(x, y, 0.01, 4, 1e-3)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("alpha", [0.01, 1.0])
 def test_rank_deficient_activations_are_solved_by_the_penalty(alpha):
     """Rounding of the sums must stay well below the penalty: the default one is 0.01."""
@@ -81,6 +93,7 @@ def test_rank_deficient_activations_are_solved_by_the_penalty(alpha):
     against_sklearn(x, y, alpha, 100, 1e-3)
 
 
+@pytest.mark.usefixtures("blocks")
 def test_a_direction_with_massive_activations_does_not_drown_the_others():
     """As language models have them: one direction's spread is thousands of times that of most."""
     rng = np.random.default_rng(0)
@@ -91,11 +104,89 @@ def test_a_direction_with_massive_activations_does_not_drown_the_others():
     against_sklearn(torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32), 0.01, 2000, 1e-3)
 
 
+WIDE = 40
+
+
+def hard_text(case: str) -> np.ndarray:
+    """6,000 tokens of 40 dimensions, as hard as language models have them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6000, WIDE))
+    own = x.copy()
+    match case:
+        case "means of 20 spreads":
+            x += 20 * rng.choice([-1, 1], WIDE)
+        case "a massive dimension":
+            x[:, 3] = 5000 + 1000 * own[:, 3]
+        case "two massive dimensions, almost one":
+            x[:, 3], x[:, 7] = 1000 * own[:, 3], 900 * own[:, 3] + own[:, 7]
+        case "a few massive tokens":
+            x[rng.random(6000) < 0.01, 5:7] += [3000, -1500]
+        case "dimensions that nearly follow from others":
+            x[:, 1] = own[:, 0] + 1e-3 * own[:, 1]
+            x[:, 9] = own[:, 2:8].sum(1) + 1e-3 * own[:, 9]
+        case "massive directions across dimensions":
+            x = own * np.array([300, 3, 3] + [0.05] * (WIDE - 3)) @ np.linalg.qr(rng.normal(size=(WIDE, WIDE)))[0]
+        case "a first block unlike the rest":
+            x[:300] *= np.logspace(0, -2, WIDE)
+            x[300:] += 3
+    return x
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize(
+    ("case", "tolerance"),
+    [
+        ("nothing special", 1e-6),
+        ("means of 20 spreads", 1e-6),
+        ("a first block unlike the rest", 1e-5),
+        ("a few massive tokens", 2e-5),
+        ("a massive dimension", 2e-5),
+        ("two massive dimensions, almost one", 2e-4),
+        ("dimensions that nearly follow from others", 1e-3),
+        ("massive directions across dimensions", 1e-3),
+    ],
+)
+def test_hard_activations_are_solved_as_in_float64(case, tolerance):
+    """R² to 1e-9 and predictions to 3e-6 spreads of y whatever the text; W as far as the text determines it."""
+    x = hard_text(case)
+    rng = np.random.default_rng(1)
+    y = x @ rng.normal(size=(WIDE, WIDE)) / np.sqrt(WIDE)
+    y += 0.1 * np.median(np.abs(y - y.mean(0))) * rng.normal(size=y.shape)
+    x, y = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
+    weight, bias = (t.double().numpy() for t in streamed(x, y, 100).solve(0.01))
+    x, y = x.double().numpy(), y.double().numpy()
+    exact = Ridge(alpha=0.01, solver="svd").fit(x, y)
+    found, truth = x @ weight.T + bias, exact.predict(x)
+    scores = [r2_score(y, predicted, multioutput="variance_weighted") for predicted in (found, truth)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-9)
+    assert (((found - truth) / y.std(0)) ** 2).mean() < 1e-11
+    assert np.abs(weight - exact.coef_).max() < tolerance * np.abs(exact.coef_).max()
+
+
+def test_what_is_kept_does_not_grow_with_the_text(monkeypatch):
+    monkeypatch.setattr(affine, "BLOCK", 64)
+
+    def kept(tokens: int) -> int:
+        sums = streamed(*planted(tokens, 0.0), 50)
+        return sum(t.nbytes for t in vars(sums).values() if isinstance(t, torch.Tensor))
+
+    assert kept(6000) == kept(100)
+
+
+def test_activations_that_are_not_finite_are_an_error():
+    x, y = planted(100, 0.0)
+    x[3, 2] = torch.inf
+    with pytest.raises(LetheError, match="not finite"):
+        streamed(x, y, 100).solve(0.01)
+
+
+@pytest.mark.usefixtures("blocks")
 def test_fewer_tokens_than_dimensions_are_solved_by_the_penalty():
     x, y = planted(5, 0.0)
     against_sklearn(x, y, 0.5, 2, 1e-4)
 
 
+@pytest.mark.usefixtures("blocks")
 def test_bias_is_not_penalised():
     x, y = planted(500, 0.0)
     weight, bias = streamed(x, y + 1000, 100).solve(1e9)
