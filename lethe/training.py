@@ -199,7 +199,8 @@ class RunTrainer(Trainer):
             torch.set_num_threads(recorded)
 
     def _save_checkpoint(self, model, trial):  # type: ignore[no-untyped-def]
-        if all(bool(p.isfinite().all()) for p in saves.trained(self.model).values()):  # a save is there to go back to
+        ending = self.run.record["status"] == "diverged" and self.config.on_divergence == "stop"
+        if not ending and all(bool(p.isfinite().all()) for p in saves.trained(self.model).values()):  # fit to go back to
             folder = self.run.path / "saves"
             saves.write(folder, self.state.global_step, self.model, self.optimizer, self.lr_scheduler, self.state)  # type: ignore
 
