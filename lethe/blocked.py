@@ -104,6 +104,19 @@ def blocked_ce_loss(
     return _sum(hidden[:, :-1][keep], head, words.__getitem__, _ce) / (keep.sum() if tokens is None else tokens)
 
 
+def next_token_loss(
+    output: Float[Tensor, "batch seq width"],
+    head: nn.Linear | None,
+    input_ids: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """`retain_ce_loss` from `residual.read`'s output: the final hidden states where the head is known, else the logits."""
+    if head is None:
+        return retain_ce_loss(output, input_ids, mask, tokens)
+    return blocked_ce_loss(output, head, input_ids, mask, tokens)
+
+
 def _kl(logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """Σ p (log p − log q), and its gradient q − p."""
     log_p = wide(logits).log_softmax(-1)

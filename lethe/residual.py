@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -108,6 +110,64 @@ def final_hidden(model: nn.Module, head: nn.Module, input_ids: Int[Tensor, "batc
     return found[0]
 
 
+@dataclass
+class States:
+    """What a forward pass leaves: activations by layer, and the final hidden states (or the logits) if they were asked for."""
+
+    activations: dict[int, Float[Tensor, "batch seq hidden"]] = field(default_factory=dict)
+    output: Float[Tensor, "batch seq width"] | None = None
+
+
+def read(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch seq"],
+    layers: list[int],
+    output: bool = False,
+    head: nn.Module | None = None,
+    leave: int = 0,
+) -> States:
+    """One forward pass for the activations of `layers` and, with `output`, what `head` would be given (None: the logits).
+
+    It ends as soon as all of it is there. The first `leave` rows leave the batch after the last of `layers`: no later block
+    sees them, and `output` is that of the other rows (`rows_can_leave` says whether a model allows it).
+    """
+    if not output:
+        return States(residuals(model, input_ids, layers))
+    with contextlib.ExitStack() as stack:
+        activations = stack.enter_context(capture(model, layers)) if layers else {}
+        if leave:
+            stack.callback(blocks(model)[max(layers)].register_forward_hook(_without_first(leave)).remove)
+        if head is None:
+            return States(activations, model(input_ids=input_ids, use_cache=False).logits)
+        return States(activations, final_hidden(model, head, input_ids))
+
+
+@torch.no_grad()
+def rows_can_leave(model: nn.Module, layers: list[int], head: nn.Module | None) -> bool:
+    """Whether rows may leave the batch after the last of `layers` without a change for the others, found on a probe.
+
+    Not so where blocks are given something for each row, such as an attention mask: it would have too many rows then.
+    """
+    device = next(model.parameters()).device
+    ids, was_training = torch.arange(16, device=device).view(4, 4), model.training
+    model.eval()
+    try:
+        joint = read(model, ids, layers, True, head, leave=2)
+        rest, gone = read(model, ids[2:], layers, True, head), residuals(model, ids[:2], layers)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    finally:
+        model.train(was_training)
+    pairs = [(joint.output, rest.output)]
+    pairs += [(joint.activations[n], torch.cat([gone[n], rest.activations[n]])) for n in layers]
+    return all(_alike(a, b) for a, b in pairs)  # type: ignore[arg-type]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    close = torch.finfo(a.dtype).eps ** 0.5  # products of another batch differ in the last bits
+    return a.shape == b.shape and bool((a - b).norm() <= close * b.norm())
+
+
 def _needed(model: nn.Module, layers: list[int]) -> dict[int, nn.Module]:
     found = blocks(model)
     if not layers or min(layers) < 0 or max(layers) >= len(found):
@@ -124,3 +184,10 @@ def _keep(activations: dict[int, Tensor], layer: int):  # type: ignore[no-untype
 
 def _stop(module: nn.Module, args: object, output: object) -> None:
     raise _Enough
+
+
+def _without_first(count: int):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        return output[count:] if isinstance(output, Tensor) else (output[0][count:], *output[1:])
+
+    return hook

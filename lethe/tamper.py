@@ -14,22 +14,28 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from lethe import corpora, objectives, preflight, refs, survey
+from lethe import corpora, preflight, refs, survey
+from lethe.blocked import head_of, next_token_loss
 from lethe.config import TamperConfig, to_dict
 from lethe.evaluate import load_tasks
 from lethe.ledger import Run
+from lethe.residual import read
 from lethe.training import Rows, RunTrainer, token_means
 
 
 class TamperTrainer(RunTrainer):
     """A transformers Trainer for plain next-token training on the attacker's text."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.head = head_of(self.model)  # type: ignore[arg-type]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
         """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
         text = inputs["attack"]
         tokens = self.tokens["attack"] - self.documents_in_update["attack"]
-        logits = model(input_ids=text["input_ids"], use_cache=False).logits
-        loss = objectives.retain_ce_loss(logits, text["input_ids"], text["mask"], tokens)
+        output = read(model, text["input_ids"], [], True, self.head).output
+        loss = next_token_loss(output, self.head, text["input_ids"], text["mask"], tokens)  # type: ignore[arg-type]
         self.book(inputs, attack_loss=loss)
         return loss
 

@@ -6,47 +6,59 @@ shared its weights would compare the model with itself, and the retain loss woul
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from lethe.affine import AffineMap
-from lethe.objectives import Activations
-from lethe.residual import residuals
+from lethe.config import UnlearnConfig
+from lethe.residual import States, read
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the loss compares on a text: activations of `layers`, and next-token distributions (`output`) or not."""
+
+    layers: tuple[int, ...] = ()
+    output: bool = False
+
+
+def needs(config: UnlearnConfig) -> dict[str, Needs]:
+    """By text, what a recipe's terms ask of its teacher; a text that no teacher is asked about is left out."""
+    layers = tuple(sorted(config.layers))
+    found = {
+        "forget": Needs(layers if config.forget_loss != "distill" else (), config.forget_loss != "transfer"),
+        "retain": Needs(layers if config.retain_loss == "mse" else (), config.retain_loss == "kl"),
+    }
+    used = {"forget": config.remove_coef != 0, "retain": config.retain_coef != 0 and config.retain_loss != "ce"}
+    return {text: need for text, need in found.items() if used[text]}
 
 
 @dataclass
 class Teacher:
-    """What the model is compared with: `source` on forget text, through `maps` (None: as it is), `reference` on retain text."""
+    """What the model is compared with: `source` on forget text, through `maps` (None: as it is), `reference` on retain text.
+
+    `heads` are the output heads by text; with one, a distribution is given as the final hidden states that the head turns
+    into logits, without one as the logits.
+    """
 
     source: nn.Module
     reference: nn.Module
     maps: AffineMap | None
-    layers: list[int]
+    needs: dict[str, Needs]
+    heads: dict[str, nn.Linear | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for model in (self.source, self.reference):
             model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def forget_targets(self, input_ids: Int[Tensor, "batch seq"]) -> Activations:
-        """Where the forget term wants the activations: W c + b at each layer."""
-        activations = residuals(self.source, input_ids, self.layers)
-        return self.maps(activations) if self.maps else activations
-
-    @torch.no_grad()
-    def source_logits(self, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-        """The source's next-token logits on forget text, for distillation."""
-        return self.source(input_ids=input_ids, use_cache=False).logits
-
-    @torch.no_grad()
-    def reference_logits(self, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-        """The reference's next-token logits on retain text."""
-        return self.reference(input_ids=input_ids, use_cache=False).logits
-
-    @torch.no_grad()
-    def reference_activations(self, input_ids: Int[Tensor, "batch seq"]) -> Activations:
-        """The reference's activations on retain text, for the MSE retain term."""
-        return residuals(self.reference, input_ids, self.layers)
+    def states(self, text: str, input_ids: Int[Tensor, "batch seq"]) -> States:
+        """What the terms on a text compare the model's states with; activations of the source are mapped, W c + b."""
+        model, need = self.source if text == "forget" else self.reference, self.needs[text]
+        states = read(model, input_ids, list(need.layers), need.output, self.heads.get(text))
+        if text == "forget" and self.maps and states.activations:
+            states.activations = self.maps(states.activations)
+        return states

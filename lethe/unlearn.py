@@ -18,19 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lethe import corpora, objectives, preflight, refs, survey
 from lethe.affine import AffineMap, fit_on_text, load_maps, mean_r2, score_maps
+from lethe.blocked import blocked_kl_loss, head_of, next_token_loss
 from lethe.config import AffineConfig, LoraSettings, UnlearnConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluate import load_tasks
 from lethe.ledger import Run, sha256
 from lethe.maps import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
 from lethe.optimizers import needs_masters, newton_schulz_dtype
-from lethe.residual import blocks, capture, residuals
-from lethe.teacher import Teacher
+from lethe.residual import States, blocks, read, rows_can_leave
+from lethe.teacher import Teacher, needs
 from lethe.training import Rows, RunTrainer, token_means
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,13 @@ class UnlearnTrainer(RunTrainer):
     def __init__(self, *args: Any, teacher: Teacher, first_epoch_steps: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.teacher, self.first_epoch_steps = teacher, first_epoch_steps
+        heads = [head_of(model) for model in (self.model, teacher.source, teacher.reference)]  # type: ignore[arg-type]
+        known = None not in heads
+        self.head = heads[0] if known else None
+        teacher.heads = {"forget": heads[1], "retain": heads[2]} if known else {}
+        c = self.config
+        both = c.remove_coef != 0 and c.retain_coef != 0 and c.forget_loss == "transfer"
+        self.joint = both and rows_can_leave(self.model, c.layers, self.head)  # type: ignore[arg-type]
 
     def coefficients(self, steps_done: int) -> tuple[float, float]:
         """remove_coef(t) and retain_coef(t) after so many updates."""
@@ -54,44 +63,74 @@ class UnlearnTrainer(RunTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
         """remove_coef(t) · forget term + retain_coef(t) · retain term, for one batch of an update."""
         remove, retain = self.coefficients(self.state.global_step)
-        forget_terms = self.forget_terms(model, **inputs["forget"]) if "forget" in inputs else {}
-        retain_terms = self.retain_terms(model, **inputs["retain"]) if "retain" in inputs else {}
-        self.book(inputs, **forget_terms, **retain_terms)
+        terms = self.terms(model, inputs)
+        self.book(inputs, **terms)
         weights = {"cb_loss": remove, "forget_kl_loss": remove * self.kl_coef}
-        return sum(weights.get(name, retain) * term for name, term in (forget_terms | retain_terms).items())
+        return sum(weights.get(name, retain) * term for name, term in terms.items())
 
     @property
     def kl_coef(self) -> float:
         """Weight of forget_kl_loss within the forget term."""
         return self.config.forget_kl_coef if self.config.forget_loss == "both" else 1.0
 
-    def forget_terms(self, model: nn.Module, input_ids: Tensor, mask: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """The forget terms that the recipe names, as token means over the update; `transfer` does not run the output head."""
-        kind, layers, tokens = self.config.forget_loss, self.config.layers, self.tokens["forget"]
-        terms = {}
-        if kind == "transfer":
-            activations = residuals(model, input_ids, layers)
-        else:
-            with capture(model, layers) as activations:
-                logits = model(input_ids=input_ids, use_cache=False).logits
-            terms["forget_kl_loss"] = objectives.forget_kl_loss(logits, self.teacher.source_logits(input_ids), mask, tokens)
-        if kind != "distill":
-            terms["cb_loss"] = objectives.cb_loss(activations, self.teacher.forget_targets(input_ids), mask, tokens)
+    def terms(self, model: nn.Module, batch: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The terms of the loss that the recipe names, as token means over the update."""
+        states = self.states(model, batch)
+        terms: dict[str, Tensor] = {}
+        if "forget" in batch:
+            terms |= self.forget_terms(states["forget"], **batch["forget"])
+        if "retain" in batch:
+            terms |= self.retain_terms(states["retain"], **batch["retain"])
         return terms
 
-    def retain_terms(self, model: nn.Module, input_ids: Tensor, mask: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """The retain term that the recipe names, as a token mean over the update."""
+    def states(self, model: nn.Module, batch: dict[str, dict[str, Tensor]]) -> dict[str, States]:
+        """The model's states on each text, in one pass where that is possible and not more work than two.
+
+        In one pass, forget rows leave the batch after the last layer whose activations are compared. With `transfer`, the
+        output head never runs on forget text either way.
+        """
+        c = self.config
+        layers = {"forget": c.layers * (c.forget_loss != "distill"), "retain": c.layers * (c.retain_loss == "mse")}
+        output = {"forget": c.forget_loss != "transfer", "retain": c.retain_loss != "mse"}
+        ids = {name: text["input_ids"] for name, text in batch.items()}
+        if not (self.joint and len(batch) == 2 and not_more_work(ids["forget"], ids["retain"])):
+            return {name: read(model, ids[name], layers[name], output[name], self.head) for name in batch}
+        (count, width), other = ids["forget"].shape, ids["retain"].shape[1]
+        padded = [pad(rows, (0, max(width, other) - rows.shape[1])) for rows in (ids["forget"], ids["retain"])]
+        found = read(model, torch.cat(padded), c.layers, output["retain"], self.head, leave=count)
+        kept = {layer: found.activations[layer][count:, :other] for layer in layers["retain"]}
+        ending = None if found.output is None else found.output[:, :other]
+        gone = {layer: found.activations[layer][:count, :width] for layer in layers["forget"]}
+        return {"forget": States(gone), "retain": States(kept, ending)}
+
+    def forget_terms(self, states: States, input_ids: Tensor, mask: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """The forget terms that the recipe names, from the model's states."""
+        aim, tokens = self.teacher.states("forget", input_ids), self.tokens["forget"]
+        terms = {}
+        if states.output is not None:
+            terms["forget_kl_loss"] = self.kl(states, aim, "forget", mask)
+        if states.activations:
+            terms["cb_loss"] = objectives.cb_loss(states.activations, aim.activations, mask, tokens)
+        return terms
+
+    def retain_terms(self, states: States, input_ids: Tensor, mask: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """The retain term that the recipe names, from the model's states."""
         kind, tokens = self.config.retain_loss, self.tokens["retain"]
-        if kind == "mse":
-            activations = residuals(model, input_ids, self.config.layers)
-            loss = objectives.retain_mse_loss(activations, self.teacher.reference_activations(input_ids), mask, tokens)
+        if kind == "ce":
+            loss = next_token_loss(states.output, self.head, input_ids, mask, tokens - self.documents_in_update["retain"])  # type: ignore[arg-type]
+        elif kind == "mse":
+            aim = self.teacher.states("retain", input_ids)
+            loss = objectives.retain_mse_loss(states.activations, aim.activations, mask, tokens)
         else:
-            logits = model(input_ids=input_ids, use_cache=False).logits
-            if kind == "ce":
-                loss = objectives.retain_ce_loss(logits, input_ids, mask, tokens - self.documents_in_update["retain"])
-            else:
-                loss = objectives.retain_kl_loss(logits, self.teacher.reference_logits(input_ids), mask, tokens)
+            loss = self.kl(states, self.teacher.states("retain", input_ids), "retain", mask)
         return {f"retain_{kind}_loss": loss}
+
+    def kl(self, states: States, aim: States, text: str, mask: Tensor) -> Tensor:
+        """KL(teacher ‖ model) on a text, as a token mean over the update; without full logits where the heads are known."""
+        ours, theirs, head, tokens = states.output, aim.output, self.teacher.heads.get(text), self.tokens[text]
+        if self.head is None or head is None:
+            return objectives.retain_kl_loss(ours, theirs, mask, tokens)  # type: ignore[arg-type]
+        return blocked_kl_loss(ours, self.head, theirs, head, mask, tokens)  # type: ignore[arg-type]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -112,16 +151,20 @@ class UnlearnTrainer(RunTrainer):
         with torch.random.fork_rng():
             for _ in range(2):
                 started = time.monotonic()
-                terms: dict[str, Any] = {}
-                for name, of in (("forget", self.forget_terms), ("retain", self.retain_terms)):
-                    terms |= of(self.model, **batch[name]) if name in batch else {}  # type: ignore[arg-type]
-                sum(terms.values()).backward()
+                terms: Any = self.terms(self.model, batch).values()  # type: ignore[arg-type]
+                sum(terms).backward()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 seconds = time.monotonic() - started
         names = survey.without_gradient(self.model)  # type: ignore[arg-type]
         self.model.zero_grad()  # type: ignore[union-attr]
         return names, seconds
+
+
+def not_more_work(forget: Tensor, retain: Tensor) -> bool:
+    """Whether rows of ids, padded to a common width, are at most a tenth more tokens than padded by text."""
+    width = max(forget.shape[1], retain.shape[1])
+    return (len(forget) + len(retain)) * width <= 1.1 * (forget.numel() + retain.numel())
 
 
 def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
@@ -192,7 +235,7 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
         forget=corpora.record(config.forget, checked.forget),
         retain=corpora.record(config.retain, checked.retain),
     )
-    teacher = Teacher(source, reference, None, config.layers)
+    teacher = Teacher(source, reference, None, needs(config))
     teacher.maps, maps_plan, warnings = _given_maps(run, config, checked, teacher, tokenizer)
     student = _student(run, config, model, source, tokenizer)
     used = {"forget": config.remove_coef, "retain": config.retain_coef}
