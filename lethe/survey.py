@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lethe import corpora
+from lethe.adapters import merged_bytes
 from lethe.optimizers import Route, needs_masters, routes, routing_table
 from lethe.residual import blocks
 from lethe.teacher import Teacher
@@ -42,7 +43,8 @@ def trainable_by_layer(model: nn.Module, found: list[Route]) -> dict[str, dict[s
 def memory(student: nn.Module, teacher: Teacher, config: Any, width: int) -> dict[str, int]:
     """Estimated peak memory in bytes by part: weights, gradients, optimizer, teachers, maps, activations.
 
-    `width` is the number of tokens of the longest row. Activations follow Korthikanti et al. (arXiv:2205.05198): 34 bytes
+    `width` is the number of tokens of the longest row. Weights include those that adapters are merged into in training
+    (`adapters.one_product`). Activations follow Korthikanti et al. (arXiv:2205.05198): 34 bytes
     a token, hidden unit and block in 16 bits (twice that in 32) plus attention scores; with gradient checkpointing one
     block's and the blocks' inputs. Logits count four times: two models, and the retain term's float32 intermediates.
     """
@@ -58,7 +60,7 @@ def memory(student: nn.Module, teacher: Teacher, config: Any, width: int) -> dic
     logits = 4 * 4 * tokens * text.vocab_size
     mapped = len(config.layers) if config.affine != "none" and config.forget_loss != "distill" else 0
     return {
-        "weights": _bytes(student),
+        "weights": _bytes(student) + merged_bytes(student),
         "gradients": sum(p.numel() * p.element_size() for p in trained),
         "optimizer": state * numbers,
         "teachers": _bytes(teacher.source) + _bytes(teacher.reference),

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lethe import corpora, objectives, preflight, refs, survey
+from lethe.adapters import one_product
 from lethe.affine import AffineMap, fit_on_text, load_maps, mean_r2, score_maps
 from lethe.blocked import blocked_kl_loss, head_of, next_token_loss
 from lethe.config import AffineConfig, LoraSettings, UnlearnConfig, to_dict
@@ -132,6 +133,14 @@ class UnlearnTrainer(RunTrainer):
             return objectives.retain_kl_loss(ours, theirs, mask, tokens)  # type: ignore[arg-type]
         return blocked_kl_loss(ours, self.head, theirs, head, mask, tokens)  # type: ignore[arg-type]
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with one_product(self.model) as self.merged:  # type: ignore[arg-type]
+            return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        self.merged.renew()
+        return super().get_batch_samples(*args)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             remove, retain = self.coefficients(self.state.global_step - 1)
@@ -148,7 +157,7 @@ class UnlearnTrainer(RunTrainer):
         batch: Any = self._prepare_inputs(self.data_collator(items))  # type: ignore[arg-type]
         self.tokens = {name: int(text["mask"].sum()) for name, text in batch.items()}
         self.documents_in_update = {name: len(text["mask"]) for name, text in batch.items()}
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), one_product(self.model):  # type: ignore[arg-type]
             for _ in range(2):
                 started = time.monotonic()
                 terms: Any = self.terms(self.model, batch).values()  # type: ignore[arg-type]
