@@ -330,6 +330,8 @@ class UnlearnConfig(TrainingSettings):
     """Type of the model's weights."""
     teacher_dtype: Dtype | None = None
     """Type of the teachers' weights; null: the model's. A coarser one measures rounding, and is refused unless named here."""
+    teacher_cache: Literal["auto", "live", "cached"] = "auto"
+    """Teachers' states computed at every step, or once and kept on disk; auto: cached where documents are seen again."""
     eval: EvalSettings = field(default_factory=EvalSettings)
     """Evaluation during and after the run."""
     out: str = "runs"
@@ -364,7 +366,9 @@ class UnlearnConfig(TrainingSettings):
                 raise LetheError(
                     f"{name}.weight: {text.weight} has no effect on a text alone; it is for mixtures of retain text"
                 )
+        nobody = self.remove_coef == 0 and self.retain_loss == "ce"
         idle = {
+            "teacher_cache": nobody and self.teacher_cache != "auto" and "on a recipe whose terms ask no teacher",
             "forget_kl_coef": self.forget_loss != "both"
             and self.forget_kl_coef != 1
             and f"with forget_loss {self.forget_loss}",

@@ -7,14 +7,22 @@ shared its weights would compare the model with itself, and the retain loss woul
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lethe.affine import AffineMap
 from lethe.config import UnlearnConfig
 from lethe.residual import States, read
+
+if TYPE_CHECKING:
+    from lethe.teacher_cache import Cache
+
+VECTOR = 16
+"""Numbers of a vector register: sums over a row whose length is no multiple of it end in another order."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +57,34 @@ class Teacher:
     maps: AffineMap | None
     needs: dict[str, Needs]
     heads: dict[str, nn.Linear | None] = field(default_factory=dict)
+    caches: dict[str, Cache] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for model in (self.source, self.reference):
             model.eval().requires_grad_(False)
 
+    def of(self, text: str) -> nn.Module:
+        """The teacher on a text."""
+        return self.source if text == "forget" else self.reference
+
+    def states(self, text: str, input_ids: Int[Tensor, "batch seq"], index: Int[Tensor, " batch"]) -> States:
+        """What the terms on a text compare the model's states with; from the text's cache if there is one."""
+        if text in self.caches:
+            return self.caches[text].states(index, input_ids.shape[1], input_ids.device)
+        return self.live(text, input_ids)
+
     @torch.no_grad()
-    def states(self, text: str, input_ids: Int[Tensor, "batch seq"]) -> States:
-        """What the terms on a text compare the model's states with; activations of the source are mapped, W c + b."""
-        model, need = self.source if text == "forget" else self.reference, self.needs[text]
-        states = read(model, input_ids, list(need.layers), need.output, self.heads.get(text))
+    def live(self, text: str, input_ids: Int[Tensor, "batch seq"]) -> States:
+        """The teacher's states now; activations of the source are mapped, W c + b.
+
+        Padded to whole vectors, so that a document's values do not depend, to the last bit, on the batch it comes in.
+        """
+        model, need, width = self.of(text), self.needs[text], input_ids.shape[1]
+        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
+        whole = width + -width % VECTOR
+        ids = pad(input_ids, (0, (whole if window is None else max(width, min(whole, window))) - width))
+        states = read(model, ids, list(need.layers), need.output, self.heads.get(text))
         if text == "forget" and self.maps and states.activations:
             states.activations = self.maps(states.activations)
-        return states
+        output = None if states.output is None else states.output[:, :width]
+        return States({n: values[:, :width] for n, values in states.activations.items()}, output)

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lethe import corpora, objectives, preflight, refs, survey
+from lethe import corpora, objectives, preflight, refs, survey, teacher_cache
 from lethe.adapters import one_product
 from lethe.affine import AffineMap, fit_on_text, load_maps, mean_r2, score_maps
 from lethe.blocked import blocked_kl_loss, head_of, next_token_loss
@@ -38,6 +38,8 @@ from lethe.training import Rows, RunTrainer, token_means
 
 logger = logging.getLogger(__name__)
 SCORED_DOCUMENTS = 64
+TEACHER = {"forget": "source", "retain": "model"}
+"""By text, the part of a run's record that names its teacher's weights."""
 
 
 class UnlearnTrainer(RunTrainer):
@@ -106,7 +108,7 @@ class UnlearnTrainer(RunTrainer):
 
     def forget_terms(self, states: States, input_ids: Tensor, mask: Tensor, index: Tensor) -> dict[str, Tensor]:
         """The forget terms that the recipe names, from the model's states."""
-        aim, tokens = self.teacher.states("forget", input_ids), self.tokens["forget"]
+        aim, tokens = self.teacher.states("forget", input_ids, index), self.tokens["forget"]
         terms = {}
         if states.output is not None:
             terms["forget_kl_loss"] = self.kl(states, aim, "forget", mask)
@@ -120,10 +122,10 @@ class UnlearnTrainer(RunTrainer):
         if kind == "ce":
             loss = next_token_loss(states.output, self.head, input_ids, mask, tokens - self.documents_in_update["retain"])  # type: ignore[arg-type]
         elif kind == "mse":
-            aim = self.teacher.states("retain", input_ids)
+            aim = self.teacher.states("retain", input_ids, index)
             loss = objectives.retain_mse_loss(states.activations, aim.activations, mask, tokens)
         else:
-            loss = self.kl(states, self.teacher.states("retain", input_ids), "retain", mask)
+            loss = self.kl(states, self.teacher.states("retain", input_ids, index), "retain", mask)
         return {f"retain_{kind}_loss": loss}
 
     def kl(self, states: States, aim: States, text: str, mask: Tensor) -> Tensor:
@@ -194,6 +196,7 @@ def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
             logger.warning(warning)
         if config.affine == "fit" and config.forget_loss != "distill":
             trainer.teacher.maps = _fitted(run, config, trainer.teacher, tokenizer)
+        _cache_teachers(run, config, trainer)
         trainer.train_with_bar(f"Unlearning {config.name}")
         _finish(run, config, trainer, tokenizer, checked)
     trainer.clear_saves()
@@ -259,6 +262,7 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
         run, config, student.train(), tokenizer, rows, config.eval, teacher=teacher, first_epoch_steps=plan["first_epoch_steps"]
     )
     plan |= survey.describe(student, config)
+    plan["teachers"] = _teachers_plan(run, config, trainer, plan["epochs"])
     longest = max(len(row) for part in texts.values() for row in part)
     plan["memory"] = survey.memory(student, teacher, config, longest)
     _refuse_memory(plan["memory"])
@@ -438,6 +442,31 @@ def _fitted(run: Run, config: UnlearnConfig, teacher: Teacher, tokenizer: PreTra
         artifacts={"affine": {"path": "affine", "sha256": sha256(run.path / "affine" / WEIGHTS)}}, scores=maps.record["scores"]
     )
     return maps
+
+
+def _teachers_plan(run: Run, config: UnlearnConfig, trainer: UnlearnTrainer, epochs: float) -> dict[str, str]:
+    """By text, whether its teacher's states are computed live or come from a cache, and why."""
+    rows: Any = trainer.train_dataset
+    plan = {}
+    for text in trainer.teacher.needs:
+        seen, weights = epochs * len(rows) / len(rows.texts[text]), run.record["parents"][TEACHER[text]]["sha256"]
+        plan[text] = teacher_cache.choose(config, trainer.teacher, text, rows.texts[text], weights, seen)
+    return plan
+
+
+def _cache_teachers(run: Run, config: UnlearnConfig, trainer: UnlearnTrainer) -> None:
+    """Open or build the caches; a resumed run has the teachers that it began with."""
+    chosen = run.record.get("teachers") or _teachers_plan(run, config, trainer, run.record["plan"]["epochs"])
+    for text, how in chosen.items():
+        if how.startswith("cached"):
+            rows: Any = trainer.train_dataset
+            weights = run.record["parents"][TEACHER[text]]["sha256"]
+            cache = teacher_cache.open_or_build(trainer.teacher, text, rows.texts[text], weights)
+            if cache is None:
+                chosen[text] = "live: a cache could not be written"
+            else:
+                trainer.teacher.caches[text] = cache
+    run.update(teachers=chosen, plan={"teachers": chosen})
 
 
 def _finish(

@@ -205,6 +205,7 @@ CHANGES: dict[str, Any] = {
     "merge": True,
     "dtype": "bfloat16",
     "teacher_dtype": "bfloat16",
+    "teacher_cache": "cached",
     "eval": EvalSettings(["lab_forget_robust"], every=1, limit=4),
     "out": "elsewhere",
     "name": "other",

@@ -1,0 +1,245 @@
+"""The teachers' cache: the same losses as live teachers, never stale, whole or absent, shared by processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_resume import assert_same, recipe, start, told, wait_for
+
+from lethe import LoraSettings, corpora, refs, unlearn
+from lethe import teacher_cache as caching
+from lethe.affine import AffineMap
+from lethe.blocked import head_of
+from lethe.config import ResumeConfig
+from lethe.resume import resume
+from lethe.teacher import Needs, Teacher
+from lethe.unlearn import UnlearnTrainer
+
+ROWS = [list(range(3, 3 + n)) for n in (5, 30, 17, 1, 24)]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch, request) -> Path:
+    """An empty folder of caches; runs on the lab need the lab's own home."""
+    if "lab" not in request.fixturenames:
+        monkeypatch.setenv("LETHE_HOME", str(tmp_path / "home"))
+    else:
+        request.getfixturevalue("lab")
+        monkeypatch.setattr(caching, "lethe_home", lambda: tmp_path / "home")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def teacher(make_model, tmp_path) -> Teacher:
+    models = [refs.load(refs.resolve(str(make_model("llama", tmp_path / str(s), seed=s))))[0] for s in (1, 2)]
+    rng = torch.Generator().manual_seed(0)
+    maps = AffineMap(
+        {n: torch.randn(32, 32, generator=rng) for n in (0, 2)}, {n: torch.randn(32, generator=rng) for n in (0, 2)}
+    )
+    needs = {"forget": Needs((0, 2), True), "retain": Needs((), True)}
+    return Teacher(models[0], models[1], maps, needs, {"forget": head_of(models[0]), "retain": head_of(models[1])})
+
+
+def built(teacher: Teacher, text: str = "forget", rows: list[list[int]] = ROWS, weights: str = "w") -> caching.Cache:
+    cache = caching.open_or_build(teacher, text, rows, weights)
+    assert cache is not None
+    return cache
+
+
+@pytest.mark.parametrize("text", ["forget", "retain"])
+@pytest.mark.parametrize("heads", [True, False])
+def test_cached_states_are_the_live_ones(teacher, text, heads):
+    if not heads:
+        teacher.heads = {}
+    cache = built(teacher, text)
+    index = torch.tensor([4, 0, 3, 0])
+    ids, mask = corpora.pad([ROWS[i] for i in index], 0)
+    live, cached = teacher.live(text, ids), cache.states(index, ids.shape[1])
+    assert live.activations.keys() == cached.activations.keys() == set(teacher.needs[text].layers)
+    keep = mask.bool()
+    pairs = [(live.output, cached.output), *((live.activations[n], cached.activations[n]) for n in live.activations)]
+    for one, other in pairs:
+        torch.testing.assert_close(one[keep], other[keep], rtol=1e-5, atol=1e-6 * float(one[keep].abs().max()))
+    sizes = sum(f.stat().st_size for f in cache.folder.glob("*.bin"))
+    assert sizes == caching.size_of(teacher, text, ROWS)
+
+
+def test_every_part_of_the_key_makes_another_cache(teacher):
+    rows = [*ROWS[:-1], [*ROWS[-1][:-1], 7]]
+    other_map = AffineMap({n: w + (n == 2) * 1e-6 for n, w in teacher.maps.weight.items()}, teacher.maps.bias)
+    others = {
+        "weights": lambda: caching.key_of(teacher, "forget", ROWS, "other"),
+        "rows": lambda: caching.key_of(teacher, "forget", rows, "w"),
+        "order": lambda: caching.key_of(teacher, "forget", ROWS[::-1], "w"),
+        "cut elsewhere": lambda: caching.key_of(teacher, "forget", [[3, 4], [5]], "w"),
+        "cut here": lambda: caching.key_of(teacher, "forget", [[3], [4, 5]], "w"),
+        "maps": lambda: caching.key_of(dataclasses.replace(teacher, maps=other_map), "forget", ROWS, "w"),
+        "no maps": lambda: caching.key_of(dataclasses.replace(teacher, maps=None), "forget", ROWS, "w"),
+        "heads": lambda: caching.key_of(dataclasses.replace(teacher, heads={}), "forget", ROWS, "w"),
+        "layers": lambda: caching.key_of(dataclasses.replace(teacher, needs={"forget": Needs((0,), True)}), "forget", ROWS, "w"),
+        "terms": lambda: caching.key_of(dataclasses.replace(teacher, needs={"forget": Needs((0, 2))}), "forget", ROWS, "w"),
+    }  # fmt: skip
+    same = caching.key_of(teacher, "forget", ROWS, "w")
+    folders = [caching.folder_of(key()) for key in others.values()]
+    assert caching.folder_of(caching.key_of(teacher, "forget", ROWS, "w")) == caching.folder_of(same)
+    folders.append(caching.folder_of(same))
+    teacher.source.config.rope_parameters["rope_theta"] = 5.0
+    folders.append(caching.folder_of(caching.key_of(teacher, "forget", ROWS, "w")))
+    teacher.source.bfloat16()
+    folders.append(caching.folder_of(caching.key_of(teacher, "forget", ROWS, "w")))
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("damage", ["short", "gone", "changed", "manifest"])
+def test_a_damaged_cache_is_noticed_and_built_anew(teacher, damage, caplog):
+    file = built(teacher).folder / "layer_2.bin"
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    elif damage == "manifest":
+        (file.parent / caching.MANIFEST).write_text("{")
+    else:
+        file.write_bytes(content[:-4] if damage == "short" else content[:-1] + bytes([content[-1] ^ 1]))
+    built(teacher)
+    assert file.read_bytes() == content and "damaged" in caplog.text
+
+
+def test_a_whole_cache_is_not_built_again(teacher, monkeypatch):
+    built(teacher)
+    monkeypatch.setattr(Teacher, "live", lambda *args: pytest.fail("the teacher ran"))
+    built(teacher)
+
+
+def test_a_full_disk_leaves_the_teacher_live_and_nothing_behind(teacher, home, monkeypatch, caplog):
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert caching.open_or_build(teacher, "forget", ROWS, "w") is None
+    assert "No space left" in caplog.text
+    assert [p.suffix for p in (home / "teachers").iterdir()] == [".lock"]
+
+
+BUILDER = """
+import sys, time, torch
+from pathlib import Path
+from lethe import refs, teacher_cache as caching
+from lethe.teacher import Needs, Teacher
+models = [refs.load(refs.resolve(sys.argv[1]))[0] for _ in range(2)]
+teacher = Teacher(*models, None, {"forget": Needs((0,))})
+caching.TOKENS = 1
+plain = Teacher.live
+def slow(self, *args):
+    with open(sys.argv[2], "a") as log:
+        log.write("pass\\n")
+    time.sleep(0.3)
+    return plain(self, *args)
+Teacher.live = slow
+print(caching.open_or_build(teacher, "forget", [[3, 4], [5, 6], [7, 8], [9]], "w").states(torch.tensor([3]), 1))
+"""
+
+
+def builder(model: Path, log: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", BUILDER, str(model), str(log)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def passes(log: Path, at_least: int = 0) -> int:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        count = len(log.read_text().splitlines()) if log.exists() else 0
+        if count >= at_least:
+            return count
+        time.sleep(0.01)
+    raise AssertionError("the builder did not come so far")
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_builds_and_both_have_the_cache(make_model, tmp_path):
+    model, log = make_model("llama", tmp_path / "m"), tmp_path / "log"
+    results = [p.communicate() for p in [builder(model, log), builder(model, log)]]
+    assert results[0][0] == results[1][0] != "", results
+    assert passes(log) == 4
+
+
+@pytest.mark.slow
+def test_a_killed_builder_leaves_nothing_that_counts(make_model, tmp_path, home):
+    model, log = make_model("llama", tmp_path / "m"), tmp_path / "log"
+    killed = builder(model, log)
+    passes(log, 2)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not list((home / "teachers").glob("[!.]*/manifest.json"))
+    out, errors = builder(model, log).communicate()
+    assert "activations" in out, errors
+    assert not list((home / "teachers").glob(".*.partial"))
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"retain_loss": "mse", "lora": None, "affine": "none"},
+        {"forget_loss": "both", "retain_loss": "ce"},
+        {"packing": "blocks"},
+    ],
+    ids=["kl", "mse", "both", "packed"],
+)
+def test_a_run_has_the_losses_of_live_teachers_without_running_them(lab, tmp_path, settings, monkeypatch):
+    settings = {"lora": LoraSettings(dropout=0.0), "max_steps": 20} | settings
+    live = unlearn(recipe(tmp_path / "runs", teacher_cache="live", **settings))
+    train = UnlearnTrainer.train
+
+    def without_teachers(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Teacher, "live", lambda *args: pytest.fail("a teacher ran in training"))
+            return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(UnlearnTrainer, "train", without_teachers)
+    cached = unlearn(recipe(tmp_path / "runs", teacher_cache="cached", **settings))
+    assert all(how == "cached: as asked" for how in cached.record["plan"]["teachers"].values())
+    for one, other in zip(live.rows("metrics.jsonl"), cached.rows("metrics.jsonl"), strict=True):
+        for name in ("loss", "cb_loss", "forget_kl_loss", "retain_kl_loss", "retain_mse_loss", "grad_norm"):
+            if name in one:
+                assert other[name] == pytest.approx(one[name], rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.slow
+def test_auto_caches_what_is_seen_again_and_says_why(lab, tmp_path):
+    once = unlearn(recipe(tmp_path / "runs", max_steps=8))
+    assert once.record["plan"]["teachers"] == dict.fromkeys(("forget", "retain"), "live: no document is seen twice")
+    twice = unlearn(recipe(tmp_path / "runs", max_steps=16))
+    assert all(how.startswith("cached: documents are seen 2 times") for how in twice.record["plan"]["teachers"].values())
+    again = unlearn(recipe(tmp_path / "runs", max_steps=8))
+    assert all(how == "cached: a whole cache is there" for how in again.record["plan"]["teachers"].values())
+    for one, other in zip(told(once)[0], told(again)[0], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_cache_killed_at_any_step_ends_in_the_same_bits(lab, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the killed run is another process: both use the lab's home
+    whole = unlearn(recipe(tmp_path / "whole", teacher_cache="cached"))
+    process = start("unlearn", recipe(tmp_path / "killed", teacher_cache="cached"), tmp_path)
+    run = wait_for(process, tmp_path / "killed", "metrics.jsonl", 8)
+    process.kill()
+    process.communicate()
+    resumed = resume(ResumeConfig(str(run.path)))
+    assert_same(resumed, whole)
+    assert (
+        resumed.record["teachers"] == json.loads((find_runs(tmp_path / "whole")[0].path / "run.json").read_text())["teachers"]
+    )
