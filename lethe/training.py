@@ -98,7 +98,7 @@ class RunTrainer(Trainer):
         for name, text in inputs.items():
             self._documents[name] += text["index"].tolist()
         for name, value in terms.items():
-            self._terms[name] += float(value)
+            self._terms[name] += value.item() if isinstance(value, Tensor) else value
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the settings name, its groups tagged by name."""

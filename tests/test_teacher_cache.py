@@ -77,6 +77,10 @@ def test_cached_states_are_the_live_ones(teacher, text, heads):
 def test_every_part_of_the_key_makes_another_cache(teacher):
     rows = [*ROWS[:-1], [*ROWS[-1][:-1], 7]]
     other_map = AffineMap({n: w + (n == 2) * 1e-6 for n, w in teacher.maps.weight.items()}, teacher.maps.bias)
+
+    def needing(need: Needs) -> Teacher:
+        return dataclasses.replace(teacher, needs={"forget": need})
+
     others = {
         "weights": lambda: caching.key_of(teacher, "forget", ROWS, "other"),
         "rows": lambda: caching.key_of(teacher, "forget", rows, "w"),
@@ -86,8 +90,8 @@ def test_every_part_of_the_key_makes_another_cache(teacher):
         "maps": lambda: caching.key_of(dataclasses.replace(teacher, maps=other_map), "forget", ROWS, "w"),
         "no maps": lambda: caching.key_of(dataclasses.replace(teacher, maps=None), "forget", ROWS, "w"),
         "heads": lambda: caching.key_of(dataclasses.replace(teacher, heads={}), "forget", ROWS, "w"),
-        "layers": lambda: caching.key_of(dataclasses.replace(teacher, needs={"forget": Needs((0,), True)}), "forget", ROWS, "w"),
-        "terms": lambda: caching.key_of(dataclasses.replace(teacher, needs={"forget": Needs((0, 2))}), "forget", ROWS, "w"),
+        "layers": lambda: caching.key_of(needing(Needs((0,), True)), "forget", ROWS, "w"),
+        "terms": lambda: caching.key_of(needing(Needs((0, 2))), "forget", ROWS, "w"),
     }  # fmt: skip
     same = caching.key_of(teacher, "forget", ROWS, "w")
     folders = [caching.folder_of(key()) for key in others.values()]
@@ -212,10 +216,7 @@ def test_a_run_has_the_losses_of_live_teachers_without_running_them(lab, tmp_pat
     monkeypatch.setattr(UnlearnTrainer, "train", without_teachers)
     cached = unlearn(recipe(tmp_path / "runs", teacher_cache="cached", **settings))
     assert all(how == "cached: as asked" for how in cached.record["plan"]["teachers"].values())
-    for one, other in zip(live.rows("metrics.jsonl"), cached.rows("metrics.jsonl"), strict=True):
-        for name in ("loss", "cb_loss", "forget_kl_loss", "retain_kl_loss", "retain_mse_loss", "grad_norm"):
-            if name in one:
-                assert other[name] == pytest.approx(one[name], rel=1e-6, abs=1e-9), name
+    assert told(cached)[:2] == told(live)[:2]  # to the last bit: Teacher.live pads to whole vectors
 
 
 @pytest.mark.slow
@@ -226,8 +227,7 @@ def test_auto_caches_what_is_seen_again_and_says_why(lab, tmp_path):
     assert all(how.startswith("cached: documents are seen 2 times") for how in twice.record["plan"]["teachers"].values())
     again = unlearn(recipe(tmp_path / "runs", max_steps=8))
     assert all(how == "cached: a whole cache is there" for how in again.record["plan"]["teachers"].values())
-    for one, other in zip(told(once)[0], told(again)[0], strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert told(again)[0] == told(once)[0]
 
 
 @pytest.mark.slow
