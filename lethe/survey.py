@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lethe import corpora
 from lethe.adapters import merged_bytes
+from lethe.blocked import ROWS
 from lethe.optimizers import Route, needs_masters, routes, routing_table
 from lethe.residual import blocks
 from lethe.teacher import Teacher
@@ -43,10 +44,11 @@ def trainable_by_layer(model: nn.Module, found: list[Route]) -> dict[str, dict[s
 def memory(student: nn.Module, teacher: Teacher, config: Any, width: int) -> dict[str, int]:
     """Estimated peak memory in bytes by part: weights, gradients, optimizer, teachers, maps, activations.
 
-    `width` is the number of tokens of the longest row. Weights include those that adapters are merged into in training
-    (`adapters.one_product`). Activations follow Korthikanti et al. (arXiv:2205.05198): 34 bytes
+    `width` is the number of tokens of the longest row. Activations follow Korthikanti et al. (arXiv:2205.05198): 34 bytes
     a token, hidden unit and block in 16 bits (twice that in 32) plus attention scores; with gradient checkpointing one
-    block's and the blocks' inputs. Logits count four times: two models, and the retain term's float32 intermediates.
+    block's and the blocks' inputs. Beside them, the weights that adapters are merged into (`adapters.one_product`), and
+    logits four times: two models, and the retain term's float32 intermediates; of one block of tokens, where the output
+    heads are known (`blocked`).
     """
     trained = [p for p in student.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
@@ -57,15 +59,15 @@ def memory(student: nn.Module, teacher: Teacher, config: Any, width: int) -> dic
     block = 17 * element * tokens * text.hidden_size + 2.5 * element * text.num_attention_heads * tokens * width
     depth = text.num_hidden_layers
     kept = block + depth * element * tokens * text.hidden_size if config.gradient_checkpointing else depth * block
-    logits = 4 * 4 * tokens * text.vocab_size
+    logits = 4 * 4 * (min(tokens, ROWS) if teacher.heads else tokens) * text.vocab_size
     mapped = len(config.layers) if config.affine != "none" and config.forget_loss != "distill" else 0
     return {
-        "weights": _bytes(student) + merged_bytes(student),
+        "weights": _bytes(student),
         "gradients": sum(p.numel() * p.element_size() for p in trained),
         "optimizer": state * numbers,
         "teachers": _bytes(teacher.source) + _bytes(teacher.reference),
         "maps": 4 * mapped * text.hidden_size * (text.hidden_size + 1),
-        "activations": int(kept + logits),
+        "activations": int(kept + logits) + merged_bytes(student),
     }
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lethe import AffineConfig, LoraSettings, TamperConfig, UnlearnConfig, fit_affine, refs, tamper, unlearn
+from lethe import AffineConfig, LoraSettings, TamperConfig, UnlearnConfig, fit_affine, refs, tamper, teacher_cache, unlearn
 from lethe.config import EvalSettings, TextSource, options
 from lethe.errors import LetheError
 from lethe.lab import active_preset
@@ -222,7 +222,8 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(UnlearnConfig)])
-def test_every_setting_changes_something_or_is_refused(lab, tmp_path, field, baseline):
+def test_every_setting_changes_something_or_is_refused(lab, tmp_path, field, baseline, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "lethe_home", lambda: tmp_path / "home")  # no test finds another's teacher cache
     (tmp_path / "extra.jsonl").write_text("".join(json.dumps({"text": f"Other text, number {i}."}) + "\n" for i in range(20)))
     default = getattr(recipe(tmp_path), field)
     changed = CHANGES.get(field, default * 2 + 1 if isinstance(default, int | float) else None)
@@ -246,7 +247,9 @@ def test_every_setting_changes_something_or_is_refused(lab, tmp_path, field, bas
 
 @pytest.fixture(scope="module")
 def baseline(lab, tmp_path_factory) -> dict[str, Any]:
-    first, again = (outcome(unlearn(recipe(tmp_path_factory.mktemp("baseline")))) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_cache, "lethe_home", lambda: tmp_path_factory.mktemp("home"))
+        first, again = (outcome(unlearn(recipe(tmp_path_factory.mktemp("baseline")))) for _ in range(2))
     assert first == again
     return first
 

@@ -17,6 +17,8 @@ from lethe.errors import LetheError
 from lethe.lab import active_preset
 from lethe.ledger import Run
 from lethe.refs import resolve
+from lethe.residual import blocks
+from lethe.unlearn import UnlearnTrainer
 
 pytestmark = pytest.mark.slow
 LAYERS = [0, 2, 4]
@@ -293,3 +295,22 @@ def test_packed_blocks_lose_no_token_and_merged_adapters_are_the_model(lab, tmp_
     squares = sum((merged[n] - target[n]).square().sum().item() for n in target if ".layers.0." in n)
     assert distances["0"]["distance"] == pytest.approx(squares**0.5, rel=1e-3)
     assert 1 <= distances["0"]["stable_rank"] <= 16
+
+
+def test_with_transfer_the_output_head_never_runs_on_forget_text_and_a_step_is_one_pass(lab, tmp_path, monkeypatch):
+    passes: list[tuple[int, list[int]]] = []
+    states = UnlearnTrainer.states
+
+    def counting(trainer, model, batch):
+        rows = []
+        hooks = [block.register_forward_pre_hook(lambda _, args: rows.append(len(args[0]))) for block in blocks(model)]
+        found = states(trainer, model, batch)
+        passes.append((len(found["retain"].output), rows))
+        assert found["forget"].output is None and {n: len(h) for n, h in found["forget"].activations.items()} == {1: 8, 3: 8}
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    monkeypatch.setattr(UnlearnTrainer, "states", counting)
+    unlearn(recipe(tmp_path, layers=[1, 3], max_steps=2, packing="blocks", max_length=32))
+    assert all(found == (8, [16, 16, 16, 16, 8, 8]) for found in passes) and len(passes) == 4
