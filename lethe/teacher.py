@@ -77,11 +77,13 @@ class Teacher:
     def live(self, text: str, input_ids: Int[Tensor, "batch seq"]) -> States:
         """The teacher's states now; activations of the source are mapped, W c + b.
 
-        Padded to whole vectors, so that a document's values do not depend, to the last bit, on the batch it comes in.
+        In float32, padded to whole vectors, so that a document's values do not depend, to the last bit, on the batch it comes
+        in. In smaller types they do, so they are rounded as the model's own: on the same batch.
         """
         model, need, width = self.of(text), self.needs[text], input_ids.shape[1]
+        vector = VECTOR if model.dtype == torch.float32 else 1
         window = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
-        whole = width + -width % VECTOR
+        whole = width + -width % vector
         ids = pad(input_ids, (0, (whole if window is None else max(width, min(whole, window))) - width))
         states = read(model, ids, list(need.layers), need.output, self.heads.get(text))
         if text == "forget" and self.maps and states.activations:
