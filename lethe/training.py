@@ -89,7 +89,7 @@ class RunTrainer(Trainer):
         self._first_losses: list[float] = []
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.evaluation = Evaluation(run, tokenizer, evaluation)
+        self.evaluation = Evaluation(run, tokenizer, evaluation, config.on_divergence == "stop")
         self.add_callback(self.evaluation)
         self.add_callback(_Saving(run, config.save_every))
 
@@ -223,8 +223,8 @@ class RunTrainer(Trainer):
 class Evaluation(TrainerCallback):
     """Evaluates the model in process and writes curve.jsonl, at every `every` steps and when asked."""
 
-    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings):
-        self.run, self.tokenizer, self.settings = run, tokenizer, settings
+    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings, stops: bool = True):
+        self.run, self.tokenizer, self.settings, self.stops = run, tokenizer, settings, stops
         self.last: tuple[int, dict[str, Any]] | None = None
 
     def at(self, step: int, model: nn.Module, description: str | None = None) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class Evaluation(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if self.settings.every and state.global_step % self.settings.every == 0:
             self.at(state.global_step, model)
-            control.should_training_stop |= self.run.record["status"] == "diverged"
+            control.should_training_stop |= self.stops and self.run.record["status"] == "diverged"
 
     def note(self) -> str:
         """The latest evaluation in a few words."""
