@@ -214,7 +214,7 @@ def _unlearn(settings: c.UnlearnConfig, as_json: bool) -> None:
 def _evaluate(settings: c.EvaluateConfig, as_json: bool) -> None:
     from lethe import preflight
 
-    preflight.check_model(settings.model, settings.tasks, settings.out)
+    preflight.check_model(settings)
     from lethe.evaluate import evaluate
     from lethe.report.tables import evals_table
 

@@ -115,7 +115,7 @@ def unlearn(config: UnlearnConfig) -> Run:
         LetheError: the recipe cannot work; raised before anything is written.
     """
     checked = preflight.check(config)
-    load_tasks(config.eval.tasks)
+    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot)
     run = Run.create("unlearn", config.name, to_dict(config), config.out)
     with run.running():
         trainer, tokenizer = _prepare(run, config, checked)

@@ -25,7 +25,15 @@ from lethe.errors import LetheError
 from lethe.evaluate import Scorer, evaluate_model, measure, value_of
 from lethe.ledger import Run
 
-MODELS = [("gpt2", False), ("llama", True), ("llama", False), ("gpt_neox", False)]
+MODELS = [
+    ("gpt2", False),
+    ("llama", True),
+    ("llama", False),
+    ("qwen2", False),
+    ("olmo2", True),
+    ("gpt_neox", False),
+    ("gpt_neox_sequential", True),
+]
 LONG = "a clockmaker repairs brass wheels while her apprentice reads about distant islands " * 12
 QUESTIONS = [
     # one token each, sharing a context
@@ -141,7 +149,7 @@ def test_log_likelihoods_are_those_of_lm_eval(loaded, tmp_path, cache, delimiter
 
 
 def test_many_rows_in_many_batches(loaded, tmp_path, cache, texts, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("lethe.evaluate"), "TOKENS_PER_BATCH", 100)
+    monkeypatch.setattr(importlib.import_module("lethe.scoring"), "TOKENS_PER_BATCH", 100)
     model, tokenizer = loaded
     questions = [{"prompt": t, "choices": texts[i + 1 : i + 3], "answer": 0} for i, t in enumerate(texts[:30])]
     instances = requests(write_task(tmp_path, questions))
@@ -276,7 +284,7 @@ def test_modes_and_random_state_are_restored_after_an_exception(mixed, known, mo
         torch.rand(1)
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(Scorer, "_answer_logits", fail)
+    monkeypatch.setattr(Scorer, "_logits", fail)
     before = modes(model), states()
     with pytest.raises(RuntimeError, match="in the middle"):
         evaluate_model(model, tokenizer, [known()])
