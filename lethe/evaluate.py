@@ -72,7 +72,8 @@ def evaluate_model(
         scorer = Scorer(model, tokenizer, description)
         leaves = {leaf.definition: leaf for leaves in loaded.values() for leaf in leaves}  # groups may share tasks
         asked = {key: leaf.questions(scorer, limit) for key, leaf in leaves.items()}
-        found = iter(scorer.score([pair for questions in asked.values() for q in questions for pair in q.encoded]))
+        pairs = [(i, pair) for i, questions in enumerate(asked.values()) for q in questions for pair in q.encoded]
+        found = iter(scorer.score([pair for _, pair in pairs], [i for i, _ in pairs]))
         answered = {
             key: [_answered(leaves[key], q, [next(found) for _ in q.encoded]) for q in questions]
             for key, questions in asked.items()

@@ -2,8 +2,9 @@
 
 lm-eval runs one row a choice and computes logits at every position. Here the choices of a question are one row: the context
 once, then the answers as branches of a tree. An attention mask lets each token see its own branch alone and its position
-counts along the branch, so that every architecture with ordinary attention computes what it would for separate rows. Rows of
-like length make a batch, and the output layer is applied only where an answer is read.
+counts along the branch, so that every architecture with ordinary attention computes what it would for separate rows. What all
+questions of a task begin with (description, few-shot examples) is run once and kept as keys and values. Rows of like length
+make a batch, and the output layer is applied only where an answer is read.
 
 Whether a model takes such rows is found out on its longest one, beside separate rows; where it does not, or where an answer
 has to be cut at the window, rows are separate. A batch that does not fit into memory is halved and tried again.
@@ -12,6 +13,7 @@ has to be cut at the window, rows are separate. A batch that does not fit into m
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import inspect
 import logging
@@ -38,7 +40,8 @@ Encoded = tuple[list[int], list[int]]
 TOKENS_PER_BATCH = 4096
 TOKENS_PER_BATCH_ON_GPU = 65536
 LOGITS_PER_BATCH = 2**27
-_tree_lengths: WeakKeyDictionary[nn.Module, tuple[bool, int]] = WeakKeyDictionary()
+LEAST_BEGINNING = 8
+_taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool], tuple[bool, int]]] = WeakKeyDictionary()
 _shrunk: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
@@ -54,6 +57,15 @@ class Row:
     parents: list[int]
     reads: list[tuple[int, list[int]]] = field(default_factory=list)
     """For each request that the row answers: its number, and where the logits of each of its answer's tokens are."""
+    begins: int = 0
+    """How many of its first tokens it has in common with the other rows of its task, and takes from their kept run."""
+    group: int = 0
+    """The task that it belongs to."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a row as any model takes it."""
+        return not self.begins and not self.branches
 
     @property
     def branches(self) -> bool:
@@ -87,6 +99,7 @@ class Scorer(HFLM):
         most = TOKENS_PER_BATCH if self.device.type == "cpu" else TOKENS_PER_BATCH_ON_GPU
         self._tokens = min(most, _shrunk.get(plain, most))
         vocabulary = getattr(plain.config.get_text_config(), "vocab_size", None) or len(tokenizer)
+        self._kept: tuple[tuple[int, ...], Any] | None = None
         self._reads = max(1, LOGITS_PER_BATCH // vocabulary)
 
     def loglikelihood(self, requests, disable_tqdm=False):  # type: ignore[no-untyped-def]
@@ -130,10 +143,10 @@ class Scorer(HFLM):
                 )
         return found
 
-    def score(self, requests: list[Encoded]) -> list[tuple[float, bool]]:
+    def score(self, requests: list[Encoded], groups: list[int] | None = None) -> list[tuple[float, bool]]:
         """For each context and continuation: the log-likelihood, and whether each of its tokens is the most likely one.
 
-        A log-likelihood of a broken model is nan.
+        A log-likelihood of a broken model is nan. `groups` says which task each request belongs to.
 
         Raises:
             LetheError: an answer has no tokens or more than the window, or a single row does not fit into memory.
@@ -142,11 +155,11 @@ class Scorer(HFLM):
             if not 0 < len(continuation) <= self.max_length:
                 answer = self.tokenizer.decode(continuation)[:60]
                 raise LetheError(f"an answer has {len(continuation)} tokens, 1 to {self.max_length} can be scored: {answer!r}")
-        rows = tree_rows(requests, self.max_length)
-        if not self._takes_trees(rows, requests):
+        rows = tree_rows(requests, self.max_length, groups or [0] * len(requests))
+        if not self._takes(rows, requests):
             rows = plain_rows(requests, self.max_length)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        rows.sort(key=lambda row: (row.branches, -len(row.tokens), row.tokens))
+        rows.sort(key=lambda row: (row.branches, row.begins and row.group, row.begins, -len(row.tokens), row.tokens))
         with contextlib.ExitStack() as stack:
             advance = stack.enter_context(bar(self._description, len(rows), "rows")) if self._description else None
             for batch, found in self._batches(rows, requests):
@@ -188,7 +201,8 @@ class Scorer(HFLM):
         for row in rows[start:]:
             reads += sum(len(where) for _, where in row.reads)
             full = (count + 1) * width > self._tokens or reads > self._reads
-            if count and (full or row.branches != rows[start].branches):
+            same = (row.branches, row.begins) == (rows[start].branches, rows[start].begins)
+            if count and (full or not same or (row.begins and row.group != rows[start].group)):
                 break
             count += 1
         return count
@@ -196,19 +210,24 @@ class Scorer(HFLM):
     @torch.inference_mode()
     def _run(self, batch: list[Row], requests: list[Encoded]) -> dict[int, tuple[float, bool]]:
         """The results of the requests that a batch answers, by number."""
-        width = max(len(row.tokens) for row in batch)
+        begins = batch[0].begins
+        width = max(len(row.tokens) for row in batch) - begins
         ids = np.zeros((len(batch), width), dtype=np.int64)
         for k, row in enumerate(batch):
-            ids[k, : len(row.tokens)] = row.tokens
+            ids[k, : len(row.tokens) - begins] = row.tokens[begins:]
         inputs = {"input_ids": torch.from_numpy(ids).to(self.device)} | (self._tree(batch, width) if batch[0].branches else {})
-        where = sorted({k * width + i for k, row in enumerate(batch) for _, read in row.reads for i in read})
+        if begins:
+            kept = copy.deepcopy(self._beginning(tuple(batch[0].tokens[:begins])))
+            kept.batch_repeat_interleave(len(batch))
+            inputs["past_key_values"] = kept
+        where = sorted({k * width + i - begins for k, row in enumerate(batch) for _, read in row.reads for i in read})
         line = {place: n for n, place in enumerate(where)}
         logits = self._logits(inputs, torch.tensor(where, device=self.device))
         numbers, lines, targets = [], [], []
         for k, row in enumerate(batch):
             for number, read in row.reads:
                 numbers += [number] * len(read)
-                lines += [line[k * width + i] for i in read]
+                lines += [line[k * width + i - begins] for i in read]
                 targets += requests[number][1]
         at, target = torch.tensor(lines, device=self.device), torch.tensor(targets, device=self.device)
         values = logits[at, target].float() - _logsumexp(logits)[at]
@@ -220,44 +239,54 @@ class Scorer(HFLM):
         return found
 
     def _tree(self, batch: list[Row], width: int) -> dict[str, Tensor]:
-        """Positions (batch, width) and the additive attention mask (batch, 1, width, width) of rows with branches."""
+        """Positions (batch, width) and the additive attention mask (batch, 1, width, begins + width) of rows with branches."""
+        begins = batch[0].begins
         positions = np.zeros((len(batch), width), dtype=np.int64)
-        visible = np.zeros((len(batch), 1, width, width), dtype=bool)
-        visible[:, :, range(width), range(width)] = True  # padding sees itself: a row of nothing but −∞ would be nan
+        visible = np.zeros((len(batch), 1, width, begins + width), dtype=bool)
+        visible[:, :, range(width), range(begins, begins + width)] = True  # padding sees itself: nothing at all would be nan
         for k, row in enumerate(batch):
             n = len(row.tokens)
-            positions[k, :n] = row.depths()
-            visible[k, 0, :n, :n] = row.visible()
+            positions[k, : n - begins] = row.depths()[begins:]
+            visible[k, 0, : n - begins, :n] = row.visible()[begins:]
         kind = self._forward.dtype
         mask = torch.zeros(visible.shape, dtype=kind).masked_fill_(~torch.from_numpy(visible), torch.finfo(kind).min)
         return {"position_ids": torch.from_numpy(positions).to(self.device), "attention_mask": mask.to(self.device)}
+
+    def _beginning(self, tokens: tuple[int, ...]) -> Any:
+        """Keys and values of what the rows of a task begin with; kept until another task's are asked for."""
+        if self._kept is None or self._kept[0] != tokens:
+            self._kept = None
+            ids = torch.tensor([tokens], device=self.device)
+            base = getattr(self._forward, self._forward.base_model_prefix, self._forward)
+            self._kept = tokens, base(input_ids=ids, use_cache=True).past_key_values
+        return self._kept[1]
 
     def _logits(self, inputs: dict[str, Tensor], where: Tensor) -> Tensor:
         """Logits (places, vocabulary) at flat places of a batch: the output layer sees nothing else."""
         head = self._forward.get_output_embeddings()
         if head is None:
-            return self._forward(**inputs, use_cache=False).logits.flatten(0, 1)[where]
+            return self._forward(**inputs, use_cache="past_key_values" in inputs).logits.flatten(0, 1)[where]
         hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[where][None],))
         try:
-            logits = self._forward(**inputs, use_cache=False).logits
+            logits = self._forward(**inputs, use_cache="past_key_values" in inputs).logits
         finally:
             hook.remove()
         return logits[0]
 
-    def _takes_trees(self, rows: list[Row], requests: list[Encoded]) -> bool:
-        """Whether the model computes the same for rows with branches as for separate rows; tried on the longest."""
-        branching = [row for row in rows if row.branches]
-        if not branching:
-            return True
-        longest = max(branching, key=lambda row: len(row.tokens))
-        known = _tree_lengths.get(self._forward)
-        if known and (not known[0] or known[1] >= len(longest.tokens)):
-            return known[0]
-        takes = self._ordinary_attention(len(longest.tokens)) and self._agrees(longest, requests)
-        _tree_lengths[self._forward] = (takes, len(longest.tokens))
-        if not takes:
-            logger.info("choices do not share their context's computation: this model does not take rows with branches")
-        return takes
+    def _takes(self, rows: list[Row], requests: list[Encoded]) -> bool:
+        """Whether the model computes the same for shared rows as for separate ones; tried on the longest."""
+        known = _taken.setdefault(self._forward, {})
+        for kind in {(row.branches, row.begins > 0) for row in rows if not row.whole}:
+            longest = max((row for row in rows if (row.branches, row.begins > 0) == kind), key=lambda row: len(row.tokens))
+            length = len(longest.tokens)
+            takes, tried = known.get(kind, (True, 0))
+            if takes and tried < length:
+                takes = self._ordinary_attention(length) and self._agrees(longest, requests)
+                known[kind] = takes, length
+            if not takes:
+                logger.info("questions do not share what they have in common: this model has to be given separate rows")
+                return False
+        return True
 
     def _ordinary_attention(self, length: int) -> bool:
         config = self._forward.config.get_text_config()
@@ -279,38 +308,54 @@ class Scorer(HFLM):
             for one in plain:
                 apart |= self._run([one], [requests[number] for number in numbers])
         except (MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            logger.info("rows with branches: %s", (str(error).splitlines() or [type(error).__name__])[0])
+            logger.info("shared rows: %s", (str(error).splitlines() or [type(error).__name__])[0])
             return False
         rounding = 1e-4 if self._forward.dtype == torch.float32 else 2e-2
         pairs = [(apart[i][0], tree[number][0]) for i, number in enumerate(numbers)]
         return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)  # nan is no disagreement
 
 
-def tree_rows(requests: list[Encoded], window: int) -> list[Row]:
+def tree_rows(requests: list[Encoded], window: int, groups: list[int]) -> list[Row]:
     """Rows in which requests with the same context share it, and answers what they begin with alike.
 
     A request that does not fit into the window together with its context is cut from the left and has its own row.
     """
-    rows: dict[tuple[int, ...], Row] = {}
-    branches: dict[tuple[int, ...], dict[tuple[int, ...], int]] = defaultdict(dict)
+    rows: dict[tuple[int, tuple[int, ...]], Row] = {}
+    branches: dict[int, dict[tuple[int, ...], int]] = defaultdict(dict)
     cut = []
     for number, (context, continuation) in enumerate(requests):
         if len(context) + len(continuation) > window + 1:
             cut.append(number)
             continue
-        key = tuple(context)
-        row = rows.setdefault(key, Row(list(context), list(range(-1, len(context) - 1))))
+        made = Row(list(context), list(range(-1, len(context) - 1)), group=groups[number])
+        row = rows.setdefault((groups[number], tuple(context)), made)
+        known = branches[id(row)]
         place, read = len(context) - 1, [len(context) - 1]
         for end in range(1, len(continuation)):
             begin = tuple(continuation[:end])
-            if begin not in branches[key]:
-                branches[key][begin] = len(row.tokens)
+            if begin not in known:
+                known[begin] = len(row.tokens)
                 row.tokens.append(continuation[end - 1])
                 row.parents.append(place)
-            place = branches[key][begin]
+            place = known[begin]
             read.append(place)
         row.reads.append((number, read))
+    _share_beginnings(list(rows.values()))
     return [*rows.values(), *plain_rows(requests, window, cut)]
+
+
+def _share_beginnings(rows: list[Row]) -> None:
+    """Set how many first tokens the rows of each task have in common, where that is worth keeping."""
+    groups: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.group].append(row)
+    for some in groups.values():
+        shortest = min(row.reads[0][1][0] for row in some)  # where an answer is read, the row has to run itself
+        first, last = min(row.tokens[:shortest] for row in some), max(row.tokens[:shortest] for row in some)
+        common = next((i for i, pair in enumerate(zip(first, last, strict=True)) if pair[0] != pair[1]), shortest)
+        if common >= LEAST_BEGINNING and len(some) > 1:
+            for row in some:
+                row.begins = common
 
 
 def plain_rows(requests: list[Encoded], window: int, numbers: list[int] | None = None) -> list[Row]:

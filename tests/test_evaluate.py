@@ -156,6 +156,87 @@ def test_many_rows_in_many_batches(loaded, tmp_path, cache, texts, monkeypatch):
     compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), instances)
 
 
+def test_choices_of_a_question_are_one_row_on_every_architecture(loaded, tmp_path, cache, monkeypatch):
+    """Eight questions, two of them too long for the window, whose choices have rows of their own."""
+    model, tokenizer = loaded
+    instances = requests(write_task(tmp_path, QUESTIONS))
+    scorer, batches = Scorer(model, tokenizer), []
+    run = Scorer._run
+    monkeypatch.setattr(Scorer, "_run", lambda self, batch, asked: batches.append(batch) or run(self, batch, asked))
+    scorer.loglikelihood(instances)
+    batches.clear()  # the first evaluation tries shared rows beside separate ones
+    scorer.loglikelihood(instances)
+    rows = [row for batch in batches for row in batch]
+    assert any(row.branches for row in rows)
+    assert len(rows) == sum(len(q["choices"]) if q["prompt"].startswith(LONG) else 1 for q in QUESTIONS)
+
+
+def test_what_all_questions_begin_with_is_run_once(loaded, tmp_path, cache, texts, monkeypatch):
+    model, tokenizer = loaded
+    start = "The following are questions about the river of Orvane.\n\n"
+    questions = [
+        {"prompt": start + t[:60], "choices": [*texts[i + 1 : i + 3], "x"], "answer": 0} for i, t in enumerate(texts[:20])
+    ]
+    instances = requests(write_task(tmp_path, questions))
+    scorer, begins = Scorer(model, tokenizer), set()
+    run = Scorer._run
+    monkeypatch.setattr(
+        Scorer, "_run", lambda self, batch, asked: begins.update(r.begins for r in batch) or run(self, batch, asked)
+    )
+    compare(scorer, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), instances)
+    assert max(begins) > 8
+
+
+def test_a_model_that_does_not_take_shared_rows_gets_separate_ones(make_model, tmp_path, cache):
+    """A window of attention shorter than a row sees other tokens when branches stand between."""
+    folder = make_model("qwen2", tmp_path / "model", use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert "sliding_attention" in model.config.layer_types
+    instances = requests(write_task(tmp_path / "task", QUESTIONS))
+    compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
+
+
+def test_a_model_that_computes_something_else_for_shared_rows_is_found_out(gpt2, tmp_path, cache, monkeypatch):
+    model, tokenizer = gpt2
+    instances = requests(write_task(tmp_path, QUESTIONS))
+    scoring = importlib.import_module("lethe.scoring")
+    monkeypatch.setattr(scoring, "_taken", {})
+    tree = Scorer._tree
+    wrong = {"attention_mask": None}  # as a model would that ignores the mask
+    monkeypatch.setattr(Scorer, "_tree", lambda self, batch, width: tree(self, batch, width) | wrong)
+    compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
+    assert not scoring._taken[model][True, False][0]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), torch.OutOfMemoryError("no")])
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(gpt2, tmp_path, cache, monkeypatch, error):
+    model, tokenizer = gpt2
+    instances = requests(write_task(tmp_path, QUESTIONS))
+    expected = Scorer(model, tokenizer).loglikelihood(instances)
+    run, sizes = Scorer._run, []
+
+    def small(self, batch, asked):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise error
+        return run(self, batch, asked)
+
+    monkeypatch.setattr(Scorer, "_run", small)
+    monkeypatch.setattr(importlib.import_module("lethe.scoring"), "_shrunk", {})
+    found = Scorer(model, tokenizer).loglikelihood(instances)
+    assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
+    assert sizes[0] > 2 and sizes[-1] <= 2
+
+
+def test_one_question_that_does_not_fit_is_a_refusal_and_another_error_is_not_swallowed(gpt2, monkeypatch):
+    model, tokenizer = gpt2
+    monkeypatch.setattr(importlib.import_module("lethe.scoring"), "_shrunk", {})
+    for error, expected in ((MemoryError(), "does not fit into memory"), (RuntimeError("shapes"), "shapes")):
+        monkeypatch.setattr(Scorer, "_run", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises((LetheError, RuntimeError), match=expected):
+            Scorer(model, tokenizer).score([([5, 6], [7])])
+
+
 def test_greedy_is_true_where_the_answer_is_what_the_model_would_say(loaded):
     model, tokenizer = loaded
     ids = tokenizer("the river", return_tensors="pt").input_ids
