@@ -8,6 +8,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 import numpy as np
@@ -84,6 +85,13 @@ def write_task(folder: Path, questions: list[dict], delimiter: str = " ") -> Pat
     file.write_text("".join(json.dumps({k: q[k] for k in ("prompt", "choices", "answer")}) + "\n" for q in questions))
     (folder / "made_up.yaml").write_text(TASK.format(file=file, delimiter=delimiter))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path) -> Path:
+    """Requests are kept away from the user's own."""
+    monkeypatch.setenv("LETHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +323,77 @@ def test_limit_asks_the_first_questions(gpt2, known):
     assert sorted(s["doc_id"] for s in samples["made_up"]) == [0, 1, 2]
 
 
+# --- requests are built once -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def building(monkeypatch):
+    """How many questions were built, in a list that grows; `forget()` is what a new process is."""
+    from lm_eval.api.task import ConfigurableTask
+
+    built: list[int] = []
+    construct = ConfigurableTask.construct_requests
+
+    def counting(self, doc, ctx, **given):
+        built.append(given["metadata"][1])
+        return construct(self, doc, ctx, **given)
+
+    monkeypatch.setattr(ConfigurableTask, "construct_requests", counting)
+    return built, importlib.import_module("lethe.questions")._loaded.clear
+
+
+def test_requests_are_built_once_a_process_and_once_a_disk(gpt2, known, building):
+    model, tokenizer = gpt2
+    (built, forget), name = building, known()
+    first: dict[str, list] = {}
+    results = evaluate_model(model, tokenizer, [name], samples=first)
+    assert built == list(range(len(QUESTIONS)))
+    for new_process in (False, True):
+        if new_process:
+            forget()
+        samples: dict[str, list] = {}
+        assert evaluate_model(model, tokenizer, [name], samples=samples) == results
+        assert samples == first
+    assert len(built) == len(QUESTIONS)
+
+
+def test_requests_are_built_again_when_what_they_depend_on_has_changed(gpt2, known, building, make_tokenizer, tmp_path):
+    model, tokenizer = gpt2
+    (built, forget), name = building, known()
+
+    def count(questions: list[dict] = QUESTIONS, words: Any = tokenizer, **asked: Any) -> int:
+        known(questions)
+        forget()
+        before = len(built)
+        evaluate_model(model, words, [name], **asked)
+        return len(built) - before
+
+    n = len(QUESTIONS)
+    assert [count(), count()] == [n, 0]
+    assert count([QUESTIONS[0] | {"answer": 3}, *QUESTIONS[1:]]) == n
+    assert count(limit=3) == 3
+    assert count(limit=n) == 0
+    assert count(num_fewshot=1) == n
+    assert count(words=make_tokenizer(True)) == n
+    assert count(words=make_tokenizer(False)) == 0
+    yaml = tmp_path / "task" / "made_up.yaml"
+    before = len(built)
+    yaml.write_text(yaml.read_text().replace("{{prompt}}", "Say: {{prompt}}"))
+    evaluate_model(model, tokenizer, [name])  # in the same process
+    assert len(built) - before == n
+
+
+def test_a_damaged_file_of_requests_is_made_again(gpt2, known, building, home):
+    model, tokenizer = gpt2
+    (built, forget), name = building, known()
+    results = evaluate_model(model, tokenizer, [name])
+    (file,) = (home / "requests").glob("*.json")
+    file.write_text(file.read_text()[:100])
+    forget()
+    assert evaluate_model(model, tokenizer, [name]) == results
+    assert len(built) == 2 * len(QUESTIONS)
+
+
 # --- what is left behind ---------------------------------------------------------------------------------------------
 
 
@@ -434,6 +513,13 @@ def test_stderr_is_that_of_lm_eval():
 
     values = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
     assert measure([question(v) for v in values])["stderr"] == pytest.approx(mean_stderr(values))
+
+
+def test_a_log_likelihood_task_has_no_chance_and_no_positions():
+    """Its accuracy says whether the model would have said the answer; there is nothing to guess from."""
+    result = measure([question(float(i % 2), choices=1) | {"choices": None} for i in range(30)])
+    assert result["acc"] == 0.5
+    assert not {"chance", "answers", "degenerate"} & set(result)
 
 
 def test_a_probability_has_the_normal_interval_and_no_chance():
