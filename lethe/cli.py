@@ -219,7 +219,18 @@ def _evaluate(settings: c.EvaluateConfig, as_json: bool) -> None:
     from lethe.report.tables import evals_table
 
     run = evaluate(settings)
-    _answer(run, as_json, evals_table(run.record["evals"]))
+    _answer(run, as_json, evals_table(run.record["evals"], missing=run.record.get("evals_missing")))
+
+
+def _compare(settings: c.CompareConfig, as_json: bool) -> None:
+    from lethe.compare import compare
+    from lethe.report.tables import compare_table
+
+    compared = compare(settings)
+    if as_json:
+        _dump(compared)
+    else:
+        _print(compare_table(compared))
 
 
 def _tamper(settings: c.TamperConfig, as_json: bool) -> None:
@@ -281,6 +292,7 @@ COMMANDS = {
     "check": Command(_check, c.UnlearnConfig, "lethe check --config recipes/lab.yaml"),
     "unlearn": Command(_unlearn, c.UnlearnConfig, "lethe unlearn --config recipes/lab.yaml --remove_coef 20 --lora.r 8"),
     "evaluate": Command(_evaluate, c.EvaluateConfig, "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model"),
+    "compare": Command(_compare, c.CompareConfig, "lethe compare lab:final lab:filtered --tasks lab_forget_robust", "models"),
     "tamper": Command(_tamper, c.TamperConfig, "lethe tamper run:ID --max_steps 100", "model"),
     "runs": Command(_runs, c.RunsConfig, "lethe runs demo/runs", "folder"),
     "report": Command(_report, c.ReportConfig, "lethe report demo/runs --out report", "runs"),
