@@ -68,6 +68,11 @@ def sweep_table(run: Run) -> Table:
     refuse_mixed(Row(row["name"], row["evals"], dict.fromkeys(row["evals"], run)) for row in rows)
     cells = [[row["name"], *(result(row["evals"].get(task)) for task in tasks), row.get("note") or ""] for row in rows]
     notes = [f"~Random: the lower end of the 95 % interval of {tasks[0]} is not above chance."] if tasks else []
+    if run.status == "complete" and not all(row["evals"] for row in rows):
+        count = sum(bool(row["evals"]) for row in rows)
+        notes.append(f"{count} of {len(rows)} checkpoints were measured ({MISSING}: not); --search all measures every one.")
+    for words in run.record.get("not_monotone") or []:
+        notes.append(f"Not monotone: {words}. There may be other ignorant checkpoints among those that were not measured.")
     return Table("Checkpoint sweep", ["Checkpoint", *tasks, "Notes"], cells, [*notes, *_remarks([run], cells)])
 
 
@@ -375,7 +380,8 @@ def _age(run: Run) -> str:
 def _progress(run: Run) -> str:
     planned = (run.record.get("plan") or {}).get("steps")
     if run.record["kind"] == "checkpoints":
-        return f"{len(run.record.get('checkpoints') or [])} checkpoints"
+        rows = run.record.get("checkpoints") or []
+        return f"{sum(bool(row['evals']) for row in rows)} of {len(rows)} checkpoints"
     if planned is None:
         return MISSING
     done = run.rows("metrics.jsonl")
