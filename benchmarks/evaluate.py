@@ -71,7 +71,7 @@ def random_model(width: int, vocabulary: int) -> tuple:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([WORDS, ABOUT, "\n\nQuestion: \nA. B. C. D. \nAnswer:"] * 5, trainer)
+    bpe.train_from_iterator([WORDS, ABOUT, "\nQuestion\nAnswer: A, B, C, D"] * 5, trainer)
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=vocabulary,
