@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lethe.questions import Leaf
 
 FORMAT = 1
+GIVE_UP = 3
 CHART = "checkpoints.svg"
 
 
@@ -67,12 +68,11 @@ def checkpoints(config: CheckpointsConfig) -> Run:
                 _measure(row, found[row["name"]], config, loaded, counts)
                 run.update(checkpoints=rows, evaluations=counts)
                 advance(1, row.get("reason") or f"{row['name']} {first} {row['evals'][first]['acc']:.3f}")
+                _refuse_hopeless(rows)
             return at_chance(row["evals"][first]) if row["evals"] else None
 
         bisect(len(rows), ignorant) if config.search == "bisect" else [ignorant(i) for i in range(len(rows))]
         measured = [row for row in rows if row["evals"]]
-        if not measured:
-            raise LetheError(f"checkpoints: none could be measured; the first because {rows[0].get('reason')}")
         latest = annotate(rows, first, source)
         parents = {row["name"]: {"ref": row["ref"], "sha256": row["sha256"]} for row in measured}
         run.update(
@@ -216,6 +216,13 @@ def _read(file: Path, tasks: list[str]) -> dict[str, Any] | None:
         return evals if list(evals) == tasks and all("fingerprint" in result for result in evals.values()) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _refuse_hopeless(rows: list[dict[str, Any]]) -> None:
+    """Give up when nothing can be measured: a network that is down, or a setting that fits none of them."""
+    failed = [row for row in rows if row.get("reason")]
+    if len(failed) >= min(GIVE_UP, len(rows)) and not any(row["evals"] for row in rows):
+        raise LetheError(f"checkpoints: none of the {len(failed)} tried could be measured ({failed[-1]['reason']})")
 
 
 def _source(source: str | None, rows: list[dict[str, Any]]) -> str | None:

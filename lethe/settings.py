@@ -109,6 +109,7 @@ def _joined(words: list[str], config: type) -> list[str]:
     """`--layers 0 2` as jsonargparse reads it: `--layers [0, 2]`; `--task_data a=FILE`: `--task_data {"a": "FILE"}`."""
     lists = _lists(config)
     pairs = {name for name, kind in _known(config).items() if kind == dict[str, str]}
+    words = [part for word in words for part in (word.split("=", 1) if _head(word) in pairs and "=" in word else [word])]
     out: list[str] = []
     i = 0
     while i < len(words):
@@ -129,6 +130,10 @@ def _joined(words: list[str], config: type) -> list[str]:
         single = len(values) == 1 and values[0].startswith("[")
         out += [word, values[0] if single else f"[{', '.join(map(quote, values))}]"]
     return out
+
+
+def _head(word: str) -> str:
+    return word.removeprefix("--").split("=", 1)[0] if word.startswith("--") else ""
 
 
 def _pairs(name: str, words: list[str]) -> str:

@@ -187,6 +187,12 @@ def test_a_damaged_checkpoint_has_a_reason_and_no_number(lab, tmp_path, kept_now
     assert row["evals"] == {} and "cannot be loaded" in row["reason"] and row["note"].startswith("not measured: ")
 
 
+def test_a_sweep_that_can_measure_nothing_gives_up(lab, tmp_path, kept_nowhere_else):
+    folder = planted(tmp_path / "c", lab, "xxxxxx")
+    with pytest.raises(LetheError, match="none of the 3 tried could be measured"):
+        sweep(folder, tmp_path)
+
+
 def test_a_killed_sweep_goes_on_and_a_second_one_is_free(lab, tmp_path, evaluations, kept_nowhere_else):
     done, stop_at = evaluations
     stop_at.append(3)

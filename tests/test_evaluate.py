@@ -383,6 +383,32 @@ def test_requests_are_built_again_when_what_they_depend_on_has_changed(gpt2, kno
     assert len(built) - before == n
 
 
+def test_a_tokenizers_hash_is_of_what_it_does(make_tokenizer, tmp_path):
+    from lethe.questions import tokenizer_hash
+
+    first = make_tokenizer()
+    expected = tokenizer_hash(first)
+    first.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    again(["a", "b c d"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_hash(again) == expected
+    assert tokenizer_hash(make_tokenizer(True)) != expected
+    assert tokenizer_hash(make_tokenizer(words=("other words altogether",))) != expected
+
+
+def test_bfloat16_models_are_scored_with_shared_rows_too(make_model, known, tmp_path):
+    folder = make_model("llama", tmp_path / "model")
+    tokenizer, name = AutoTokenizer.from_pretrained(folder), known()
+    samples: dict[str, list] = {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    evaluate_model(model, tokenizer, [name], samples=samples)
+    assert all(takes for takes, _ in importlib.import_module("lethe.scoring")._taken[model].values())
+    exact: dict[str, list] = {}
+    evaluate_model(AutoModelForCausalLM.from_pretrained(folder), tokenizer, [name], samples=exact)
+    for a, b in zip(samples[name], exact[name], strict=True):
+        assert a["log_likelihoods"] == pytest.approx(b["log_likelihoods"], rel=0.05, abs=0.5)
+
+
 def test_a_damaged_file_of_requests_is_made_again(gpt2, known, building, home):
     model, tokenizer = gpt2
     (built, forget), name = building, known()

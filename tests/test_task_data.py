@@ -181,6 +181,44 @@ def test_cloze_gives_a_probability_and_a_length_normalised_accuracy(loaded, tmp_
     assert "acc" not in result and "chance" not in result
 
 
+@pytest.mark.parametrize(
+    ("kind", "definition"),
+    [
+        ("loglikelihood", "output_type: loglikelihood\ndoc_to_text: '{{question}}'\ndoc_to_target: ' {{choices[0]}}'\n"),
+        (
+            "several contexts",
+            "output_type: multiple_choice\ndoc_to_text: answer\ndoc_to_target: 'by the sea'\n"
+            "doc_to_choice: '{{[question + choices[0], question + choices[1]]}}'\n",
+        ),
+        (
+            "mutual information",
+            "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+            "metric_list: [{metric: acc, aggregation: mean}, {metric: acc_mutual_info, aggregation: mean}]\n",
+        ),
+        ("no context", "output_type: multiple_choice\ndoc_to_text: ''\ndoc_to_choice: choices\ndoc_to_target: answer\n"),
+    ],
+)
+def test_other_kinds_of_tasks_are_scored_as_lm_eval_scores_them(loaded, tmp_path, monkeypatch, kind, definition):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    file = write(tmp_path / "t" / "d.jsonl", [row | {"answer": row["answer"] % 2} for row in rows()])
+    source = f"task: kind\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test\n"
+    (tmp_path / "t" / "kind.yaml").write_text(source + definition)
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=loaded[0], tokenizer=loaded[1], batch_size=4),
+        tasks=["kind"],
+        task_manager=TaskManager(include_path=str(tmp_path / "t"), include_defaults=False),
+    )
+    samples: dict[str, list] = {}
+    result = evaluate_model(*loaded, [str(tmp_path / "t")], samples=samples)["kind"]
+    agree(samples["kind"], theirs["samples"]["kind"])
+    assert result["acc"] == pytest.approx(theirs["results"]["kind"]["acc,none"])
+    chance = {"loglikelihood": None, "several contexts": 0.5}.get(kind, 0.25)
+    assert result.get("chance") == chance
+    assert max(map(int, result.get("answers", {"0": 12}))) < (4 if chance == 0.25 else 2)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 GOOD = rows(3)
@@ -292,6 +330,7 @@ def test_suites_and_commas_are_spelled_out(tmp_path):
 def test_task_data_on_the_command_line(tmp_path):
     words = ["m", "--task_data", "a=x.jsonl", "b=y=z.jsonl", "--limit", "3"]
     assert parse("evaluate", EvaluateConfig, words, "", "model").task_data == {"a": "x.jsonl", "b": "y=z.jsonl"}
+    assert parse("evaluate", EvaluateConfig, ["m", "--task_data=a=x.jsonl"], "", "model").task_data == {"a": "x.jsonl"}
     with pytest.raises(LetheError, match=r"expected name=value, got 'x\.jsonl'"):
         parse("evaluate", EvaluateConfig, ["m", "--task_data", "x.jsonl"], "", "model")
 
