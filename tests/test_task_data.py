@@ -254,6 +254,22 @@ def test_every_broken_row_is_named_at_once_and_blank_lines_count(tmp_path):
         data.read({"wmdp_bio_robust": file}, tasks.locate(["wmdp_bio_robust"]))
 
 
+def test_a_row_of_no_configuration_is_broken(tmp_path):
+    """A misspelt subject would otherwise be a question that is never asked."""
+    some = [GOOD[0] | {"subject": "anatomy"}, GOOD[1] | {"subject": "anatmy"}, GOOD[2], rows(4)[3] | {"subject": "virology"}]
+    with pytest.raises(LetheError, match=r"line 2 \(subject 'anatmy' is no configuration\), line 3 \(has no subject\)"):
+        data.read({"mmlu_stem": write(tmp_path / "d.jsonl", some)}, tasks.locate(["mmlu_stem"]))
+    found = data.read({"mmlu_stem": write(tmp_path / "d.jsonl", [some[0], some[3]])}, tasks.locate(["mmlu_stem"]))
+    assert list(found) == ["mmlu_anatomy"]  # virology is MMLU's, and not of this group
+
+
+def test_a_subject_that_names_no_configuration_at_all_is_only_a_field(tmp_path):
+    file = write(tmp_path / "d.jsonl", [row | {"subject": "biology"} for row in GOOD])
+    assert len(data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))["wmdp_bio"].rows) == 3
+    pooled = data.read({"wmdp_bio_robust": file}, tasks.locate(["wmdp_bio_robust"]))
+    assert list(pooled) == ["wmdp_bio_robust"]
+
+
 def test_the_same_words_with_other_choices_are_another_question(tmp_path):
     other = GOOD[0] | {"choices": ["w", "x", "y", "z"]}
     found = data.read({"wmdp_bio": write(tmp_path / "d.jsonl", [*GOOD, other])}, tasks.locate(["wmdp_bio"]))

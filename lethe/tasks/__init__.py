@@ -50,8 +50,9 @@ def locate(tasks: Iterable[str]) -> dict[str, Path]:
             continue
         found = own.get(name) or _lm_eval_tasks().get(name)
         if found is None:
-            alike = [known for known in (*own, *_lm_eval_tasks()) if known[:2] == name[:2]]
-            raise LetheError(f"tasks: there is no task '{name}'{nearest(name, alike if len(alike) < 2000 else own)}")
+            near = [known for known in (*own, *_lm_eval_tasks()) if known[:2] == name[:2] and abs(len(known) - len(name)) < 4]
+            alike = near if near and len(near) < 2000 else list(own)  # comparing all 14,000 takes seconds
+            raise LetheError(f"tasks: there is no task '{name}'{nearest(name, alike)}")
         folders[name] = found
     if not folders:
         raise LetheError("tasks: name at least one task, such as lab_forget_robust")

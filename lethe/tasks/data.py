@@ -70,7 +70,8 @@ def _assigned(name: str, file: str, tasks: list[str], known: dict[str, Row], who
     """A file's rows, given to the tasks that they belong to."""
     lines = list(_lines(file))
     rows = [row for _, row in lines if isinstance(row, dict)]
-    key = next((key for key in CONFIGURATION if any(key in row for row in rows)), None)
+    every = {str(definition.get("dataset_name")) for definition in known.values()}
+    key = next((key for key in CONFIGURATION if any(row.get(key) in every for row in rows)), None)
     names = {str(known[task].get("dataset_name")): task for task in tasks}
     grouped = len(tasks) > 1 or known.get(name, {}).get("group") == name
     if key is None and grouped:
@@ -79,12 +80,11 @@ def _assigned(name: str, file: str, tasks: list[str], known: dict[str, Row], who
                 f"task_data: the tasks of '{name}' ask in different words, so each row of '{file}' has to say whose it is: "
                 f"a field subject with one of {', '.join(sorted(names)[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
             )
-        checked = _checked(file, lines, known[tasks[0]], None, None)
+        checked = _checked(file, lines, known[tasks[0]], None, "", every)
         return {name: LocalData(name, tasks[0], file, checked, _asked(known[tasks[0]]))}
     found = {}
     for configuration, task in names.items():
-        only = configuration if key and (grouped or any(row.get(key) == configuration for row in rows)) else None
-        checked = _checked(file, lines, known[task], key if only else None, only)
+        checked = _checked(file, lines, known[task], key, configuration, every)
         if checked:
             found[task] = LocalData(task, task, file, checked, _asked(known[task]))
     if not found:
@@ -119,8 +119,10 @@ def _lines(file: str) -> Iterator[tuple[int, Any]]:
                 yield number, error
 
 
-def _checked(file: str, lines: list[tuple[int, Any]], definition: Row, key: str | None, only: str | None) -> tuple[Row, ...]:
-    """The rows of one configuration.
+def _checked(
+    file: str, lines: list[tuple[int, Any]], definition: Row, key: str | None, only: str, every: set[str]
+) -> tuple[Row, ...]:
+    """The rows of one configuration: those whose field `key` says so, or all if there is no such field.
 
     Raises:
         LetheError: names every line that is broken, and what is wrong with it.
@@ -133,8 +135,8 @@ def _checked(file: str, lines: list[tuple[int, Any]], definition: Row, key: str 
         if not isinstance(row, dict):
             broken.append(f"line {number} ({'is not JSON' if isinstance(row, ValueError) else 'is not an object with fields'})")
             continue
-        if key is not None and not isinstance(row.get(key), str):
-            broken.append(f"line {number} (has no {key})")
+        if key is not None and row.get(key) not in every:
+            broken.append(f"line {number} ({f'{key} {row[key]!r} is no configuration' if row.get(key) else f'has no {key}'})")
             continue
         if key is not None and row[key] != only:
             continue
