@@ -72,16 +72,24 @@ class EvalSettings:
     """What is evaluated during and after a run."""
 
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
-    """lm-eval task names."""
+    """lm-eval tasks or groups, folders of task files, or suites."""
     every: int = 0
     """Evaluate every so many steps, too (0: only at the end)."""
     limit: int = 0
     """Ask only the first so many questions of a task (0: all)."""
+    task_data: dict[str, str] = field(default_factory=dict)
+    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
+    num_fewshot: int | None = None
+    """Examples in each prompt; null: as each task says."""
+    suites: dict[str, list[str]] = field(default_factory=dict)
+    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
 
     def __post_init__(self) -> None:
         _check_types(self, "eval.")
         _at_least("eval.every", self.every, 0)
         _at_least("eval.limit", self.limit, 0)
+        _at_least("eval.num_fewshot", self.num_fewshot or 0, 0)
+        self.tasks = _spelled_out(self.tasks, self.suites)
 
 
 @dataclass
@@ -140,9 +148,21 @@ class CheckpointsConfig:
     checkpoints: str | None = None
     """Where the checkpoints are, if elsewhere: a folder with global_step… folders, or a hub repository with such branches."""
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
-    """lm-eval tasks; the first decides about ignorance."""
+    """lm-eval tasks or groups, folders of task files, or suites; the first task decides about ignorance."""
     limit: int = 0
     """Ask only the first so many questions of a task (0: all)."""
+    task_data: dict[str, str] = field(default_factory=dict)
+    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
+    num_fewshot: int | None = None
+    """Examples in each prompt; null: as each task says."""
+    suites: dict[str, list[str]] = field(default_factory=dict)
+    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
+    search: Literal["bisect", "all"] = "bisect"
+    """bisect: halve the history until the answer and its neighbours are measured; all: measure every checkpoint."""
+    source: str | None = None
+    """The checkpoint that is used as source now, marked in the table: its name or a reference."""
+    dtype: Dtype = "float32"
+    """Type of the weights."""
     out: str = "runs"
     """Folder of runs."""
     name: str = "checkpoints"
@@ -150,6 +170,9 @@ class CheckpointsConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _at_least("limit", self.limit, 0)
+        _at_least("num_fewshot", self.num_fewshot or 0, 0)
+        self.tasks = _spelled_out(self.tasks, self.suites)
 
 
 @dataclass
@@ -394,9 +417,15 @@ class EvaluateConfig:
     model: str
     """Any model reference."""
     tasks: list[str] = field(default_factory=lambda: list(LAB_TASKS))
-    """lm-eval task names."""
+    """lm-eval tasks or groups, folders of task files, or suites."""
     limit: int = 0
     """Ask only the first so many questions of a task (0: all)."""
+    task_data: dict[str, str] = field(default_factory=dict)
+    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
+    num_fewshot: int | None = None
+    """Examples in each prompt; null: as each task says."""
+    suites: dict[str, list[str]] = field(default_factory=dict)
+    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
     samples: bool = False
     """Write each question's log-likelihoods to samples.jsonl."""
     dtype: Dtype = "float32"
@@ -409,6 +438,38 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least("limit", self.limit, 0)
+        _at_least("num_fewshot", self.num_fewshot or 0, 0)
+        self.tasks = _spelled_out(self.tasks, self.suites)
+
+
+@dataclass
+class CompareConfig:
+    """Compare two models on the same questions: difference, exact McNemar test, and which answers flipped."""
+
+    models: list[str]
+    """Two model references, or two evaluate runs (those made with samples are not computed again)."""
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval tasks or groups, folders of task files, or suites; none: those of the runs, or lab_forget_robust lab_retain."""
+    limit: int = 0
+    """Ask only the first so many questions of a task (0: all)."""
+    task_data: dict[str, str] = field(default_factory=dict)
+    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
+    num_fewshot: int | None = None
+    """Examples in each prompt; null: as each task says."""
+    suites: dict[str, list[str]] = field(default_factory=dict)
+    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
+    dtype: Dtype = "float32"
+    """Type of the weights."""
+    out: str = "runs"
+    """Folder that runs are looked for in."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _at_least("limit", self.limit, 0)
+        _at_least("num_fewshot", self.num_fewshot or 0, 0)
+        self.tasks = _spelled_out(self.tasks, self.suites)
+        if len(self.models) != 2:
+            raise LetheError(f"models: two are compared, got {len(self.models)}; give two references or runs")
 
 
 @dataclass
@@ -465,6 +526,12 @@ def as_text_source(text: str | TextSource) -> TextSource:
     return TextSource(text) if isinstance(text, str) else text
 
 
+def _spelled_out(tasks: list[str], suites: dict[str, list[str]]) -> list[str]:
+    """Task names with commas taken apart and suites replaced by what they stand for, each name once."""
+    names = [name.strip() for word in tasks for name in word.split(",") if name.strip()]
+    return list(dict.fromkeys(task for name in names for task in suites.get(name, [name])))
+
+
 def _layers(layers: list[int]) -> None:
     if not layers:
         raise LetheError("layers: name at least one layer, such as [0, 1, 2]")
@@ -509,6 +576,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in typing.get_args(kind)
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+    if typing.get_origin(kind) is dict:
+        inner = typing.get_args(kind)[1]
+        return isinstance(value, dict) and all(isinstance(key, str) and _fits(item, inner) for key, item in value.items())
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int:
@@ -524,6 +594,8 @@ def spoken(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:
         return f"a list ({spoken(typing.get_args(kind)[0])} each)"
+    if typing.get_origin(kind) is dict:
+        return f"name: value pairs ({spoken(typing.get_args(kind)[1])} each)"
     if dataclasses.is_dataclass(kind):
         return "settings " + ", ".join(f.name for f in dataclasses.fields(kind))
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}

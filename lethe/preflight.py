@@ -13,10 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from lethe import corpora, refs, tasks
-from lethe.config import AffineConfig, AffineScoreConfig, TamperConfig, TrainingSettings, UnlearnConfig, as_text_source
+from lethe.config import (
+    AffineConfig,
+    AffineScoreConfig,
+    CheckpointsConfig,
+    CompareConfig,
+    EvalSettings,
+    EvaluateConfig,
+    TamperConfig,
+    TrainingSettings,
+    UnlearnConfig,
+    as_text_source,
+)
 from lethe.errors import LetheError
 from lethe.ledger import refuse_run_folder
 from lethe.maps import check_maps, facts_of, find_maps, layers_of
+from lethe.tasks import data
 
 
 @dataclass
@@ -38,7 +50,7 @@ def check(config: UnlearnConfig) -> Checked:
         LetheError: something in it cannot work; the message is one line and says what to do.
     """
     refuse_run_folder(config.out)
-    tasks.locate(config.eval.tasks)
+    check_tasks(config.eval)
     model, source = _pair(config.model, config.source, config.layers if config.reads_layers else [0], config.out)
     if (model.path, model.revision, model.adapter) == (source.path, source.revision, source.adapter):
         raise LetheError(
@@ -59,15 +71,24 @@ def check(config: UnlearnConfig) -> Checked:
     return Checked(model, source, affine, conventions, forget, retain)
 
 
-def check_model(model: str, task_names: list[str], out: str) -> refs.ModelRef:
+def check_tasks(settings: EvalSettings | EvaluateConfig | CheckpointsConfig | CompareConfig) -> None:
+    """Find the tasks to evaluate on, and read the local files that take the place of their data.
+
+    Raises:
+        LetheError: a task is not known, or a file has broken rows.
+    """
+    data.read(settings.task_data, tasks.locate(settings.tasks))
+
+
+def check_model(config: EvaluateConfig) -> refs.ModelRef:
     """Resolve a model and tasks to evaluate it on.
 
     Raises:
         LetheError: one of them is not known, or `out` is a run.
     """
-    refuse_run_folder(out)
-    tasks.locate(task_names)
-    return refs.resolve(model, out)
+    refuse_run_folder(config.out)
+    check_tasks(config)
+    return refs.resolve(config.model, config.out)
 
 
 def check_affine(config: AffineConfig) -> tuple[refs.ModelRef, refs.ModelRef, list[corpora.Document]]:
@@ -149,7 +170,9 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
     Raises:
         LetheError: a part of it cannot work, or it would train on documents that were used to unlearn.
     """
-    ref = check_model(config.model, config.eval.tasks, config.out)
+    refuse_run_folder(config.out)
+    check_tasks(config.eval)
+    ref = refs.resolve(config.model, config.out)
     _refuse_length(config, ref)
     _refuse_unavailable(config)
     everything = corpora.read(config.forget)

@@ -234,7 +234,16 @@ class Evaluation(TrainerCallback):
             self.last = (step, known[-1])
         if self.last is None or self.last[0] != step:
             try:
-                evals = evaluate_model(model, self.tokenizer, self.settings.tasks, self.settings.limit, description)
+                asked = self.settings
+                evals = evaluate_model(
+                    model,
+                    self.tokenizer,
+                    asked.tasks,
+                    asked.limit,
+                    description,
+                    task_data=asked.task_data,
+                    num_fewshot=asked.num_fewshot,
+                )
             except NotNumbersError as error:
                 self.run.update(status="diverged", reason=f"step {step}: {error}; lower lr")
                 evals = {}

@@ -133,7 +133,7 @@ def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
         LetheError: the recipe cannot work; nothing is left behind.
     """
     checked = preflight.check(config)
-    load_tasks(config.eval.tasks)
+    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot)
     resumed = run is not None
     run = run or Run.create("unlearn", config.name, to_dict(config), config.out)
     trainer, tokenizer = _prepared(run, config, checked, resumed)

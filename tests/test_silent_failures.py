@@ -220,7 +220,11 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(UnlearnConfig)])
+FAULTS = {"save_every", "divergence_factor", "on_divergence", "time_limit"}
+"""What they change shows only when something goes wrong: test_resume."""
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(UnlearnConfig) if field.name not in FAULTS])
 def test_every_setting_changes_something_or_is_refused(lab, tmp_path, field, baseline):
     (tmp_path / "extra.jsonl").write_text("".join(json.dumps({"text": f"Other text, number {i}."}) + "\n" for i in range(20)))
     default = getattr(recipe(tmp_path), field)
@@ -266,7 +270,7 @@ def test_adapters_sit_on_the_layers_of_the_role_asked_for(lab, tmp_path, targets
 def test_every_kind_of_setting_has_a_change_in_this_test(tmp_path, lab):
     for field in dataclasses.fields(UnlearnConfig):
         default = getattr(recipe(tmp_path), field.name)
-        assert field.name in CHANGES or isinstance(default, int | float), field.name
+        assert field.name in CHANGES.keys() | FAULTS or isinstance(default, int | float), field.name
         assert options(field.type)
 
 

@@ -70,6 +70,11 @@ def sweep_table(run: Run) -> Table:
     refuse_mixed(Row(row["name"], row["evals"], dict.fromkeys(row["evals"], run)) for row in rows)
     cells = [[row["name"], *(result(row["evals"].get(task)) for task in tasks), row.get("note") or ""] for row in rows]
     notes = [f"~Random: the lower end of the 95 % interval of {tasks[0]} is not above chance."] if tasks else []
+    if run.status == "complete" and not all(row["evals"] for row in rows):
+        count = sum(bool(row["evals"]) for row in rows)
+        notes.append(f"{count} of {len(rows)} checkpoints were measured ({MISSING}: not); --search all measures every one.")
+    for words in run.record.get("not_monotone") or []:
+        notes.append(f"Not monotone: {words}. There may be other ignorant checkpoints among those that were not measured.")
     return Table("Checkpoint sweep", ["Checkpoint", *tasks, "Notes"], cells, [*notes, *_remarks([run], cells)])
 
 
@@ -211,13 +216,49 @@ def affine_name(run: Run) -> str:
     return f"{config.get('source')} → {config.get('model')} ({run.record['name']}, {run.id})"
 
 
-def evals_table(evals: dict[str, dict[str, Any]], title: str = "Evaluation") -> Table:
-    """Task | value | 95 % interval | n | chance | fingerprint."""
+def evals_table(evals: dict[str, dict[str, Any]], title: str = "Evaluation", missing: dict[str, str] | None = None) -> Table:
+    """Task | value | 95 % interval | n | chance | shots | fingerprint; below it why a number is missing."""
     rows = [
-        [task, result(r), layout.interval(r), str(r["n"]), percent(r.get("chance")), str(r.get("fingerprint"))]
+        [
+            task,
+            result(r),
+            layout.interval(r),
+            str(r["n"]),
+            percent(r.get("chance")),
+            str(r.get("num_fewshot", MISSING)),
+            str(r.get("fingerprint")),
+        ]
         for task, r in evals.items()
     ]
-    return Table(title, ["Task", "Value", "95 % interval", "n", "Chance", "Fingerprint"], rows, _remarks([], rows))
+    rows += [[task, *[MISSING] * 6] for task in missing or {}]
+    columns = ["Task", "Value", "95 % interval", "n", "Chance", "Shots", "Fingerprint"]
+    return Table(title, columns, rows, [*_missing_notes(missing), *_remarks([], rows)])
+
+
+def compare_table(compared: dict[str, Any]) -> Table:
+    """Task | A | B | B − A | 95 % interval | p | questions lost and gained."""
+    a, b = compared["models"]
+    rows, notes = [], [f"A: {a}. B: {b}."]
+    for task, found in compared["tasks"].items():
+        exact = "p" in found
+        write = percent if exact else decimal
+        interval = f"{write(found['low'])} to {write(found['high'])}"
+        flips = [str(len(found[side])) if exact else MISSING for side in ("lost", "gained")]
+        p = compact(found["p"]) if exact else MISSING
+        rows.append(
+            [task, write(found["a"]), write(found["b"]), write(found["difference"]), interval, p, *flips, str(found["n"])]
+        )
+        for side, words in (("lost", "right in A, wrong in B"), ("gained", "wrong in A, right in B")) if exact else ():
+            several = len({flip["subtask"] for flip in found[side]}) > 1
+            named = [f"{flip['subtask']} {flip['doc_id']}" if several else str(flip["doc_id"]) for flip in found[side]]
+            notes += [f"{task}, questions {words}: {', '.join(named)}."] if named else []
+    notes += ["p: exact McNemar test."] if any("p" in found for found in compared["tasks"].values()) else []
+    columns = ["Task", "A", "B", "B − A", "95 % interval", "p", "Lost", "Gained", "n"]
+    return Table("Comparison", columns, rows, notes)
+
+
+def _missing_notes(missing: dict[str, str] | None) -> list[str]:
+    return [f"{task} was not measured: {why}." for task, why in (missing or {}).items()]
 
 
 def evaluations_table(runs: list[Run]) -> Table:
@@ -230,7 +271,8 @@ def evaluations_table(runs: list[Run]) -> Table:
         lacking = MISSING if run.status == "complete" else run.status
         values = [result(row.evals[task]) if task in row.evals else lacking for task in tasks]
         cells.append([row.label, run.record["name"], _job(run), *values])
-    return Table("Evaluations", ["Model", "Name", "Job ID", *tasks], cells, _remarks(runs, cells))
+    missing = [note for run in runs for note in _missing_notes(run.record.get("evals_missing"))]
+    return Table("Evaluations", ["Model", "Name", "Job ID", *tasks], cells, [*missing, *_remarks(runs, cells)])
 
 
 def provenance_table(study: Study) -> Table:
@@ -371,7 +413,8 @@ def _age(run: Run) -> str:
 def _progress(run: Run) -> str:
     planned = (run.record.get("plan") or {}).get("steps")
     if run.record["kind"] == "checkpoints":
-        return f"{len(run.record.get('checkpoints') or [])} checkpoints"
+        rows = run.record.get("checkpoints") or []
+        return f"{sum(bool(row['evals']) for row in rows)} of {len(rows)} checkpoints"
     if planned is None:
         return MISSING
     done = run.rows("metrics.jsonl")
