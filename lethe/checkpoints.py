@@ -35,8 +35,10 @@ GIVE_UP = 3
 CHART = "checkpoints.svg"
 
 
-def checkpoints(config: CheckpointsConfig) -> Run:
+def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
     """Find the latest ignorant checkpoint. The run's `latest_ignorant` is a reference, its `checkpoints` are rows.
+
+    `run` is an interrupted sweep to go on with; what it has measured is kept.
 
     Rows come in order of step, one for every checkpoint; each has `name`, `step`, `ref` and `note`; a measured one `sha256` and
     `evals` too, one that could not be measured the `reason`. `evaluations` says how many were done and how many taken from
@@ -58,7 +60,7 @@ def checkpoints(config: CheckpointsConfig) -> Run:
     first = next(iter(loaded))
     if any(not leaf.multiple_choice or "acc" not in leaf.task._metric_fn_list for leaf in loaded[first]):
         raise LetheError(f"tasks: '{first}' has no chance level, so it cannot tell ignorance; name another first")
-    run = Run.create("checkpoints", config.name, to_dict(config), config.out)
+    run = run or Run.create("checkpoints", config.name, to_dict(config), config.out)
     with run.running(), bar("Evaluating checkpoints", _most(len(rows), config.search), "checkpoints") as advance:
         counts = {"done": 0, "kept": 0}
 

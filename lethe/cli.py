@@ -309,7 +309,7 @@ COMMANDS = {
     "evaluate": Command(_evaluate, c.EvaluateConfig, "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model"),
     "compare": Command(_compare, c.CompareConfig, "lethe compare lab:final lab:filtered --tasks lab_forget_robust", "models"),
     "tamper": Command(_tamper, c.TamperConfig, "lethe tamper run:ID --max_steps 100", "model"),
-    "resume": Command(_resume, c.ResumeConfig, "lethe resume runs/unlearn-demo-lora-1a2b3c4d", "run"),
+    "resume": Command(_resume, c.ResumeConfig, "lethe resume 1a2b3c4d", "run"),
     "runs": Command(_runs, c.RunsConfig, "lethe runs demo/runs", "folder"),
     "report": Command(_report, c.ReportConfig, "lethe report demo/runs --out report", "runs"),
 }

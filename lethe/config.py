@@ -163,6 +163,8 @@ class CheckpointsConfig:
     """The checkpoint that is used as source now, marked in the table: its name or a reference."""
     dtype: Dtype = "float32"
     """Type of the weights."""
+    time_limit: float = 0.0
+    """Hours after which the run stops as failed (0: none)."""
     out: str = "runs"
     """Folder of runs."""
     name: str = "checkpoints"
@@ -170,6 +172,7 @@ class CheckpointsConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _at_least("time_limit", self.time_limit, 0)
         _at_least("limit", self.limit, 0)
         _at_least("num_fewshot", self.num_fewshot or 0, 0)
         self.tasks = _spelled_out(self.tasks, self.suites)
@@ -199,6 +202,8 @@ class AffineConfig:
     """Documents a forward pass."""
     dtype: Dtype = "float32"
     """Type of both models' weights."""
+    time_limit: float = 0.0
+    """Hours after which the run stops as failed (0: none)."""
     out: str = "runs"
     """Folder of runs."""
     name: str = "maps"
@@ -206,6 +211,7 @@ class AffineConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _at_least("time_limit", self.time_limit, 0)
         _layers(self.layers)
         _at_least("num_examples", self.num_examples, 0)
         _at_least("max_length", self.max_length, 2)
@@ -316,7 +322,8 @@ class UnlearnConfig(TrainingSettings):
     model: str = "lab:final"
     """The target: the model to unlearn. It is also the frozen reference of the retain loss."""
     source: str = ""
-    """The ignorant checkpoint, such as lab:global_step900 (lethe checkpoints MODEL finds it)."""
+    """The ignorant checkpoint, such as lab:global_step900; auto: the latest one, found by a sweep over the model's checkpoints
+    (auto:WHERE, if they are published elsewhere)."""
     affine: str = "fit"
     """fit: fit maps first, on retain text; none: compare activations as they are; or a folder, run or hub id of maps."""
     affine_convention: Literal["auto", "block_output", "hidden_states"] = "auto"
@@ -364,7 +371,7 @@ class UnlearnConfig(TrainingSettings):
         _check_types(self)
         super().__post_init__()
         if not self.source:
-            raise LetheError("source: name the ignorant checkpoint; `lethe checkpoints MODEL` finds it")
+            raise LetheError("source: name the ignorant checkpoint, or auto; `lethe checkpoints MODEL` finds it")
         _layers(self.layers)
         if self.retain == []:
             raise LetheError("retain: name at least one text")
@@ -405,6 +412,11 @@ class UnlearnConfig(TrainingSettings):
             raise LetheError("forget_kl_coef: 0 leaves forget_loss both without its KL term; use forget_loss transfer")
 
     @property
+    def finds_source(self) -> bool:
+        """Whether the source is yet to be found, by a sweep over the model's checkpoints."""
+        return self.source == "auto" or self.source.startswith("auto:")
+
+    @property
     def reads_layers(self) -> bool:
         """Whether `layers` means anything: to a term that compares activations, or to where adapters sit."""
         return self.forget_loss != "distill" or self.retain_loss == "mse" or self.lora is not None
@@ -430,6 +442,8 @@ class EvaluateConfig:
     """Write each question's log-likelihoods to samples.jsonl."""
     dtype: Dtype = "float32"
     """Type of the weights."""
+    time_limit: float = 0.0
+    """Hours after which the run stops as failed (0: none)."""
     out: str = "runs"
     """Folder of runs."""
     name: str = "eval"
@@ -437,6 +451,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _at_least("time_limit", self.time_limit, 0)
         _at_least("limit", self.limit, 0)
         _at_least("num_fewshot", self.num_fewshot or 0, 0)
         self.tasks = _spelled_out(self.tasks, self.suites)

@@ -149,16 +149,18 @@ def value_of(result: dict[str, Any]) -> float:
     return result["acc"] if "acc" in result else result["correct_prob"]
 
 
-def evaluate(config: EvaluateConfig) -> Run:
-    """Evaluate a model reference on tasks and keep the result as a run.
+def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
+    """Evaluate a model reference on tasks and keep the result as a run; `run` is an interrupted one, to be done again.
 
     Raises:
         LetheError: the model or a task is not known; raised before anything is written.
     """
     ref = refs.resolve(config.model, config.out)
     load_tasks(config.tasks, config.task_data, config.num_fewshot)
-    run = Run.create("evaluate", config.name, to_dict(config), config.out)
+    run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
     with run.running():
+        run.set_parents(model=refs.record(ref))
+        (run.path / "samples.jsonl").unlink(missing_ok=True)
         model, tokenizer = refs.load(ref, config.dtype)
         samples: dict[str, list[dict[str, Any]]] = {}
         missing: dict[str, str] = {}
@@ -176,7 +178,7 @@ def evaluate(config: EvaluateConfig) -> Run:
         for task, rows in samples.items() if config.samples else ():
             for row in rows:
                 run.append("samples.jsonl", {"task": task} | row)
-        run.update(evals=evals, parents={"model": refs.record(ref)})
+        run.update(evals=evals)
         if missing:
             run.update(evals_missing=missing)
         if not evals:

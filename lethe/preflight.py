@@ -51,8 +51,13 @@ def check(config: UnlearnConfig) -> Checked:
     """
     refuse_run_folder(config.out)
     check_tasks(config.eval)
-    model, source = _pair(config.model, config.source, config.layers if config.reads_layers else [0], config.out)
-    if (model.path, model.revision, model.adapter) == (source.path, source.revision, source.adapter):
+    layers = config.layers if config.reads_layers else [0]
+    model, source = _pair(config.model, config.model if config.finds_source else config.source, layers, config.out)
+    if not config.finds_source and (model.path, model.revision, model.adapter) == (
+        source.path,
+        source.revision,
+        source.adapter,
+    ):
         raise LetheError(
             f"source: '{config.source}' is the model itself; the source is a checkpoint that never learned the topic"
         )

@@ -8,7 +8,6 @@ one line, with the nearest right name for an unknown field, wherever it is neste
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import typing
@@ -211,9 +210,7 @@ def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") ->
 
 
 def _nearest_field(name: str, known: dict[str, Any]) -> str:
-    """The nearest field, by full name or by its last part."""
-    if difflib.get_close_matches(name, known, n=1, cutoff=0.5):
-        return nearest(name, known)
+    """The field of which this is the last part, or the nearest one."""
     for full in known:
         if full.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]:
             return f"; did you mean '{full}'?"

@@ -20,7 +20,7 @@ from lethe import AffineConfig, LoraSettings, TamperConfig, UnlearnConfig, fit_a
 from lethe.config import EvalSettings, TextSource, options
 from lethe.errors import LetheError
 from lethe.lab import active_preset
-from lethe.ledger import Run
+from lethe.ledger import Run, find_runs
 from lethe.maps import METADATA, WEIGHTS
 from lethe.refs import resolve
 from lethe.unlearn import inspect
@@ -259,6 +259,14 @@ def outcome(run: Run) -> dict[str, Any]:
     record = {key: run.record[key] for key in ("losses", "artifacts", "evals", "agreement")}
     plan = {key: value for key, value in run.record["plan"].items() if key != "seconds"}
     return record | {"plan": plan, "curve": run.rows("curve.jsonl"), "files": sorted(p.name for p in run.path.iterdir())}
+
+
+def test_the_source_is_found_by_a_sweep(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, source="auto", max_steps=1))
+    sweep = next(other for other in find_runs(tmp_path) if other.record["kind"] == "checkpoints")
+    assert run.record["config"]["source"] == sweep.record["latest_ignorant"]
+    with pytest.raises(LetheError, match="checkpoints"):
+        unlearn(recipe(tmp_path / "none", source=f"auto:{tmp_path}", max_steps=1))
 
 
 @pytest.mark.parametrize(("targets", "tensors"), [("attention", 4), ("mlp", 4), ("all", 8)])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lethe import EvalSettings, EvaluateConfig, LoraSettings, TamperConfig, UnlearnConfig, corpora, evaluate, tamper, unlearn
 from lethe.errors import LetheError
 from lethe.lab import active_preset
-from lethe.tamper import LostUpdates
+from lethe.tamper import LostUpdates, lost_share
 
 TASKS = ["lab_forget_robust", "lab_retain"]
 
@@ -86,7 +88,9 @@ def test_lost_updates_are_few_in_float32_and_most_in_bfloat16(lab, tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model = torch.nn.Linear(64, 64).to(dtype)
-        optimizer, counter = torch.optim.AdamW(model.parameters(), lr=2e-5), LostUpdates(3)
+        lines: list[dict[str, float]] = []
+        trainer = SimpleNamespace(book=lambda inputs, rows=lines, **counts: rows.append(counts))
+        optimizer, counter = torch.optim.AdamW(model.parameters(), lr=2e-5), LostUpdates(trainer, 2)
         for step in range(3):
             model(torch.randn(8, 64, dtype=dtype)).square().mean().backward()
             state = type("State", (), {"global_step": step})
@@ -94,7 +98,8 @@ def test_lost_updates_are_few_in_float32_and_most_in_bfloat16(lab, tmp_path):
             optimizer.step()
             counter.on_optimizer_step(None, state, None)
             optimizer.zero_grad()
-        shares[dtype] = counter.share()
+        assert len(lines) == 2 and lost_share([]) is None
+        shares[dtype] = lost_share([*lines, {}])
     assert shares[torch.float32] < 0.01
     assert shares[torch.bfloat16] > 0.5
     assert tamper(attack(tmp_path, "random:lab:final")).record["losses"]["lost_updates"] < 0.05
