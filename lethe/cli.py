@@ -105,6 +105,7 @@ def _show_commands(names: list[str] | None = None) -> None:
 def _quiet() -> None:
     """Keep libraries' own progress bars and warnings away: the user cannot act on them. A run's log.txt has Lethe's own."""
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet["HF_HUB_VERBOSITY"] = "error"
     for name, value in (quiet | {"DATASETS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}).items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")

@@ -497,6 +497,14 @@ class TamperConfig(TrainingSettings):
     """The attacker's text. Documents are taken from the end that unlearning does not use."""
     num_train_examples: int = 512
     """Documents of the attack (0: all)."""
+    overlap: Literal["refuse", "allow"] = "refuse"
+    """Whether the attack may train on documents that the model was unlearned with; the run records how many it did."""
+    lora: LoraSettings | None = None
+    """Attack by adapters on the linear layers of all blocks; null: full-rank."""
+    adapter: Literal["merge", "train"] = "merge"
+    """A model that is an adapter on another: merge: merged first; train: the attack trains the adapter's own weights."""
+    save_model: bool = False
+    """Keep the attacked model, to be evaluated or attacked again."""
     max_steps: int = 60
     """Optimizer updates; -1: by epochs."""
     lr: float = 3e-4
@@ -515,6 +523,8 @@ class TamperConfig(TrainingSettings):
         super().__post_init__()
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
+        if self.adapter == "train" and self.lora is not None:
+            raise LetheError("lora: has no effect with adapter train, which trains the adapter that is there; leave one out")
         _at_least("num_train_examples", self.num_train_examples, 0)
 
 

@@ -182,23 +182,26 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
     _refuse_unavailable(config)
     everything = corpora.read(config.forget)
     documents = corpora.take(everything, config.num_train_examples, "back", "forget text")
+    if config.adapter == "train" and not ref.adapter:
+        raise LetheError(f"adapter: '{config.model}' is no adapter on another model, so there is none to train; leave it out")
     used = _documents_unlearned(config, everything)
     shared = None if used is None else sum(d.id in used for d in documents)
-    if shared:
+    if shared and config.overlap == "refuse":
         raise LetheError(
             f"forget: {shared} of the attack's {len(documents)} documents were used to unlearn '{config.model}'; "
-            f"lower num_train_examples to {len(documents) - shared}, or give other text"
+            f"lower num_train_examples to {len(documents) - shared}, give other text, or set overlap to allow"
         )
     return CheckedAttack(ref, documents, plan(config, len(documents)), shared)
 
 
 def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document]) -> set[str] | None:
+    """The documents among `everything` that the attacked run was unlearned with, as forget or as retain text."""
     run = refs.run_of(config.model, config.out)
-    text = (run.record.get("parents") or {}).get("forget") if run else None
-    if text is None:
-        return None
-    front = everything[: text["documents"]]
-    return {d.id for d in front} if corpora.fingerprint(front) == text["sha256"] else None
+    parents = (run.record.get("parents") or {}) if run else {}
+    texts = [parents[role] for role in ("forget", "retain") if role in parents]
+    fronts = [everything[: text["documents"]] for text in texts]
+    used = [front for front, text in zip(fronts, texts, strict=True) if corpora.fingerprint(front) == text["sha256"]]
+    return {document.id for front in used for document in front} if used else None
 
 
 def coefficients(

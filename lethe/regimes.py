@@ -142,11 +142,6 @@ def paired_means(first: Sequence[float], second: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def recovered(start: float, final: float, baseline: float) -> float:
-    """Share of what unlearning removed that an attack brought back: (final − start) / (baseline − start)."""
-    return (final - start) / (baseline - start)
-
-
 def _first(wanted: tuple[str, ...], tasks: Iterable[str]) -> str | None:
     there = set(tasks)
     return next((task for task in wanted if task in there), None)

@@ -300,7 +300,7 @@ def _student(
     if config.lora is None:
         return model.requires_grad_(True)
     if config.rewind and not config.merge:
-        _save(run, "base", model, tokenizer)
+        save(run, "base", model, tokenizer)
     return add_adapters(model, config.lora, config.layers, config.seed)
 
 
@@ -438,11 +438,12 @@ def _finish(
     )
     if config.lora and config.merge:
         student = student.merge_and_unload()
-    _save(run, "adapter" if config.lora and not config.merge else "model", student, tokenizer)
+    save(run, "adapter" if config.lora and not config.merge else "model", student, tokenizer)
     run.update(evals=trainer.evaluation.at(trainer.state.global_step, student, f"Evaluating {config.name}"))
 
 
-def _save(run: Run, kind: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def save(run: Run, kind: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save a model or an adapter as the run's artifact `kind`."""
     folder = run.path / kind
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -103,3 +103,34 @@ def test_lost_updates_are_few_in_float32_and_most_in_bfloat16(lab, tmp_path):
     assert shares[torch.float32] < 0.01
     assert shares[torch.bfloat16] > 0.5
     assert tamper(attack(tmp_path, "random:lab:final")).record["losses"]["lost_updates"] < 0.05
+
+
+@pytest.mark.parametrize("settings", [{"lora": LoraSettings(r=2)}, {"adapter": "train"}], ids=["new", "its-own"])
+def test_an_attack_by_adapters_trains_them_alone_and_is_kept_as_a_model(unlearned, tmp_path, settings):
+    run = tamper(
+        attack(tmp_path, str(unlearned.path), save_model=True, eval=EvalSettings(["lab_retain"], limit=20), **settings)
+    )
+    plan = run.record["plan"]
+    tensors = 6 * 8 if "lora" in settings else 5 * 8  # unlearning put adapters on the blocks up to layer 4
+    assert [(row["role"], row["tensors"]) for row in plan["routing"]] == [("matrix", tensors)]
+    again = evaluate(EvaluateConfig(str(run.path), ["lab_retain"], limit=20, out=str(tmp_path)))
+    assert again.record["evals"] == run.record["evals"]
+    curve = run.rows("curve.jsonl")
+    before = evaluate(EvaluateConfig(str(unlearned.path), ["lab_retain"], limit=20, out=str(tmp_path)))
+    assert curve[0]["evals"]["lab_retain"]["acc"] == before.record["evals"]["lab_retain"]["acc"]
+
+
+def test_settings_of_an_attack_that_nothing_would_read_are_refused(lab, tmp_path):
+    with pytest.raises(LetheError, match="no adapter on another model"):
+        tamper(attack(tmp_path, "lab:final", adapter="train"))
+    with pytest.raises(LetheError, match="lora: has no effect"):
+        attack(tmp_path, "lab:final", adapter="train", lora=LoraSettings())
+
+
+def test_retain_text_used_in_unlearning_is_no_attackers_text_unless_allowed(unlearned, tmp_path):
+    everything = len(corpora.read("lab:retain"))
+    settings = {"forget": "lab:retain", "num_train_examples": everything - 28, "max_steps": 1}
+    with pytest.raises(LetheError, match=r"100 of the attack's .* overlap to allow"):
+        tamper(attack(tmp_path, str(unlearned.path), **settings))
+    run = tamper(attack(tmp_path, str(unlearned.path), overlap="allow", **settings))
+    assert run.record["parents"]["forget"]["used_in_unlearning"] == 100

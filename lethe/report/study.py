@@ -14,14 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lethe import regimes
+from lethe import recovery, regimes
 from lethe.errors import LetheError
 from lethe.ledger import Run, find_runs
+from lethe.recovery import Point, Recovery
 from lethe.report.layout import MISSING, setting
 
 Evals = dict[str, dict[str, Any]]
 PROVENANCE = ("version", "num_fewshot", "n", "fingerprint")
 AFTER_STEPS = 10
+FILTERED = "Control: filtered twin"
 SHOWN_ELSEWHERE = {"model", "source", "out", "retain_coef", "remove_coef", "lora", "lora.r", "retain_loss", "report_to"}
 SHOWN_ELSEWHERE |= {"eval.tasks", "eval.every", "eval.limit", "max_steps", "save_every", "resume"}
 
@@ -65,19 +67,24 @@ class Attack:
         """Steps and results of a task along the attack."""
         return [(line["step"], line["evals"][task]) for line in self.curve if task in line["evals"]]
 
-    def full_recovery(self, task: str) -> int | None:
-        """The first evaluated step whose 95 % interval holds or exceeds the baseline's value; None if there is none."""
-        if self.baseline is None or task not in self.baseline.evals:
-            return None
-        goal = value_of(self.baseline.evals[task])
-        return next((step for step, result in self.points(task) if result["high"] >= goal), None)
+    def points_of(self, task: str) -> list[Point]:
+        """The curve on a task with the attack's tokens so far; empty where the task is no accuracy."""
+        seen, total = {0: 0}, 0
+        for row in self.run.rows("metrics.jsonl"):
+            total += row.get("attack_tokens", 0)
+            seen[row["step"]] = total
+        return [
+            Point(step, seen.get(step, total), r["acc"], r["low"], r["high"], r["stderr"])
+            for step, r in self.points(task)
+            if "acc" in r
+        ]
 
-    def recovered(self, task: str) -> float | None:
-        """Share of the gap to the baseline that came back by the last step; None when the start is not below the baseline."""
-        points = self.points(task)
-        if not points or self.baseline is None or task not in self.baseline.evals or self.full_recovery(task) == points[0][0]:
+    def recovery(self, task: str) -> Recovery | None:
+        """What came back of the baseline's accuracy; None without a baseline, or without a curve from step 0."""
+        curve = self.points_of(task)
+        if self.baseline is None or task not in self.baseline.evals or not curve or curve[0].step:
             return None
-        return regimes.recovered(value_of(points[0][1]), value_of(points[-1][1]), value_of(self.baseline.evals[task]))
+        return recovery.measure(curve, value_of(self.baseline.evals[task]))
 
 
 class Study:
@@ -161,7 +168,7 @@ class Study:
         if ref.startswith("random:"):
             return "Control: random weights"
         if "filter" in ref.rsplit("/", 1)[-1]:
-            return "Control: filtered twin"
+            return FILTERED
         parents = [(role, self._parent(run, role)) for run in self.of_kind("unlearn") for role in ("source", "model")]
         by_ref = [role for role, parent in parents if parent[0] == ref]
         by_weights = [role for role, parent in parents if parent[1] == sha]

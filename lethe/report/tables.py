@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from lethe import regimes
+from lethe import recovery, regimes
 from lethe.ledger import Run, seconds_since
 from lethe.report import layout
 from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING, Table, compact, decimal, percent, result, setting, short
 from lethe.report.study import (
     AFTER_STEPS,
+    FILTERED,
     PROVENANCE,
     Attack,
     Evals,
@@ -45,6 +46,7 @@ def all_tables(study: Study) -> list[Table]:
     tables += [sweep_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
     tables += [unlearning_table(target, len(study.targets) > 1) for target in study.targets if target.rows]
     tables += [tamper_table(study.attacks)] if study.attacks else []
+    tables += [recovery_table(study.attacks)] if study.attacks else []
     tables += [updates_table(study.of_kind("unlearn"))]
     tables += [affine_table(run.record["scores"], f"Affine maps: {affine_name(run)}") for run in scored(study)]
     tables += [evaluations_table(study.other_evaluations)] if study.other_evaluations else []
@@ -183,16 +185,51 @@ def tamper_table(attacks: list[Attack]) -> Table:
 
 def recovery_note(attack: Attack, task: str) -> str:
     """How much of the task an attack brought back, in words."""
-    points = attack.points(task)
-    if not points or attack.baseline is None or task not in attack.baseline.evals:
-        return "no baseline to compare with" if points else "not evaluated"
-    last, step = points[-1][0], attack.full_recovery(task)
-    if step == points[0][0]:
+    found = attack.recovery(task)
+    if found is None:
+        return "no baseline to compare with" if attack.points(task) else "not evaluated"
+    if found.recovered is None:
         return "no gap to recover: the start is not below the baseline"
-    if step is not None:
-        return f"Full recovery by step {step}"
-    share = attack.recovered(task) or 0.0
-    return f"{percent(share, 0)} of the gap recovered in {last} steps; full recovery not within {last} steps"
+    if found.full.step is not None:
+        return f"Full recovery by step {found.full}"
+    last = found.full.within
+    return f"{percent(found.recovered, 0)} of the gap recovered in {last} steps; full recovery not within {last} steps"
+
+
+def recovery_table(attacks: list[Attack]) -> Table:
+    """Model | share of the gap recovered | steps to half, nine tenths, full | area | above the filtered twin."""
+    task = regimes.forget_task(task for attack in attacks for line in attack.curve for task in line["evals"])
+    control = next((a.points_of(task) for a in attacks if task and a.control == FILTERED and a.points_of(task)), None)
+    cells = []
+    for attack in attacks:
+        found = attack.recovery(task) if task else None
+        if task is None or found is None:
+            continue
+        line = [percent(found.recovered, 0), *(str(r) if r else MISSING for r in (found.half, found.nine_tenths, found.full))]
+        line.append(decimal(found.area))
+        over = recovery.excess(attack.points_of(task), control) if control and attack.control != FILTERED else None
+        line += (
+            [f"{100 * over.final:+.1f} ({100 * over.low:+.1f} to {100 * over.high:+.1f})", f"{100 * over.area:+.1f}"]
+            if over
+            else 2 * [MISSING]
+        )
+        cells.append([attack.label, *line])
+    columns = [
+        "Model",
+        "Recovered",
+        "Steps to half",
+        "to nine tenths",
+        "to full",
+        "Area",
+        "Above filtered twin, points",
+        "on average",
+    ]
+    return Table(
+        f"Recovery of {task}",
+        columns,
+        cells,
+        ["Definitions: docs/tampering.md. Above the twin: accuracy at equal tokens of the attack, with its 95 % interval."],
+    )
 
 
 def affine_table(scores: dict[str, dict[str, float]], title: str = "Affine maps") -> Table:
