@@ -46,6 +46,7 @@ def all_tables(study: Study) -> list[Table]:
     tables += [sweep_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
     tables += [unlearning_table(target, len(study.targets) > 1) for target in study.targets if target.rows]
     tables += [tamper_table(study.attacks)] if study.attacks else []
+    tables += attack_tables(study.attacks)
     tables += [recovery_table(study.attacks)] if study.attacks else []
     tables += [updates_table(study.of_kind("unlearn"))]
     tables += [affine_table(run.record["scores"], f"Affine maps: {affine_name(run)}") for run in scored(study)]
@@ -194,6 +195,49 @@ def recovery_note(attack: Attack, task: str) -> str:
         return f"Full recovery by step {found.full}"
     last = found.full.within
     return f"{percent(found.recovered, 0)} of the gap recovered in {last} steps; full recovery not within {last} steps"
+
+
+def attack_tables(attacks: list[Attack]) -> list[Table]:
+    """For each model that was attacked more than once: Attack | accuracy at some steps | at the end, with its step | status."""
+    groups: dict[str, list[Attack]] = {}
+    for attack in attacks:
+        groups.setdefault(attack.label, []).append(attack)
+    return [_attacks_on(label, group) for label, group in groups.items() if len(group) > 1]
+
+
+def _attacks_on(label: str, attacks: list[Attack]) -> Table:
+    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
+    forget, retain = regimes.forget_task(tasks) or next(iter(tasks), None), regimes.retain_task(tasks)
+    curves = [dict(attack.points(forget)) if forget else {} for attack in attacks]
+    steps = _some(sorted({step for curve in curves for step in curve}))
+    cells = []
+    for attack, curve in zip(attacks, curves, strict=True):
+        ended = attack.run.status == "complete"
+        last = max(curve, default=None)
+        line = [result(curve[step]) if step in curve else MISSING for step in steps]
+        line.append(
+            result(curve[last]) + (f" (step {last})" if last != steps[-1] else "") if ended and last is not None else MISSING
+        )
+        if retain:
+            points = attack.points(retain)
+            line.append(result(points[-1][1]) if ended and points else MISSING)
+        cells.append(
+            [attack.run.record["name"], setting(attack.run.record["config"].get("optimizer")), *line, attack.run.status]
+        )
+    first = attacks[0].curve[0]["evals"] if attacks[0].curve else {}
+    starts = [f"starting {task}: {result(first[task])}" for task in (forget, retain) if task in first]
+    columns = ["Attack", "Optimizer", *(f"Step {step}" for step in steps), f"Final {forget}"]
+    columns += [f"Final {retain}"] if retain else []
+    return Table(
+        f"Attacks on {label}", [*columns, "Status"], cells, ["; ".join(starts).capitalize(), *_reasons(a.run for a in attacks)]
+    )
+
+
+def _some(steps: list[int], count: int = 5) -> list[int]:
+    """At most `count` of the steps, spread from the first to the last."""
+    if len(steps) <= count:
+        return steps
+    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
 
 
 def recovery_table(attacks: list[Attack]) -> Table:
