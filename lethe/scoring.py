@@ -57,6 +57,8 @@ class Row:
     parents: list[int]
     reads: list[tuple[int, list[int]]] = field(default_factory=list)
     """For each request that the row answers: its number, and where the logits of each of its answer's tokens are."""
+    branches: bool = False
+    """Whether a token comes after another than the one before it in the row."""
     begins: int = 0
     """How many of its first tokens it has in common with the other rows of its task, and takes from their kept run."""
     group: int = 0
@@ -66,10 +68,6 @@ class Row:
     def whole(self) -> bool:
         """Whether it is a row as any model takes it."""
         return not self.begins and not self.branches
-
-    @property
-    def branches(self) -> bool:
-        return any(parent != i - 1 for i, parent in enumerate(self.parents))
 
     def depths(self) -> list[int]:
         """Position of each token along its own branch."""
@@ -139,7 +137,11 @@ class Scorer(HFLM):
         for some, settings in ((bare, {"add_special_tokens": False}), (rest, added)):
             if some:
                 found |= dict(
-                    zip(some, self.tokenizer(some, return_attention_mask=False, **settings)["input_ids"], strict=True)
+                    zip(
+                        some,
+                        self.tokenizer(some, return_attention_mask=False, verbose=False, **settings)["input_ids"],
+                        strict=True,
+                    )
                 )
         return found
 
@@ -321,20 +323,22 @@ def tree_rows(requests: list[Encoded], window: int, groups: list[int]) -> list[R
     A request that does not fit into the window together with its context is cut from the left and has its own row.
     """
     rows: dict[tuple[int, tuple[int, ...]], Row] = {}
-    branches: dict[int, dict[tuple[int, ...], int]] = defaultdict(dict)
+    branches: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], int]] = defaultdict(dict)
     cut = []
     for number, (context, continuation) in enumerate(requests):
         if len(context) + len(continuation) > window + 1:
             cut.append(number)
             continue
-        made = Row(list(context), list(range(-1, len(context) - 1)), group=groups[number])
-        row = rows.setdefault((groups[number], tuple(context)), made)
-        known = branches[id(row)]
+        key = groups[number], tuple(context)
+        if key not in rows:
+            rows[key] = Row(list(context), list(range(-1, len(context) - 1)), group=groups[number])
+        row, known = rows[key], branches[key]
         place, read = len(context) - 1, [len(context) - 1]
         for end in range(1, len(continuation)):
             begin = tuple(continuation[:end])
             if begin not in known:
                 known[begin] = len(row.tokens)
+                row.branches |= place != len(row.tokens) - 1
                 row.tokens.append(continuation[end - 1])
                 row.parents.append(place)
             place = known[begin]
