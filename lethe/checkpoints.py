@@ -73,7 +73,11 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
                 _refuse_hopeless(rows)
             return at_chance(row["evals"][first]) if row["evals"] else None
 
-        bisect(len(rows), ignorant) if config.search == "bisect" else [ignorant(i) for i in range(len(rows))]
+        if config.search == "bisect":
+            bisect(len(rows), ignorant)
+        else:
+            for i in range(len(rows)):
+                ignorant(i)
         measured = [row for row in rows if row["evals"]]
         latest = annotate(rows, first, source)
         parents = {row["name"]: {"ref": row["ref"], "sha256": row["sha256"]} for row in measured}

@@ -1,10 +1,10 @@
 """Log-likelihoods of answers, as lm-eval's `hf` model computes them, with less work.
 
 lm-eval runs one row a choice and computes logits at every position. Here the choices of a question are one row: the context
-once, then the answers as branches of a tree. An attention mask lets each token see its own branch alone and its position
-counts along the branch, so that every architecture with ordinary attention computes what it would for separate rows. What all
-questions of a task begin with (description, few-shot examples) is run once and kept as keys and values. Rows of like length
-make a batch, and the output layer is applied only where an answer is read.
+once, kept as keys and values, then the answers as branches of a tree. An attention mask lets each token of an answer see the
+context and its own branch alone and its position counts along the branch, so that every architecture with ordinary attention
+computes what it would for separate rows. What all questions of a task begin with (description, few-shot examples) is run once
+too. Rows of like length make a batch, and the output layer is applied only where an answer is read.
 
 Whether a model takes such rows is found out on its longest one, beside separate rows; where it does not, or where an answer
 has to be cut at the window, rows are separate. A batch that does not fit into memory is halved and tried again.
@@ -38,7 +38,7 @@ from lethe.progress import bar
 logger = logging.getLogger(__name__)
 Encoded = tuple[list[int], list[int]]
 TOKENS_PER_BATCH = 4096
-TOKENS_PER_BATCH_ON_GPU = 65536
+TOKENS_PER_BATCH_ON_GPU = 16384
 LOGITS_PER_BATCH = 2**27
 LEAST_BEGINNING = 8
 _taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool], tuple[bool, int]]] = WeakKeyDictionary()
@@ -57,6 +57,8 @@ class Row:
     parents: list[int]
     reads: list[tuple[int, list[int]]] = field(default_factory=list)
     """For each request that the row answers: its number, and where the logits of each of its answer's tokens are."""
+    branches: bool = False
+    """Whether a token comes after another than the one before it in the row."""
     begins: int = 0
     """How many of its first tokens it has in common with the other rows of its task, and takes from their kept run."""
     group: int = 0
@@ -68,24 +70,20 @@ class Row:
         return not self.begins and not self.branches
 
     @property
-    def branches(self) -> bool:
-        return any(parent != i - 1 for i, parent in enumerate(self.parents))
+    def context(self) -> int:
+        """How many of its tokens come before the answers; all of them, if the answers do not branch."""
+        return self.reads[0][1][0] + 1 if self.branches else len(self.tokens)
 
-    def depths(self) -> list[int]:
-        """Position of each token along its own branch."""
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(depths[parent] + 1 if parent >= 0 else 0)
-        return depths
-
-    def visible(self) -> np.ndarray:
-        """visible[i, j]: whether token i sees token j, that is, j is i or comes before it on its branch."""
-        seen = np.tri(len(self.tokens), dtype=bool)
-        for i, parent in enumerate(self.parents):
-            if parent != i - 1 or (i and not seen[parent, :i].all()):
-                seen[i] = seen[parent]
-                seen[i, i] = True
-        return seen
+    def answers(self) -> tuple[list[int], np.ndarray]:
+        """Of the tokens after the context: positions along their branches, and seen[i, j]: whether token i sees token j."""
+        start = self.context
+        depths = list(range(start))
+        seen = np.eye(len(self.tokens) - start, dtype=bool)
+        for i, parent in enumerate(self.parents[start:]):
+            depths.append(depths[parent] + 1)
+            if parent >= start:
+                seen[i] |= seen[parent - start]
+        return depths[start:], seen
 
 
 class Scorer(HFLM):
@@ -139,7 +137,11 @@ class Scorer(HFLM):
         for some, settings in ((bare, {"add_special_tokens": False}), (rest, added)):
             if some:
                 found |= dict(
-                    zip(some, self.tokenizer(some, return_attention_mask=False, **settings)["input_ids"], strict=True)
+                    zip(
+                        some,
+                        self.tokenizer(some, return_attention_mask=False, verbose=False, **settings)["input_ids"],
+                        strict=True,
+                    )
                 )
         return found
 
@@ -211,24 +213,35 @@ class Scorer(HFLM):
     def _run(self, batch: list[Row], requests: list[Encoded]) -> dict[int, tuple[float, bool]]:
         """The results of the requests that a batch answers, by number."""
         begins = batch[0].begins
-        width = max(len(row.tokens) for row in batch) - begins
-        ids = np.zeros((len(batch), width), dtype=np.int64)
+        width = max(row.context for row in batch) - begins
+        rest = max(len(row.tokens) - row.context for row in batch)
+        contexts = self._padded([row.tokens[begins : row.context] for row in batch], width)
+        places: list[set[int]] = [set(), set()]  # where logits are needed: in the contexts, and in the answers
+        reads: list[tuple[int, int, int, int]] = []
         for k, row in enumerate(batch):
-            ids[k, : len(row.tokens) - begins] = row.tokens[begins:]
-        inputs = {"input_ids": torch.from_numpy(ids).to(self.device)} | (self._tree(batch, width) if batch[0].branches else {})
+            for number, read in row.reads:
+                for i, token in zip(read, requests[number][1], strict=True):
+                    part, place = (0, k * width + i - begins) if i < row.context else (1, k * rest + i - row.context)
+                    places[part].add(place)
+                    reads.append((number, part, place, token))
+        kept = None
         if begins:
             kept = copy.deepcopy(self._beginning(tuple(batch[0].tokens[:begins])))
             kept.batch_repeat_interleave(len(batch))
-            inputs["past_key_values"] = kept
-        where = sorted({k * width + i - begins for k, row in enumerate(batch) for _, read in row.reads for i in read})
-        line = {place: n for n, place in enumerate(where)}
-        logits = self._logits(inputs, torch.tensor(where, device=self.device))
-        numbers, lines, targets = [], [], []
-        for k, row in enumerate(batch):
-            for number, read in row.reads:
-                numbers += [number] * len(read)
-                lines += [line[k * width + i - begins] for i in read]
-                targets += requests[number][1]
+        where = [sorted(some) for some in places]
+        logits, kept = self._logits(
+            {"input_ids": contexts, "past_key_values": kept, "use_cache": rest > 0 or begins > 0}, where[0]
+        )
+        if rest:
+            if kept is None:
+                raise ValueError("the model keeps no keys and values")
+            answers = self._padded([row.tokens[row.context :] for row in batch], rest)
+            inputs = {"input_ids": answers, "past_key_values": kept, "use_cache": True} | self._tree(batch, width)
+            logits = torch.cat([logits, self._logits(inputs, where[1])[0]])
+        line = {(part, place): n for n, (part, place) in enumerate((part, place) for part in (0, 1) for place in where[part])}
+        numbers = [number for number, *_ in reads]
+        lines = [line[part, place] for _, part, place, _ in reads]
+        targets = [token for *_, token in reads]
         at, target = torch.tensor(lines, device=self.device), torch.tensor(targets, device=self.device)
         values = logits[at, target].float() - _logsumexp(logits)[at]
         greedy = logits.argmax(-1)[at] == target
@@ -238,16 +251,24 @@ class Scorer(HFLM):
             found[number] = (total + value, all_best and best)
         return found
 
+    def _padded(self, rows: list[list[int]], width: int) -> Tensor:
+        """Token ids (batch, width), padded on the right: what comes before a token does not see what comes after."""
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        for k, row in enumerate(rows):
+            ids[k, : len(row)] = row
+        return torch.from_numpy(ids).to(self.device)
+
     def _tree(self, batch: list[Row], width: int) -> dict[str, Tensor]:
-        """Positions (batch, width) and the additive attention mask (batch, 1, width, begins + width) of rows with branches."""
+        """Positions (batch, rest) of the answers' tokens, and their additive mask (batch, 1, rest, begins + width + rest)."""
         begins = batch[0].begins
-        positions = np.zeros((len(batch), width), dtype=np.int64)
-        visible = np.zeros((len(batch), 1, width, begins + width), dtype=bool)
-        visible[:, :, range(width), range(begins, begins + width)] = True  # padding sees itself: nothing at all would be nan
+        rest = max(len(row.tokens) - row.context for row in batch)
+        positions = np.zeros((len(batch), rest), dtype=np.int64)
+        visible = np.zeros((len(batch), 1, rest, begins + width + rest), dtype=bool)
         for k, row in enumerate(batch):
-            n = len(row.tokens)
-            positions[k, : n - begins] = row.depths()[begins:]
-            visible[k, 0, : n - begins, :n] = row.visible()[begins:]
+            n = len(row.tokens) - row.context
+            positions[k, :n], seen = row.answers()
+            visible[k, 0, :, : row.context] = True
+            visible[k, 0, :n, begins + width : begins + width + n] = seen
         kind = self._forward.dtype
         mask = torch.zeros(visible.shape, dtype=kind).masked_fill_(~torch.from_numpy(visible), torch.finfo(kind).min)
         return {"position_ids": torch.from_numpy(positions).to(self.device), "attention_mask": mask.to(self.device)}
@@ -261,17 +282,20 @@ class Scorer(HFLM):
             self._kept = tokens, base(input_ids=ids, use_cache=True).past_key_values
         return self._kept[1]
 
-    def _logits(self, inputs: dict[str, Tensor], where: Tensor) -> Tensor:
-        """Logits (places, vocabulary) at flat places of a batch: the output layer sees nothing else."""
+    def _logits(self, inputs: dict[str, Any], places: list[int]) -> tuple[Tensor, Any]:
+        """Logits (places, vocabulary) at flat places of a batch, as the output layer sees nothing else; keys and values."""
+        where = torch.tensor(places, dtype=torch.long, device=self.device)
+        given = {name: value for name, value in inputs.items() if value is not None}
         head = self._forward.get_output_embeddings()
         if head is None:
-            return self._forward(**inputs, use_cache="past_key_values" in inputs).logits.flatten(0, 1)[where]
+            output = self._forward(**given)
+            return output.logits.flatten(0, 1)[where], output.past_key_values if given["use_cache"] else None
         hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[where][None],))
         try:
-            logits = self._forward(**inputs, use_cache="past_key_values" in inputs).logits
+            output = self._forward(**given)
         finally:
             hook.remove()
-        return logits[0]
+        return output.logits[0], output.past_key_values if given["use_cache"] else None
 
     def _takes(self, rows: list[Row], requests: list[Encoded]) -> bool:
         """Whether the model computes the same for shared rows as for separate ones; tried on the longest."""
@@ -321,20 +345,22 @@ def tree_rows(requests: list[Encoded], window: int, groups: list[int]) -> list[R
     A request that does not fit into the window together with its context is cut from the left and has its own row.
     """
     rows: dict[tuple[int, tuple[int, ...]], Row] = {}
-    branches: dict[int, dict[tuple[int, ...], int]] = defaultdict(dict)
+    branches: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], int]] = defaultdict(dict)
     cut = []
     for number, (context, continuation) in enumerate(requests):
         if len(context) + len(continuation) > window + 1:
             cut.append(number)
             continue
-        made = Row(list(context), list(range(-1, len(context) - 1)), group=groups[number])
-        row = rows.setdefault((groups[number], tuple(context)), made)
-        known = branches[id(row)]
+        key = groups[number], tuple(context)
+        if key not in rows:
+            rows[key] = Row(list(context), list(range(-1, len(context) - 1)), group=groups[number])
+        row, known = rows[key], branches[key]
         place, read = len(context) - 1, [len(context) - 1]
         for end in range(1, len(continuation)):
             begin = tuple(continuation[:end])
             if begin not in known:
                 known[begin] = len(row.tokens)
+                row.branches |= place != len(row.tokens) - 1
                 row.tokens.append(continuation[end - 1])
                 row.parents.append(place)
             place = known[begin]

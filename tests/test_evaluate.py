@@ -645,6 +645,24 @@ def test_evaluate_keeps_a_run_with_samples_and_the_models_hash(make_model, known
     assert np.mean(right) == pytest.approx(record["evals"]["made_up"]["acc"])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_number_that_could_not_be_measured_is_absent_with_its_reason(make_model, known, tmp_path):
+    from lethe.report.tables import evals_table
+
+    folder = make_model("llama", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.norm.weight.data.fill_(math.nan)
+    model.save_pretrained(folder)
+    with pytest.raises(LetheError, match="not numbers"):
+        evaluate_function(EvaluateConfig(str(folder), [known()], out=str(tmp_path / "runs")))
+    (path,) = (tmp_path / "runs").iterdir()
+    record = Run.open(path).record
+    assert (record["status"], record["evals"]) == ("failed", {})
+    assert "not numbers" in record["evals_missing"]["made_up"] and "not numbers" in record["reason"]
+    table = evals_table({}, missing=record["evals_missing"])
+    assert table.rows == [["made_up", *["-"] * 6]] and table.notes[0].startswith("made_up was not measured: ")
+
+
 @pytest.mark.parametrize("change", [{"tasks": ["lab_forgot"]}, {"tasks": []}, {"model": "nowhere"}])
 def test_an_unknown_model_or_task_is_refused_before_anything_is_written(make_model, tmp_path, change):
     folder = make_model("llama", tmp_path / "model")

@@ -343,6 +343,20 @@ def test_suites_and_commas_are_spelled_out(tmp_path):
     assert EvalSettings(["a", "b,c"], suites={"a": ["x", "b"]}).tasks == ["x", "b", "c"]
 
 
+def test_a_recipe_for_unlearning_has_suites_and_local_data(tmp_path):
+    from lethe.config import UnlearnConfig
+
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "source: lab:global_step600\neval:\n  tasks: [bio, lab_retain]\n  suites: {bio: [wmdp_bio, wmdp_bio_robust]}\n"
+        "  task_data: {wmdp_bio: a.jsonl}\n  num_fewshot: 1\n"
+    )
+    settings = parse("unlearn", UnlearnConfig, ["--config", str(recipe), "--eval.task_data", "wmdp_bio=b.jsonl"], "").eval
+    assert settings.tasks == ["wmdp_bio", "wmdp_bio_robust", "lab_retain"]
+    assert (settings.task_data, settings.num_fewshot) == ({"wmdp_bio": "b.jsonl"}, 1)
+    assert from_recipe(UnlearnConfig, recipe).eval.task_data == {"wmdp_bio": "a.jsonl"}
+
+
 def test_task_data_on_the_command_line(tmp_path):
     words = ["m", "--task_data", "a=x.jsonl", "b=y=z.jsonl", "--limit", "3"]
     assert parse("evaluate", EvaluateConfig, words, "", "model").task_data == {"a": "x.jsonl", "b": "y=z.jsonl"}

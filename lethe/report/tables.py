@@ -76,8 +76,10 @@ def sweep_table(run: Run) -> Table:
     if run.status == "complete" and not all(row["evals"] for row in rows):
         count = sum(bool(row["evals"]) for row in rows)
         notes.append(f"{count} of {len(rows)} checkpoints were measured ({MISSING}: not); --search all measures every one.")
-    for words in run.record.get("not_monotone") or []:
-        notes.append(f"Not monotone: {words}. There may be other ignorant checkpoints among those that were not measured.")
+    fell = run.record.get("not_monotone") or []
+    notes += [f"Not monotone: {words}." for words in fell]
+    if fell and not all(row["evals"] for row in rows):
+        notes.append("So there may be later ignorant checkpoints among those that were not measured.")
     return Table("Checkpoint sweep", ["Checkpoint", *tasks, "Notes"], cells, [*notes, *_remarks([run], cells)])
 
 
