@@ -300,7 +300,8 @@ def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
     scheduler = config.lr_scheduler_type
     saving: dict[str, Any] = {"activation_checkpointing": True} if config.gradient_checkpointing else {}
     return TrainingArguments(
-        output_dir=str(run.path / "saves"),
+        output_dir=str(run.path),
+        run_name=run.record["name"],
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,

@@ -293,3 +293,10 @@ def test_packed_blocks_lose_no_token_and_merged_adapters_are_the_model(lab, tmp_
     squares = sum((merged[n] - target[n]).square().sum().item() for n in target if ".layers.0." in n)
     assert distances["0"]["distance"] == pytest.approx(squares**0.5, rel=1e-3)
     assert 1 <= distances["0"]["stable_rank"] <= 16
+
+
+def test_a_run_reports_to_tensorboard_as_to_any_of_transformers_loggers(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, report_to=["tensorboard"], max_steps=2))
+    events = list(run.path.rglob("events.out.tfevents*"))
+    assert len(events) == 1
+    assert all(tag in events[0].read_bytes() for tag in (b"cb_loss", b"retain_kl_loss"))
