@@ -12,6 +12,7 @@ from lethe.errors import LetheError
 from lethe.lab import active_preset
 from lethe.tamper import LostUpdates, lost_share
 
+pytestmark = pytest.mark.slow
 TASKS = ["lab_forget_robust", "lab_retain"]
 
 

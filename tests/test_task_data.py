@@ -294,6 +294,7 @@ def test_missing_examples_are_refused(tmp_path):
         load_tasks(["mmlu_anatomy"], {"mmlu_anatomy": file}, num_fewshot=2)
 
 
+@pytest.mark.slow  # the hub's client tries for half a minute
 def test_a_missing_data_set_is_one_line_that_names_it_and_the_option(monkeypatch, tmp_path):
     import datasets
 
