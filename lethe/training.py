@@ -203,6 +203,7 @@ class RunTrainer(Trainer):
         if not ending and all(bool(p.isfinite().all()) for p in saves.trained(self.model).values()):  # fit to go back to
             folder = self.run.path / "saves"
             saves.write(folder, self.state.global_step, self.model, self.optimizer, self.lr_scheduler, self.state)  # type: ignore
+            self.run.beat()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):  # type: ignore[no-untyped-def]
         saves.load_weights(Path(resume_from_checkpoint), self.model)  # type: ignore[arg-type]
