@@ -436,3 +436,15 @@ def run_of(name: str, optimizer: str, status: str) -> SimpleNamespace:
     """A run as the table reads it."""
     record = {"name": name, "config": {"optimizer": optimizer}}
     return SimpleNamespace(id=name, status=status, record=record)
+
+
+def test_an_attack_named_after_its_model_is_not_taken_for_it_and_attacks_on_attacked_models_lead_back(study):
+    """`run:unlearn-lora` is a part of the folder's name of an attack that is called run-unlearn-lora, too."""
+    lora = next(run for run in Study.load([str(study.path)]).runs if run.record["name"] == "lora")
+    first = study.attack("run-unlearn-lora", "run:unlearn-lora", [0.26, 0.9])
+    study.attack("again", f"run:{first.id}", [0.9, 0.95])
+    loaded = Study.load([str(study.path)])
+    found = {attack.run.record["name"]: attack for attack in loaded.attacks}
+    assert loaded.attacked(found["run-unlearn-lora"]).id == lora.id
+    assert loaded.attacked(found["again"]).id == first.id
+    assert found["again"].baseline is not None and found["again"].control is None

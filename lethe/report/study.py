@@ -145,20 +145,23 @@ class Study:
         attacks = [self._attack(run) for run in self.of_kind("tamper")]
         return sorted(attacks, key=lambda attack: attack.control is not None)
 
-    def run_named(self, ref: str) -> Run | None:
-        """The run that a model reference (`run:ID`, or a run's folder) means, if it is among these."""
+    def run_named(self, ref: str, of: Run) -> Run | None:
+        """The run that a model reference (`run:ID`, or a run's folder) of run `of` means: one made before it, among these."""
         name = Path(ref.removeprefix("run:")).name
-        found = [run for run in self.runs if name and (name in {run.id, run.path.name})]
-        return found[0] if found else next((run for run in self.runs if ref.startswith("run:") and name in run.path.name), None)
+        made = of.record.get("created") or ""
+        holding = [run for run in self.runs if run is not of and run.record["kind"] in {"unlearn", "tamper"}]
+        earlier = [run for run in holding if (run.record.get("created") or "") <= made]
+        found = [run for run in earlier if name and (name in {run.id, run.path.name})]
+        return found[0] if found else next((run for run in earlier if ref.startswith("run:") and name in run.path.name), None)
 
     def attacked(self, attack: Attack) -> Run | None:
         """The run whose model an attack was on; None for a control, or when that run is not among these."""
         ref = self._parent(attack.run, "model")[0]
-        return None if ref.startswith("random:") else self.run_named(ref)
+        return None if ref.startswith("random:") else self.run_named(ref, attack.run)
 
     def _attack(self, run: Run) -> Attack:
         ref, sha = self._parent(run, "model")
-        attacked = None if ref.startswith("random:") else self.run_named(ref)
+        attacked = None if ref.startswith("random:") else self.run_named(ref, run)
         target = self._target_of(attacked, ref)
         control = None if attacked else self._control(ref, sha)
         label = f"{attacked.record['name']} ({attacked.id})" if attacked else f"{control} ({ref})" if control else ref
@@ -176,8 +179,9 @@ class Study:
 
     def _target_of(self, attacked: Run | None, ref: str) -> Target | None:
         """The model that an attacked one was made from; for a control, the one that the report is about."""
-        while attacked is not None and attacked.record["kind"] != "unlearn":
-            attacked = self.run_named(self._parent(attacked, "model")[0])
+        for _ in self.runs:  # an attack may have been on an attacked model, and so on
+            if attacked is not None and attacked.record["kind"] != "unlearn":
+                attacked = self.run_named(self._parent(attacked, "model")[0], attacked)
         for target in self.targets:
             if attacked in target.runs or ref.removeprefix("random:") == target.ref:
                 return target
