@@ -88,7 +88,7 @@ def test_lab_page(here, lab):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/unlearning.md", "docs/rewinding.md"])
+@pytest.mark.parametrize("page", ["docs/unlearning.md", "docs/rewinding.md", "docs/tampering.md"])
 def test_pages_about_training(here, page):
     for command in commands(page):
         run(command, here)
