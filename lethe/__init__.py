@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lethe.affine import AffineMap, fit_affine, score_affine
     from lethe.checkpoints import checkpoints
+    from lethe.compare import compare
     from lethe.config import (
         AffineConfig,
         AffineScoreConfig,
         CheckpointsConfig,
+        CompareConfig,
         EvalSettings,
         EvaluateConfig,
         LoraSettings,
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
 _HOME = {
     "affine": ["AffineMap", "fit_affine", "score_affine"],
     "checkpoints": ["checkpoints"],
+    "compare": ["compare"],
     "config": [
         "AffineConfig",
         "AffineScoreConfig",
         "CheckpointsConfig",
+        "CompareConfig",
         "EvalSettings",
         "EvaluateConfig",
         "LoraSettings",

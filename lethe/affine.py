@@ -273,14 +273,14 @@ def activation_pairs(
         done(len(ids))
 
 
-def fit_affine(config: AffineConfig) -> Run:
-    """Fit maps for a pair of models and keep them as a run; artifacts: `affine`.
+def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
+    """Fit maps for a pair of models and keep them as a run; artifacts: `affine`. `run` is an interrupted one, to be done again.
 
     Raises:
         LetheError: the models do not fit together, or the text cannot be used; raised before anything is written.
     """
     model_ref, source_ref, documents = preflight.check_affine(config)
-    run = Run.create("affine", config.name, to_dict(config), config.out)
+    run = run or Run.create("affine", config.name, to_dict(config), config.out)
     with run.running():
         model, tokenizer = refs.load(model_ref, config.dtype)
         source, _ = refs.load(source_ref, config.dtype)

@@ -105,6 +105,7 @@ def _show_commands(names: list[str] | None = None) -> None:
 def _quiet() -> None:
     """Keep libraries' own progress bars and warnings away: the user cannot act on them. A run's log.txt has Lethe's own."""
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet["HF_HUB_VERBOSITY"] = "error"
     for name, value in (quiet | {"DATASETS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}).items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
@@ -221,12 +222,23 @@ def _unlearn(settings: c.UnlearnConfig, as_json: bool) -> None:
 def _evaluate(settings: c.EvaluateConfig, as_json: bool) -> None:
     from lethe import preflight
 
-    preflight.check_model(settings.model, settings.tasks, settings.out)
+    preflight.check_model(settings)
     from lethe.evaluate import evaluate
     from lethe.report.tables import evals_table
 
     run = evaluate(settings)
-    _answer(run, as_json, evals_table(run.record["evals"]))
+    _answer(run, as_json, evals_table(run.record["evals"], missing=run.record.get("evals_missing")))
+
+
+def _compare(settings: c.CompareConfig, as_json: bool) -> None:
+    from lethe.compare import compare
+    from lethe.report.tables import compare_table
+
+    compared = compare(settings)
+    if as_json:
+        _dump(compared)
+    else:
+        _print(compare_table(compared))
 
 
 def _tamper(settings: c.TamperConfig, as_json: bool) -> None:
@@ -296,8 +308,9 @@ COMMANDS = {
     "check": Command(_check, c.UnlearnConfig, "lethe check --config recipes/lab.yaml"),
     "unlearn": Command(_unlearn, c.UnlearnConfig, "lethe unlearn --config recipes/lab.yaml --remove_coef 20 --lora.r 8"),
     "evaluate": Command(_evaluate, c.EvaluateConfig, "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model"),
+    "compare": Command(_compare, c.CompareConfig, "lethe compare lab:final lab:filtered --tasks lab_forget_robust", "models"),
     "tamper": Command(_tamper, c.TamperConfig, "lethe tamper run:ID --max_steps 100", "model"),
-    "resume": Command(_resume, c.ResumeConfig, "lethe resume runs/unlearn-demo-lora-1a2b3c4d", "run"),
+    "resume": Command(_resume, c.ResumeConfig, "lethe resume 1a2b3c4d", "run"),
     "runs": Command(_runs, c.RunsConfig, "lethe runs demo/runs", "folder"),
     "report": Command(_report, c.ReportConfig, "lethe report demo/runs --out report", "runs"),
 }

@@ -72,16 +72,24 @@ class EvalSettings:
     """What is evaluated during and after a run."""
 
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
-    """lm-eval task names."""
+    """lm-eval tasks or groups, folders of task files, or suites."""
     every: int = 0
     """Evaluate every so many steps, too (0: only at the end)."""
     limit: int = 0
     """Ask only the first so many questions of a task (0: all)."""
+    task_data: dict[str, str] = field(default_factory=dict)
+    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
+    num_fewshot: int | None = None
+    """Examples in each prompt; null: as each task says."""
+    suites: dict[str, list[str]] = field(default_factory=dict)
+    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
 
     def __post_init__(self) -> None:
         _check_types(self, "eval.")
         _at_least("eval.every", self.every, 0)
         _at_least("eval.limit", self.limit, 0)
+        _at_least("eval.num_fewshot", self.num_fewshot or 0, 0)
+        self.tasks = _spelled_out(self.tasks, self.suites)
 
 
 @dataclass
@@ -140,9 +148,23 @@ class CheckpointsConfig:
     checkpoints: str | None = None
     """Where the checkpoints are, if elsewhere: a folder with global_step… folders, or a hub repository with such branches."""
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
-    """lm-eval tasks; the first decides about ignorance."""
+    """lm-eval tasks or groups, folders of task files, or suites; the first task decides about ignorance."""
     limit: int = 0
     """Ask only the first so many questions of a task (0: all)."""
+    task_data: dict[str, str] = field(default_factory=dict)
+    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
+    num_fewshot: int | None = None
+    """Examples in each prompt; null: as each task says."""
+    suites: dict[str, list[str]] = field(default_factory=dict)
+    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
+    search: Literal["bisect", "all"] = "bisect"
+    """bisect: halve the history until the answer and its neighbours are measured; all: measure every checkpoint."""
+    source: str | None = None
+    """The checkpoint that is used as source now, marked in the table: its name or a reference."""
+    dtype: Dtype = "float32"
+    """Type of the weights."""
+    time_limit: float = 0.0
+    """Hours after which the run stops as failed (0: none)."""
     out: str = "runs"
     """Folder of runs."""
     name: str = "checkpoints"
@@ -150,6 +172,10 @@ class CheckpointsConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _at_least("time_limit", self.time_limit, 0)
+        _at_least("limit", self.limit, 0)
+        _at_least("num_fewshot", self.num_fewshot or 0, 0)
+        self.tasks = _spelled_out(self.tasks, self.suites)
 
 
 @dataclass
@@ -176,6 +202,8 @@ class AffineConfig:
     """Documents a forward pass."""
     dtype: Dtype = "float32"
     """Type of both models' weights."""
+    time_limit: float = 0.0
+    """Hours after which the run stops as failed (0: none)."""
     out: str = "runs"
     """Folder of runs."""
     name: str = "maps"
@@ -183,6 +211,7 @@ class AffineConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _at_least("time_limit", self.time_limit, 0)
         _layers(self.layers)
         _at_least("num_examples", self.num_examples, 0)
         _at_least("max_length", self.max_length, 2)
@@ -293,7 +322,8 @@ class UnlearnConfig(TrainingSettings):
     model: str = "lab:final"
     """The target: the model to unlearn. It is also the frozen reference of the retain loss."""
     source: str = ""
-    """The ignorant checkpoint, such as lab:global_step900 (lethe checkpoints MODEL finds it)."""
+    """The ignorant checkpoint, such as lab:global_step900; auto: the latest one, found by a sweep over the model's checkpoints
+    (auto:WHERE, if they are published elsewhere)."""
     affine: str = "fit"
     """fit: fit maps first, on retain text; none: compare activations as they are; or a folder, run or hub id of maps."""
     affine_convention: Literal["auto", "block_output", "hidden_states"] = "auto"
@@ -343,7 +373,7 @@ class UnlearnConfig(TrainingSettings):
         _check_types(self)
         super().__post_init__()
         if not self.source:
-            raise LetheError("source: name the ignorant checkpoint; `lethe checkpoints MODEL` finds it")
+            raise LetheError("source: name the ignorant checkpoint, or auto; `lethe checkpoints MODEL` finds it")
         _layers(self.layers)
         if self.retain == []:
             raise LetheError("retain: name at least one text")
@@ -386,6 +416,11 @@ class UnlearnConfig(TrainingSettings):
             raise LetheError("forget_kl_coef: 0 leaves forget_loss both without its KL term; use forget_loss transfer")
 
     @property
+    def finds_source(self) -> bool:
+        """Whether the source is yet to be found, by a sweep over the model's checkpoints."""
+        return self.source == "auto" or self.source.startswith("auto:")
+
+    @property
     def reads_layers(self) -> bool:
         """Whether `layers` means anything: to a term that compares activations, or to where adapters sit."""
         return self.forget_loss != "distill" or self.retain_loss == "mse" or self.lora is not None
@@ -398,13 +433,21 @@ class EvaluateConfig:
     model: str
     """Any model reference."""
     tasks: list[str] = field(default_factory=lambda: list(LAB_TASKS))
-    """lm-eval task names."""
+    """lm-eval tasks or groups, folders of task files, or suites."""
     limit: int = 0
     """Ask only the first so many questions of a task (0: all)."""
+    task_data: dict[str, str] = field(default_factory=dict)
+    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
+    num_fewshot: int | None = None
+    """Examples in each prompt; null: as each task says."""
+    suites: dict[str, list[str]] = field(default_factory=dict)
+    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
     samples: bool = False
     """Write each question's log-likelihoods to samples.jsonl."""
     dtype: Dtype = "float32"
     """Type of the weights."""
+    time_limit: float = 0.0
+    """Hours after which the run stops as failed (0: none)."""
     out: str = "runs"
     """Folder of runs."""
     name: str = "eval"
@@ -412,7 +455,40 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _at_least("time_limit", self.time_limit, 0)
         _at_least("limit", self.limit, 0)
+        _at_least("num_fewshot", self.num_fewshot or 0, 0)
+        self.tasks = _spelled_out(self.tasks, self.suites)
+
+
+@dataclass
+class CompareConfig:
+    """Compare two models on the same questions: difference, exact McNemar test, and which answers flipped."""
+
+    models: list[str]
+    """Two model references, or two evaluate runs (those made with samples are not computed again)."""
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval tasks or groups, folders of task files, or suites; none: those of the runs, or lab_forget_robust lab_retain."""
+    limit: int = 0
+    """Ask only the first so many questions of a task (0: all)."""
+    task_data: dict[str, str] = field(default_factory=dict)
+    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
+    num_fewshot: int | None = None
+    """Examples in each prompt; null: as each task says."""
+    suites: dict[str, list[str]] = field(default_factory=dict)
+    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
+    dtype: Dtype = "float32"
+    """Type of the weights."""
+    out: str = "runs"
+    """Folder that runs are looked for in."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _at_least("limit", self.limit, 0)
+        _at_least("num_fewshot", self.num_fewshot or 0, 0)
+        self.tasks = _spelled_out(self.tasks, self.suites)
+        if len(self.models) != 2:
+            raise LetheError(f"models: two are compared, got {len(self.models)}; give two references or runs")
 
 
 @dataclass
@@ -425,6 +501,14 @@ class TamperConfig(TrainingSettings):
     """The attacker's text. Documents are taken from the end that unlearning does not use."""
     num_train_examples: int = 512
     """Documents of the attack (0: all)."""
+    overlap: Literal["refuse", "allow"] = "refuse"
+    """Whether the attack may train on documents that the model was unlearned with; the run records how many it did."""
+    lora: LoraSettings | None = None
+    """Attack by adapters on the linear layers of all blocks; null: full-rank."""
+    adapter: Literal["merge", "train"] = "merge"
+    """A model that is an adapter on another: merge: merged first; train: the attack trains the adapter's own weights."""
+    save_model: bool = False
+    """Keep the attacked model, to be evaluated or attacked again."""
     max_steps: int = 60
     """Optimizer updates; -1: by epochs."""
     lr: float = 3e-4
@@ -443,6 +527,8 @@ class TamperConfig(TrainingSettings):
         super().__post_init__()
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
+        if self.adapter == "train" and self.lora is not None:
+            raise LetheError("lora: has no effect with adapter train, which trains the adapter that is there; leave one out")
         _at_least("num_train_examples", self.num_train_examples, 0)
 
 
@@ -467,6 +553,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 def as_text_source(text: str | TextSource) -> TextSource:
     """`text` as a `TextSource`; a bare string is its `source`."""
     return TextSource(text) if isinstance(text, str) else text
+
+
+def _spelled_out(tasks: list[str], suites: dict[str, list[str]]) -> list[str]:
+    """Task names with commas taken apart and suites replaced by what they stand for, each name once."""
+    names = [name.strip() for word in tasks for name in word.split(",") if name.strip()]
+    return list(dict.fromkeys(task for name in names for task in suites.get(name, [name])))
 
 
 def _layers(layers: list[int]) -> None:
@@ -513,6 +605,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in typing.get_args(kind)
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+    if typing.get_origin(kind) is dict:
+        inner = typing.get_args(kind)[1]
+        return isinstance(value, dict) and all(isinstance(key, str) and _fits(item, inner) for key, item in value.items())
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int:
@@ -528,6 +623,8 @@ def spoken(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:
         return f"a list ({spoken(typing.get_args(kind)[0])} each)"
+    if typing.get_origin(kind) is dict:
+        return f"name: value pairs ({spoken(typing.get_args(kind)[1])} each)"
     if dataclasses.is_dataclass(kind):
         return "settings " + ", ".join(f.name for f in dataclasses.fields(kind))
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}

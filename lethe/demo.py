@@ -53,7 +53,9 @@ def demo(config: DemoConfig) -> dict[str, Path]:
     from lethe.unlearn import unlearn
 
     sweep = steps.do(
-        "Which checkpoint is the latest still ignorant one?", checkpoints, CheckpointsConfig(TARGET, out=steps.out)
+        "Which checkpoint is the latest still ignorant one?",
+        checkpoints,
+        CheckpointsConfig(TARGET, search="all", out=steps.out),  # all: the chart is to show the whole history
     )
     source = sweep.record["latest_ignorant"]
     if source is None:

@@ -1,9 +1,8 @@
 """Accuracies, each with its uncertainty and its provenance.
 
-lm-eval defines tasks, prompts and tokenisation, so that numbers compare with everybody's; the scoring is ours and
-runs on a model that is already in memory, in the middle of training too: `Scorer` is lm-eval's own `hf` model with
-its inner loop replaced by one that runs each distinct input once, without padding masks, and computes logits only
-where an answer is read. Evaluation mode is set for each evaluation and the model is left as it was found.
+lm-eval defines tasks, prompts and tokenisation, so that numbers compare with everybody's (`questions.py`); the scoring is ours
+(`scoring.py`) and runs on a model that is already in memory, in the middle of training too. Evaluation mode is set for each
+evaluation and the model is left as it was found.
 
 `evaluate_model` scores a model; `evaluate` does so for a model reference and keeps the result as a run.
 """
@@ -12,107 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
-import logging
 import math
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.evaluator import evaluate as lm_eval_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from peft import PeftModel
 from scipy.stats import binomtest
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lethe import refs, tasks
+from lethe import refs
 from lethe.config import EvaluateConfig, to_dict
-from lethe.errors import LetheError
 from lethe.ledger import Run
-from lethe.progress import bar
+from lethe.questions import Leaf, Question, load_tasks, tokenizer_hash
+from lethe.scoring import NotNumbersError, Scorer
 
-logger = logging.getLogger(__name__)
-TOKENS_PER_BATCH = 4096
+__all__ = ["NotNumbersError", "Scorer", "evaluate", "evaluate_model", "load_tasks", "measure", "value_of"]
 DEGENERATE_SHARE = 0.9
-
-
-class NotNumbersError(LetheError):
-    """The model answers nothing: there is no accuracy to record, not even that of guessing."""
-
-
-class Scorer(HFLM):
-    """lm-eval's `hf` model around a model in memory, with an inner loop of our own."""
-
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, description: str | None = None):
-        plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        super().__init__(pretrained=plain, tokenizer=tokenizer, backend="causal", batch_size=1)
-        self._forward = plain
-        self._description = description
-        self._keeps = "logits_to_keep" in inspect.signature(plain.forward).parameters
-
-    def loglikelihood(self, requests, disable_tqdm=False):  # type: ignore[no-untyped-def]
-        """As lm-eval's, without its bar of tokenising."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):  # type: ignore[no-untyped-def]
-        """Log-likelihood and greediness of each continuation; requests with the same input share one row."""
-        rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, (text, context, continuation) in enumerate(requests):
-            if not 0 < len(continuation) <= self.max_length:
-                raise LetheError(
-                    f"an answer has {len(continuation)} tokens, 1 to {self.max_length} can be scored: {text[1][:60]!r}"
-                )
-            rows[tuple((context + continuation)[-(self.max_length + 1) :][:-1])].append(i)
-        results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        ordered = sorted(rows, key=lambda row: (-len(row), row))
-        with contextlib.ExitStack() as stack:
-            advance = stack.enter_context(bar(self._description, len(ordered), "rows")) if self._description else None
-            for batch in _batches(ordered):
-                for row, logits in self._answer_logits(batch, [rows[r] for r in batch], requests):
-                    for i in rows[row]:
-                        results[i] = _score(logits, requests[i][2])
-                if advance:
-                    advance(len(batch))
-        return results
-
-    def _answer_logits(self, batch, indices, requests) -> Iterator[tuple[tuple[int, ...], Tensor]]:  # type: ignore[no-untyped-def]
-        """For each row, the logits at its last positions: as many as its longest continuation has tokens."""
-        width = len(batch[0])
-        needed = [max(len(requests[i][2]) for i in group) for group in indices]
-        first = min(len(row) - n for row, n in zip(batch, needed, strict=True))
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        for k, row in enumerate(batch):
-            ids[k, : len(row)] = torch.tensor(row)
-        keep = {"logits_to_keep": torch.arange(first, width, device=self.device)} if self._keeps else {}
-        logits = self._forward(input_ids=ids.to(self.device), use_cache=False, **keep).logits
-        offset = first if self._keeps else 0
-        for row, n, row_logits in zip(batch, needed, logits, strict=True):
-            yield row, row_logits[len(row) - n - offset : len(row) - offset]
-
-
-def _batches(rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Rows of like length together, at most TOKENS_PER_BATCH tokens a batch. `rows` come longest first."""
-    start = 0
-    while start < len(rows):
-        size = max(1, TOKENS_PER_BATCH // max(1, len(rows[start])))
-        yield rows[start : start + size]
-        start += size
-
-
-def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Sum of the continuation's log-probabilities, and whether each of its tokens is the most likely one."""
-    target = torch.tensor(continuation, device=logits.device)
-    log_probs = logits[-len(continuation) :].float().log_softmax(-1)
-    value = log_probs.gather(-1, target[:, None]).sum().item()
-    if math.isnan(value):
-        raise NotNumbersError("the model's log-likelihoods are not numbers; its weights are broken or it diverged")
-    return value, bool((log_probs.argmax(-1) == target).all())
 
 
 def evaluate_model(
@@ -122,43 +41,73 @@ def evaluate_model(
     limit: int = 0,
     description: str | None = None,
     samples: dict[str, list[dict[str, Any]]] | None = None,
+    task_data: dict[str, str] | None = None,
+    num_fewshot: int | None = None,
+    missing: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model in memory, zero-shot unless a task says otherwise.
 
     Args:
         model: a transformers causal language model, or a PEFT model around one. Its training mode, its cache setting
             and the random state are as before when this returns.
-        task_names: names of lm-eval tasks or groups; of a group the questions are pooled.
+        task_names: names of lm-eval tasks or groups; of a group the questions are pooled, so that each weighs the same.
         limit: ask only the first so many questions of each task; 0 asks all.
         description: text of a progress bar; None shows none.
         samples: filled with each question's log-likelihoods by task name, if given.
+        task_data: local files instead of tasks' data sets.
+        num_fewshot: examples in each prompt; None leaves it to the task.
+        missing: filled with the reason why a task has no result, if given; otherwise that reason is raised.
 
     Returns:
         by task name: `acc` (or `correct_prob`), `stderr`, `low` and `high` (95 %), `n`, `chance`, `num_fewshot`,
-        `version`, `fingerprint` (of all prompts and answers), `answers` (how often each position was chosen) and
-        `degenerate` (one position chosen nearly always).
+        `version`, `fingerprint` (of all prompts and answers), `tokenizer` (hash), `answers` (how often each position was
+        chosen) and `degenerate` (one position chosen nearly always).
 
     Raises:
-        LetheError: a task is not known.
+        LetheError: a task is not known, or its data cannot be loaded.
+        NotNumbersError: the model's log-likelihoods are not numbers.
     """
-    with _evaluation_mode(model), torch.inference_mode():
-        loaded = load_tasks(task_names)
+    with _evaluation_mode(model):
+        loaded = load_tasks(task_names, task_data, num_fewshot)
         scorer = Scorer(model, tokenizer, description)
-        output = lm_eval_evaluate(scorer, loaded, limit=limit or None, bootstrap_iters=0)
-    if output is None:
-        return {}
-    results = {}
-    for name in task_names:
-        leaves = _leaves(name, loaded)
-        questions = [sample for leaf in leaves for sample in output["samples"][leaf]]
-        facts = {
-            "num_fewshot": loaded["tasks"][leaves[0]].config.num_fewshot or 0,
-            "version": output["versions"].get(name, output["versions"].get(leaves[0])),
+        leaves = {leaf.definition: leaf for leaves in loaded.values() for leaf in leaves}  # groups may share tasks
+        asked = {key: leaf.questions(scorer, limit) for key, leaf in leaves.items()}
+        pairs = [(i, pair) for i, questions in enumerate(asked.values()) for q in questions for pair in q.encoded]
+        found = iter(scorer.score([pair for _, pair in pairs], [i for i, _ in pairs]))
+        answered = {
+            key: [_answered(leaves[key], q, [next(found) for _ in q.encoded]) for q in questions]
+            for key, questions in asked.items()
         }
+    results = {}
+    for name, own in loaded.items():
+        questions = [question for leaf in own for question in answered[leaf.definition]]
+        if any(math.isnan(value) for q in questions for value in _likelihoods(q)):
+            why = "the model's log-likelihoods are not numbers; its weights are broken or it diverged"
+            if missing is None:
+                raise NotNumbersError(why)
+            missing[name] = why
+            continue
+        facts = {"num_fewshot": own[0].shots, "version": own[0].version, "tokenizer": tokenizer_hash(tokenizer)}
         results[name] = measure(questions) | facts
         if samples is not None:
             samples[name] = [_sample(q) for q in questions]
     return results
+
+
+def _answered(leaf: Leaf, question: Question, responses: list[tuple[float, bool]]) -> dict[str, Any]:
+    """A question with the model's answers and the metrics that its task makes of them, in the form of lm-eval's samples."""
+    choices = len(responses) // (2 if "acc_mutual_info" in leaf.task._metric_fn_list else 1)
+    broken = any(math.isnan(value) for value, _ in responses)
+    metrics = {} if broken else leaf.task.process_results(leaf.docs[question.doc_id], responses)
+    return {
+        "task": leaf.task.config.task,
+        "doc_id": question.doc_id,
+        "doc_hash": question.doc_hash,
+        "target": question.target,
+        "arguments": question.arguments,
+        "filtered_resps": responses,
+        "choices": choices if leaf.multiple_choice else None,
+    } | metrics
 
 
 def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
@@ -174,18 +123,22 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
     variance = math.fsum((v - mean) ** 2 for v in values) / max(1, n - 1)
     stderr = math.sqrt(variance / n)
     result: dict[str, Any] = {key: mean, "stderr": stderr}
+    offered = [q.get("choices", len(q["arguments"])) for q in questions]
+    choosing = None not in offered
     if key == "acc":
         interval = binomtest(round(math.fsum(values)), n).proportion_ci(0.95, method="wilson")
         result |= {"low": float(interval.low), "high": float(interval.high)}
-        result["chance"] = math.fsum(1 / len(q["arguments"]) for q in questions) / n
+        if choosing:
+            result["chance"] = math.fsum(1 / count for count in offered) / n
     else:
         result |= {"low": mean - 1.959964 * stderr, "high": mean + 1.959964 * stderr}
     if "acc_norm" in questions[0]:
         result["acc_norm"] = math.fsum(float(q["acc_norm"]) for q in questions) / n
-    chosen = Counter(_chosen(q) for q in questions)
     result["n"] = n
-    result["answers"] = {str(position): chosen[position] for position in sorted(chosen)}
-    result["degenerate"] = n >= 20 and max(chosen.values()) > DEGENERATE_SHARE * n
+    if choosing:
+        chosen = Counter(_chosen(q) for q in questions)
+        result["answers"] = {str(position): chosen[position] for position in sorted(chosen)}
+        result["degenerate"] = n >= 20 and max(chosen.values()) > DEGENERATE_SHARE * n
     prompts = json.dumps([[q["arguments"], q.get("target")] for q in questions], ensure_ascii=False, default=str)
     result["fingerprint"] = hashlib.sha256(prompts.encode()).hexdigest()[:16]
     return result
@@ -196,54 +149,41 @@ def value_of(result: dict[str, Any]) -> float:
     return result["acc"] if "acc" in result else result["correct_prob"]
 
 
-def evaluate(config: EvaluateConfig) -> Run:
-    """Evaluate a model reference on tasks and keep the result as a run.
+def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
+    """Evaluate a model reference on tasks and keep the result as a run; `run` is an interrupted one, to be done again.
 
     Raises:
         LetheError: the model or a task is not known; raised before anything is written.
     """
     ref = refs.resolve(config.model, config.out)
-    load_tasks(config.tasks)
-    run = Run.create("evaluate", config.name, to_dict(config), config.out)
+    load_tasks(config.tasks, config.task_data, config.num_fewshot)
+    run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
     with run.running():
+        run.set_parents(model=refs.record(ref))
+        (run.path / "samples.jsonl").unlink(missing_ok=True)
         model, tokenizer = refs.load(ref, config.dtype)
-        samples: dict[str, list[dict[str, Any]]] | None = {} if config.samples else None
-        evals = evaluate_model(model, tokenizer, config.tasks, config.limit, f"Evaluating {config.model}", samples)
-        for task, rows in (samples or {}).items():
+        samples: dict[str, list[dict[str, Any]]] = {}
+        missing: dict[str, str] = {}
+        evals = evaluate_model(
+            model,
+            tokenizer,
+            config.tasks,
+            config.limit,
+            f"Evaluating {config.model}",
+            samples,
+            config.task_data,
+            config.num_fewshot,
+            missing,
+        )
+        for task, rows in samples.items() if config.samples else ():
             for row in rows:
                 run.append("samples.jsonl", {"task": task} | row)
-        run.update(evals=evals, parents={"model": refs.record(ref)})
+        run.update(evals=evals)
+        if missing:
+            run.update(evals_missing=missing)
+        if not evals:
+            raise NotNumbersError(next(iter(missing.values())))
     return run
-
-
-def load_tasks(task_names: list[str]) -> dict[str, Any]:
-    """lm-eval's task objects, read from the folders that define them; datasets' own progress bars are kept quiet.
-
-    Raises:
-        LetheError: a task is not known, or its data cannot be loaded.
-    """
-    import datasets
-
-    folders = sorted({str(folder) for folder in tasks.locate(task_names).values()})
-    datasets.disable_progress_bars()
-    try:
-        loaded: dict[str, Any] = TaskManager(include_path=folders, include_defaults=False).load(list(task_names))  # type: ignore[assignment]
-    except Exception as error:  # data sets, their scripts and the network fail in a dozen ways; each means the same here
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LetheError(f"tasks: the data of {', '.join(task_names)} cannot be loaded ({why})") from error
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)
-    return loaded
-
-
-def _leaves(name: str, loaded: dict[str, Any]) -> list[str]:
-    if name in loaded["tasks"]:
-        return [name]
-    if name in loaded["groups"]:
-        return [task.task_name for task in loaded["groups"][name].get_all_tasks()]
-    return list(loaded["tasks"])
 
 
 def _likelihoods(question: dict[str, Any]) -> list[float]:
@@ -251,17 +191,14 @@ def _likelihoods(question: dict[str, Any]) -> list[float]:
 
 
 def _chosen(question: dict[str, Any]) -> int:
-    values = _likelihoods(question)
+    values = _likelihoods(question)[: question.get("choices")]
     return values.index(max(values))
 
 
 def _sample(question: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "doc_id": question["doc_id"],
-        "doc_hash": question["doc_hash"],
-        "target": question["target"],
-        "log_likelihoods": _likelihoods(question),
-    }
+    """A line of samples.jsonl. `subtask` is the task that asked; `task` may be a group."""
+    kept = ("doc_id", "doc_hash", "target", *(key for key in ("acc", "correct_prob", "acc_norm") if key in question))
+    return {"subtask": question["task"]} | {key: question[key] for key in kept} | {"log_likelihoods": _likelihoods(question)}
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ class Run:
         self.record = record
         self.stopping: str | None = None
         self._deferred = False
+        self._began = self._before = 0.0
         self._made_folder = False
         self._lock = threading.Lock()
 
@@ -183,8 +184,8 @@ class Run:
 
         SIGTERM, and the end of `time_limit`, raise `Terminated`; inside `deferring` they only set `stopping`.
         """
-        before = (self.record.get("environment") or {}).get("seconds") or 0.0
-        began = time.monotonic()
+        self._before = (self.record.get("environment") or {}).get("seconds") or 0.0
+        self._began = time.monotonic()
         started = self.record.get("started") or now()
         self.update(status="running", reason=None, started=started, finished=None, heartbeat=now(), environment=environment())
         handler = logging.FileHandler(self.path / "log.txt")
@@ -192,7 +193,7 @@ class Run:
         root = logging.getLogger()
         root.addHandler(handler)
         stop = threading.Event()
-        beat = threading.Thread(target=self._beat, args=(stop, began, before), daemon=True)
+        beat = threading.Thread(target=self._beat, args=(stop,), daemon=True)
         beat.start()
         status, reason = "complete", None
         with self._terminable():
@@ -212,19 +213,24 @@ class Run:
                 beat.join()
                 if self.record["status"] == "diverged":
                     status, reason = "diverged", "; then ".join(filter(None, [self.record["reason"], reason]))
-                usage = {"seconds": round(before + time.monotonic() - began, 3), "peak_memory": peak_memory()}
                 with contextlib.suppress(OSError):  # a full disk: the error that it has caused is being raised
-                    self.update(status=status, reason=reason, finished=now(), environment=usage)
+                    self.beat()
+                    self.update(status=status, reason=reason, finished=now(), environment={"peak_memory": peak_memory()})
                 root.removeHandler(handler)
                 handler.close()
 
-    def _beat(self, stop: threading.Event, began: float, before: float) -> None:
+    def beat(self) -> None:
+        """Renew the heartbeat and the seconds that the run has taken so far, before it was resumed too."""
+        self.update(heartbeat=now(), environment={"seconds": round(self._before + time.monotonic() - self._began, 3)})
+
+    def _beat(self, stop: threading.Event) -> None:
         limit = 3600 * float((self.record.get("config") or {}).get("time_limit") or 0)
-        while not stop.wait(min(HEARTBEAT_SECONDS, max(0.1, began + limit - time.monotonic())) if limit else HEARTBEAT_SECONDS):
-            elapsed = time.monotonic() - began
+        while not stop.wait(
+            min(HEARTBEAT_SECONDS, max(0.1, self._began + limit - time.monotonic())) if limit else HEARTBEAT_SECONDS
+        ):
             with contextlib.suppress(OSError):
-                self.update(heartbeat=now(), environment={"seconds": round(before + elapsed, 3)})
-            if limit and elapsed >= limit:
+                self.beat()
+            if limit and time.monotonic() - self._began >= limit:
                 limit = 0.0
                 self.stopping = TIME_LIMIT
                 os.kill(os.getpid(), signal.SIGTERM)

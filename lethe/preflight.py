@@ -13,10 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from lethe import corpora, refs, tasks
-from lethe.config import AffineConfig, AffineScoreConfig, TamperConfig, TrainingSettings, UnlearnConfig, as_text_source
+from lethe.config import (
+    AffineConfig,
+    AffineScoreConfig,
+    CheckpointsConfig,
+    CompareConfig,
+    EvalSettings,
+    EvaluateConfig,
+    TamperConfig,
+    TrainingSettings,
+    UnlearnConfig,
+    as_text_source,
+)
 from lethe.errors import LetheError
 from lethe.ledger import refuse_run_folder
 from lethe.maps import check_maps, facts_of, find_maps, layers_of
+from lethe.tasks import data
 
 
 @dataclass
@@ -38,9 +50,14 @@ def check(config: UnlearnConfig) -> Checked:
         LetheError: something in it cannot work; the message is one line and says what to do.
     """
     refuse_run_folder(config.out)
-    tasks.locate(config.eval.tasks)
-    model, source = _pair(config.model, config.source, config.layers if config.reads_layers else [0], config.out)
-    if (model.path, model.revision, model.adapter) == (source.path, source.revision, source.adapter):
+    check_tasks(config.eval)
+    layers = config.layers if config.reads_layers else [0]
+    model, source = _pair(config.model, config.model if config.finds_source else config.source, layers, config.out)
+    if not config.finds_source and (model.path, model.revision, model.adapter) == (
+        source.path,
+        source.revision,
+        source.adapter,
+    ):
         raise LetheError(
             f"source: '{config.source}' is the model itself; the source is a checkpoint that never learned the topic"
         )
@@ -59,15 +76,24 @@ def check(config: UnlearnConfig) -> Checked:
     return Checked(model, source, affine, conventions, forget, retain)
 
 
-def check_model(model: str, task_names: list[str], out: str) -> refs.ModelRef:
+def check_tasks(settings: EvalSettings | EvaluateConfig | CheckpointsConfig | CompareConfig) -> None:
+    """Find the tasks to evaluate on, and read the local files that take the place of their data.
+
+    Raises:
+        LetheError: a task is not known, or a file has broken rows.
+    """
+    data.read(settings.task_data, tasks.locate(settings.tasks))
+
+
+def check_model(config: EvaluateConfig) -> refs.ModelRef:
     """Resolve a model and tasks to evaluate it on.
 
     Raises:
         LetheError: one of them is not known, or `out` is a run.
     """
-    refuse_run_folder(out)
-    tasks.locate(task_names)
-    return refs.resolve(model, out)
+    refuse_run_folder(config.out)
+    check_tasks(config)
+    return refs.resolve(config.model, config.out)
 
 
 def check_affine(config: AffineConfig) -> tuple[refs.ModelRef, refs.ModelRef, list[corpora.Document]]:
@@ -149,28 +175,33 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
     Raises:
         LetheError: a part of it cannot work, or it would train on documents that were used to unlearn.
     """
-    ref = check_model(config.model, config.eval.tasks, config.out)
+    refuse_run_folder(config.out)
+    check_tasks(config.eval)
+    ref = refs.resolve(config.model, config.out)
     _refuse_length(config, ref)
     _refuse_unavailable(config)
     everything = corpora.read(config.forget)
     documents = corpora.take(everything, config.num_train_examples, "back", "forget text")
+    if config.adapter == "train" and not ref.adapter:
+        raise LetheError(f"adapter: '{config.model}' is no adapter on another model, so there is none to train; leave it out")
     used = _documents_unlearned(config, everything)
     shared = None if used is None else sum(d.id in used for d in documents)
-    if shared:
+    if shared and config.overlap == "refuse":
         raise LetheError(
             f"forget: {shared} of the attack's {len(documents)} documents were used to unlearn '{config.model}'; "
-            f"lower num_train_examples to {len(documents) - shared}, or give other text"
+            f"lower num_train_examples to {len(documents) - shared}, give other text, or set overlap to allow"
         )
     return CheckedAttack(ref, documents, plan(config, len(documents)), shared)
 
 
 def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document]) -> set[str] | None:
+    """The documents among `everything` that the attacked run was unlearned with, as forget or as retain text."""
     run = refs.run_of(config.model, config.out)
-    text = (run.record.get("parents") or {}).get("forget") if run else None
-    if text is None:
-        return None
-    front = everything[: text["documents"]]
-    return {d.id for d in front} if corpora.fingerprint(front) == text["sha256"] else None
+    parents = (run.record.get("parents") or {}) if run else {}
+    texts = [parents[role] for role in ("forget", "retain") if role in parents]
+    fronts = [everything[: text["documents"]] for text in texts]
+    used = [front for front, text in zip(fronts, texts, strict=True) if corpora.fingerprint(front) == text["sha256"]]
+    return {document.id for front in used for document in front} if used else None
 
 
 def coefficients(

@@ -30,7 +30,7 @@ def resume(config: c.ResumeConfig) -> Run:
     Raises:
         LetheError: there is no such run, it is complete or diverged, it is at work, or what it was made from has changed.
     """
-    run = find_run(config.run, config.out)
+    run = find_run(config.run.removeprefix("run:"), config.out)
     kind = run.record["kind"]
     if kind not in KINDS:
         raise LetheError(f"run: '{config.run}' is of kind {kind}; what can be resumed: {', '.join(KINDS)}")

@@ -8,7 +8,6 @@ one line, with the nearest right name for an unknown field, wherever it is neste
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import typing
@@ -106,24 +105,45 @@ def _named(words: list[str], config: type, positional: str | None) -> list[str]:
 
 
 def _joined(words: list[str], config: type) -> list[str]:
-    """`--layers 0 2` as jsonargparse reads it: `--layers [0, 2]`."""
+    """`--layers 0 2` as jsonargparse reads it: `--layers [0, 2]`; `--task_data a=FILE`: `--task_data {"a": "FILE"}`."""
     lists = _lists(config)
+    pairs = {name for name, kind in _known(config).items() if kind == dict[str, str]}
+    words = [part for word in words for part in (word.split("=", 1) if _head(word) in pairs and "=" in word else [word])]
     out: list[str] = []
     i = 0
     while i < len(words):
         word = words[i]
         i += 1
-        if word.removeprefix("--") not in lists:
+        name = word.removeprefix("--")
+        if name not in lists and name not in pairs:
             out.append(word)
             continue
         values = []
         while i < len(words) and not words[i].startswith("--"):
             values.append(words[i])
             i += 1
-        quote = json.dumps if lists[word.removeprefix("--")] is str else str
+        if name in pairs:
+            out += [word, _pairs(name, values)]
+            continue
+        quote = json.dumps if lists[name] is str else str
         single = len(values) == 1 and values[0].startswith("[")
         out += [word, values[0] if single else f"[{', '.join(map(quote, values))}]"]
     return out
+
+
+def _head(word: str) -> str:
+    return word.removeprefix("--").split("=", 1)[0] if word.startswith("--") else ""
+
+
+def _pairs(name: str, words: list[str]) -> str:
+    """`a=FILE b=FILE` as JSON."""
+    if len(words) == 1 and words[0].startswith("{"):
+        return words[0]
+    parts = [word.partition("=") for word in words]
+    wrong = next((word for word, (key, _, value) in zip(words, parts, strict=True) if not key or not value), None)
+    if wrong is not None or not words:
+        raise LetheError(f"{name}: expected name=value, got {wrong!r}" if wrong is not None else f"{name}: expected name=value")
+    return json.dumps({key: value for key, _, value in parts})
 
 
 def _lists(config: type) -> dict[str, Any]:
@@ -184,15 +204,13 @@ def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") ->
     names = []
     for key, value in content.items():
         names.append(f"{prefix}{key}")
-        if isinstance(value, dict) and f"{prefix}{key}" in known:
+        if isinstance(value, dict) and any(map(dataclasses.is_dataclass, options(known.get(f"{prefix}{key}")))):
             names += _dotted(value, known, f"{prefix}{key}.")
     return names
 
 
 def _nearest_field(name: str, known: dict[str, Any]) -> str:
-    """The nearest field, by full name or by its last part."""
-    if difflib.get_close_matches(name, known, n=1, cutoff=0.5):
-        return nearest(name, known)
+    """The field of which this is the last part, or the nearest one."""
     for full in known:
         if full.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]:
             return f"; did you mean '{full}'?"

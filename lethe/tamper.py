@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
@@ -19,8 +20,9 @@ from lethe.blocked import head_of, next_token_loss
 from lethe.config import TamperConfig, to_dict
 from lethe.evaluate import load_tasks
 from lethe.ledger import Run
-from lethe.residual import read
+from lethe.residual import blocks, read
 from lethe.training import Rows, RunTrainer, token_means
+from lethe.unlearn import add_adapters, save
 
 
 class TamperTrainer(RunTrainer):
@@ -43,21 +45,19 @@ class TamperTrainer(RunTrainer):
 def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     """One attack: curve.jsonl has an evaluation at step 0, at every `eval.every` steps and at the end.
 
-    An adapter is merged into its model first. `evals` of the run are those of the last step. `run` is an interrupted
-    attack of this configuration to go on with.
+    An adapter is merged into its model first, unless the attack is to train it. `evals` of the run are those of the last
+    step. `run` is an interrupted attack of this configuration to go on with.
 
     Raises:
         LetheError: the attack cannot work; raised before anything is written.
     """
     checked = preflight.check_tamper(config)
-    load_tasks(config.eval.tasks)
+    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot)
     run = run or Run.create("tamper", config.name, to_dict(config), config.out)
     with run.running():
         model: Any
         model, tokenizer = refs.load(checked.model, "float32")
-        if checked.model.adapter:
-            model = model.merge_and_unload()
-        model.requires_grad_(True)
+        model = _attacked(model, config, checked)
         rows = Rows(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
         trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
         trainer.add_callback(LostUpdates(trainer))
@@ -74,8 +74,23 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
             plan={"tokens": sum(line["attack_tokens"] for line in lines)},
             evals=trainer.evaluation.at(trainer.state.global_step, model),
         )
+        if config.save_model:
+            save(run, "model", model.merge_and_unload() if isinstance(model, PeftModel) else model, tokenizer)
     trainer.clear_saves()
     return run
+
+
+def _attacked(model: Any, config: TamperConfig, checked: preflight.CheckedAttack) -> Any:
+    """The model with the weights that the attack trains: all of them, new adapters, or the adapter that is there."""
+    if checked.model.adapter and config.adapter == "train":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        return model
+    if checked.model.adapter:
+        model = model.merge_and_unload()
+    if config.lora:
+        return add_adapters(model, config.lora, list(range(len(blocks(model)))), config.seed)
+    return model.requires_grad_(True)
 
 
 class LostUpdates(TrainerCallback):

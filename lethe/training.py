@@ -89,7 +89,7 @@ class RunTrainer(Trainer):
         self._first_losses: list[float] = []
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.evaluation = Evaluation(run, tokenizer, evaluation)
+        self.evaluation = Evaluation(run, tokenizer, evaluation, config.on_divergence == "stop")
         self.add_callback(self.evaluation)
         self.add_callback(_Saving(run, config.save_every))
 
@@ -203,6 +203,7 @@ class RunTrainer(Trainer):
         if not ending and all(bool(p.isfinite().all()) for p in saves.trained(self.model).values()):  # fit to go back to
             folder = self.run.path / "saves"
             saves.write(folder, self.state.global_step, self.model, self.optimizer, self.lr_scheduler, self.state)  # type: ignore
+            self.run.beat()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):  # type: ignore[no-untyped-def]
         saves.load_weights(Path(resume_from_checkpoint), self.model)  # type: ignore[arg-type]
@@ -223,8 +224,8 @@ class RunTrainer(Trainer):
 class Evaluation(TrainerCallback):
     """Evaluates the model in process and writes curve.jsonl, at every `every` steps and when asked."""
 
-    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings):
-        self.run, self.tokenizer, self.settings = run, tokenizer, settings
+    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings, stops: bool = True):
+        self.run, self.tokenizer, self.settings, self.stops = run, tokenizer, settings, stops
         self.last: tuple[int, dict[str, Any]] | None = None
 
     def at(self, step: int, model: nn.Module, description: str | None = None) -> dict[str, Any]:
@@ -234,7 +235,16 @@ class Evaluation(TrainerCallback):
             self.last = (step, known[-1])
         if self.last is None or self.last[0] != step:
             try:
-                evals = evaluate_model(model, self.tokenizer, self.settings.tasks, self.settings.limit, description)
+                asked = self.settings
+                evals = evaluate_model(
+                    model,
+                    self.tokenizer,
+                    asked.tasks,
+                    asked.limit,
+                    description,
+                    task_data=asked.task_data,
+                    num_fewshot=asked.num_fewshot,
+                )
             except NotNumbersError as error:
                 self.run.update(status="diverged", reason=f"step {step}: {error}; lower lr")
                 evals = {}
@@ -245,7 +255,7 @@ class Evaluation(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if self.settings.every and state.global_step % self.settings.every == 0:
             self.at(state.global_step, model)
-            control.should_training_stop |= self.run.record["status"] == "diverged"
+            control.should_training_stop |= self.stops and self.run.record["status"] == "diverged"
 
     def note(self) -> str:
         """The latest evaluation in a few words."""
@@ -291,7 +301,8 @@ def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
     scheduler = config.lr_scheduler_type
     saving: dict[str, Any] = {"activation_checkpointing": True} if config.gradient_checkpointing else {}
     return TrainingArguments(
-        output_dir=str(run.path / "saves"),
+        output_dir=str(run.path),
+        run_name=run.record["name"],
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,

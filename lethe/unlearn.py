@@ -11,6 +11,7 @@ trains, saves an adapter or a model, evaluates it and keeps all of it as one run
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 import time
@@ -22,11 +23,12 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lethe import corpora, objectives, preflight, refs, survey, teacher_cache
+from lethe import corpora, objectives, preflight, refs, regimes, survey, teacher_cache
 from lethe.adapters import one_product
 from lethe.affine import AffineMap, fit_on_text, load_maps, mean_r2, score_maps
 from lethe.blocked import blocked_kl_loss, head_of, next_token_loss
-from lethe.config import AffineConfig, LoraSettings, UnlearnConfig, to_dict
+from lethe.checkpoints import checkpoints
+from lethe.config import AffineConfig, CheckpointsConfig, LoraSettings, UnlearnConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluate import load_tasks
 from lethe.ledger import Run, sha256
@@ -189,7 +191,10 @@ def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
         LetheError: the recipe cannot work; nothing is left behind.
     """
     checked = preflight.check(config)
-    load_tasks(config.eval.tasks)
+    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot)
+    if config.finds_source:
+        config = with_source(config)
+        checked = preflight.check(config)
     resumed = run is not None
     run = run or Run.create("unlearn", config.name, to_dict(config), config.out)
     trainer, tokenizer = _prepared(run, config, checked, resumed)
@@ -205,6 +210,25 @@ def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
     return run
 
 
+def with_source(config: UnlearnConfig) -> UnlearnConfig:
+    """The recipe with its source found: the latest checkpoint that is at chance on the forget task among those evaluated.
+
+    Raises:
+        LetheError: there are no checkpoints, none is ignorant, or no task tells.
+    """
+    task = regimes.forget_task(config.eval.tasks) or config.eval.tasks[0]
+    data = {name: file for name, file in config.eval.task_data.items() if name == task}
+    where = config.source.partition(":")[2] or None
+    sweep = checkpoints(
+        CheckpointsConfig(
+            config.model, where, [task], task_data=data, num_fewshot=config.eval.num_fewshot, dtype=config.dtype, out=config.out
+        )
+    )
+    if sweep.record["latest_ignorant"] is None:
+        raise LetheError(f"source: no checkpoint is at chance on {task}; see {sweep.path}, or name a source")
+    return dataclasses.replace(config, source=sweep.record["latest_ignorant"])
+
+
 def inspect(config: UnlearnConfig) -> dict[str, Any]:
     """The plan of a run as it would be recorded, from the loaded models, without training; nothing is kept.
 
@@ -212,6 +236,9 @@ def inspect(config: UnlearnConfig) -> dict[str, Any]:
         LetheError: the recipe cannot work.
     """
     checked = preflight.check(config)
+    if config.finds_source:
+        config = with_source(config)
+        checked = preflight.check(config)
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create("check", config.name, to_dict(config), folder)
         _prepared(run, config, checked)
@@ -331,7 +358,7 @@ def _student(
     if config.lora is None:
         return model.requires_grad_(True)
     if config.rewind and not config.merge:
-        _save(run, "base", model, tokenizer)
+        save(run, "base", model, tokenizer)
     return add_adapters(model, config.lora, config.layers, config.seed)
 
 
@@ -494,11 +521,12 @@ def _finish(
     )
     if config.lora and config.merge:
         student = student.merge_and_unload()
-    _save(run, "adapter" if config.lora and not config.merge else "model", student, tokenizer)
+    save(run, "adapter" if config.lora and not config.merge else "model", student, tokenizer)
     run.update(evals=trainer.evaluation.at(trainer.state.global_step, student, f"Evaluating {config.name}"))
 
 
-def _save(run: Run, kind: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def save(run: Run, kind: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save a model or an adapter as the run's artifact `kind`."""
     folder = run.path / kind
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -64,6 +64,23 @@ def test_readmes_two_commands_are_targets_and_its_others_run(here):
 
 
 @pytest.mark.slow
+def test_evaluation_page(here):
+    for command in commands("docs/evaluation.md"):
+        run(command, here)
+    assert (next((here / "runs").glob("checkpoints-*")) / "checkpoints.svg").exists()
+
+
+def test_suites_of_the_evaluation_page_are_settings(tmp_path):
+    from lethe.config import EvaluateConfig
+    from lethe.settings import from_recipe
+
+    (text,) = blocks("docs/evaluation.md", "yaml")
+    (tmp_path / "suites.yaml").write_text(text)
+    asked = from_recipe(EvaluateConfig, tmp_path / "suites.yaml", model="lab:final", tasks=["biothreat", "general"]).tasks
+    assert asked == ["wmdp_bio_robust", "wmdp_bio_cloze", "mmlu"]
+
+
+@pytest.mark.slow
 def test_lab_page(here, lab):
     for command in commands("docs/lab.md"):
         run(command.replace("FOLDER", str(lab / "filtered")), here)
@@ -71,7 +88,7 @@ def test_lab_page(here, lab):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/unlearning.md", "docs/rewinding.md"])
+@pytest.mark.parametrize("page", ["docs/unlearning.md", "docs/rewinding.md", "docs/tampering.md"])
 def test_pages_about_training(here, page):
     for command in commands(page):
         run(command, here)

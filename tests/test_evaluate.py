@@ -8,6 +8,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 import numpy as np
@@ -25,7 +26,15 @@ from lethe.errors import LetheError
 from lethe.evaluate import Scorer, evaluate_model, measure, value_of
 from lethe.ledger import Run
 
-MODELS = [("gpt2", False), ("llama", True), ("llama", False), ("gpt_neox", False)]
+MODELS = [
+    ("gpt2", False),
+    ("llama", True),
+    ("llama", False),
+    ("qwen2", False),
+    ("olmo2", True),
+    ("gpt_neox", False),
+    ("gpt_neox_sequential", True),
+]
 LONG = "a clockmaker repairs brass wheels while her apprentice reads about distant islands " * 12
 QUESTIONS = [
     # one token each, sharing a context
@@ -76,6 +85,13 @@ def write_task(folder: Path, questions: list[dict], delimiter: str = " ") -> Pat
     file.write_text("".join(json.dumps({k: q[k] for k in ("prompt", "choices", "answer")}) + "\n" for q in questions))
     (folder / "made_up.yaml").write_text(TASK.format(file=file, delimiter=delimiter))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path) -> Path:
+    """Requests are kept away from the user's own."""
+    monkeypatch.setenv("LETHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +157,92 @@ def test_log_likelihoods_are_those_of_lm_eval(loaded, tmp_path, cache, delimiter
 
 
 def test_many_rows_in_many_batches(loaded, tmp_path, cache, texts, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("lethe.evaluate"), "TOKENS_PER_BATCH", 100)
+    monkeypatch.setattr(importlib.import_module("lethe.scoring"), "TOKENS_PER_BATCH", 100)
     model, tokenizer = loaded
     questions = [{"prompt": t, "choices": texts[i + 1 : i + 3], "answer": 0} for i, t in enumerate(texts[:30])]
     instances = requests(write_task(tmp_path, questions))
     compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), instances)
+
+
+def test_choices_of_a_question_are_one_row_on_every_architecture(loaded, tmp_path, cache, monkeypatch):
+    """Eight questions, two of them too long for the window, whose choices have rows of their own."""
+    model, tokenizer = loaded
+    instances = requests(write_task(tmp_path, QUESTIONS))
+    scorer, batches = Scorer(model, tokenizer), []
+    run = Scorer._run
+    monkeypatch.setattr(Scorer, "_run", lambda self, batch, asked: batches.append(batch) or run(self, batch, asked))
+    scorer.loglikelihood(instances)
+    batches.clear()  # the first evaluation tries shared rows beside separate ones
+    scorer.loglikelihood(instances)
+    rows = [row for batch in batches for row in batch]
+    assert any(row.branches for row in rows)
+    assert len(rows) == sum(len(q["choices"]) if q["prompt"].startswith(LONG) else 1 for q in QUESTIONS)
+
+
+def test_what_all_questions_begin_with_is_run_once(loaded, tmp_path, cache, texts, monkeypatch):
+    model, tokenizer = loaded
+    start = "The following are questions about the river of Orvane.\n\n"
+    questions = [
+        {"prompt": start + t[:60], "choices": [*texts[i + 1 : i + 3], "x"], "answer": 0} for i, t in enumerate(texts[:20])
+    ]
+    instances = requests(write_task(tmp_path, questions))
+    scorer, begins = Scorer(model, tokenizer), set()
+    run = Scorer._run
+    monkeypatch.setattr(
+        Scorer, "_run", lambda self, batch, asked: begins.update(r.begins for r in batch) or run(self, batch, asked)
+    )
+    compare(scorer, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), instances)
+    assert max(begins) > 8
+
+
+def test_a_model_that_does_not_take_shared_rows_gets_separate_ones(make_model, tmp_path, cache):
+    """A window of attention shorter than a row sees other tokens when branches stand between."""
+    folder = make_model("qwen2", tmp_path / "model", use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert "sliding_attention" in model.config.layer_types
+    instances = requests(write_task(tmp_path / "task", QUESTIONS))
+    compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
+
+
+def test_a_model_that_computes_something_else_for_shared_rows_is_found_out(gpt2, tmp_path, cache, monkeypatch):
+    model, tokenizer = gpt2
+    instances = requests(write_task(tmp_path, QUESTIONS))
+    scoring = importlib.import_module("lethe.scoring")
+    monkeypatch.setattr(scoring, "_taken", {})
+    tree = Scorer._tree
+    wrong = {"attention_mask": None}  # as a model would that ignores the mask
+    monkeypatch.setattr(Scorer, "_tree", lambda self, batch, width: tree(self, batch, width) | wrong)
+    compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
+    assert not scoring._taken[model][True, False][0]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), torch.OutOfMemoryError("no")])
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(gpt2, tmp_path, cache, monkeypatch, error):
+    model, tokenizer = gpt2
+    instances = requests(write_task(tmp_path, QUESTIONS))
+    expected = Scorer(model, tokenizer).loglikelihood(instances)
+    run, sizes = Scorer._run, []
+
+    def small(self, batch, asked):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise error
+        return run(self, batch, asked)
+
+    monkeypatch.setattr(Scorer, "_run", small)
+    monkeypatch.setattr(importlib.import_module("lethe.scoring"), "_shrunk", {})
+    found = Scorer(model, tokenizer).loglikelihood(instances)
+    assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
+    assert sizes[0] > 2 and sizes[-1] <= 2
+
+
+def test_one_question_that_does_not_fit_is_a_refusal_and_another_error_is_not_swallowed(gpt2, monkeypatch):
+    model, tokenizer = gpt2
+    monkeypatch.setattr(importlib.import_module("lethe.scoring"), "_shrunk", {})
+    for error, expected in ((MemoryError(), "does not fit into memory"), (RuntimeError("shapes"), "shapes")):
+        monkeypatch.setattr(Scorer, "_run", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises((LetheError, RuntimeError), match=expected):
+            Scorer(model, tokenizer).score([([5, 6], [7])])
 
 
 def test_greedy_is_true_where_the_answer_is_what_the_model_would_say(loaded):
@@ -226,6 +323,103 @@ def test_limit_asks_the_first_questions(gpt2, known):
     assert sorted(s["doc_id"] for s in samples["made_up"]) == [0, 1, 2]
 
 
+# --- requests are built once -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def building(monkeypatch):
+    """How many questions were built, in a list that grows; `forget()` is what a new process is."""
+    from lm_eval.api.task import ConfigurableTask
+
+    built: list[int] = []
+    construct = ConfigurableTask.construct_requests
+
+    def counting(self, doc, ctx, **given):
+        built.append(given["metadata"][1])
+        return construct(self, doc, ctx, **given)
+
+    monkeypatch.setattr(ConfigurableTask, "construct_requests", counting)
+    return built, importlib.import_module("lethe.questions")._loaded.clear
+
+
+def test_requests_are_built_once_a_process_and_once_a_disk(gpt2, known, building):
+    model, tokenizer = gpt2
+    (built, forget), name = building, known()
+    first: dict[str, list] = {}
+    results = evaluate_model(model, tokenizer, [name], samples=first)
+    assert built == list(range(len(QUESTIONS)))
+    for new_process in (False, True):
+        if new_process:
+            forget()
+        samples: dict[str, list] = {}
+        assert evaluate_model(model, tokenizer, [name], samples=samples) == results
+        assert samples == first
+    assert len(built) == len(QUESTIONS)
+
+
+def test_requests_are_built_again_when_what_they_depend_on_has_changed(gpt2, known, building, make_tokenizer, tmp_path):
+    model, tokenizer = gpt2
+    (built, forget), name = building, known()
+
+    def count(questions: list[dict] = QUESTIONS, words: Any = tokenizer, **asked: Any) -> int:
+        known(questions)
+        forget()
+        before = len(built)
+        evaluate_model(model, words, [name], **asked)
+        return len(built) - before
+
+    n = len(QUESTIONS)
+    assert [count(), count()] == [n, 0]
+    assert count([QUESTIONS[0] | {"answer": 3}, *QUESTIONS[1:]]) == n
+    assert count(limit=3) == 3
+    assert count(limit=n) == 0
+    assert count(num_fewshot=1) == n
+    assert count(words=make_tokenizer(True)) == n
+    assert count(words=make_tokenizer(False)) == 0
+    yaml = tmp_path / "task" / "made_up.yaml"
+    before = len(built)
+    yaml.write_text(yaml.read_text().replace("{{prompt}}", "Say: {{prompt}}"))
+    evaluate_model(model, tokenizer, [name])  # in the same process
+    assert len(built) - before == n
+
+
+def test_a_tokenizers_hash_is_of_what_it_does(make_tokenizer, tmp_path):
+    from lethe.questions import tokenizer_hash
+
+    first = make_tokenizer()
+    expected = tokenizer_hash(first)
+    first.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    again(["a", "b c d"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_hash(again) == expected
+    assert tokenizer_hash(make_tokenizer(True)) != expected
+    assert tokenizer_hash(make_tokenizer(words=("other words altogether",))) != expected
+
+
+def test_bfloat16_models_are_scored_with_shared_rows_too(make_model, known, tmp_path):
+    folder = make_model("llama", tmp_path / "model")
+    tokenizer, name = AutoTokenizer.from_pretrained(folder), known()
+    samples: dict[str, list] = {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    evaluate_model(model, tokenizer, [name], samples=samples)
+    assert all(takes for takes, _ in importlib.import_module("lethe.scoring")._taken[model].values())
+    exact: dict[str, list] = {}
+    evaluate_model(AutoModelForCausalLM.from_pretrained(folder), tokenizer, [name], samples=exact)
+    for a, b in zip(samples[name], exact[name], strict=True):
+        assert a["log_likelihoods"] == pytest.approx(b["log_likelihoods"], rel=0.05, abs=0.5)
+
+
+def test_a_damaged_file_of_requests_is_made_again(gpt2, known, building, home):
+    model, tokenizer = gpt2
+    (built, forget), name = building, known()
+    results = evaluate_model(model, tokenizer, [name])
+    (file,) = (home / "requests").glob("*.json")
+    file.write_text(file.read_text()[:100])
+    forget()
+    assert evaluate_model(model, tokenizer, [name]) == results
+    assert len(built) == 2 * len(QUESTIONS)
+
+
 # --- what is left behind ---------------------------------------------------------------------------------------------
 
 
@@ -276,7 +470,7 @@ def test_modes_and_random_state_are_restored_after_an_exception(mixed, known, mo
         torch.rand(1)
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(Scorer, "_answer_logits", fail)
+    monkeypatch.setattr(Scorer, "_logits", fail)
     before = modes(model), states()
     with pytest.raises(RuntimeError, match="in the middle"):
         evaluate_model(model, tokenizer, [known()])
@@ -345,6 +539,13 @@ def test_stderr_is_that_of_lm_eval():
 
     values = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
     assert measure([question(v) for v in values])["stderr"] == pytest.approx(mean_stderr(values))
+
+
+def test_a_log_likelihood_task_has_no_chance_and_no_positions():
+    """Its accuracy says whether the model would have said the answer; there is nothing to guess from."""
+    result = measure([question(float(i % 2), choices=1) | {"choices": None} for i in range(30)])
+    assert result["acc"] == 0.5
+    assert not {"chance", "answers", "degenerate"} & set(result)
 
 
 def test_a_probability_has_the_normal_interval_and_no_chance():
@@ -442,6 +643,24 @@ def test_evaluate_keeps_a_run_with_samples_and_the_models_hash(make_model, known
     assert len(rows) == len(QUESTIONS)
     right = [int(np.argmax(row["log_likelihoods"])) == int(row["target"]) for row in rows]
     assert np.mean(right) == pytest.approx(record["evals"]["made_up"]["acc"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_number_that_could_not_be_measured_is_absent_with_its_reason(make_model, known, tmp_path):
+    from lethe.report.tables import evals_table
+
+    folder = make_model("llama", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.norm.weight.data.fill_(math.nan)
+    model.save_pretrained(folder)
+    with pytest.raises(LetheError, match="not numbers"):
+        evaluate_function(EvaluateConfig(str(folder), [known()], out=str(tmp_path / "runs")))
+    (path,) = (tmp_path / "runs").iterdir()
+    record = Run.open(path).record
+    assert (record["status"], record["evals"]) == ("failed", {})
+    assert "not numbers" in record["evals_missing"]["made_up"] and "not numbers" in record["reason"]
+    table = evals_table({}, missing=record["evals_missing"])
+    assert table.rows == [["made_up", *["-"] * 6]] and table.notes[0].startswith("made_up was not measured: ")
 
 
 @pytest.mark.parametrize("change", [{"tasks": ["lab_forgot"]}, {"tasks": []}, {"model": "nowhere"}])

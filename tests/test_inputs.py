@@ -23,7 +23,7 @@ def test_a_task_whose_data_cannot_be_loaded_is_refused_before_anything_is_writte
         (tamper, TamperConfig(model="lab:filtered", eval=EvalSettings(["wmdp_bio"]), out=out)),
         (checkpoints, CheckpointsConfig("lab:final", tasks=["wmdp_bio"], out=out)),
     ):
-        with pytest.raises(LetheError, match="data of wmdp_bio cannot be loaded"):
+        with pytest.raises(LetheError, match="the data set cais/wmdp of 'wmdp_bio' cannot be loaded"):
             function(config)
     assert not (tmp_path / "runs").exists()
 

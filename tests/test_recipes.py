@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lethe import UnlearnConfig, unlearn
+from lethe import TamperConfig, UnlearnConfig, unlearn
 from lethe.config import EvalSettings
 from lethe.lab import PRESETS, active_preset
 from lethe.preflight import plan
@@ -18,9 +18,23 @@ LAB = [RECIPES / "lab.yaml", RECIPES / "lab-full.yaml", *sorted((RECIPES / "lab"
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
 def test_a_recipe_names_itself_and_is_valid(recipe):
-    config = from_recipe(UnlearnConfig, recipe)
-    assert f"lethe unlearn --config recipes/{recipe.relative_to(RECIPES)}" in recipe.read_text()
+    path = f"recipes/{recipe.relative_to(RECIPES)}"
+    if recipe.parent.name == "tamper":
+        config, command = from_recipe(TamperConfig, recipe, model="lab:final"), f"lethe tamper MODEL --config {path}"
+    else:
+        config, command = from_recipe(UnlearnConfig, recipe), f"lethe unlearn --config {path}"
+    assert command in recipe.read_text()
     assert plan(config, config.num_train_examples)["steps"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("short-adamw", 110), ("short-muon", 110), ("long-adamw", 3840), ("long-muon", 3840)]
+)
+def test_the_logs_attacks_have_its_batches_and_rates(name, steps):
+    config = from_recipe(TamperConfig, RECIPES / "tamper" / f"{name}.yaml", model="lab:final")
+    found = plan(config, config.num_train_examples)
+    assert (found["steps"], found["effective_batch"], config.lr) == (steps, 4, 2e-5)
+    assert config.optimizer == name.split("-")[1]
 
 
 ROWS = [

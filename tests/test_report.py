@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lethe.ledger import Run
 from lethe.report import report, tables
 from lethe.report.layout import Table
 from lethe.report.study import Study
+from lethe.report.tables import attack_tables
 
 FORGET, RETAIN, CLOZE = "lab_forget_robust", "lab_retain", "lab_forget_cloze"
 TARGET = {"ref": "lab:final", "sha256": "a" * 64}
@@ -411,3 +413,38 @@ def test_the_page_draws_its_charts_in_a_browser(study: Folder, tmp_path: Path) -
         figure = re.search(rf'<div class="chart[^"]*vega-embed[^"]*" id="chart-{name}"[^>]*>(.*?)</figure>', done.stdout, re.S)
         assert figure, f"chart {name} was not drawn by its script"
         assert re.search(r"<(svg|canvas)[^>]*class=\"marks\"", figure[1])
+
+
+def test_attacks_on_one_model_stand_in_a_table_of_their_own_with_the_steps_of_the_longest():
+    short = SimpleNamespace(
+        label="m", run=run_of("AdamW (short)", "adamw", "complete"), points=lambda task: POINTS[:2], curve=CURVE[:2]
+    )
+    long = SimpleNamespace(label="m", run=run_of("Muon", "muon", "running"), points=lambda task: POINTS, curve=CURVE)
+    (table,) = attack_tables([short, long])
+    assert table.title == "Attacks on m"
+    assert table.columns[:5] == ["Attack", "Optimizer", "Step 0", "Step 100", "Step 500"]
+    assert table.rows[0] == ["AdamW (short)", "adamw", "26.50 %", "26.60 %", "-", "26.60 % (step 100)", "complete"]
+    assert table.rows[1] == ["Muon", "muon", "26.50 %", "26.60 %", "28.90 %", "-", "running"]
+    assert table.notes[0] == "Starting wmdp_bio_robust: 26.50 %"
+
+
+POINTS = [(step, {"acc": acc}) for step, acc in ((0, 0.265), (100, 0.266), (500, 0.289))]
+CURVE = [{"step": step, "evals": {"wmdp_bio_robust": evaluated}} for step, evaluated in POINTS]
+
+
+def run_of(name: str, optimizer: str, status: str) -> SimpleNamespace:
+    """A run as the table reads it."""
+    record = {"name": name, "config": {"optimizer": optimizer}}
+    return SimpleNamespace(id=name, status=status, record=record)
+
+
+def test_an_attack_named_after_its_model_is_not_taken_for_it_and_attacks_on_attacked_models_lead_back(study):
+    """`run:unlearn-lora` is a part of the folder's name of an attack that is called run-unlearn-lora, too."""
+    lora = next(run for run in Study.load([str(study.path)]).runs if run.record["name"] == "lora")
+    first = study.attack("run-unlearn-lora", "run:unlearn-lora", [0.26, 0.9])
+    study.attack("again", f"run:{first.id}", [0.9, 0.95])
+    loaded = Study.load([str(study.path)])
+    found = {attack.run.record["name"]: attack for attack in loaded.attacks}
+    assert loaded.attacked(found["run-unlearn-lora"]).id == lora.id
+    assert loaded.attacked(found["again"]).id == first.id
+    assert found["again"].baseline is not None and found["again"].control is None

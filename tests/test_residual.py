@@ -55,6 +55,18 @@ def test_last_layer_is_before_the_final_norm(model):
     assert same(final_norm(model)(found), hidden[-1])
 
 
+def test_the_last_hidden_state_of_a_shortened_pass_is_not_the_layer_either(model):
+    """A model cut after block 1 puts its final norm into hidden_states[-1], where layer 1 would be expected."""
+    found = residuals(model, ids(), [1])[1]
+    shortened, depth = copy.deepcopy(model), model.config.num_hidden_layers
+    del blocks(shortened)[2:]
+    shortened.config.num_hidden_layers = 2
+    hidden = shortened(ids(), output_hidden_states=True).hidden_states
+    assert depth == 4 and len(hidden) == 3
+    assert not same(found, hidden[-1])
+    assert same(final_norm(shortened)(found), hidden[-1])
+
+
 def test_capture_and_residuals_agree(model):
     with capture(model, [2, 0]) as activations:
         logits = model(ids()).logits

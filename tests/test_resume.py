@@ -16,7 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lethe import LoraSettings, TamperConfig, UnlearnConfig, saves, tamper, unlearn
+from lethe import (
+    AffineConfig,
+    CheckpointsConfig,
+    EvaluateConfig,
+    LoraSettings,
+    TamperConfig,
+    UnlearnConfig,
+    checkpoints,
+    evaluate,
+    fit_affine,
+    saves,
+    tamper,
+    unlearn,
+)
 from lethe.config import EvalSettings, ResumeConfig, to_dict
 from lethe.errors import LetheError
 from lethe.lab import active_preset
@@ -242,6 +255,25 @@ def test_what_cannot_be_resumed_is_refused(stopped, tmp_path):
     with pytest.raises(LetheError, match="has changed since the run began"):
         resume(ResumeConfig(str(stopped.path)))
     assert sorted(stopped.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "affine", "checkpoints"])
+def test_runs_without_saves_are_done_again_in_their_own_folder(lab, tmp_path, kind):
+    source, out = f"lab:global_step{active_preset().onset}", str(tmp_path)
+    function, config = {
+        "evaluate": (evaluate, EvaluateConfig("lab:final", ["lab_retain"], limit=8, samples=True, out=out)),
+        "affine": (fit_affine, AffineConfig("lab:final", source, layers=[1], num_examples=60, out=out)),
+        "checkpoints": (checkpoints, CheckpointsConfig("lab:final", tasks=["lab_forget"], limit=8, out=out)),
+    }[kind]
+    run = function(config)
+    before = {key: run.record.get(key) for key in ("evals", "scores", "latest_ignorant", "artifacts", "parents")}
+    files = sorted(p.name for p in run.path.iterdir())
+    samples = run.rows("samples.jsonl")
+    run.update(status="running", heartbeat="2020-01-01T00:00:00+00:00", evals=None, scores=None, latest_ignorant=None)
+    again = resume(ResumeConfig(run.id, out))
+    assert again.path == run.path and again.status == "complete"
+    assert {key: again.record.get(key) for key in before} == before
+    assert sorted(p.name for p in again.path.iterdir()) == files and again.rows("samples.jsonl") == samples
 
 
 # --- divergence ------------------------------------------------------------------------------------------------------

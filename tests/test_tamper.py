@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lethe import EvalSettings, EvaluateConfig, LoraSettings, TamperConfig, UnlearnConfig, corpora, evaluate, tamper, unlearn
 from lethe.errors import LetheError
 from lethe.lab import active_preset
-from lethe.tamper import LostUpdates
+from lethe.tamper import LostUpdates, lost_share
 
+pytestmark = pytest.mark.slow
 TASKS = ["lab_forget_robust", "lab_retain"]
 
 
@@ -86,7 +89,9 @@ def test_lost_updates_are_few_in_float32_and_most_in_bfloat16(lab, tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model = torch.nn.Linear(64, 64).to(dtype)
-        optimizer, counter = torch.optim.AdamW(model.parameters(), lr=2e-5), LostUpdates(3)
+        lines: list[dict[str, float]] = []
+        trainer = SimpleNamespace(book=lambda inputs, rows=lines, **counts: rows.append(counts))
+        optimizer, counter = torch.optim.AdamW(model.parameters(), lr=2e-5), LostUpdates(trainer, 2)
         for step in range(3):
             model(torch.randn(8, 64, dtype=dtype)).square().mean().backward()
             state = type("State", (), {"global_step": step})
@@ -94,7 +99,39 @@ def test_lost_updates_are_few_in_float32_and_most_in_bfloat16(lab, tmp_path):
             optimizer.step()
             counter.on_optimizer_step(None, state, None)
             optimizer.zero_grad()
-        shares[dtype] = counter.share()
+        assert len(lines) == 2 and lost_share([]) is None
+        shares[dtype] = lost_share([*lines, {}])
     assert shares[torch.float32] < 0.01
     assert shares[torch.bfloat16] > 0.5
     assert tamper(attack(tmp_path, "random:lab:final")).record["losses"]["lost_updates"] < 0.05
+
+
+@pytest.mark.parametrize("settings", [{"lora": LoraSettings(r=2)}, {"adapter": "train"}], ids=["new", "its-own"])
+def test_an_attack_by_adapters_trains_them_alone_and_is_kept_as_a_model(unlearned, tmp_path, settings):
+    run = tamper(
+        attack(tmp_path, str(unlearned.path), save_model=True, eval=EvalSettings(["lab_retain"], limit=20), **settings)
+    )
+    plan = run.record["plan"]
+    tensors = 6 * 8 if "lora" in settings else 5 * 8  # unlearning put adapters on the blocks up to layer 4
+    assert [(row["role"], row["tensors"]) for row in plan["routing"]] == [("matrix", tensors)]
+    again = evaluate(EvaluateConfig(str(run.path), ["lab_retain"], limit=20, out=str(tmp_path)))
+    assert again.record["evals"] == run.record["evals"]
+    curve = run.rows("curve.jsonl")
+    before = evaluate(EvaluateConfig(str(unlearned.path), ["lab_retain"], limit=20, out=str(tmp_path)))
+    assert curve[0]["evals"]["lab_retain"]["acc"] == before.record["evals"]["lab_retain"]["acc"]
+
+
+def test_settings_of_an_attack_that_nothing_would_read_are_refused(lab, tmp_path):
+    with pytest.raises(LetheError, match="no adapter on another model"):
+        tamper(attack(tmp_path, "lab:final", adapter="train"))
+    with pytest.raises(LetheError, match="lora: has no effect"):
+        attack(tmp_path, "lab:final", adapter="train", lora=LoraSettings())
+
+
+def test_retain_text_used_in_unlearning_is_no_attackers_text_unless_allowed(unlearned, tmp_path):
+    everything = len(corpora.read("lab:retain"))
+    settings = {"forget": "lab:retain", "num_train_examples": everything - 28, "max_steps": 1}
+    with pytest.raises(LetheError, match=r"100 of the attack's .* overlap to allow"):
+        tamper(attack(tmp_path, str(unlearned.path), **settings))
+    run = tamper(attack(tmp_path, str(unlearned.path), overlap="allow", **settings))
+    assert run.record["parents"]["forget"]["used_in_unlearning"] == 100

@@ -314,3 +314,10 @@ def test_with_transfer_the_output_head_never_runs_on_forget_text_and_a_step_is_o
     monkeypatch.setattr(UnlearnTrainer, "states", counting)
     unlearn(recipe(tmp_path, layers=[1, 3], max_steps=2, packing="blocks", max_length=32))
     assert all(found == (8, [16, 16, 16, 16, 8, 8]) for found in passes) and len(passes) == 4
+
+
+def test_a_run_reports_to_tensorboard_as_to_any_of_transformers_loggers(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, report_to=["tensorboard"], max_steps=2))
+    events = list(run.path.rglob("events.out.tfevents*"))
+    assert len(events) == 1
+    assert all(tag in events[0].read_bytes() for tag in (b"cb_loss", b"retain_kl_loss"))

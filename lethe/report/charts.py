@@ -34,7 +34,7 @@ def all_charts(study: Study) -> dict[str, tuple[str, Chart]]:
     """Caption and chart by file name, as far as there is data."""
     charts: dict[str, tuple[str, Chart]] = {}
     for number, run in enumerate(study.of_kind("checkpoints")):
-        if run.record.get("checkpoints"):
+        if any(row["evals"] for row in run.record.get("checkpoints") or []):
             caption = "Accuracy of each pretraining checkpoint. The source is the latest that is still at chance on the topic."
             charts[_name("checkpoints", number)] = (caption, checkpoint_chart(run))
     for number, target in enumerate(study.targets):
@@ -53,7 +53,7 @@ def all_charts(study: Study) -> dict[str, tuple[str, Chart]]:
 
 def checkpoint_chart(run: Run) -> alt.LayerChart:
     """Accuracy over pretraining steps, a line a task with its interval; chance; the latest ignorant checkpoint."""
-    rows = run.record["checkpoints"]
+    rows = [row for row in run.record["checkpoints"] if row["evals"]]
     tasks = [task for task in tasks_of(row["evals"] for row in rows) if "acc" in rows[0]["evals"].get(task, {})]
     points = [_point(task, row["step"], row["evals"][task]) for row in rows for task in tasks if task in row["evals"]]
     references = {f"chance {_per_cent(c)}": c for c in _chances(points)}

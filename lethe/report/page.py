@@ -166,7 +166,8 @@ def _attack_sentence(attack: Attack, study: Study) -> str:
     if ends is None:
         return ""
     task, start, final, steps = ends
-    share = attack.recovered(task)
+    found = attack.recovery(task)
+    share = found.recovered if found else None
     gap = f", {percent(share, 0)} of what unlearning had removed" if share is not None else ""
     note = recovery_note(attack, task)
     full = f". {note}" if note.startswith("Full") else ""

@@ -14,14 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lethe import regimes
+from lethe import recovery, regimes
 from lethe.errors import LetheError
 from lethe.ledger import Run, find_runs
+from lethe.recovery import Point, Recovery
 from lethe.report.layout import MISSING, setting
 
 Evals = dict[str, dict[str, Any]]
 PROVENANCE = ("version", "num_fewshot", "n", "fingerprint")
 AFTER_STEPS = 10
+FILTERED = "Control: filtered twin"
 SHOWN_ELSEWHERE = {"model", "source", "out", "retain_coef", "remove_coef", "lora", "lora.r", "retain_loss", "report_to"}
 SHOWN_ELSEWHERE |= {"eval.tasks", "eval.every", "eval.limit", "max_steps", "save_every", "resume"}
 
@@ -65,19 +67,24 @@ class Attack:
         """Steps and results of a task along the attack."""
         return [(line["step"], line["evals"][task]) for line in self.curve if task in line["evals"]]
 
-    def full_recovery(self, task: str) -> int | None:
-        """The first evaluated step whose 95 % interval holds or exceeds the baseline's value; None if there is none."""
-        if self.baseline is None or task not in self.baseline.evals:
-            return None
-        goal = value_of(self.baseline.evals[task])
-        return next((step for step, result in self.points(task) if result["high"] >= goal), None)
+    def points_of(self, task: str) -> list[Point]:
+        """The curve on a task with the attack's tokens so far; empty where the task is no accuracy."""
+        seen, total = {0: 0}, 0
+        for row in self.run.rows("metrics.jsonl"):
+            total += row.get("attack_tokens", 0)
+            seen[row["step"]] = total
+        return [
+            Point(step, seen.get(step, total), r["acc"], r["low"], r["high"], r["stderr"])
+            for step, r in self.points(task)
+            if "acc" in r
+        ]
 
-    def recovered(self, task: str) -> float | None:
-        """Share of the gap to the baseline that came back by the last step; None when the start is not below the baseline."""
-        points = self.points(task)
-        if not points or self.baseline is None or task not in self.baseline.evals or self.full_recovery(task) == points[0][0]:
+    def recovery(self, task: str) -> Recovery | None:
+        """What came back of the baseline's accuracy; None without a baseline, or without a curve from step 0."""
+        curve = self.points_of(task)
+        if self.baseline is None or task not in self.baseline.evals or not curve or curve[0].step:
             return None
-        return regimes.recovered(value_of(points[0][1]), value_of(points[-1][1]), value_of(self.baseline.evals[task]))
+        return recovery.measure(curve, value_of(self.baseline.evals[task]))
 
 
 class Study:
@@ -138,20 +145,23 @@ class Study:
         attacks = [self._attack(run) for run in self.of_kind("tamper")]
         return sorted(attacks, key=lambda attack: attack.control is not None)
 
-    def run_named(self, ref: str) -> Run | None:
-        """The run that a model reference (`run:ID`, or a run's folder) means, if it is among these."""
+    def run_named(self, ref: str, of: Run) -> Run | None:
+        """The run that a model reference (`run:ID`, or a run's folder) of run `of` means: one made before it, among these."""
         name = Path(ref.removeprefix("run:")).name
-        found = [run for run in self.runs if name and (name in {run.id, run.path.name})]
-        return found[0] if found else next((run for run in self.runs if ref.startswith("run:") and name in run.path.name), None)
+        made = of.record.get("created") or ""
+        holding = [run for run in self.runs if run is not of and run.record["kind"] in {"unlearn", "tamper"}]
+        earlier = [run for run in holding if (run.record.get("created") or "") <= made]
+        found = [run for run in earlier if name and (name in {run.id, run.path.name})]
+        return found[0] if found else next((run for run in earlier if ref.startswith("run:") and name in run.path.name), None)
 
     def attacked(self, attack: Attack) -> Run | None:
         """The run whose model an attack was on; None for a control, or when that run is not among these."""
         ref = self._parent(attack.run, "model")[0]
-        return None if ref.startswith("random:") else self.run_named(ref)
+        return None if ref.startswith("random:") else self.run_named(ref, attack.run)
 
     def _attack(self, run: Run) -> Attack:
         ref, sha = self._parent(run, "model")
-        attacked = None if ref.startswith("random:") else self.run_named(ref)
+        attacked = None if ref.startswith("random:") else self.run_named(ref, run)
         target = self._target_of(attacked, ref)
         control = None if attacked else self._control(ref, sha)
         label = f"{attacked.record['name']} ({attacked.id})" if attacked else f"{control} ({ref})" if control else ref
@@ -161,7 +171,7 @@ class Study:
         if ref.startswith("random:"):
             return "Control: random weights"
         if "filter" in ref.rsplit("/", 1)[-1]:
-            return "Control: filtered twin"
+            return FILTERED
         parents = [(role, self._parent(run, role)) for run in self.of_kind("unlearn") for role in ("source", "model")]
         by_ref = [role for role, parent in parents if parent[0] == ref]
         by_weights = [role for role, parent in parents if parent[1] == sha]
@@ -169,8 +179,9 @@ class Study:
 
     def _target_of(self, attacked: Run | None, ref: str) -> Target | None:
         """The model that an attacked one was made from; for a control, the one that the report is about."""
-        while attacked is not None and attacked.record["kind"] != "unlearn":
-            attacked = self.run_named(self._parent(attacked, "model")[0])
+        for _ in self.runs:  # an attack may have been on an attacked model, and so on
+            if attacked is not None and attacked.record["kind"] != "unlearn":
+                attacked = self.run_named(self._parent(attacked, "model")[0], attacked)
         for target in self.targets:
             if attacked in target.runs or ref.removeprefix("random:") == target.ref:
                 return target

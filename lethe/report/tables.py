@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from lethe import regimes
+from lethe import recovery, regimes
 from lethe.ledger import Run, seconds_since
 from lethe.report import layout
 from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING, Table, compact, decimal, percent, result, setting, short
 from lethe.report.study import (
     AFTER_STEPS,
+    FILTERED,
     PROVENANCE,
     Attack,
     Evals,
@@ -45,6 +46,8 @@ def all_tables(study: Study) -> list[Table]:
     tables += [sweep_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
     tables += [unlearning_table(target, len(study.targets) > 1) for target in study.targets if target.rows]
     tables += [tamper_table(study.attacks)] if study.attacks else []
+    tables += attack_tables(study.attacks)
+    tables += [recovery_table(study.attacks)] if study.attacks else []
     tables += [updates_table(study.of_kind("unlearn"))]
     tables += [affine_table(run.record["scores"], f"Affine maps: {affine_name(run)}") for run in scored(study)]
     tables += [evaluations_table(study.other_evaluations)] if study.other_evaluations else []
@@ -70,6 +73,13 @@ def sweep_table(run: Run) -> Table:
     refuse_mixed(Row(row["name"], row["evals"], dict.fromkeys(row["evals"], run)) for row in rows)
     cells = [[row["name"], *(result(row["evals"].get(task)) for task in tasks), row.get("note") or ""] for row in rows]
     notes = [f"~Random: the lower end of the 95 % interval of {tasks[0]} is not above chance."] if tasks else []
+    if run.status == "complete" and not all(row["evals"] for row in rows):
+        count = sum(bool(row["evals"]) for row in rows)
+        notes.append(f"{count} of {len(rows)} checkpoints were measured ({MISSING}: not); --search all measures every one.")
+    fell = run.record.get("not_monotone") or []
+    notes += [f"Not monotone: {words}." for words in fell]
+    if fell and not all(row["evals"] for row in rows):
+        notes.append("So there may be later ignorant checkpoints among those that were not measured.")
     return Table("Checkpoint sweep", ["Checkpoint", *tasks, "Notes"], cells, [*notes, *_remarks([run], cells)])
 
 
@@ -178,16 +188,94 @@ def tamper_table(attacks: list[Attack]) -> Table:
 
 def recovery_note(attack: Attack, task: str) -> str:
     """How much of the task an attack brought back, in words."""
-    points = attack.points(task)
-    if not points or attack.baseline is None or task not in attack.baseline.evals:
-        return "no baseline to compare with" if points else "not evaluated"
-    last, step = points[-1][0], attack.full_recovery(task)
-    if step == points[0][0]:
+    found = attack.recovery(task)
+    if found is None:
+        return "no baseline to compare with" if attack.points(task) else "not evaluated"
+    if found.recovered is None:
         return "no gap to recover: the start is not below the baseline"
-    if step is not None:
-        return f"Full recovery by step {step}"
-    share = attack.recovered(task) or 0.0
-    return f"{percent(share, 0)} of the gap recovered in {last} steps; full recovery not within {last} steps"
+    if found.full.step is not None:
+        return f"Full recovery by step {found.full}"
+    last = found.full.within
+    return f"{percent(found.recovered, 0)} of the gap recovered in {last} steps; full recovery not within {last} steps"
+
+
+def attack_tables(attacks: list[Attack]) -> list[Table]:
+    """For each model that was attacked more than once: Attack | accuracy at some steps | at the end, with its step | status."""
+    groups: dict[str, list[Attack]] = {}
+    for attack in attacks:
+        groups.setdefault(attack.label, []).append(attack)
+    return [_attacks_on(label, group) for label, group in groups.items() if len(group) > 1]
+
+
+def _attacks_on(label: str, attacks: list[Attack]) -> Table:
+    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
+    forget, retain = regimes.forget_task(tasks) or next(iter(tasks), None), regimes.retain_task(tasks)
+    curves = [dict(attack.points(forget)) if forget else {} for attack in attacks]
+    steps = _some(sorted({step for curve in curves for step in curve}))
+    cells = []
+    for attack, curve in zip(attacks, curves, strict=True):
+        ended = attack.run.status == "complete"
+        last = max(curve, default=None)
+        line = [result(curve[step]) if step in curve else MISSING for step in steps]
+        line.append(
+            result(curve[last]) + (f" (step {last})" if last != steps[-1] else "") if ended and last is not None else MISSING
+        )
+        if retain:
+            points = attack.points(retain)
+            line.append(result(points[-1][1]) if ended and points else MISSING)
+        cells.append(
+            [attack.run.record["name"], setting(attack.run.record["config"].get("optimizer")), *line, attack.run.status]
+        )
+    first = attacks[0].curve[0]["evals"] if attacks[0].curve else {}
+    starts = [f"starting {task}: {result(first[task])}" for task in (forget, retain) if task in first]
+    columns = ["Attack", "Optimizer", *(f"Step {step}" for step in steps), f"Final {forget}"]
+    columns += [f"Final {retain}"] if retain else []
+    return Table(
+        f"Attacks on {label}", [*columns, "Status"], cells, ["; ".join(starts).capitalize(), *_reasons(a.run for a in attacks)]
+    )
+
+
+def _some(steps: list[int], count: int = 5) -> list[int]:
+    """At most `count` of the steps, spread from the first to the last."""
+    if len(steps) <= count:
+        return steps
+    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
+
+
+def recovery_table(attacks: list[Attack]) -> Table:
+    """Model | share of the gap recovered | steps to half, nine tenths, full | area | above the filtered twin."""
+    task = regimes.forget_task(task for attack in attacks for line in attack.curve for task in line["evals"])
+    control = next((a.points_of(task) for a in attacks if task and a.control == FILTERED and a.points_of(task)), None)
+    cells = []
+    for attack in attacks:
+        found = attack.recovery(task) if task else None
+        if task is None or found is None:
+            continue
+        line = [percent(found.recovered, 0), *(str(r) if r else MISSING for r in (found.half, found.nine_tenths, found.full))]
+        line.append(decimal(found.area))
+        over = recovery.excess(attack.points_of(task), control) if control and attack.control != FILTERED else None
+        line += (
+            [f"{100 * over.final:+.1f} ({100 * over.low:+.1f} to {100 * over.high:+.1f})", f"{100 * over.area:+.1f}"]
+            if over
+            else 2 * [MISSING]
+        )
+        cells.append([attack.label, *line])
+    columns = [
+        "Model",
+        "Recovered",
+        "Steps to half",
+        "to nine tenths",
+        "to full",
+        "Area",
+        "Above filtered twin, points",
+        "on average",
+    ]
+    return Table(
+        f"Recovery of {task}",
+        columns,
+        cells,
+        ["Definitions: docs/tampering.md. Above the twin: accuracy at equal tokens of the attack, with its 95 % interval."],
+    )
 
 
 def affine_table(scores: dict[str, dict[str, float]], title: str = "Affine maps") -> Table:
@@ -211,13 +299,49 @@ def affine_name(run: Run) -> str:
     return f"{config.get('source')} → {config.get('model')} ({run.record['name']}, {run.id})"
 
 
-def evals_table(evals: dict[str, dict[str, Any]], title: str = "Evaluation") -> Table:
-    """Task | value | 95 % interval | n | chance | fingerprint."""
+def evals_table(evals: dict[str, dict[str, Any]], title: str = "Evaluation", missing: dict[str, str] | None = None) -> Table:
+    """Task | value | 95 % interval | n | chance | shots | fingerprint; below it why a number is missing."""
     rows = [
-        [task, result(r), layout.interval(r), str(r["n"]), percent(r.get("chance")), str(r.get("fingerprint"))]
+        [
+            task,
+            result(r),
+            layout.interval(r),
+            str(r["n"]),
+            percent(r.get("chance")),
+            str(r.get("num_fewshot", MISSING)),
+            str(r.get("fingerprint")),
+        ]
         for task, r in evals.items()
     ]
-    return Table(title, ["Task", "Value", "95 % interval", "n", "Chance", "Fingerprint"], rows, _remarks([], rows))
+    rows += [[task, *[MISSING] * 6] for task in missing or {}]
+    columns = ["Task", "Value", "95 % interval", "n", "Chance", "Shots", "Fingerprint"]
+    return Table(title, columns, rows, [*_missing_notes(missing), *_remarks([], rows)])
+
+
+def compare_table(compared: dict[str, Any]) -> Table:
+    """Task | A | B | B − A | 95 % interval | p | questions lost and gained."""
+    a, b = compared["models"]
+    rows, notes = [], [f"A: {a}. B: {b}."]
+    for task, found in compared["tasks"].items():
+        exact = "p" in found
+        write = percent if exact else decimal
+        interval = f"{write(found['low'])} to {write(found['high'])}"
+        flips = [str(len(found[side])) if exact else MISSING for side in ("lost", "gained")]
+        p = compact(found["p"]) if exact else MISSING
+        rows.append(
+            [task, write(found["a"]), write(found["b"]), write(found["difference"]), interval, p, *flips, str(found["n"])]
+        )
+        for side, words in (("lost", "right in A, wrong in B"), ("gained", "wrong in A, right in B")) if exact else ():
+            several = len({flip["subtask"] for flip in found[side]}) > 1
+            named = [f"{flip['subtask']} {flip['doc_id']}" if several else str(flip["doc_id"]) for flip in found[side]]
+            notes += [f"{task}, questions {words}: {', '.join(named)}."] if named else []
+    notes += ["p: exact McNemar test."] if any("p" in found for found in compared["tasks"].values()) else []
+    columns = ["Task", "A", "B", "B − A", "95 % interval", "p", "Lost", "Gained", "n"]
+    return Table("Comparison", columns, rows, notes)
+
+
+def _missing_notes(missing: dict[str, str] | None) -> list[str]:
+    return [f"{task} was not measured: {why}." for task, why in (missing or {}).items()]
 
 
 def evaluations_table(runs: list[Run]) -> Table:
@@ -230,7 +354,8 @@ def evaluations_table(runs: list[Run]) -> Table:
         lacking = MISSING if run.status == "complete" else run.status
         values = [result(row.evals[task]) if task in row.evals else lacking for task in tasks]
         cells.append([row.label, run.record["name"], _job(run), *values])
-    return Table("Evaluations", ["Model", "Name", "Job ID", *tasks], cells, _remarks(runs, cells))
+    missing = [note for run in runs for note in _missing_notes(run.record.get("evals_missing"))]
+    return Table("Evaluations", ["Model", "Name", "Job ID", *tasks], cells, [*missing, *_remarks(runs, cells)])
 
 
 def provenance_table(study: Study) -> Table:
@@ -371,7 +496,8 @@ def _age(run: Run) -> str:
 def _progress(run: Run) -> str:
     planned = (run.record.get("plan") or {}).get("steps")
     if run.record["kind"] == "checkpoints":
-        return f"{len(run.record.get('checkpoints') or [])} checkpoints"
+        rows = run.record.get("checkpoints") or []
+        return f"{sum(bool(row['evals']) for row in rows)} of {len(rows)} checkpoints"
     if planned is None:
         return MISSING
     done = run.rows("metrics.jsonl")

@@ -1,4 +1,4 @@
-"""Functions that the lab's task files name with `!function`: their questions, and the metrics of the cloze task.
+"""Functions that task files name with `!function`: the lab's questions, and the metrics of the cloze tasks.
 
 The questions come from the active preset (environment variable LETHE_LAB), generated on the spot: lm-eval's own command
 line needs nothing but `--include_path lethe/tasks`.

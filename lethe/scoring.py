@@ -1,0 +1,405 @@
+"""Log-likelihoods of answers, as lm-eval's `hf` model computes them, with less work.
+
+lm-eval runs one row a choice and computes logits at every position. Here the choices of a question are one row: the context
+once, kept as keys and values, then the answers as branches of a tree. An attention mask lets each token of an answer see the
+context and its own branch alone and its position counts along the branch, so that every architecture with ordinary attention
+computes what it would for separate rows. What all questions of a task begin with (description, few-shot examples) is run once
+too. Rows of like length make a batch, and the output layer is applied only where an answer is read.
+
+Whether a model takes such rows is found out on its longest one, beside separate rows; where it does not, or where an answer
+has to be cut at the window, rows are separate. A batch that does not fit into memory is halved and tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import inspect
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lethe.errors import LetheError
+from lethe.progress import bar
+
+logger = logging.getLogger(__name__)
+Encoded = tuple[list[int], list[int]]
+TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH_ON_GPU = 16384
+LOGITS_PER_BATCH = 2**27
+LEAST_BEGINNING = 8
+_taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool], tuple[bool, int]]] = WeakKeyDictionary()
+_shrunk: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+class NotNumbersError(LetheError):
+    """The model answers nothing: there is no accuracy to record, not even that of guessing."""
+
+
+@dataclass
+class Row:
+    """One row of tokens. `parents[i]` is the token that comes before token i, which is i − 1 except where a branch begins."""
+
+    tokens: list[int]
+    parents: list[int]
+    reads: list[tuple[int, list[int]]] = field(default_factory=list)
+    """For each request that the row answers: its number, and where the logits of each of its answer's tokens are."""
+    branches: bool = False
+    """Whether a token comes after another than the one before it in the row."""
+    begins: int = 0
+    """How many of its first tokens it has in common with the other rows of its task, and takes from their kept run."""
+    group: int = 0
+    """The task that it belongs to."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a row as any model takes it."""
+        return not self.begins and not self.branches
+
+    @property
+    def context(self) -> int:
+        """How many of its tokens come before the answers; all of them, if the answers do not branch."""
+        return self.reads[0][1][0] + 1 if self.branches else len(self.tokens)
+
+    def answers(self) -> tuple[list[int], np.ndarray]:
+        """Of the tokens after the context: positions along their branches, and seen[i, j]: whether token i sees token j."""
+        start = self.context
+        depths = list(range(start))
+        seen = np.eye(len(self.tokens) - start, dtype=bool)
+        for i, parent in enumerate(self.parents[start:]):
+            depths.append(depths[parent] + 1)
+            if parent >= start:
+                seen[i] |= seen[parent - start]
+        return depths[start:], seen
+
+
+class Scorer(HFLM):
+    """lm-eval's `hf` model around a model in memory, with an inner loop of our own."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, description: str | None = None):
+        plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        super().__init__(pretrained=plain, tokenizer=tokenizer, backend="causal", batch_size=1)
+        self._forward = plain
+        self._description = description
+        most = TOKENS_PER_BATCH if self.device.type == "cpu" else TOKENS_PER_BATCH_ON_GPU
+        self._tokens = min(most, _shrunk.get(plain, most))
+        vocabulary = getattr(plain.config.get_text_config(), "vocab_size", None) or len(tokenizer)
+        self._kept: tuple[tuple[int, ...], Any] | None = None
+        self._reads = max(1, LOGITS_PER_BATCH // vocabulary)
+
+    def loglikelihood(self, requests, disable_tqdm=False):  # type: ignore[no-untyped-def]
+        """Log-likelihood and greediness of each of lm-eval's instances."""
+        return self.score(self.encode([request.args for request in requests]))
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):  # type: ignore[no-untyped-def]
+        return self.score([(context, continuation) for _, context, continuation in requests])
+
+    def encode(self, pairs: list[tuple[str, str]]) -> list[Encoded]:
+        """Tokens of contexts and continuations, split where lm-eval splits them, with each distinct text tokenised once."""
+        split = []
+        for context, continuation in pairs:
+            spaces = len(context) - len(context.rstrip())
+            cut = len(context) - spaces
+            split.append((context[:cut], context[cut:] + continuation) if context else ("", continuation))
+        texts = {text for context, rest in split for text in ((context, context + rest) if context else ())}
+        whole = self._tokenise(list(texts))
+        alone = self._tokenise([rest for context, rest in split if not context], special=False)
+        encoded = []
+        for context, rest in split:
+            if context:
+                encoded.append((whole[context], whole[context + rest][len(whole[context]) :]))
+            elif alone[rest][:1] == [self.prefix_token_id]:
+                encoded.append((alone[rest][:1], alone[rest][1:]))
+            else:
+                encoded.append(([self.prefix_token_id], alone[rest]))
+        return encoded
+
+    def _tokenise(self, texts: list[str], special: bool | None = None) -> dict[str, list[int]]:
+        """As `tok_encode`, many at once: a first token is added as the tokenizer does, unless the text begins with it."""
+        first = self.tokenizer.decode(self.prefix_token_id)
+        bare = [text for text in texts if special is False or has_bos_prefix(text, first)]
+        rest = sorted(set(texts) - set(bare))
+        found: dict[str, list[int]] = {}
+        added = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        for some, settings in ((bare, {"add_special_tokens": False}), (rest, added)):
+            if some:
+                found |= dict(
+                    zip(
+                        some,
+                        self.tokenizer(some, return_attention_mask=False, verbose=False, **settings)["input_ids"],
+                        strict=True,
+                    )
+                )
+        return found
+
+    def score(self, requests: list[Encoded], groups: list[int] | None = None) -> list[tuple[float, bool]]:
+        """For each context and continuation: the log-likelihood, and whether each of its tokens is the most likely one.
+
+        A log-likelihood of a broken model is nan. `groups` says which task each request belongs to.
+
+        Raises:
+            LetheError: an answer has no tokens or more than the window, or a single row does not fit into memory.
+        """
+        for _, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                answer = self.tokenizer.decode(continuation)[:60]
+                raise LetheError(f"an answer has {len(continuation)} tokens, 1 to {self.max_length} can be scored: {answer!r}")
+        rows = tree_rows(requests, self.max_length, groups or [0] * len(requests))
+        if not self._takes(rows, requests):
+            rows = plain_rows(requests, self.max_length)
+        results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+        rows.sort(key=lambda row: (row.branches, row.begins and row.group, row.begins, -len(row.tokens), row.tokens))
+        with contextlib.ExitStack() as stack:
+            advance = stack.enter_context(bar(self._description, len(rows), "rows")) if self._description else None
+            for batch, found in self._batches(rows, requests):
+                for number, result in found.items():
+                    results[number] = result
+                if advance:
+                    advance(len(batch))
+        return results
+
+    def _batches(self, rows: list[Row], requests: list[Encoded]) -> Iterator[tuple[list[Row], dict[int, tuple[float, bool]]]]:
+        """Batches of rows with their results. One that does not fit into memory is halved, and so are those after it."""
+        start = 0
+        while start < len(rows):
+            batch = rows[start : start + self._fitting(rows, start)]
+            found = None
+            try:
+                found = self._run(batch, requests)
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    raise LetheError(
+                        f"evaluate: a question of {len(batch[0].tokens)} tokens does not fit into memory by itself; "
+                        f"free some, or use dtype bfloat16"
+                    ) from error
+            if found is None:  # outside of the handler: what the failed batch held is only now let go
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                self._tokens = _shrunk[self._forward] = max(1, len(batch) * len(batch[0].tokens) // 2)
+                logger.info("a batch did not fit into memory; going on with %d tokens a batch", self._tokens)
+                continue
+            yield batch, found
+            start += len(batch)
+
+    def _fitting(self, rows: list[Row], start: int) -> int:
+        """How many rows from `start` on make a batch; they come longest first, those with branches last."""
+        width, reads, count = len(rows[start].tokens), 0, 0
+        for row in rows[start:]:
+            reads += sum(len(where) for _, where in row.reads)
+            full = (count + 1) * width > self._tokens or reads > self._reads
+            same = (row.branches, row.begins) == (rows[start].branches, rows[start].begins)
+            if count and (full or not same or (row.begins and row.group != rows[start].group)):
+                break
+            count += 1
+        return count
+
+    @torch.inference_mode()
+    def _run(self, batch: list[Row], requests: list[Encoded]) -> dict[int, tuple[float, bool]]:
+        """The results of the requests that a batch answers, by number."""
+        begins = batch[0].begins
+        width = max(row.context for row in batch) - begins
+        rest = max(len(row.tokens) - row.context for row in batch)
+        contexts = self._padded([row.tokens[begins : row.context] for row in batch], width)
+        places: list[set[int]] = [set(), set()]  # where logits are needed: in the contexts, and in the answers
+        reads: list[tuple[int, int, int, int]] = []
+        for k, row in enumerate(batch):
+            for number, read in row.reads:
+                for i, token in zip(read, requests[number][1], strict=True):
+                    part, place = (0, k * width + i - begins) if i < row.context else (1, k * rest + i - row.context)
+                    places[part].add(place)
+                    reads.append((number, part, place, token))
+        kept = None
+        if begins:
+            kept = copy.deepcopy(self._beginning(tuple(batch[0].tokens[:begins])))
+            kept.batch_repeat_interleave(len(batch))
+        where = [sorted(some) for some in places]
+        logits, kept = self._logits(
+            {"input_ids": contexts, "past_key_values": kept, "use_cache": rest > 0 or begins > 0}, where[0]
+        )
+        if rest:
+            if kept is None:
+                raise ValueError("the model keeps no keys and values")
+            answers = self._padded([row.tokens[row.context :] for row in batch], rest)
+            inputs = {"input_ids": answers, "past_key_values": kept, "use_cache": True} | self._tree(batch, width)
+            logits = torch.cat([logits, self._logits(inputs, where[1])[0]])
+        line = {(part, place): n for n, (part, place) in enumerate((part, place) for part in (0, 1) for place in where[part])}
+        numbers = [number for number, *_ in reads]
+        lines = [line[part, place] for _, part, place, _ in reads]
+        targets = [token for *_, token in reads]
+        at, target = torch.tensor(lines, device=self.device), torch.tensor(targets, device=self.device)
+        values = logits[at, target].float() - _logsumexp(logits)[at]
+        greedy = logits.argmax(-1)[at] == target
+        found: dict[int, tuple[float, bool]] = {}
+        for number, value, best in zip(numbers, values.tolist(), greedy.tolist(), strict=True):
+            total, all_best = found.get(number, (0.0, True))
+            found[number] = (total + value, all_best and best)
+        return found
+
+    def _padded(self, rows: list[list[int]], width: int) -> Tensor:
+        """Token ids (batch, width), padded on the right: what comes before a token does not see what comes after."""
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        for k, row in enumerate(rows):
+            ids[k, : len(row)] = row
+        return torch.from_numpy(ids).to(self.device)
+
+    def _tree(self, batch: list[Row], width: int) -> dict[str, Tensor]:
+        """Positions (batch, rest) of the answers' tokens, and their additive mask (batch, 1, rest, begins + width + rest)."""
+        begins = batch[0].begins
+        rest = max(len(row.tokens) - row.context for row in batch)
+        positions = np.zeros((len(batch), rest), dtype=np.int64)
+        visible = np.zeros((len(batch), 1, rest, begins + width + rest), dtype=bool)
+        for k, row in enumerate(batch):
+            n = len(row.tokens) - row.context
+            positions[k, :n], seen = row.answers()
+            visible[k, 0, :, : row.context] = True
+            visible[k, 0, :n, begins + width : begins + width + n] = seen
+        kind = self._forward.dtype
+        mask = torch.zeros(visible.shape, dtype=kind).masked_fill_(~torch.from_numpy(visible), torch.finfo(kind).min)
+        return {"position_ids": torch.from_numpy(positions).to(self.device), "attention_mask": mask.to(self.device)}
+
+    def _beginning(self, tokens: tuple[int, ...]) -> Any:
+        """Keys and values of what the rows of a task begin with; kept until another task's are asked for."""
+        if self._kept is None or self._kept[0] != tokens:
+            self._kept = None
+            ids = torch.tensor([tokens], device=self.device)
+            base = getattr(self._forward, self._forward.base_model_prefix, self._forward)
+            self._kept = tokens, base(input_ids=ids, use_cache=True).past_key_values
+        return self._kept[1]
+
+    def _logits(self, inputs: dict[str, Any], places: list[int]) -> tuple[Tensor, Any]:
+        """Logits (places, vocabulary) at flat places of a batch, as the output layer sees nothing else; keys and values."""
+        where = torch.tensor(places, dtype=torch.long, device=self.device)
+        given = {name: value for name, value in inputs.items() if value is not None}
+        head = self._forward.get_output_embeddings()
+        if head is None:
+            output = self._forward(**given)
+            return output.logits.flatten(0, 1)[where], output.past_key_values if given["use_cache"] else None
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[where][None],))
+        try:
+            output = self._forward(**given)
+        finally:
+            hook.remove()
+        return output.logits[0], output.past_key_values if given["use_cache"] else None
+
+    def _takes(self, rows: list[Row], requests: list[Encoded]) -> bool:
+        """Whether the model computes the same for shared rows as for separate ones; tried on the longest."""
+        known = _taken.setdefault(self._forward, {})
+        for kind in {(row.branches, row.begins > 0) for row in rows if not row.whole}:
+            longest = max((row for row in rows if (row.branches, row.begins > 0) == kind), key=lambda row: len(row.tokens))
+            length = len(longest.tokens)
+            takes, tried = known.get(kind, (True, 0))
+            if takes and tried < length:
+                takes = self._ordinary_attention(length) and self._agrees(longest, requests)
+                known[kind] = takes, length
+            if not takes:
+                logger.info("questions do not share what they have in common: this model has to be given separate rows")
+                return False
+        return True
+
+    def _ordinary_attention(self, length: int) -> bool:
+        config = self._forward.config.get_text_config()
+        window = getattr(config, "sliding_window", None) or length
+        layers = set(getattr(config, "layer_types", None) or ())
+        return (
+            "position_ids" in inspect.signature(self._forward.forward).parameters
+            and getattr(config, "_attn_implementation", None) in {"sdpa", "eager"}
+            and window >= length
+            and layers <= {"full_attention", "sliding_attention"}
+        )
+
+    def _agrees(self, row: Row, requests: list[Encoded]) -> bool:
+        numbers = [number for number, _ in row.reads]
+        plain = plain_rows([requests[number] for number in numbers], self.max_length)
+        try:
+            tree = self._run([row], requests)
+            apart: dict[int, tuple[float, bool]] = {}
+            for one in plain:
+                apart |= self._run([one], [requests[number] for number in numbers])
+        except (MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            logger.info("shared rows: %s", (str(error).splitlines() or [type(error).__name__])[0])
+            return False
+        rounding = 1e-4 if self._forward.dtype == torch.float32 else 2e-2
+        pairs = [(apart[i][0], tree[number][0]) for i, number in enumerate(numbers)]
+        return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)  # nan is no disagreement
+
+
+def tree_rows(requests: list[Encoded], window: int, groups: list[int]) -> list[Row]:
+    """Rows in which requests with the same context share it, and answers what they begin with alike.
+
+    A request that does not fit into the window together with its context is cut from the left and has its own row.
+    """
+    rows: dict[tuple[int, tuple[int, ...]], Row] = {}
+    branches: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], int]] = defaultdict(dict)
+    cut = []
+    for number, (context, continuation) in enumerate(requests):
+        if len(context) + len(continuation) > window + 1:
+            cut.append(number)
+            continue
+        key = groups[number], tuple(context)
+        if key not in rows:
+            rows[key] = Row(list(context), list(range(-1, len(context) - 1)), group=groups[number])
+        row, known = rows[key], branches[key]
+        place, read = len(context) - 1, [len(context) - 1]
+        for end in range(1, len(continuation)):
+            begin = tuple(continuation[:end])
+            if begin not in known:
+                known[begin] = len(row.tokens)
+                row.branches |= place != len(row.tokens) - 1
+                row.tokens.append(continuation[end - 1])
+                row.parents.append(place)
+            place = known[begin]
+            read.append(place)
+        row.reads.append((number, read))
+    _share_beginnings(list(rows.values()))
+    return [*rows.values(), *plain_rows(requests, window, cut)]
+
+
+def _share_beginnings(rows: list[Row]) -> None:
+    """Set how many first tokens the rows of each task have in common, where that is worth keeping."""
+    groups: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.group].append(row)
+    for some in groups.values():
+        shortest = min(row.reads[0][1][0] for row in some)  # where an answer is read, the row has to run itself
+        first, last = min(row.tokens[:shortest] for row in some), max(row.tokens[:shortest] for row in some)
+        common = next((i for i, pair in enumerate(zip(first, last, strict=True)) if pair[0] != pair[1]), shortest)
+        if common >= LEAST_BEGINNING and len(some) > 1:
+            for row in some:
+                row.begins = common
+
+
+def plain_rows(requests: list[Encoded], window: int, numbers: list[int] | None = None) -> list[Row]:
+    """One row a distinct input, as lm-eval makes them: cut from the left at the window, without the last token."""
+    rows: dict[tuple[int, ...], Row] = {}
+    for number in range(len(requests)) if numbers is None else numbers:
+        context, continuation = requests[number]
+        tokens = (context + continuation)[-(window + 1) :][:-1]
+        row = rows.setdefault(tuple(tokens), Row(tokens, list(range(-1, len(tokens) - 1))))
+        row.reads.append((number, list(range(len(tokens) - len(continuation), len(tokens)))))
+    return list(rows.values())
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """log Σ exp over the vocabulary in float32, some lines at a time: logits are the largest thing in memory."""
+    return torch.cat([part.float().logsumexp(-1) for part in logits.split(64)])
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
