@@ -63,6 +63,15 @@ class Table:
         body = f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
         return body + (f'<ul class="notes">{notes}</ul>\n' if notes else "")
 
+    def text(self) -> str:
+        """The table in aligned columns, one line a row whatever the width: what rich sets for a screen takes it far longer."""
+        flush = [self.is_numeric(i) for i in range(len(self.columns))]
+        lines = [[_flat(cell) for cell in line] for line in (self.columns, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        pad = [(lambda cell, width: cell.rjust(width)) if right else (lambda cell, width: cell.ljust(width)) for right in flush]
+        body = ["  ".join(p(c, w) for p, c, w in zip(pad, line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([self.title, *body, *(_flat(note) for note in self.notes)])
+
     def __rich__(self) -> rich.table.Table:
         import rich.table
         from rich import box
@@ -146,6 +155,10 @@ def seconds(duration: float) -> str:
 
 def _class(number: bool, cell: str) -> str:
     return ' class="number"' if number else ' class="long"' if len(cell) > LONG else ""
+
+
+def _flat(cell: str) -> str:
+    return " ".join(cell.split())
 
 
 def _one_line(cell: str) -> str:

@@ -7,11 +7,11 @@ measured in different ways never stand in one table. The same `Table` goes into 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lethe import recovery, regimes
-from lethe.ledger import Run, seconds_since
+from lethe.ledger import Run
 from lethe.report import layout
 from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING, Table, compact, decimal, percent, result, setting, short
 from lethe.report.study import (
@@ -34,6 +34,12 @@ from lethe.report.study import (
     value_of,
     varying,
 )
+from lethe.runs import DEFAULT_COLUMNS, ONLY_IF_THERE, Entry, is_imported
+
+IMPORTED = "‡"
+IMPORTED_NOTE = f"{IMPORTED} imported from a table: how the number was measured is not recorded."
+HEADERS = {"id": "ID", "job_id": "Job ID", "job": "Job ID", "eta": "ETA"}
+HEADERS |= {name: name.capitalize() for name in ("kind", "name", "status", "age", "time", "progress", "results", "reason")}
 
 
 def all_tables(study: Study) -> list[Table]:
@@ -392,12 +398,36 @@ def models_table(study: Study) -> Table:
     return Table("Models and maps", ["Reference", "Weights (SHA-256 or commit)", "Used as"], rows)
 
 
-def runs_table(runs: list[Run]) -> Table:
-    """Every run with its status, progress and what came out."""
-    rows = [
-        [run.id, run.record["kind"], run.record["name"], run.status, _age(run), _progress(run), _outcome(run)] for run in runs
+def runs_table(listed: list[Entry], columns: Sequence[str] = ()) -> Table:
+    """Runs with the fields asked for, or else with status, progress and what came out."""
+    names = columns or [
+        name for name in DEFAULT_COLUMNS if name not in ONLY_IF_THERE or any(entry.value(name) is not None for entry in listed)
     ]
-    return Table("Runs", ["ID", "Kind", "Name", "Status", "Time", "Progress", "Results"], rows, _reasons(runs))
+    rows = [[_field(entry, name) for name in names] for entry in listed]
+    imported = any(cell.endswith(IMPORTED) or f"{IMPORTED}," in cell for row in rows for cell in row)
+    notes = [IMPORTED_NOTE] if imported else []
+    notes += [] if columns else _reasons(listed)
+    return Table("Runs", [HEADERS.get(name, name) for name in names], rows, notes)
+
+
+def _field(entry: Entry, name: str) -> str:
+    """A field of a run as text: durations and accuracies in the units of the other tables."""
+    value = entry.value(name)
+    evals = entry.run.record.get("evals") or {}
+    mark = IMPORTED if is_imported(entry.run) else ""
+    if name == "results" and entry.run.record["kind"] in {"checkpoints", "affine"}:
+        return _outcome(entry.run)
+    if value is None:
+        return MISSING
+    if name == "results":
+        return ", ".join(f"{task} {result(evals[task])}{mark}" for task in value)
+    if name == "progress" and entry.done:
+        return f"{entry.done[0]}/{entry.done[1]} {'checkpoints' if entry.run.record['kind'] == 'checkpoints' else 'steps'}"
+    if name in {"age", "time", "eta", "seconds"}:
+        return layout.seconds(value)
+    if name.removeprefix("evals.") in evals:
+        return result(evals[name.removeprefix("evals.")]) + mark
+    return setting(value) + (mark if name.startswith("evals.") else "")
 
 
 def plan_table(plan: dict[str, Any]) -> Table:
@@ -473,45 +503,29 @@ def _remarks(runs: list[Run], cells: list[list[str]]) -> list[str]:
     return [*([DEGENERATE_NOTE] if degenerate else []), *_reasons(runs)]
 
 
-def _reasons(runs: Iterable[Run]) -> list[str]:
+def _reasons(runs: Iterable[Run | Entry]) -> list[str]:
     words = {"failed": "failed", "diverged": "diverged", "cancelled": "was cancelled", "lost": "was lost"}
-    return [
-        f"{run.record['name']} ({run.id}) {words[run.status]}: {' '.join((run.record.get('reason') or _why(run)).split())}."
-        for run in runs
-        if run.status in words
-    ]
+    notes = []
+    for each in runs:
+        run, reason = (each.run, each.reason) if isinstance(each, Entry) else (each, each.record.get("reason"))
+        if each.status in words:
+            why = " ".join((reason or _why(run)).split())
+            notes.append(f"{run.record['name']} ({run.id}) {words[each.status]}: {why}.")
+    return notes
 
 
 def _why(run: Run) -> str:
-    return f"no sign of life since {run.record.get('heartbeat')}" if run.status == "lost" else "no reason recorded"
-
-
-def _age(run: Run) -> str:
-    took = (run.record.get("environment") or {}).get("seconds")
-    if took is not None:
-        return layout.seconds(took)
-    return layout.seconds(seconds_since(run.record.get("started") or run.record.get("created")))
-
-
-def _progress(run: Run) -> str:
-    planned = (run.record.get("plan") or {}).get("steps")
-    if run.record["kind"] == "checkpoints":
-        rows = run.record.get("checkpoints") or []
-        return f"{sum(bool(row['evals']) for row in rows)} of {len(rows)} checkpoints"
-    if planned is None:
-        return MISSING
-    done = run.rows("metrics.jsonl")
-    return f"{done[-1]['step'] if done else 0}/{planned} steps"
+    lost = run.status == "lost" and run.record.get("heartbeat")
+    return f"no sign of life since {run.record['heartbeat']}" if lost else "no reason recorded"
 
 
 def _outcome(run: Run) -> str:
-    evals, scores = run.record.get("evals") or {}, run.record.get("scores")
+    scores = run.record.get("scores")
     if run.record["kind"] == "checkpoints":
         return f"latest ignorant: {run.record.get('latest_ignorant') or MISSING}"
-    if run.record["kind"] == "affine" and scores:
-        return f"mean R² {decimal(sum(s['r2'] for s in scores.values()) / len(scores))} on {len(scores)} layers"
-    tasks = [task for task in (regimes.forget_task(evals), regimes.retain_task(evals)) if task] or list(evals)[:2]
-    return ", ".join(f"{task} {result(evals[task])}" for task in tasks) or MISSING
+    return (
+        f"mean R² {decimal(sum(s['r2'] for s in scores.values()) / len(scores))} on {len(scores)} layers" if scores else MISSING
+    )
 
 
 def _fact(key: str, value: Any) -> str:
