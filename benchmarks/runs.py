@@ -43,18 +43,24 @@ def record(rng: random.Random, number: int) -> dict[str, Any]:
     layers = {f"layers.{n}": {"distance": rng.random(), "stable_rank": rng.random()} for n in range(8)}
     parents = {role: {"ref": f"lab:{role}", "sha256": f"{rng.getrandbits(256):064x}"} for role in ("model", "source", "forget")}
     return {
-        **{
-            "id": f"{number:08x}",
-            "kind": kind,
-            "name": f"ret{config['retain_coef']}-{number}",
-            "status": status,
-            "reason": None,
-        },
-        **{"job_id": None, "launcher": "local", "created": now(), "started": now(), "finished": None, "heartbeat": now()},
-        **{"config": config, "plan": {"steps": 500, "forward_passes": 4000, "effective_batch": 32, "tokens": 1e6}},
+        "id": f"{number:08x}",
+        "kind": kind,
+        "name": f"ret{config['retain_coef']}-{number}",
+        "status": status,
+        "reason": None,
+        "job_id": None,
+        "launcher": "local",
+        "created": now(),
+        "started": now(),
+        "finished": None,
+        "heartbeat": now(),
+        "config": config,
+        "plan": {"steps": 500, "forward_passes": 4000, "effective_batch": 32, "tokens": 1e6},
         "losses": {"cb_loss": rng.random(), "retain_kl_loss": rng.random()} if done else {},
         "evals": {task: result | {"acc": rng.random()} for task in c.LAB_TASKS} if done else {},
-        **{"parents": parents, "update_by_layer": layers, "environment": {"host": "node", "pid": 1, "seconds": 60.0}},
+        "parents": parents,
+        "update_by_layer": layers,
+        "environment": {"host": "node", "pid": 1, "seconds": 60.0},
     }
 
 

@@ -115,7 +115,8 @@ class Entry:
     def results(self) -> dict[str, Any] | None:
         """The forget and the retain task's results, or else the first two."""
         evals = self.run.record.get("evals") or {}
-        tasks = [task for task in (regimes.forget_task(evals), regimes.retain_task(evals)) if task] or list(evals)[:2]
+        judged = [task for task in (regimes.forget_task(evals), regimes.retain_task(evals)) if task]
+        tasks = [*judged, *(task for task in evals if task not in judged)][:2]
         return {task: number(evals[task]) for task in tasks} or None
 
     def value(self, name: str) -> Any:
@@ -187,7 +188,7 @@ def waits_for_slurm(run: Run) -> bool:
 
 
 def slurm_jobs() -> dict[str, Job] | None:
-    """All jobs that Slurm knows, by id (`17`, or `17_3` for one of an array), from squeue or else scontrol; None without either."""
+    """All jobs that Slurm knows by id (`17_3`: one of an array), from squeue or else scontrol; None without either."""
     listed = _asked("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r")
     if listed is not None:
         parts = [line.split("|", 2) for line in listed.splitlines() if line.count("|") >= 2]
@@ -226,7 +227,7 @@ def refuse_unknown(names: Iterable[str], listed: Sequence[Entry], what: str) -> 
         if not any(entry.has(name) for entry in listed):
             known = {*WORKED_OUT, *ALSO, *SETTINGS}
             for entry in listed:
-                known |= {path for path in _names(entry.run.record)}
+                known |= set(_names(entry.run.record))
             raise LetheError(f"{what}: no run has a field '{name}'{nearest(name, _alike(name, known))}")
 
 
