@@ -507,7 +507,11 @@ class _Rows:
         record = self._record(kind, name, status, reason, row.job, key, line, settings)
         curve = [{"step": step, "evals": row.points[step]} for step in sorted(row.points)]
         record |= {"losses": row.losses, "evals": row.evals}
-        more = {"row": dict(zip(self.table.columns, cells, strict=True)), "inherited": inherited, "others": row.others}
+        more: dict[str, Any] = {
+            "row": dict(zip(self.table.columns, cells, strict=True)),
+            "inherited": inherited,
+            "others": row.others,
+        }
         more |= {"label": row.label, "notes": row.texts.get("notes"), "footnotes": self._footnotes(cells)}
         more["deprecated"] = [col.name for col in self.columns if col.deprecated and col.name in row.evals]
         record["imported"] |= {name: value for name, value in more.items() if value}

@@ -7,6 +7,7 @@ measured in different ways never stand in one table. The same `Table` goes into 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ from lethe.runs import DEFAULT_COLUMNS, ONLY_IF_THERE, Entry, is_imported
 
 IMPORTED = "‡"
 IMPORTED_NOTE = f"{IMPORTED} imported from a table: how the number was measured is not recorded."
+IMPORTED_PARTS = ["Checkpoint", "Job ID", "Name", "retain_coef", "remove_coef", "lora_r", "optimizer", "lr", "Steps"]
+IMPORTED_PARTS += ["Updates", "Forward passes", "losses", "tasks", "points", "Status", "Notes"]
 HEADERS = {"id": "ID", "job_id": "Job ID", "job": "Job ID", "eta": "ETA"}
 HEADERS |= {name: name.capitalize() for name in ("kind", "name", "status", "age", "time", "progress", "results", "reason")}
 
@@ -58,6 +61,7 @@ def all_tables(study: Study) -> list[Table]:
     tables += [affine_table(run.record["scores"], f"Affine maps: {affine_name(run)}") for run in scored(study)]
     tables += [evaluations_table(study.other_evaluations)] if study.other_evaluations else []
     tables += [provenance_table(study), models_table(study)]
+    tables += imported_tables(study.imported)
     return [table for table in tables if table.rows]
 
 
@@ -396,6 +400,74 @@ def models_table(study: Study) -> Table:
                 )
     rows = [[ref, short(sha), ", ".join(dict.fromkeys(uses))] for (ref, sha), uses in found.items()]
     return Table("Models and maps", ["Reference", "Weights (SHA-256 or commit)", "Used as"], rows)
+
+
+def imported_tables(runs: list[Run]) -> list[Table]:
+    """Each imported table by itself, in the log's order: its numbers never share a column with measured ones."""
+    groups: dict[tuple[str, str, int], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.record["imported"]["file"], run.record["imported"]["line"])):
+        facts = run.record["imported"]
+        groups.setdefault((facts["file"], facts["group"], facts["table"]), []).append(run)
+    return [_imported_table(group) for group in groups.values()]
+
+
+def _imported_table(runs: list[Run]) -> Table:
+    """The columns that any of the rows has: job, name, settings, steps, losses, a column a task (and step), status, notes."""
+    facts = runs[0].record["imported"]
+    again = f" ({facts['table']})" if facts["table"] > 1 else ""
+    notes = [f"Imported from {facts['file']}: how the numbers were measured is not recorded, so they have no intervals."]
+    lines = [line for run in runs for line in _imported_rows(run)]
+    columns = list(dict.fromkeys(column for column in _imported_order(lines)))
+    cells = [[line.get(column, MISSING) for column in columns] for line in lines]
+    notes += ["~ as the log says: approximate."] if any(re.match(r"~\d", cell) for row in cells for cell in row) else []
+    if any("Steps" in line for line in lines):
+        notes.append("Steps: the log's number; whether it counts updates or forward passes is not recorded.")
+    for run in runs:
+        notes += [f"{run.record['name']}: {text}" for text in run.record["imported"].get("footnotes", [])]
+    return Table(f"Imported: {facts['group'] or facts['file']}{again}", columns, cells, [*notes, *_reasons(runs)])
+
+
+def _imported_order(lines: list[dict[str, str]]) -> list[str]:
+    """Columns of all lines: what comes first in a line comes first, curves by step, statuses and notes at the end."""
+    names = dict.fromkeys(name for line in lines for name in line)
+    step = {name: int(found[1]) for name in names if (found := re.search(r" at step (\d+)$", name))}
+    return sorted(names, key=lambda name: (IMPORTED_PARTS.index(_part_of(name)), step.get(name, 0)))
+
+
+def _part_of(name: str) -> str:
+    if name in IMPORTED_PARTS:
+        return name
+    return "points" if re.search(r" at step \d+$", name) else "losses" if name.endswith("_loss") else "tasks"
+
+
+def _imported_rows(run: Run) -> list[dict[str, str]]:
+    """A run's row, as text by column; a checkpoint sweep has one a checkpoint."""
+    record, facts = run.record, run.record["imported"]
+    if record["kind"] == "checkpoints":
+        return [{"Checkpoint": row["name"]} | _results(row["evals"]) | {"Notes": row["note"]} for row in record["checkpoints"]]
+    config = record["config"]
+    line = {"Job ID": str(record["job_id"])} if record["job_id"] else {}
+    line["Name"] = record["name"]
+    own = {name: config[name] for name in ("retain_coef", "remove_coef", "optimizer", "lr") if name in config}
+    inherited = facts.get("inherited", [])
+    line |= {name: setting(value) for name, value in own.items() if name not in inherited or name.endswith("_coef")}
+    if "lora" in config:
+        line["lora_r"] = "full" if config["lora"] is None else setting(config["lora"].get("r"))
+    line |= {"Steps": str(facts["steps"])} if "steps" in facts else {}
+    units = {"Updates": "steps", "Forward passes": "forward_passes"}
+    line |= {name: str(record["plan"][key]) for name, key in units.items() if key in (record.get("plan") or {})}
+    line |= {name: decimal(value) for name, value in record["losses"].items()}
+    curve = run.rows("curve.jsonl")
+    for point in curve:
+        line |= {f"{name} at step {point['step']}": text for name, text in _results(point["evals"]).items()}
+    on_curve = [point["evals"] for point in curve]  # a final result whose step the log does not tell is not on it
+    line |= _results({task: r for task, r in record["evals"].items() if all(p.get(task) != r for p in on_curve)})
+    line |= {"Status": run.status} if run.status != "complete" else {}
+    return [line | ({"Notes": facts["notes"]} if facts.get("notes") else {})]
+
+
+def _results(evals: Evals) -> dict[str, str]:
+    return {task: ("~" if found.get("approximate") else "") + result(found) for task, found in evals.items()}
 
 
 def runs_table(listed: list[Entry], columns: Sequence[str] = ()) -> Table:
