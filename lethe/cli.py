@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -320,12 +320,22 @@ def _watch(shown: Callable[[], Any], every: float) -> None:
             _show(shown())
             sys.stdout.flush()
             time.sleep(every)
+    from rich.console import Console
     from rich.live import Live
 
-    with Live(shown(), auto_refresh=False) as live:
+    console = Console(highlight=False)
+
+    def fitting() -> Any:
+        table = shown()
+        room = max(1, console.height - 6)  # title, header, rules and the note
+        if isinstance(table, str) or len(table.rows) <= room:
+            return table
+        return replace(table, rows=table.rows[:room], notes=[f"… and {len(table.rows) - room} more"])
+
+    with Live(fitting(), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(every)
-            live.update(shown(), refresh=True)
+            live.update(fitting(), refresh=True)
 
 
 def _runs_import(settings: c.ImportConfig, as_json: bool) -> None:

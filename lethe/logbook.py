@@ -253,9 +253,9 @@ def _take_settings(line: str, section: Section, listed: bool) -> str:
     if stated := _STATED.match(line):
         found = _setting(stated[1], stated[2])
         if found is None and listed:
-            found = {} if _phrases(line) else {stated[1].strip("` "): stated[2]}
+            found = {stated[1].strip("` "): stated[2]}  # no setting of Lethe's: kept as text
         if found is not None:
-            section.settings |= found | _phrases(line if not found else stated[2])
+            section.settings |= found | _phrases(stated[2])
             return ""
     if _SETTINGS_LINE.match(line):
         for group in re.findall(r"\([^()]*\)", line):
@@ -422,7 +422,13 @@ class _Rows:
         self.file, self.table, self.columns, self.number = imported.file, table, columns, number
         self.known, self.unreadable, self.seen = TASKS | tasks, imported.unreadable, seen
         self.cells: list[_Cell] = []
+        meanings: set[Any] = set()
         for col in columns:
+            meaning = (col.role, col.name, col.step) if col.name else (col.role, col.header, None)
+            if meaning in meanings:
+                self._cannot(table.line, col.header, col.header, "a second column of the same meaning; left out")
+                col.role = "left out"
+            meanings.add(meaning)
             if col.role == "other" and col.header:
                 self._cannot(table.line, col.header, col.header, "an unknown column; its cells are kept as text")
 
@@ -520,6 +526,8 @@ class _Rows:
     def _read(self, row: _Row, line: int, col: Column, cell: str) -> None:
         """Put what a cell says into `row`."""
         text = _plain(cell)
+        if col.role == "left out":
+            return
         if col.role in {"task", "point", "final"}:
             value, step, status = self._value(line, col, cell)
             row.said += [(status, text, col.header)] if status else []
@@ -633,7 +641,8 @@ class _Rows:
 
 
 def _plain(cell: str) -> str:
-    """A cell's text without emphasis and marks of footnotes."""
+    """A cell's text without emphasis, addresses of links and marks of footnotes."""
+    cell = re.sub(r"\[([^\]^]+)\]\([^()]*\)", r"\1", cell)
     text = re.sub(r"\*\*(.+?)\*\*|__(.+?)__|`(.+?)`", lambda m: m[1] or m[2] or m[3], cell)
     return re.sub(r"\\?\*+|[†‡§]|\[\^\w+\]", "", text).strip()
 

@@ -245,7 +245,7 @@ def _names(record: dict[str, Any], prefix: str = "") -> Iterable[str]:
             yield from _names(value, f"{prefix}{key}.")
 
 
-def select(listed: list[Entry], conditions: Iterable[str], known: Sequence[Entry] | None = None) -> list[Entry]:
+def select(listed: list[Entry], conditions: Iterable[str]) -> list[Entry]:
     """The runs that meet every condition: `lr=1e-4`, `name=ret5*`, `status!=complete`, `mmlu>=0.42`.
 
     Numbers are compared as numbers; text may have the signs of file name patterns. A run that lacks the field meets only `!=`.
@@ -253,12 +253,13 @@ def select(listed: list[Entry], conditions: Iterable[str], known: Sequence[Entry
     Raises:
         LetheError: a condition cannot be read, or names an unknown field.
     """
+    every = listed
     for condition in conditions:
         parts = _CONDITION.fullmatch(condition)
         if not parts:
             raise LetheError(f"where: expected a condition such as lr=1e-4, status!=complete or mmlu>=0.42, got '{condition}'")
         name, sign, wanted = parts.groups()
-        refuse_unknown([name], known if known is not None else listed, "where")
+        refuse_unknown([name], every, "where")
         if sign in {"<", ">", "<=", ">="} and _float(wanted) is None:
             raise LetheError(f"where: {sign} compares numbers, got '{wanted}' for {name}")
         listed = [entry for entry in listed if _meets(entry.value(name), sign, wanted)]

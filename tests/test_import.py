@@ -109,7 +109,7 @@ def test_rows_inherit_settings_and_the_nearest_wins(imported: Imported) -> None:
     for record, examples in ((first, 1024), (swept, 2048), (epochs, 1024)):
         assert fixed.items() <= record["config"].items()
         assert record["config"]["num_train_examples"] == examples
-        assert record["imported"]["settings"] == {"house colour": "blue"}
+        assert record["imported"]["settings"]["house colour"] == "blue"
         assert "num_train_examples" in record["imported"]["inherited"]
     assert (swept["config"]["retain_coef"], swept["config"]["remove_coef"]) == (1, 12)
     assert "remove_coef" not in swept["imported"]["inherited"]
@@ -327,6 +327,17 @@ def test_an_unknown_column_is_listed_and_kept_as_text(take) -> None:
     made = take("| Job ID | retain_coef | MMLU | Mood |\n|---|---|---|---|\n| 1 | 5 | 41% | fine |\n")
     assert made.unreadable[0]["column"] == "Mood"
     assert made.new[0].record["imported"]["others"] == {"Mood": "fine"}
+
+
+def test_a_second_column_of_the_same_meaning_is_listed_and_does_not_overwrite_the_first(take) -> None:
+    made = take("| retain_coef | MMLU | mmlu |\n|---|---|---|\n| 5 | 41% | 42% |\n")
+    assert made.new[0].record["evals"] == {"mmlu": {"acc": 0.41}}
+    assert [u["column"] for u in made.unreadable] == ["mmlu"]
+
+
+def test_links_and_code_in_cells(take) -> None:
+    made = take("| Job ID | retain_coef | MMLU |\n|---|---|---|\n| [17](https://example.org/17) | `5` | 41% |\n")
+    assert (made.new[0].record["job_id"], made.new[0].record["config"]["retain_coef"]) == ("17", 5)
 
 
 def test_a_column_that_says_per_cent_needs_no_sign_in_its_cells(take) -> None:

@@ -21,7 +21,7 @@ DEGENERATE_NOTE = f"{DEGENERATE} degenerate: one answer position was chosen near
 STATUSES = ("queued", "running", "failed", "diverged", "cancelled", "lost")
 WORDS = {*STATUSES, "nan", "full"}
 LONG = 44
-_NUMBER = re.compile(rf"[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(\d+ steps\))?{DEGENERATE}?")
+_NUMBER = re.compile(rf"~?[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(\d+ steps\))?{DEGENERATE}?")
 
 
 @dataclass
@@ -112,7 +112,8 @@ def result(evaluated: dict[str, Any] | None) -> str:
     """A task's result: accuracy in per cent, mean probability with four decimals; degenerate ones marked."""
     if evaluated is None:
         return MISSING
-    text = percent(evaluated["acc"]) if "acc" in evaluated else decimal(evaluated["correct_prob"])
+    text = "~" if evaluated.get("approximate") else ""
+    text += percent(evaluated["acc"]) if "acc" in evaluated else decimal(evaluated["correct_prob"])
     return text + (DEGENERATE if evaluated.get("degenerate") else "")
 
 

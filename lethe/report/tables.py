@@ -467,7 +467,7 @@ def _imported_rows(run: Run) -> list[dict[str, str]]:
 
 
 def _results(evals: Evals) -> dict[str, str]:
-    return {task: ("~" if found.get("approximate") else "") + result(found) for task, found in evals.items()}
+    return {task: result(found) for task, found in evals.items()}
 
 
 def runs_table(listed: list[Entry], columns: Sequence[str] = ()) -> Table:
