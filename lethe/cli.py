@@ -339,7 +339,7 @@ def _watch(shown: Callable[[], Any], every: float) -> None:
 
 
 def _runs_import(settings: c.ImportConfig, as_json: bool) -> None:
-    from lethe.logbook import import_log
+    from lethe.importing import import_log
 
     imported = import_log(settings)
     if as_json:

@@ -12,8 +12,9 @@ import pytest
 from lethe.cli import main
 from lethe.config import ImportConfig, ReportConfig, ResumeConfig
 from lethe.errors import LetheError
+from lethe.importing import Imported, import_log
 from lethe.ledger import Run, find_runs
-from lethe.logbook import Imported, column, import_log
+from lethe.logbook import column
 from lethe.report import report
 from lethe.resume import resume
 from lethe.runs import Entry, smallest, smallest_retain_coef
