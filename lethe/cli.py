@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from lethe import config as c
 from lethe.errors import LetheError, nearest
 from lethe.ledger import Terminated
 from lethe.settings import parse
+
+MANY_ROWS = 200
 
 
 @dataclass
@@ -263,16 +265,87 @@ def _resume(settings: c.ResumeConfig, as_json: bool) -> None:
 def _runs(settings: c.RunsConfig, as_json: bool) -> None:
     from lethe.ledger import find_runs
     from lethe.report.tables import runs_table
+    from lethe.runs import Entry, entries, ordered, refuse_unknown, select
 
     if not Path(settings.folder).is_dir():
         raise LetheError(f"folder: there is no folder '{settings.folder}'")
-    runs = find_runs(settings.folder)
+    if as_json and settings.watch:
+        raise LetheError("watch: has no effect on an answer in JSON; leave one of them out")
+
+    def chosen() -> list[Entry]:
+        every = entries(find_runs(settings.folder))
+        refuse_unknown(settings.columns, every, "columns")
+        found = select(every, settings.where)
+        if settings.sort:
+            refuse_unknown([settings.sort], every, "sort")
+            return ordered(found, settings.sort, settings.reverse)
+        return found[::-1] if settings.reverse else found
+
+    def shown() -> Any:
+        found = chosen()
+        such = " such" if settings.where else ""
+        return runs_table(found, settings.columns) if found else f"no{such} runs in '{settings.folder}'"
+
     if as_json:
-        _dump([run.record | {"status": run.status, "path": str(run.path)} for run in runs])
-    elif runs:
-        _print(runs_table(runs))
+        lines = [json.dumps(_listed(entry, settings.columns), default=str) for entry in chosen()]
+        print("[" + ",\n".join(lines) + "]")  # a run a line: indenting thousands of records takes seconds
+    elif settings.watch:
+        _watch(shown, settings.every)
     else:
-        print(f"no runs in '{settings.folder}'")
+        _show(shown())
+
+
+def _listed(entry: Any, columns: list[str]) -> dict[str, Any]:
+    if columns:
+        return {name: entry.value(name) for name in columns}
+    facts = {"status": entry.status, "reason": entry.reason, "path": str(entry.run.path)}
+    return entry.run.record | facts | {"age": entry.age, "progress": entry.value("progress"), "eta": entry.eta}
+
+
+def _show(value: Any) -> None:
+    """A table for the screen; in plain columns where nobody looks, and where rich would take long."""
+    plain = isinstance(value, str) or not sys.stdout.isatty() or len(value.rows) > MANY_ROWS
+    if plain:
+        print(value if isinstance(value, str) else value.text())
+    else:
+        _print(value)
+
+
+def _watch(shown: Callable[[], Any], every: float) -> None:
+    """Show it again every so many seconds, until Ctrl-C: in place on a terminal, one after the other elsewhere."""
+    import time
+
+    if not sys.stdout.isatty():
+        while True:
+            _show(shown())
+            sys.stdout.flush()
+            time.sleep(every)
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False)
+
+    def fitting() -> Any:
+        table = shown()
+        room = max(1, console.height - 6)  # title, header, rules and the note
+        if isinstance(table, str) or len(table.rows) <= room:
+            return table
+        return replace(table, rows=table.rows[:room], notes=[f"… and {len(table.rows) - room} more"])
+
+    with Live(fitting(), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(every)
+            live.update(fitting(), refresh=True)
+
+
+def _runs_import(settings: c.ImportConfig, as_json: bool) -> None:
+    from lethe.importing import import_log
+
+    imported = import_log(settings)
+    if as_json:
+        _dump(imported.answer())
+    else:
+        print(imported.text())
 
 
 def _report(settings: c.ReportConfig, as_json: bool) -> None:
@@ -312,6 +385,7 @@ COMMANDS = {
     "tamper": Command(_tamper, c.TamperConfig, "lethe tamper run:ID --max_steps 100", "model"),
     "resume": Command(_resume, c.ResumeConfig, "lethe resume 1a2b3c4d", "run"),
     "runs": Command(_runs, c.RunsConfig, "lethe runs demo/runs", "folder"),
+    "runs import": Command(_runs_import, c.ImportConfig, "lethe runs import log.md --out runs", "file"),
     "report": Command(_report, c.ReportConfig, "lethe report demo/runs --out report", "runs"),
 }
 

@@ -106,6 +106,36 @@ class RunsConfig:
 
     folder: str = "runs"
     """A folder of runs, or one that has a folder runs/."""
+    where: list[str] = field(default_factory=list)
+    """Only runs that meet all of these: status=running kind=unlearn lr=1e-4 name=ret5* "mmlu>=0.42" (also !=, <, >, <=)."""
+    sort: str = ""
+    """Order by this field (any that can be a column); without it, oldest first."""
+    reverse: bool = False
+    """The other way round: the largest, or the youngest, first."""
+    columns: list[str] = field(default_factory=list)
+    """Fields of run.json to show: status, age, eta, lr, config.lora.r, evals.lab_retain.acc, losses.cb_loss, …"""
+    watch: bool = False
+    """Show the list again and again, until Ctrl-C."""
+    every: float = 5.0
+    """Seconds between two lists, with watch."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _above("every", self.every, 0)
+        if self.every != 5.0 and not self.watch:
+            raise LetheError(f"every: {self.every} has no effect without watch; leave it out")
+
+
+@dataclass
+class ImportConfig:
+    """Take the tables of a hand-kept experiment log (markdown) into the ledger, one run a row."""
+
+    file: str
+    """The log. Importing it again updates rows that have changed and adds new ones."""
+    out: str = "runs"
+    """Folder of runs."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Tasks that the log's names stand for, where they are not told by the name: WMDP=wmdp_bio_robust."""
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -36,6 +36,7 @@ Status = Literal["queued", "running", "complete", "failed", "diverged", "cancell
 HEARTBEAT_SECONDS = 20
 LOST_AFTER_SECONDS = 120
 GRACE_SECONDS = 120
+TAIL_BYTES = 8192
 TIME_LIMIT = "time limit reached"
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,24 @@ class Run:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return rows
+
+    def last_row(self, file: str) -> dict[str, Any] | None:
+        """The last whole line of `metrics.jsonl` or `curve.jsonl`, read from the file's end; None if there is none."""
+        try:
+            with (self.path / file).open("rb") as lines:
+                end = lines.seek(0, os.SEEK_END)
+                size = TAIL_BYTES
+                while True:
+                    lines.seek(max(0, end - size))
+                    tail = lines.read(size).splitlines()
+                    for line in reversed(tail if size >= end else tail[1:]):  # the first of them may be cut
+                        with contextlib.suppress(ValueError):
+                            return json.loads(line)
+                    if size >= end:
+                        return None
+                    size *= 8
+        except OSError:
+            return None
 
     def keep_until(self, step: int) -> None:
         """Drop lines of metrics, batches and curve that come after `step`: a resumed run writes them again."""

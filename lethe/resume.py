@@ -12,6 +12,7 @@ from typing import Any
 from lethe import config as c
 from lethe.errors import LetheError
 from lethe.ledger import Run, find_run
+from lethe.runs import is_imported
 from lethe.settings import build
 
 KINDS: dict[str, tuple[type, str]] = {
@@ -32,6 +33,10 @@ def resume(config: c.ResumeConfig) -> Run:
     """
     run = find_run(config.run.removeprefix("run:"), config.out)
     kind = run.record["kind"]
+    if is_imported(run):
+        raise LetheError(
+            f"run: '{config.run}' was imported from {run.record['imported']['file']}; there is nothing to go on from"
+        )
     if kind not in KINDS:
         raise LetheError(f"run: '{config.run}' is of kind {kind}; what can be resumed: {', '.join(KINDS)}")
     if run.status in {"complete", "diverged"}:

@@ -105,9 +105,13 @@ def _named(words: list[str], config: type, positional: str | None) -> list[str]:
 
 
 def _joined(words: list[str], config: type) -> list[str]:
-    """`--layers 0 2` as jsonargparse reads it: `--layers [0, 2]`; `--task_data a=FILE`: `--task_data {"a": "FILE"}`."""
+    """Words as jsonargparse reads them.
+
+    `--layers 0 2` becomes `--layers [0, 2]`; `--task_data a=FILE`: `--task_data {"a": "FILE"}`; `--merge`: `--merge true`.
+    """
     lists = _lists(config)
     pairs = {name for name, kind in _known(config).items() if kind == dict[str, str]}
+    switches = {f"--{name}" for name, kind in _known(config).items() if kind is bool}
     words = [part for word in words for part in (word.split("=", 1) if _head(word) in pairs and "=" in word else [word])]
     out: list[str] = []
     i = 0
@@ -116,7 +120,8 @@ def _joined(words: list[str], config: type) -> list[str]:
         i += 1
         name = word.removeprefix("--")
         if name not in lists and name not in pairs:
-            out.append(word)
+            bare = word in switches and (i == len(words) or words[i].startswith("--"))
+            out += [word, "true"] if bare else [word]
             continue
         values = []
         while i < len(words) and not words[i].startswith("--"):

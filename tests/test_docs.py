@@ -84,7 +84,18 @@ def test_suites_of_the_evaluation_page_are_settings(tmp_path):
 def test_lab_page(here, lab):
     for command in commands("docs/lab.md"):
         run(command.replace("FOLDER", str(lab / "filtered")), here)
-    assert not commands("docs/runs.md")
+
+
+def test_runs_page(tmp_path):
+    (log,) = blocks("docs/runs.md", "markdown")
+    (tmp_path / "log.md").write_text(log)
+    imported, listed, _ = [run(command, tmp_path) for command in commands("docs/runs.md")]
+    assert "45.2 % is in no cell of 'Retain sweep'" in imported
+    assert [line.split()[0] for line in listed.splitlines()[2:4]] == ["2042651", "2042650"]
+    (code,) = blocks("docs/runs.md", "python")
+    (tmp_path / "example.py").write_text(code)
+    assert run("python example.py", tmp_path).strip() == "5.0"
+    assert (tmp_path / "study-report" / "index.html").exists()
 
 
 @pytest.mark.slow

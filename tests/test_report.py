@@ -21,6 +21,7 @@ from lethe.report import report, tables
 from lethe.report.layout import Table
 from lethe.report.study import Study
 from lethe.report.tables import attack_tables
+from lethe.runs import entries
 
 FORGET, RETAIN, CLOZE = "lab_forget_robust", "lab_retain", "lab_forget_cloze"
 TARGET = {"ref": "lab:final", "sha256": "a" * 64}
@@ -315,7 +316,7 @@ def test_terminal_tables_are_the_same_ones(study: Folder) -> None:
 
     console = Console(width=240, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     runs = Study.load([str(study.path)]).runs
-    for table in [*tables.terminal(runs), tables.runs_table(runs), tables.evals_table(evals(0.5, 0.6))]:
+    for table in [*tables.terminal(runs), tables.runs_table(entries(runs)), tables.evals_table(evals(0.5, 0.6))]:
         console.print(table)
     text = console.export_text()
     for expected in ("26.25 %", "Full recovery by step 30", "latest ignorant: lab:global_step900", "48.00 to 52.00 %"):

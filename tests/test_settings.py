@@ -53,6 +53,13 @@ def refusal(*words: str, kind: type = UnlearnConfig) -> str:
     return message
 
 
+def test_a_switch_needs_no_value():
+    for words in (["--merge"], ["--merge", "true"], ["--merge=true"], ["--merge", "--remove_coef", "3"]):
+        assert made("--source", "x", *words).merge is True
+    assert made("--source", "x", "--merge", "false").merge is False
+    assert "expected true or false, got 3" in refusal("--source", "x", "--merge", "3")
+
+
 # --- the same object from everywhere ---------------------------------------------------------------------------------
 
 

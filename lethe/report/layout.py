@@ -21,7 +21,7 @@ DEGENERATE_NOTE = f"{DEGENERATE} degenerate: one answer position was chosen near
 STATUSES = ("queued", "running", "failed", "diverged", "cancelled", "lost")
 WORDS = {*STATUSES, "nan", "full"}
 LONG = 44
-_NUMBER = re.compile(rf"[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(\d+ steps\))?{DEGENERATE}?")
+_NUMBER = re.compile(rf"~?[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(\d+ steps\))?{DEGENERATE}?")
 
 
 @dataclass
@@ -63,6 +63,15 @@ class Table:
         body = f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
         return body + (f'<ul class="notes">{notes}</ul>\n' if notes else "")
 
+    def text(self) -> str:
+        """The table in aligned columns, one line a row whatever the width: what rich sets for a screen takes it far longer."""
+        flush = [self.is_numeric(i) for i in range(len(self.columns))]
+        lines = [[_flat(cell) for cell in line] for line in (self.columns, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        pad = [(lambda cell, width: cell.rjust(width)) if right else (lambda cell, width: cell.ljust(width)) for right in flush]
+        body = ["  ".join(p(c, w) for p, c, w in zip(pad, line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([self.title, *body, *(_flat(note) for note in self.notes)])
+
     def __rich__(self) -> rich.table.Table:
         import rich.table
         from rich import box
@@ -103,7 +112,8 @@ def result(evaluated: dict[str, Any] | None) -> str:
     """A task's result: accuracy in per cent, mean probability with four decimals; degenerate ones marked."""
     if evaluated is None:
         return MISSING
-    text = percent(evaluated["acc"]) if "acc" in evaluated else decimal(evaluated["correct_prob"])
+    text = "~" if evaluated.get("approximate") else ""
+    text += percent(evaluated["acc"]) if "acc" in evaluated else decimal(evaluated["correct_prob"])
     return text + (DEGENERATE if evaluated.get("degenerate") else "")
 
 
@@ -146,6 +156,10 @@ def seconds(duration: float) -> str:
 
 def _class(number: bool, cell: str) -> str:
     return ' class="number"' if number else ' class="long"' if len(cell) > LONG else ""
+
+
+def _flat(cell: str) -> str:
+    return " ".join(cell.split())
 
 
 def _one_line(cell: str) -> str:

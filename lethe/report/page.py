@@ -103,7 +103,13 @@ def headline(study: Study) -> list[str]:
     sentences += [_control_sentence(study)] if any(attack.control for attack in study.attacks) else []
     done = len([run for run in study.runs if run.status == "complete"])
     left = f"{done} of {len(study.runs)} runs are complete."
-    return [sentence for sentence in sentences if sentence] or [f"No unlearning result with a baseline yet: {left}"]
+    found = [sentence for sentence in sentences if sentence]
+    if not found and (study.runs or not study.imported):
+        found = [f"No unlearning result with a baseline yet: {left}"]
+    if study.imported:
+        files = ", ".join(dict.fromkeys(run.record["imported"]["file"] for run in study.imported))
+        found.append(f"{len(study.imported)} runs are imported from {files}, and stand in tables of their own.")
+    return found
 
 
 def best_run(target: Target) -> Run | None:
@@ -128,7 +134,7 @@ def render(study: Study, title: str, tables: list[Table], charts: dict[str, tupl
         "<h2>Tables</h2>",
         *(f"<h3>{html.escape(table.title)}</h3>\n{table.html()}" for table in tables),
         "<h2>Settings of the runs</h2>",
-        *(_settings(run) for run in study.runs),
+        *(_settings(run) for run in [*study.runs, *study.imported]),
         f"<footer>Made by Lethe {importlib.metadata.version('lethe-lm')} from the runs themselves, {now()}.</footer>",
     ]
     specs = {name: spec for name, (_, spec, _) in charts.items()}
@@ -220,11 +226,12 @@ def _range(estimate: regimes.Estimate) -> str:
 
 def _made_from(study: Study) -> str:
     kinds: dict[str, int] = {}
-    for run in study.runs:
+    for run in [*study.runs, *study.imported]:
         kinds[run.record["kind"]] = kinds.get(run.record["kind"], 0) + 1
     counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     targets = ", ".join(dict.fromkeys(target.ref for target in study.targets))
-    return f"{len(study.runs)} run{'s' * (len(study.runs) != 1)} ({counted})" + (f" · model {targets}" if targets else "")
+    count = len(study.runs) + len(study.imported)
+    return f"{count} run{'s' * (count != 1)} ({counted})" + (f" · model {targets}" if targets else "")
 
 
 def _settings(run: Run) -> str:

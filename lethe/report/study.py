@@ -19,6 +19,7 @@ from lethe.errors import LetheError
 from lethe.ledger import Run, find_runs
 from lethe.recovery import Point, Recovery
 from lethe.report.layout import MISSING, setting
+from lethe.runs import is_imported
 
 Evals = dict[str, dict[str, Any]]
 PROVENANCE = ("version", "num_fewshot", "n", "fingerprint")
@@ -88,10 +89,11 @@ class Attack:
 
 
 class Study:
-    """The runs of a report, joined."""
+    """The runs of a report, joined. Imported ones stand apart: nobody knows how their numbers were measured."""
 
     def __init__(self, runs: list[Run]):
-        self.runs = runs
+        self.runs = [run for run in runs if not is_imported(run)]
+        self.imported = [run for run in runs if is_imported(run)]
 
     @classmethod
     def load(cls, folders: list[str]) -> Study:

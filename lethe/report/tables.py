@@ -7,11 +7,12 @@ measured in different ways never stand in one table. The same `Table` goes into 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lethe import recovery, regimes
-from lethe.ledger import Run, seconds_since
+from lethe.ledger import Run
 from lethe.report import layout
 from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING, Table, compact, decimal, percent, result, setting, short
 from lethe.report.study import (
@@ -34,6 +35,14 @@ from lethe.report.study import (
     value_of,
     varying,
 )
+from lethe.runs import DEFAULT_COLUMNS, ONLY_IF_THERE, Entry, is_imported
+
+IMPORTED = "‡"
+IMPORTED_NOTE = f"{IMPORTED} imported from a table: how the number was measured is not recorded."
+IMPORTED_PARTS = ["Checkpoint", "Job ID", "Name", "retain_coef", "remove_coef", "lora_r", "optimizer", "lr", "Steps"]
+IMPORTED_PARTS += ["Updates", "Forward passes", "losses", "tasks", "points", "Status", "Notes"]
+HEADERS = {"id": "ID", "job_id": "Job ID", "job": "Job ID", "eta": "ETA"}
+HEADERS |= {name: name.capitalize() for name in ("kind", "name", "status", "age", "time", "progress", "results", "reason")}
 
 
 def all_tables(study: Study) -> list[Table]:
@@ -52,6 +61,7 @@ def all_tables(study: Study) -> list[Table]:
     tables += [affine_table(run.record["scores"], f"Affine maps: {affine_name(run)}") for run in scored(study)]
     tables += [evaluations_table(study.other_evaluations)] if study.other_evaluations else []
     tables += [provenance_table(study), models_table(study)]
+    tables += imported_tables(study.imported)
     return [table for table in tables if table.rows]
 
 
@@ -392,12 +402,104 @@ def models_table(study: Study) -> Table:
     return Table("Models and maps", ["Reference", "Weights (SHA-256 or commit)", "Used as"], rows)
 
 
-def runs_table(runs: list[Run]) -> Table:
-    """Every run with its status, progress and what came out."""
-    rows = [
-        [run.id, run.record["kind"], run.record["name"], run.status, _age(run), _progress(run), _outcome(run)] for run in runs
+def imported_tables(runs: list[Run]) -> list[Table]:
+    """Each imported table by itself, in the log's order: its numbers never share a column with measured ones."""
+    groups: dict[tuple[str, str, int], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.record["imported"]["file"], run.record["imported"]["line"])):
+        facts = run.record["imported"]
+        groups.setdefault((facts["file"], facts["group"], facts["table"]), []).append(run)
+    return [_imported_table(group) for group in groups.values()]
+
+
+def _imported_table(runs: list[Run]) -> Table:
+    """The columns that any of the rows has: job, name, settings, steps, losses, a column a task (and step), status, notes."""
+    facts = runs[0].record["imported"]
+    again = f" ({facts['table']})" if facts["table"] > 1 else ""
+    notes = [f"Imported from {facts['file']}: how the numbers were measured is not recorded, so they have no intervals."]
+    lines = [line for run in runs for line in _imported_rows(run)]
+    columns = list(dict.fromkeys(column for column in _imported_order(lines)))
+    cells = [[line.get(column, MISSING) for column in columns] for line in lines]
+    notes += ["~ as the log says: approximate."] if any(re.match(r"~\d", cell) for row in cells for cell in row) else []
+    if any("Steps" in line for line in lines):
+        notes.append("Steps: the log's number; whether it counts updates or forward passes is not recorded.")
+    for run in runs:
+        notes += [f"{run.record['name']}: {text}" for text in run.record["imported"].get("footnotes", [])]
+    return Table(f"Imported: {facts['group'] or facts['file']}{again}", columns, cells, [*notes, *_reasons(runs)])
+
+
+def _imported_order(lines: list[dict[str, str]]) -> list[str]:
+    """Columns of all lines: what comes first in a line comes first, curves by step, statuses and notes at the end."""
+    names = dict.fromkeys(name for line in lines for name in line)
+    step = {name: int(found[1]) for name in names if (found := re.search(r" at step (\d+)$", name))}
+    return sorted(names, key=lambda name: (IMPORTED_PARTS.index(_part_of(name)), step.get(name, 0)))
+
+
+def _part_of(name: str) -> str:
+    if name in IMPORTED_PARTS:
+        return name
+    return "points" if re.search(r" at step \d+$", name) else "losses" if name.endswith("_loss") else "tasks"
+
+
+def _imported_rows(run: Run) -> list[dict[str, str]]:
+    """A run's row, as text by column; a checkpoint sweep has one a checkpoint."""
+    record, facts = run.record, run.record["imported"]
+    if record["kind"] == "checkpoints":
+        return [{"Checkpoint": row["name"]} | _results(row["evals"]) | {"Notes": row["note"]} for row in record["checkpoints"]]
+    config = record["config"]
+    line = {"Job ID": str(record["job_id"])} if record["job_id"] else {}
+    line["Name"] = record["name"]
+    own = {name: config[name] for name in ("retain_coef", "remove_coef", "optimizer", "lr") if name in config}
+    inherited = facts.get("inherited", [])
+    line |= {name: setting(value) for name, value in own.items() if name not in inherited or name.endswith("_coef")}
+    if "lora" in config:
+        line["lora_r"] = "full" if config["lora"] is None else setting(config["lora"].get("r"))
+    line |= {"Steps": str(facts["steps"])} if "steps" in facts else {}
+    units = {"Updates": "steps", "Forward passes": "forward_passes"}
+    line |= {name: str(record["plan"][key]) for name, key in units.items() if key in (record.get("plan") or {})}
+    line |= {name: decimal(value) for name, value in record["losses"].items()}
+    curve = run.rows("curve.jsonl")
+    for point in curve:
+        line |= {f"{name} at step {point['step']}": text for name, text in _results(point["evals"]).items()}
+    on_curve = [point["evals"] for point in curve]  # a final result whose step the log does not tell is not on it
+    line |= _results({task: r for task, r in record["evals"].items() if all(p.get(task) != r for p in on_curve)})
+    line |= {"Status": run.status} if run.status != "complete" else {}
+    return [line | ({"Notes": facts["notes"]} if facts.get("notes") else {})]
+
+
+def _results(evals: Evals) -> dict[str, str]:
+    return {task: result(found) for task, found in evals.items()}
+
+
+def runs_table(listed: list[Entry], columns: Sequence[str] = ()) -> Table:
+    """Runs with the fields asked for, or else with status, progress and what came out."""
+    names = columns or [
+        name for name in DEFAULT_COLUMNS if name not in ONLY_IF_THERE or any(entry.value(name) is not None for entry in listed)
     ]
-    return Table("Runs", ["ID", "Kind", "Name", "Status", "Time", "Progress", "Results"], rows, _reasons(runs))
+    rows = [[_field(entry, name) for name in names] for entry in listed]
+    imported = any(cell.endswith(IMPORTED) or f"{IMPORTED}," in cell for row in rows for cell in row)
+    notes = [IMPORTED_NOTE] if imported else []
+    notes += [] if columns else _reasons(listed)
+    return Table("Runs", [HEADERS.get(name, name) for name in names], rows, notes)
+
+
+def _field(entry: Entry, name: str) -> str:
+    """A field of a run as text: durations and accuracies in the units of the other tables."""
+    value = entry.value(name)
+    evals = entry.run.record.get("evals") or {}
+    mark = IMPORTED if is_imported(entry.run) else ""
+    if name == "results" and entry.run.record["kind"] in {"checkpoints", "affine"}:
+        return _outcome(entry.run)
+    if value is None:
+        return MISSING
+    if name == "results":
+        return ", ".join(f"{task} {result(evals[task])}{mark}" for task in value)
+    if name == "progress" and entry.done:
+        return f"{entry.done[0]}/{entry.done[1]} {'checkpoints' if entry.run.record['kind'] == 'checkpoints' else 'steps'}"
+    if name in {"age", "time", "eta", "seconds"}:
+        return layout.seconds(value)
+    if name.removeprefix("evals.") in evals:
+        return result(evals[name.removeprefix("evals.")]) + mark
+    return setting(value) + (mark if name.startswith("evals.") else "")
 
 
 def plan_table(plan: dict[str, Any]) -> Table:
@@ -473,45 +575,29 @@ def _remarks(runs: list[Run], cells: list[list[str]]) -> list[str]:
     return [*([DEGENERATE_NOTE] if degenerate else []), *_reasons(runs)]
 
 
-def _reasons(runs: Iterable[Run]) -> list[str]:
+def _reasons(runs: Iterable[Run | Entry]) -> list[str]:
     words = {"failed": "failed", "diverged": "diverged", "cancelled": "was cancelled", "lost": "was lost"}
-    return [
-        f"{run.record['name']} ({run.id}) {words[run.status]}: {' '.join((run.record.get('reason') or _why(run)).split())}."
-        for run in runs
-        if run.status in words
-    ]
+    notes = []
+    for each in runs:
+        run, reason = (each.run, each.reason) if isinstance(each, Entry) else (each, each.record.get("reason"))
+        if each.status in words:
+            why = " ".join((reason or _why(run)).split())
+            notes.append(f"{run.record['name']} ({run.id}) {words[each.status]}: {why}.")
+    return notes
 
 
 def _why(run: Run) -> str:
-    return f"no sign of life since {run.record.get('heartbeat')}" if run.status == "lost" else "no reason recorded"
-
-
-def _age(run: Run) -> str:
-    took = (run.record.get("environment") or {}).get("seconds")
-    if took is not None:
-        return layout.seconds(took)
-    return layout.seconds(seconds_since(run.record.get("started") or run.record.get("created")))
-
-
-def _progress(run: Run) -> str:
-    planned = (run.record.get("plan") or {}).get("steps")
-    if run.record["kind"] == "checkpoints":
-        rows = run.record.get("checkpoints") or []
-        return f"{sum(bool(row['evals']) for row in rows)} of {len(rows)} checkpoints"
-    if planned is None:
-        return MISSING
-    done = run.rows("metrics.jsonl")
-    return f"{done[-1]['step'] if done else 0}/{planned} steps"
+    lost = run.status == "lost" and run.record.get("heartbeat")
+    return f"no sign of life since {run.record['heartbeat']}" if lost else "no reason recorded"
 
 
 def _outcome(run: Run) -> str:
-    evals, scores = run.record.get("evals") or {}, run.record.get("scores")
+    scores = run.record.get("scores")
     if run.record["kind"] == "checkpoints":
         return f"latest ignorant: {run.record.get('latest_ignorant') or MISSING}"
-    if run.record["kind"] == "affine" and scores:
-        return f"mean R² {decimal(sum(s['r2'] for s in scores.values()) / len(scores))} on {len(scores)} layers"
-    tasks = [task for task in (regimes.forget_task(evals), regimes.retain_task(evals)) if task] or list(evals)[:2]
-    return ", ".join(f"{task} {result(evals[task])}" for task in tasks) or MISSING
+    return (
+        f"mean R² {decimal(sum(s['r2'] for s in scores.values()) / len(scores))} on {len(scores)} layers" if scores else MISSING
+    )
 
 
 def _fact(key: str, value: Any) -> str:
