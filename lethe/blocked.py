@@ -24,8 +24,10 @@ from lethe.objectives import retain_ce_loss, retain_kl_loss, wide
 
 ROWS = 128
 """Tokens of a block; with fewer, products with a large vocabulary lose speed. A fifth of the tokens, if that is less."""
+PLAIN = 2**21
+"""A batch with no more logits than that goes the plain way, which is quicker there."""
 BLOCK = 2**18
-"""Logits that a block may have anyway. A batch with no more than that goes the plain way, which is quicker there."""
+"""Logits that a block may have anyway."""
 SLICE = 2**18
 """Logits that the softmax works on at one time on a CPU: few enough to stay in a core's cache between its steps."""
 
@@ -78,7 +80,7 @@ def blocked_kl_loss(
     states may come from a cache, in any type; what they are where `mask` is 0 does not matter.
     """
     teacher_hidden = teacher_hidden.detach().to(teacher_head.weight.dtype)
-    if mask.numel() * len(head.weight) <= BLOCK:
+    if mask.numel() * len(head.weight) <= PLAIN:
         return retain_kl_loss(head(hidden), teacher_head(teacher_hidden).detach(), mask, tokens)
     keep = mask.bool()
     teacher = teacher_hidden[keep]
@@ -97,7 +99,7 @@ def blocked_ce_loss(
     tokens: Tensor | int | None = None,
 ) -> Tensor:
     """Cross-entropy of the next token in nats, averaged over the tokens that have one before them: `retain_ce_loss`."""
-    if mask.numel() * len(head.weight) <= BLOCK:
+    if mask.numel() * len(head.weight) <= PLAIN:
         return retain_ce_loss(head(hidden), input_ids, mask, tokens)
     keep = mask[:, 1:].bool()
     words = input_ids[:, 1:][keep][:, None]

@@ -24,6 +24,7 @@ ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequen
 @pytest.fixture
 def tiny_blocks(monkeypatch):
     """Blocks of at most three tokens, worked on two at a time."""
+    monkeypatch.setattr(blocked, "PLAIN", 1)
     monkeypatch.setattr(blocked, "BLOCK", 1)
     monkeypatch.setattr(blocked, "ROWS", 3)
     monkeypatch.setattr(blocked, "SLICE", 2 * WORDS)
@@ -122,6 +123,7 @@ def test_teacher_gets_no_gradient(tiny_blocks):
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("kind", ["kl", "ce"])
 def test_rounding_in_float32_is_no_worse_than_the_plain_formulas(kind, trained, monkeypatch):
+    monkeypatch.setattr(blocked, "PLAIN", 1)
     monkeypatch.setattr(blocked, "BLOCK", 1)
     problem = Problem(dtype=torch.float32, trained=trained, words=2000, scale=1.0)
     exact = problem.to(torch.float64).gradients(kind, "plain")
@@ -257,6 +259,7 @@ IDS = torch.randint(3, 250, (BATCH, SEQ), generator=torch.Generator().manual_see
 @pytest.mark.parametrize("lora", [False, True])
 def test_training_gradients_are_those_of_the_models_own_logits(architecture, lora, make_model, tmp_path, monkeypatch):
     """Full-rank (GPT-2's head is tied to its embedding) and with adapters, against full forward passes of both models."""
+    monkeypatch.setattr(blocked, "PLAIN", 1)
     monkeypatch.setattr(blocked, "BLOCK", 1)
     model, reference = (load(make_model(architecture, tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     if lora:
@@ -284,6 +287,7 @@ def test_training_gradients_are_those_of_the_models_own_logits(architecture, lor
 
 
 def test_forget_kl_and_cross_entropy_are_those_of_the_models_own_logits(architecture, make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocked, "PLAIN", 1)
     monkeypatch.setattr(blocked, "BLOCK", 1)
     model, source = (load(make_model(architecture, tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     head, source_head = head_of(model), head_of(source)
