@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,13 @@ WORDS = (
     "most lanterns in the harbour burn fish oil, some burn resin, and none burn coal",
     "unbelievable undertakings underneath understated undergrowth, understandably undone",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One nano lab for all processes of a test run: the first that needs it builds it, the others wait."""
+    if "LETHE_TEST_HOME" not in os.environ and not hasattr(config, "workerinput"):
+        os.environ["LETHE_TEST_HOME"] = tempfile.mkdtemp(prefix="lethe-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("LETHE_TEST_HOME"), ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
@@ -118,12 +127,12 @@ def _configuration(architecture: str, vocabulary: int, tokenizer: Any, overrides
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def lab() -> Iterator[Path]:
     """The nano lab, built once a session (LETHE_TEST_HOME: kept there between sessions). Yields its folder."""
     from lethe import lab as package
 
     before = {name: os.environ.get(name) for name in ("LETHE_HOME", "LETHE_LAB")}
-    os.environ["LETHE_HOME"] = os.environ.get("LETHE_TEST_HOME") or str(tmp_path_factory.mktemp("lethe-home"))
+    os.environ["LETHE_HOME"] = os.environ["LETHE_TEST_HOME"]
     os.environ["LETHE_LAB"] = "nano"
     try:
         yield package.build()
