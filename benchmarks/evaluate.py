@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     from lethe import questions as asked
     from lethe.evaluate import evaluate_model
 
-    cli._quiet()
+    cli.quiet()
     logging.disable()
     scoring.TOKENS_PER_BATCH = args.tokens
     if args.model:

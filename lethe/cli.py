@@ -41,7 +41,7 @@ class Command:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns 0, 1 (a run failed or diverged), 2 (refused), 130 (interrupted) or 143 (told to stop)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    _quiet()
+    quiet()
     try:
         name, rest = _command(words)
         if name is None:
@@ -104,7 +104,7 @@ def _show_commands(names: list[str] | None = None) -> None:
     print("\nexample: lethe demo --out demo")
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep libraries' own progress bars and warnings away: the user cannot act on them. A run's log.txt has Lethe's own."""
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     quiet["HF_HUB_VERBOSITY"] = "error"
@@ -262,6 +262,43 @@ def _resume(settings: c.ResumeConfig, as_json: bool) -> None:
     _answer(run, as_json, *terminal([run]))
 
 
+def _sweep(settings: c.SweepConfig, as_json: bool) -> None:
+    from lethe.sweep import sweep
+
+    _answer_sweep(sweep(settings), as_json)
+
+
+def _sweep_status(settings: c.SweepStatusConfig, as_json: bool) -> None:
+    from lethe.sweep import status
+
+    _answer_sweep(status(settings), as_json, done=False)
+
+
+def _sweep_retry(settings: c.SweepRetryConfig, as_json: bool) -> None:
+    from lethe.sweep import retry
+
+    _answer_sweep(retry(settings), as_json)
+
+
+def _sweep_cancel(settings: c.SweepCancelConfig, as_json: bool) -> None:
+    from lethe.sweep import cancel
+
+    _answer_sweep(cancel(settings), as_json, done=False)
+
+
+def _answer_sweep(run: Any, as_json: bool, done: bool = True) -> None:
+    """Print a sweep's trials and what they say; `done`: anything but complete is a failure."""
+    from lethe.report.sweeps import sweep_table
+
+    if as_json:
+        _dump(run.record | {"path": str(run.path)})
+    else:
+        _print(sweep_table(run))
+        print(f"{run.status}: {run.path}")
+    if done and run.status not in {"complete", "running"}:
+        raise _NotComplete(f"the sweep is {run.status}: {run.record['reason']}")
+
+
 def _runs(settings: c.RunsConfig, as_json: bool) -> None:
     from lethe.ledger import find_runs
     from lethe.report.tables import runs_table
@@ -383,6 +420,10 @@ COMMANDS = {
     "evaluate": Command(_evaluate, c.EvaluateConfig, "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model"),
     "compare": Command(_compare, c.CompareConfig, "lethe compare lab:final lab:filtered --tasks lab_forget_robust", "models"),
     "tamper": Command(_tamper, c.TamperConfig, "lethe tamper run:ID --max_steps 100", "model"),
+    "sweep": Command(_sweep, c.SweepConfig, "lethe sweep --config recipes/sweeps/lab-boundary.yaml --jobs 2"),
+    "sweep status": Command(_sweep_status, c.SweepStatusConfig, "lethe sweep status 1a2b3c4d", "sweep"),
+    "sweep retry": Command(_sweep_retry, c.SweepRetryConfig, "lethe sweep retry 1a2b3c4d", "sweep"),
+    "sweep cancel": Command(_sweep_cancel, c.SweepCancelConfig, "lethe sweep cancel 1a2b3c4d", "sweep"),
     "resume": Command(_resume, c.ResumeConfig, "lethe resume 1a2b3c4d", "run"),
     "runs": Command(_runs, c.RunsConfig, "lethe runs demo/runs", "folder"),
     "runs import": Command(_runs_import, c.ImportConfig, "lethe runs import log.md --out runs", "file"),

@@ -563,6 +563,175 @@ class TamperConfig(TrainingSettings):
 
 
 @dataclass
+class SlurmSettings:
+    """How a Slurm job is asked for."""
+
+    partition: str | None = None
+    """Partition; null: the cluster's own choice."""
+    account: str | None = None
+    """Account to charge."""
+    time: int = 1440
+    """Minutes a job may take. One that is not done by then saves, is put into the queue again and goes on."""
+    devices: int = 0
+    """GPUs a job."""
+    cpus: int = 1
+    """CPU cores a job."""
+    memory_gb: float | None = None
+    """Memory a job, in GB; null: the cluster's own choice."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell run before Lethe in each job, such as "module load cuda" or "source venv/bin/activate"."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Other options of sbatch by name, such as {qos: low, constraint: a100}."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "slurm.")
+        _at_least("slurm.time", self.time, 1)
+        _at_least("slurm.devices", self.devices, 0)
+        _at_least("slurm.cpus", self.cpus, 1)
+
+
+@dataclass
+class LaunchSettings:
+    """Where the runs of a sweep or of a suite execute."""
+
+    seeds: int | list[int] = 1
+    """Repeat every setting so many times (seeds 0, 1, …), or with these seeds."""
+    launcher: Literal["local", "slurm"] = "local"
+    """local: processes on this machine; slurm: one Slurm job a run."""
+    jobs: int = 1
+    """Runs at work at the same time."""
+    slurm: SlurmSettings = field(default_factory=SlurmSettings)
+    """How a Slurm job is asked for."""
+    retries: int = 2
+    """Times that a run is taken up again whose process or job was lost; one that failed by itself is not."""
+    storage: str | None = None
+    """Where Optuna keeps the study; null: a journal file in the sweep's folder; or a database's URL, such as postgresql://…"""
+    out: str = "runs"
+    """Folder of runs."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _at_least("jobs", self.jobs, 1)
+        _at_least("retries", self.retries, 0)
+        if self.seeds == [] or (isinstance(self.seeds, int) and self.seeds < 1):
+            raise LetheError(f"seeds: give a number of at least 1, or a list of seeds, got {self.seeds}")
+        if isinstance(self.seeds, list) and (len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0):
+            raise LetheError(f"seeds: each must be named once and be at least 0, got {self.seeds}")
+        if self.launcher == "local" and self.slurm != SlurmSettings():
+            raise LetheError("slurm: has no effect with launcher local; leave it out, or set launcher to slurm")
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds that every setting is run with."""
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+
+@dataclass
+class SweepConfig(LaunchSettings):
+    """Vary settings of unlearning: every combination, the boundary between neither and both, or the best trade-offs."""
+
+    kind: Literal["grid", "boundary", "pareto"] = "grid"
+    """grid: every combination; boundary: bisection along one axis; pareto: forget accuracy down and retain accuracy up."""
+    goal: str = ""
+    """What the sweep is to find out, in words; stands above its tables."""
+    name: str = ""
+    """Names of the runs, as a template over fields, such as ret{retain_coef}_rm{remove_coef}; empty: from what is varied."""
+    unlearn: dict[str, Any] = field(default_factory=dict)
+    """The recipe that is varied: settings of `lethe unlearn`, with recipe: FILE to start from a file."""
+    tamper: dict[str, Any] | None = None
+    """An attack on every result: settings of `lethe tamper`, with recipe: FILE to start from a file; null: none."""
+    vary: dict[str, Any] = field(default_factory=dict)
+    """By field: a list; or {low, high, log, steps}; with when: {field: value} only there. A / B varies a ratio through A."""
+    find: Literal["boundary", "keeps"] = "boundary"
+    """boundary: where neither ends and where both begins; keeps: how far the axis may go until retain lost `within`."""
+    within: float | None = None
+    """With find keeps: the loss of retain accuracy that is allowed (0.01: one point)."""
+    reference: str = "baseline"
+    """With find keeps: the retain accuracy that losses count from: baseline, run:ID, or a number."""
+    width: float = 1.5
+    """A boundary is known well enough when its two sides are within this factor of each other."""
+    max_runs: int = 0
+    """Runs to spend: boundary (0: 10 a seed) and pareto (there it has to be given, or hours)."""
+    hours: float = 0.0
+    """Hours to spend, with pareto (0: no limit): no run is begun after that."""
+    prune: bool = True
+    """With pareto and eval.every: stop a run that finished ones were clearly better than, in both accuracies, at that step."""
+    warm_start: list[str] = field(default_factory=list)
+    """With pareto: folders whose complete runs of the same recipe count as known."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """With pareto: how settings are chosen."""
+    forget_task: str = ""
+    """The task that says what was forgotten; empty: the first known one among unlearn.eval.tasks."""
+    retain_task: str = ""
+    """The task that says what was kept; empty: the first known one among unlearn.eval.tasks."""
+    kept_threshold: float = 0.9
+    """A task whose share kept may be this has not fallen."""
+    chance_threshold: float = 0.1
+    """A task whose share kept may be this is at chance."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        super().__post_init__()
+        if not self.vary:
+            raise LetheError("vary: name at least one setting to vary, such as vary: {retain_coef: [1, 5, 20]}")
+        _above("width", self.width, 1)
+        _at_least("max_runs", self.max_runs, 0)
+        _at_least("hours", self.hours, 0)
+        if not 0 <= self.chance_threshold < self.kept_threshold <= 1:
+            raise LetheError(
+                f"chance_threshold: must be at least 0 and below kept_threshold, which is at most 1, "
+                f"got {self.chance_threshold} and {self.kept_threshold}"
+            )
+        idle = {
+            "find": self.find != "boundary" and self.kind != "boundary" and f"with kind {self.kind}",
+            "width": self.width != 1.5 and self.kind != "boundary" and f"with kind {self.kind}",
+            "within": self.within is not None and (self.kind, self.find) != ("boundary", "keeps") and "without find keeps",
+            "reference": self.reference != "baseline"
+            and (self.kind, self.find) != ("boundary", "keeps")
+            and "without find keeps",
+            "max_runs": self.max_runs != 0
+            and self.kind == "grid"
+            and "with kind grid, which has as many runs as it has settings",
+            "hours": self.hours != 0 and self.kind != "pareto" and f"with kind {self.kind}",
+            "warm_start": self.warm_start != [] and self.kind != "pareto" and f"with kind {self.kind}",
+            "sampler": self.sampler != "tpe" and self.kind != "pareto" and f"with kind {self.kind}",
+            "prune": not self.prune and self.kind != "pareto" and f"with kind {self.kind}",
+        }
+        for name, why in idle.items():
+            if why:
+                raise LetheError(f"{name}: {getattr(self, name)} has no effect {why}; leave it out")
+        if self.find == "keeps" and self.within is None:
+            raise LetheError("within: find keeps needs the loss that is allowed, such as within: 0.01 for one point")
+        if self.within is not None:
+            _at_least("within", self.within, 0)
+        if self.kind == "pareto" and not self.max_runs and not self.hours:
+            raise LetheError("max_runs: a pareto sweep needs a budget; give max_runs or hours")
+
+
+@dataclass
+class SweepStatusConfig:
+    """Show how a sweep stands: every run with its job, status and results."""
+
+    sweep: str
+    """The sweep: its id, a unique part of its folder's name, or its folder."""
+    out: str = "runs"
+    """Folder that it is looked for in."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass
+class SweepRetryConfig(SweepStatusConfig):
+    """Take up a sweep's failed and cancelled runs again, from their last saves, and go on with it."""
+
+
+@dataclass
+class SweepCancelConfig(SweepStatusConfig):
+    """Cancel a sweep: its waiting runs, its running ones and their jobs."""
+
+
+@dataclass
 class DemoConfig:
     """Run the whole job on the built-in lab and write a report."""
 
@@ -629,6 +798,8 @@ def options(kind: Any) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
     if len(options(kind)) > 1:
         return any(_fits(value, option) for option in options(kind))
     if typing.get_origin(kind) is Literal:
@@ -657,5 +828,5 @@ def spoken(kind: Any) -> str:
         return f"name: value pairs ({spoken(typing.get_args(kind)[1])} each)"
     if dataclasses.is_dataclass(kind):
         return "settings " + ", ".join(f.name for f in dataclasses.fields(kind))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    names = {Any: "any value", int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(kind, getattr(kind, "__name__", str(kind)))

@@ -36,6 +36,8 @@ Status = Literal["queued", "running", "complete", "failed", "diverged", "cancell
 HEARTBEAT_SECONDS = 20
 LOST_AFTER_SECONDS = 120
 GRACE_SECONDS = 120
+POLL_SECONDS = 1
+STOP = "stop"
 TAIL_BYTES = 8192
 TIME_LIMIT = "time limit reached"
 logger = logging.getLogger(__name__)
@@ -242,17 +244,32 @@ class Run:
         """Renew the heartbeat and the seconds that the run has taken so far, before it was resumed too."""
         self.update(heartbeat=now(), environment={"seconds": round(self._before + time.monotonic() - self._began, 3)})
 
+    def ask_to_stop(self, reason: str) -> None:
+        """Ask the process that works on this run, wherever it is, to save and stop; `reason` becomes the run's."""
+        write_atomically(self.path / STOP, reason)
+
+    def asked_to_stop(self) -> str | None:
+        """The reason why the run was asked to stop; None when it was not."""
+        try:
+            return (self.path / STOP).read_text()
+        except OSError:
+            return None
+
     def _beat(self, stop: threading.Event) -> None:
         limit = 3600 * float((self.record.get("config") or {}).get("time_limit") or 0)
-        while not stop.wait(
-            min(HEARTBEAT_SECONDS, max(0.1, self._began + limit - time.monotonic())) if limit else HEARTBEAT_SECONDS
-        ):
-            with contextlib.suppress(OSError):
-                self.beat()
-            if limit and time.monotonic() - self._began >= limit:
-                limit = 0.0
-                self.stopping = TIME_LIMIT
+        renewed = time.monotonic()
+        while not stop.wait(min(POLL_SECONDS, max(0.1, self._began + limit - time.monotonic())) if limit else POLL_SECONDS):
+            if time.monotonic() - renewed >= HEARTBEAT_SECONDS:
+                renewed = time.monotonic()
+                with contextlib.suppress(OSError):
+                    self.beat()
+            late = limit and time.monotonic() - self._began >= limit
+            asked = TIME_LIMIT if late else self.asked_to_stop()
+            if asked and not self.stopping:
+                self.stopping = asked
                 os.kill(os.getpid(), signal.SIGTERM)
+            if late:
+                limit = 0.0
                 if not stop.wait(GRACE_SECONDS):  # the process hangs outside of Python, where no signal is handled
                     self.update(status="failed", reason=f"{TIME_LIMIT}, and the process hung", finished=now())
                     os._exit(124)

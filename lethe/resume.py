@@ -11,7 +11,7 @@ from typing import Any
 
 from lethe import config as c
 from lethe.errors import LetheError
-from lethe.ledger import Run, find_run
+from lethe.ledger import STOP, Run, find_run
 from lethe.runs import is_imported
 from lethe.settings import build
 
@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[type, str]] = {
     "evaluate": (c.EvaluateConfig, "evaluate"),
     "checkpoints": (c.CheckpointsConfig, "checkpoints"),
     "affine": (c.AffineConfig, "affine"),
+    "sweep": (c.SweepConfig, "sweep"),
 }
 FUNCTIONS = {"affine": "fit_affine"}
 
@@ -44,6 +45,12 @@ def resume(config: c.ResumeConfig) -> Run:
     if run.status == "running":
         where = run.record["environment"]
         raise LetheError(f"run: '{config.run}' is at work on {where.get('host')} (process {where.get('pid')}); stop it first")
-    settings, module = KINDS[kind]
+    (run.path / STOP).unlink(missing_ok=True)
+    return go_on(run)
+
+
+def go_on(run: Run) -> Run:
+    """Do what is left of a run that was queued or interrupted, with the function that makes runs of its kind."""
+    settings, module = KINDS[run.record["kind"]]
     made: Any = build(settings, run.record["config"])
-    return getattr(importlib.import_module(f"lethe.{module}"), FUNCTIONS.get(kind, kind))(made, run)
+    return getattr(importlib.import_module(f"lethe.{module}"), FUNCTIONS.get(module, module))(made, run)

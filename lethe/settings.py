@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,31 @@ def parse(command: str, config: type, words: list[str], example: str, positional
     return _made(config, lambda: parser.parse_args(_joined(words, config)))
 
 
-def from_recipe(config: type, recipe: str | Path, **overrides: Any) -> Any:
-    """The config object of a recipe file, with fields overridden: the same as the command line would make.
+def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> Any:
+    """The config object of a recipe file (None: of the defaults), with fields overridden, as the command line would make it.
 
     Raises:
         LetheError: as `parse`.
     """
     plain = {name: _plain(value) for name, value in overrides.items()}
-    known = _known(config)
+    known = fields_of(config)
     for name in _dotted(plain, known):
         if name not in known:
             raise LetheError(f"there is no setting '{name}'{_nearest_field(name, known)}")
-    words = ["--config", str(recipe)]
+    words = [] if recipe is None else ["--config", str(recipe)]
     _refuse_unknown(words, config)
     parser = _parser("recipe", config, "")
     return _made(config, lambda: parser.parse_args([*words, "--config", json.dumps(plain)]))
+
+
+def from_settings(config: type, given: Mapping[str, Any]) -> Any:
+    """The config object of settings as a recipe's section holds them: a `recipe` to start from, if named, and overrides.
+
+    Raises:
+        LetheError: as `parse`.
+    """
+    overrides = {name: numbers(value) for name, value in given.items() if name != "recipe"}
+    return from_recipe(config, given.get("recipe"), **overrides)
 
 
 def _parser(command: str, config: type, example: str) -> ArgumentParser:
@@ -110,8 +120,8 @@ def _joined(words: list[str], config: type) -> list[str]:
     `--layers 0 2` becomes `--layers [0, 2]`; `--task_data a=FILE`: `--task_data {"a": "FILE"}`; `--merge`: `--merge true`.
     """
     lists = _lists(config)
-    pairs = {name for name, kind in _known(config).items() if kind == dict[str, str]}
-    switches = {f"--{name}" for name, kind in _known(config).items() if kind is bool}
+    pairs = {name: kind for name, kind in fields_of(config).items() if kind in {dict[str, str], dict[str, Any]}}
+    switches = {f"--{name}" for name, kind in fields_of(config).items() if kind is bool}
     words = [part for word in words for part in (word.split("=", 1) if _head(word) in pairs and "=" in word else [word])]
     out: list[str] = []
     i = 0
@@ -128,7 +138,7 @@ def _joined(words: list[str], config: type) -> list[str]:
             values.append(words[i])
             i += 1
         if name in pairs:
-            out += [word, _pairs(name, values)]
+            out += [word, _pairs(name, values, pairs[name] == dict[str, Any])]
             continue
         quote = json.dumps if lists[name] is str else str
         single = len(values) == 1 and values[0].startswith("[")
@@ -140,34 +150,54 @@ def _head(word: str) -> str:
     return word.removeprefix("--").split("=", 1)[0] if word.startswith("--") else ""
 
 
-def _pairs(name: str, words: list[str]) -> str:
-    """`a=FILE b=FILE` as JSON."""
+def _pairs(name: str, words: list[str], typed: bool) -> str:
+    """`a=FILE b=FILE` as JSON; typed: the values are YAML, such as `lr=[1e-3, 1e-2]`."""
     if len(words) == 1 and words[0].startswith("{"):
         return words[0]
     parts = [word.partition("=") for word in words]
     wrong = next((word for word, (key, _, value) in zip(words, parts, strict=True) if not key or not value), None)
     if wrong is not None or not words:
         raise LetheError(f"{name}: expected name=value, got {wrong!r}" if wrong is not None else f"{name}: expected name=value")
-    return json.dumps({key: value for key, _, value in parts})
+    return json.dumps({key: _yaml(name, value) if typed else value for key, _, value in parts})
+
+
+def _yaml(name: str, text: str) -> Any:
+    """A value on the command line as it would be in a recipe; numbers such as 1e-3 are numbers there, too."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LetheError(f"{name}: '{text}' is not YAML ({' '.join(str(error).split())})") from error
+    return numbers(value)
+
+
+def numbers(value: Any) -> Any:
+    """`value` with text such as "1e-3", which YAML 1.1 does not read as a number, as numbers."""
+    if isinstance(value, list):
+        return [numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: numbers(item) for key, item in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
 
 
 def _lists(config: type) -> dict[str, Any]:
     """Dotted names of the fields that are lists and nothing else, with the type of their items."""
-    return {name: typing.get_args(kind)[0] for name, kind in _known(config).items() if typing.get_origin(kind) is list}
+    return {name: typing.get_args(kind)[0] for name, kind in fields_of(config).items() if typing.get_origin(kind) is list}
 
 
-def _known(config: type, prefix: str = "") -> dict[str, Any]:
+def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
     """Dotted names of all fields, with their types."""
     found: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(config).items():
         found[prefix + name] = kind
         for option in filter(dataclasses.is_dataclass, options(kind)):
-            found |= _known(option, f"{prefix}{name}.")  # type: ignore[arg-type]
+            found |= fields_of(option, f"{prefix}{name}.")  # type: ignore[arg-type]
     return found
 
 
 def _refuse_unknown(words: list[str], config: type) -> None:
-    known = _known(config)
+    known = fields_of(config)
     own = {"config", "help", "json", "print_config"}
     for i, word in enumerate(words):
         if word.startswith("--"):
@@ -225,7 +255,7 @@ def _nearest_field(name: str, known: dict[str, Any]) -> str:
 def _one_line(message: str, config: type) -> str:
     """jsonargparse's message, which lists every alternative of a type over many lines, as one line."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
-    known = _known(config)
+    known = fields_of(config)
     name = ".".join(keys)
     name = name if name in known else keys[0] if keys else ""
     missing = re.search(r'"?([\w.]+)"? is required', message)

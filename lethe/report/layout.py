@@ -26,12 +26,13 @@ _NUMBER = re.compile(rf"~?[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(
 
 @dataclass
 class Table:
-    """A titled table. `rows` hold one text a column; `notes` are sentences below it."""
+    """A titled table. `rows` hold one text a column; `lead` is a sentence above it, `notes` are sentences below."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
+    lead: str = ""
 
     def is_numeric(self, column: int) -> bool:
         """Whether a column holds numbers (or statuses in their place), and is set flush right."""
@@ -44,7 +45,8 @@ class Table:
         lines = [self.columns, rule, *self.rows]
         body = "\n".join("| " + " | ".join(_one_line(cell) for cell in line) + " |" for line in lines)
         notes = "".join(f"\n- {_one_line(note)}" for note in self.notes)
-        return f"## {self.title}\n\n{body}\n" + (f"{notes}\n" if notes else "")
+        lead = f"{_one_line(self.lead)}\n\n" if self.lead else ""
+        return f"## {self.title}\n\n{lead}{body}\n" + (f"{notes}\n" if notes else "")
 
     def html(self) -> str:
         """The table as HTML without its title; headers may break at underscores, long texts wrap."""
@@ -60,7 +62,8 @@ class Table:
             for row in self.rows
         )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        body = f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+        lead = f"<p>{html.escape(self.lead)}</p>\n" if self.lead else ""
+        body = f'{lead}<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
         return body + (f'<ul class="notes">{notes}</ul>\n' if notes else "")
 
     def text(self) -> str:
@@ -70,7 +73,7 @@ class Table:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         pad = [(lambda cell, width: cell.rjust(width)) if right else (lambda cell, width: cell.ljust(width)) for right in flush]
         body = ["  ".join(p(c, w) for p, c, w in zip(pad, line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([self.title, *body, *(_flat(note) for note in self.notes)])
+        return "\n".join([self.title, *([_flat(self.lead)] if self.lead else []), *body, *(_flat(note) for note in self.notes)])
 
     def __rich__(self) -> rich.table.Table:
         import rich.table
@@ -78,7 +81,7 @@ class Table:
         from rich.text import Text
 
         table = rich.table.Table(
-            title=Text(self.title, style="bold"),
+            title=Text.assemble((self.title, "bold"), f"\n{self.lead}" if self.lead else ""),
             title_justify="left",
             caption=Text("\n".join(self.notes)) if self.notes else None,
             caption_justify="left",

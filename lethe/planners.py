@@ -1,0 +1,714 @@
+"""What a sweep runs, and what its results say: one planner a kind. A planner plans and judges; `lethe.sweep` does the rest.
+
+A plan is a list of stages, each a kind of run and its settings; in `model`, `@0` stands for what the first stage made. Every
+kind measures the model itself first, as the baseline that regimes are told against.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from lethe import axes, corpora, preflight, refs, regimes, search
+from lethe import config as c
+from lethe.axes import Axis, Point
+from lethe.errors import LetheError
+from lethe.ledger import Run, find_run, find_runs, seconds_since
+from lethe.runs import number
+from lethe.settings import from_settings
+
+if TYPE_CHECKING:
+    import optuna
+
+    from lethe.sweep import Sweep, Task
+
+Stage = tuple[str, dict[str, Any]]
+SECTIONS: dict[str, type] = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig}
+CONFIGS: dict[str, type] = SECTIONS | {"evaluate": c.EvaluateConfig}
+
+
+@dataclass
+class Plan:
+    """A trial to be: its name, its place on the axes, its stages; `number`: that of a trial that Optuna was asked for."""
+
+    name: str
+    stages: list[Stage]
+    point: Point = field(default_factory=dict)
+    seed: int | None = None
+    reference: bool = False
+    number: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    axes: list[Axis] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """What tells it from other plans."""
+        return "-".join(axes.key_of(kind, settings) for kind, settings in self.stages)
+
+    @property
+    def distributions(self) -> dict[str, Any]:
+        """Its axes as Optuna knows them."""
+        return {axis.name: distribution(axis) for axis in self.axes if axis.name in self.point}
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Its point as Optuna knows it."""
+        return {axis.name: optunas(axis, self.point[axis.name]) for axis in self.axes if axis.name in self.point}
+
+    def attributes(self) -> dict[str, Any]:
+        """What the study keeps of it."""
+        own = {"name": self.name, "stages": self.stages, "point": self.point, "seed": self.seed, "key": self.key}
+        return own | ({"reference": True} if self.reference else {}) | self.facts
+
+
+@dataclass
+class Finding:
+    """What one complete run of a sweep says."""
+
+    task: Task
+    forget: dict[str, Any]
+    retain: dict[str, Any]
+    kept_forget: regimes.Estimate | None
+    kept_retain: regimes.Estimate | None
+    regime: regimes.Regime | None
+
+
+class Planner:
+    """What the kinds have in common: axes, recipe, tasks, baseline."""
+
+    def __init__(self, config: c.SweepConfig):
+        self.config = config
+        self.title: str = config.kind
+        self.axes = axes.parse(config.vary, config.tamper is not None)
+
+    # -- what is run
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The whole recipe that is varied."""
+        return c.to_dict(from_settings(c.UnlearnConfig, {**self.config.unlearn, "out": self.config.out}))
+
+    @cached_property
+    def attack(self) -> dict[str, Any] | None:
+        """The whole recipe of the attack on every result."""
+        if self.config.tamper is None:
+            return None
+        return c.to_dict(from_settings(c.TamperConfig, {**self.config.tamper, "model": "@0", "out": self.config.out}))
+
+    @cached_property
+    def tasks(self) -> tuple[str, str]:
+        """The forget and the retain task.
+
+        Raises:
+            LetheError: they cannot be told.
+        """
+        asked = self.recipe["eval"]["tasks"]
+        found = []
+        for name, given, known in (
+            ("forget_task", self.config.forget_task, regimes.forget_task(asked)),
+            ("retain_task", self.config.retain_task, regimes.retain_task(asked)),
+        ):
+            if not (given or known):
+                raise LetheError(f"{name}: none of unlearn.eval.tasks ({', '.join(asked)}) is known as one; name it")
+            found.append(given or known or "")
+        return found[0], found[1]
+
+    @property
+    def directions(self) -> list[Literal["minimize", "maximize"]]:
+        """Of forget accuracy, of retain accuracy and, with an attack, of the highest forget accuracy during it."""
+        return ["minimize", "maximize"] if self.config.tamper is None else ["minimize", "maximize", "minimize"]
+
+    def sampler(self) -> optuna.samplers.BaseSampler | None:
+        """How Optuna chooses, where it does."""
+        return None
+
+    @property
+    def expected(self) -> int:
+        """Runs that will probably be done, for the progress bar."""
+        raise NotImplementedError
+
+    def checked(self) -> c.SweepConfig:
+        """The sweep's configuration with its recipes written out in full, after every setting was looked at.
+
+        Raises:
+            LetheError: one of the runs could not work.
+        """
+        _ = self.tasks
+        if self.recipe["source"].startswith("auto"):
+            raise LetheError("source: a sweep needs one source for all its runs; find it with `lethe checkpoints` and name it")
+        for point in self.samples():
+            self.check(self.plan(point, self.config.seed_list[0]))
+        return dataclasses.replace(self.config, unlearn=self.recipe, tamper=self.attack)
+
+    def samples(self) -> Iterator[Point]:
+        """Points to look at before anything is run: both ends, and every listed value."""
+        for axis in self.axes:
+            ends = axis.values or (axis.at(0), axis.at(1))
+            for value in ends:
+                others = {other.name: (other.values or (other.at(0),))[0] for other in self.axes if not other.when}
+                point = others | {axis.name: value}
+                if axis.applies(point, self.recipe):
+                    yield point
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that cannot work."""
+        where = ", ".join(f"{name} {value}" for name, value in plan.point.items())
+        try:
+            for kind, settings in plan.stages:
+                made = from_settings(CONFIGS[kind], settings)
+                if kind == "unlearn":
+                    preflight.check(made)
+        except LetheError as error:
+            raise LetheError(f"at {where}: {error}") from error
+
+    def plan(self, point: Point, seed: int, number: int | None = None) -> Plan:
+        """The unlearning run at a point and, where there is one, the attack on it."""
+        settings = axes.settings_at(self.recipe, point) | {"seed": seed}
+        seeded = seed if len(self.config.seed_list) > 1 else None
+        name = axes.name_at(self.config.name, settings, point, seeded)
+        stages: list[Stage] = [("unlearn", settings | {"name": name})]
+        if self.attack is not None:
+            stages.append(
+                ("tamper", axes.settings_at(self.attack, point, attack=True) | {"seed": seed, "name": f"{name}-attack"})
+            )
+        return Plan(name, stages, point, seed, number=number, axes=self.axes)
+
+    def plans(self, point: Point) -> list[Plan]:
+        """A point with every seed."""
+        return [self.plan(point, seed) for seed in self.config.seed_list]
+
+    def references(self) -> list[Plan]:
+        """The evaluation of every model that is unlearned."""
+        models = next((axis.values for axis in self.axes if axis.name == "model"), (self.recipe["model"],))
+        asked = self.recipe["eval"]
+        return [
+            Plan(
+                "baseline",
+                [
+                    (
+                        "evaluate",
+                        c.to_dict(
+                            c.EvaluateConfig(
+                                model,
+                                asked["tasks"],
+                                limit=asked["limit"],
+                                task_data=asked["task_data"],
+                                num_fewshot=asked["num_fewshot"],
+                                dtype=self.recipe["dtype"],
+                                out=self.config.out,
+                                name="baseline",
+                            )
+                        ),
+                    )
+                ],
+                reference=True,
+                facts={"model": model},
+            )
+            for model in models
+        ]
+
+    def begin(self, sweep: Sweep) -> None:
+        """What is put into the study before anything runs."""
+
+    def propose(self, sweep: Sweep, room: int) -> list[Plan]:
+        """What to run next, with room for so many; once the references are known."""
+        return []
+
+    @cached_property
+    def _complete(self) -> dict[str, list[Run]]:
+        """Complete runs in `out`, by what tells them apart."""
+        found: dict[str, list[Run]] = {}
+        for run in find_runs(self.config.out):
+            kind = run.record["kind"]
+            if kind in CONFIGS and run.record["status"] == "complete" and run.record.get("launcher") != "imported":
+                found.setdefault(axes.key_of(kind, run.record["config"]), []).append(run)
+        return found
+
+    def measured(self, kind: str, settings: dict[str, Any]) -> Run | None:
+        """A complete run of the same configuration, made from the same weights and text; None if there is none."""
+        same = self._complete.get(axes.key_of(kind, settings), [])
+        return next((run for run in reversed(same) if made_from_the_same(run)), None)
+
+    # -- what came out
+
+    def values(self, runs: list[Run]) -> list[float | str]:
+        """The objectives of a trial; in the place of one that is missing, why."""
+        evals = runs[0].record.get("evals") or {}
+        found: list[float | str] = [
+            _number(evals.get(task), f"{task} is missing in {runs[0].path.name}") for task in self.tasks
+        ]
+        if self.config.tamper is not None:
+            curve = [line["evals"].get(self.tasks[0]) for line in runs[-1].rows("curve.jsonl")]
+            known = [value for value in (number(r) for r in curve if r) if value is not None]
+            found.append(max(known) if known else f"{self.tasks[0]} is missing in {runs[-1].path.name}")
+        return found
+
+    def baseline(self, sweep: Sweep, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The evaluation of the model that was unlearned; None where that failed."""
+        for task in sweep.tasks():
+            if task.is_reference and task.get("model") == settings["model"] and task.status == "complete":
+                return task.runs(sweep.out)[0].record["evals"]
+        return None
+
+    def findings(self, sweep: Sweep) -> list[Finding]:
+        """What every complete trial says."""
+        found = []
+        for task in sweep.tasks():
+            if not task.is_reference and task.status == "complete":
+                runs = task.runs(sweep.out)
+                if runs and (finding := self.finding(sweep, task, runs)):
+                    found.append(finding)
+        return found
+
+    def finding(self, sweep: Sweep, task: Task, runs: list[Run]) -> Finding | None:
+        """What one trial says; None where its accuracies are missing."""
+        evals = runs[0].record.get("evals") or {}
+        forget, retain = (evals.get(name) for name in self.tasks)
+        if forget is None or retain is None:
+            return None
+        before = self.baseline(sweep, runs[0].record["config"]) or {}
+        kept = [
+            regimes.kept(result, before[name]) if name in before else None
+            for name, result in zip(self.tasks, (forget, retain), strict=True)
+        ]
+        thresholds = self.config.kept_threshold, self.config.chance_threshold
+        regime = regimes.regime(kept[0], kept[1], *thresholds) if kept[0] and kept[1] else None
+        return Finding(task, forget, retain, kept[0], kept[1], regime)
+
+    def judged(self, sweep: Sweep, task: Task, runs: list[Run]) -> dict[str, Any]:
+        """A trial's results for tables."""
+        if task.is_reference or not runs or task.status != "complete":
+            evals = (runs[0].record.get("evals") or {}) if runs and task.is_reference else {}
+            return {"evals": {name: _short(evals[name]) for name in self.tasks if name in evals}}
+        finding = self.finding(sweep, task, runs)
+        if finding is None:
+            return {"evals": {}}
+        shown: dict[str, Any] = {
+            "evals": dict(zip(self.tasks, (_short(finding.forget), _short(finding.retain)), strict=True)),
+            "regime": finding.regime,
+        }
+        if finding.kept_forget and finding.kept_retain:
+            shown["selectivity"] = dataclasses.asdict(regimes.selectivity(finding.kept_forget, finding.kept_retain))
+        if self.config.tamper is not None and task.trial.values:
+            shown["after_attack"] = task.trial.values[-1]
+        return shown
+
+    def conclusions(self, sweep: Sweep) -> list[str]:
+        """What the results say, in sentences."""
+        found = self.findings(sweep)
+        kinds = [finding.regime for finding in found if finding.regime]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        said = [f"Regimes: {counts}."] if counts else []
+        if found and not kinds:
+            said.append("No regimes: the baseline is at chance on a task, or was not measured.")
+        return [*said, *self.said(found), *([f"Next: {search.advice(kinds)}."] if found else [])]
+
+    def said(self, found: list[Finding]) -> list[str]:
+        """What this kind of sweep has to say."""
+        return []
+
+
+class Grid(Planner):
+    """Every combination."""
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """The combinations."""
+        return list(axes.points(self.axes, self.recipe))
+
+    @property
+    def expected(self) -> int:
+        return len(self.points) * len(self.config.seed_list)
+
+    def samples(self) -> Iterator[Point]:
+        yield from self.points
+
+    def begin(self, sweep: Sweep) -> None:
+        sweep.add((plan for point in self.points for plan in self.plans(point)), sweep.study)
+
+
+class Boundary(Planner):
+    """Bisection along one axis."""
+
+    def __init__(self, config: c.SweepConfig):
+        super().__init__(config)
+        if len(self.axes) != 1 or self.axes[0].values or self.axes[0].when:
+            raise LetheError(
+                f"vary: a boundary is looked for along one axis with low and high, got {', '.join(config.vary)}; "
+                "a grid or pareto takes several"
+            )
+        if self.axes[0].steps:
+            raise LetheError("vary: steps has no effect on a boundary, which chooses its own values; leave it out")
+        self.axis = self.axes[0]
+
+    @property
+    def expected(self) -> int:
+        return self.config.max_runs or 10 * len(self.config.seed_list)
+
+    def checked(self) -> c.SweepConfig:
+        if self.config.find == "keeps" and self.config.reference != "baseline":
+            self._reference({})
+        return super().checked()
+
+    def propose(self, sweep: Sweep, room: int) -> list[Plan]:
+        trials = [task for task in sweep.tasks() if not task.is_reference and not task.get("retried")]
+        if any(task.status in {"queued", "running"} for task in trials) or room == 0:
+            return []
+        seeds = len(self.config.seed_list)
+        left = (self.expected - len(trials)) // seeds
+        values = search.next_values(self.axis, self.edges(sweep).values(), self.config.width)
+        return [plan for value in values[: max(0, left)] for plan in self.plans({self.axis.name: value})]
+
+    def edges(self, sweep: Sweep) -> dict[str, dict[float, list[bool] | None]]:
+        """By what changes there: the verdicts of every measured value, one a seed; None where it failed."""
+        found = {finding.task.trial.number: finding for finding in self.findings(sweep)}
+        by_value: dict[float, list[Finding] | None] = {}
+        for task in sweep.tasks():
+            if task.is_reference or task.get("retried") or task.status in {"queued", "running"}:
+                continue
+            value = task.get("point")[self.axis.name]
+            finding = found.get(task.trial.number)
+            seen = by_value.setdefault(value, [])
+            if finding is None or seen is None or (self.config.find == "boundary" and finding.regime is None):
+                by_value[value] = None
+            else:
+                seen.append(finding)
+        judges = self._judges(sweep)
+        return {
+            name: {value: [judge(f) for f in seen] if seen else None for value, seen in by_value.items()}
+            for name, judge in judges.items()
+        }
+
+    def _judges(self, sweep: Sweep) -> dict[str, Any]:
+        if self.config.find == "boundary":
+            return {
+                "neither": lambda finding: finding.regime == "neither",
+                "both": lambda finding: finding.regime == "both",
+            }
+        before = self.baseline(sweep, self.recipe) or {}
+        least = self._reference(before)
+        within = self.config.within or 0.0
+        return {"keeps": lambda finding: least is not None and (number(finding.retain) or 0.0) >= least - within - 1e-9}
+
+    def _reference(self, baseline: dict[str, Any]) -> float | None:
+        """The retain accuracy that losses count from.
+
+        Raises:
+            LetheError: the run that should have it has not.
+        """
+        given, task = self.config.reference, self.tasks[1]
+        if given == "baseline":
+            return number(baseline[task]) if task in baseline else None
+        if given.startswith("run:"):
+            evals = find_run(given.removeprefix("run:"), self.config.out).record.get("evals") or {}
+            if task not in evals:
+                raise LetheError(f"reference: {given} has no result on {task}; give another run, a number, or baseline")
+            return number(evals[task])
+        try:
+            return float(given)
+        except ValueError:
+            raise LetheError(f"reference: expected baseline, run:ID or a number such as 0.4375, got '{given}'") from None
+
+    def conclusions(self, sweep: Sweep) -> list[str]:
+        found, edges = self.findings(sweep), self.edges(sweep)
+        said: list[str] = []
+        brackets = {name: search.bracket(self.axis, verdicts, self.config.width) for name, verdicts in edges.items()}
+        for name, bracket in brackets.items():
+            said += self._spoken(name, bracket)
+        if self.config.find == "boundary" and found:
+            said += self._not_bracketed(brackets, found)
+        if len(self.config.seed_list) == 1 and found:
+            said.append("One seed: how far repetitions spread is not known, and the boundary may be no sharper than that.")
+        return [*said, *super().conclusions(sweep)] if found else []
+
+    def _spoken(self, name: str, bracket: search.Bracket) -> list[str]:
+        axis = self.axis.name
+        if bracket.status == "not measured":
+            return [f"{name}: an end of {axis} could not be measured."]
+        if bracket.status == "not bracketed":
+            always = {True: "everywhere", False: "nowhere", None: "with some seeds only"}[bracket.before]
+            said = {"neither": "neither falls", "both": "both are at chance", "keeps": f"{self._kept_words()} is kept"}[name]
+            return [f"Not bracketed: from {axis} {self.axis.at(0):g} to {self.axis.at(1):g}, {said} {always}."]
+        below, above = f"{axis} {bracket.below:g}", f"{bracket.above:g}"
+        holds_below = bool(bracket.before)
+        words = {
+            "neither": (
+                "neither has fallen up to {0}, and has from {1}",
+                "something has fallen up to {0}, and neither from {1}",
+            ),
+            "both": (
+                "both are at chance up to {0}, and no longer at {1}",
+                "not both are at chance up to {0}, and both from {1}",
+            ),
+            "keeps": (
+                "the largest value that keeps " + self._kept_words() + " is {0}; {1} does not",
+                "the smallest value that keeps " + self._kept_words() + " is {1}; {0} does not",
+            ),
+        }[name][0 if holds_below else 1]
+        how = f"known to a factor of {bracket.factor:.2f}" if bracket.factor else "known"
+        if bracket.status == "open":
+            how += f", wider than the {self.config.width:g} asked for: the runs were spent, or values in between failed"
+        if bracket.disagreeing:
+            how += f"; seeds disagree at {', '.join(f'{x:g}' for x in bracket.disagreeing)}, so it is no sharper than that"
+        if not bracket.monotone:
+            how += "; further up the verdict changes again, so this is the first of several boundaries"
+        sentence = words.format(below, above)
+        return [f"{sentence[0].upper()}{sentence[1:]} ({how})."]
+
+    def _kept_words(self) -> str:
+        return f"{self.tasks[1]} within {100 * (self.config.within or 0):g} points of {self.config.reference}"
+
+    def _not_bracketed(self, brackets: dict[str, search.Bracket], found: list[Finding]) -> list[str]:
+        if brackets["both"].status != "not bracketed" or brackets["both"].before is not False:
+            return []
+        forget = {f.task.get("point")[self.axis.name]: f.kept_forget for f in found if f.kept_forget}
+        retain = {f.task.get("point")[self.axis.name]: f.kept_retain for f in found if f.kept_retain}
+        ends = [forget.get(self.axis.at(share)) for share in (0, 1)]
+        up = ends[0] is None or ends[1] is None or ends[1].value <= ends[0].value
+        level = search.plateau(forget, retain, towards_high=up)
+        flat = f"; from {self.axis.name} {level:g} on nothing changes beyond the intervals" if level is not None else ""
+        return [f"The axis does not reach both{flat}. Try another one: {search.next_axis(self.axis.name)}."]
+
+
+class Pareto(Planner):
+    """The best trade-offs between forgetting and keeping (and holding against an attack), by Optuna."""
+
+    def __init__(self, config: c.SweepConfig):
+        super().__init__(config)
+        self.began = time.monotonic()
+
+    @property
+    def expected(self) -> int:
+        return self.config.max_runs or 100
+
+    def sampler(self) -> optuna.samplers.BaseSampler:
+        from optuna.samplers import RandomSampler, TPESampler
+
+        seed = self.config.seed_list[0]
+        if self.config.sampler == "random":
+            return RandomSampler(seed=seed)
+        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=self.startup)
+
+    @property
+    def startup(self) -> int:
+        """Runs at random before the sampler takes over: a quarter of the budget, between 4 and 10."""
+        return min(10, max(4, self.expected // 4))
+
+    def checked(self) -> c.SweepConfig:
+        if self.config.prune and not self.recipe["eval"]["every"]:
+            self.config = dataclasses.replace(self.config, prune=False)  # nothing to judge by before the end
+        return super().checked()
+
+    def begin(self, sweep: Sweep) -> None:
+        from optuna.trial import TrialState, create_trial
+
+        if sweep.study.get_trials(deepcopy=False):
+            return
+        for folder in self.config.warm_start:
+            for run in find_runs(folder):
+                point = self.point_of(run)
+                if point is None:
+                    continue
+                values = self.values([run])
+                if any(isinstance(value, str) for value in values):
+                    continue
+                plan = Plan(
+                    run.record["name"],
+                    [("unlearn", run.record["config"])],
+                    point,
+                    axes=self.axes,
+                    facts={"warm": str(run.path)},
+                )
+                sweep.study.add_trial(
+                    create_trial(
+                        state=TrialState.COMPLETE,
+                        values=[float(value) for value in values],
+                        params=plan.params,
+                        distributions=plan.distributions,
+                        user_attrs=plan.attributes(),
+                    )
+                )
+
+    def point_of(self, run: Run) -> Point | None:
+        """Where a complete run lies on the axes; None where it is of another recipe or outside of them."""
+        if run.record["kind"] != "unlearn" or run.record["status"] != "complete" or self.config.tamper is not None:
+            return None
+        point: Point = {}
+        for axis in self.axes:
+            if axes.RATIO in axis.name or not axis.applies(point, self.recipe):
+                continue
+            value = axes.value_at(run.record["config"], axis.name)
+            inside = value in axis.values if axis.values else value is not None and axis.low <= value <= axis.high
+            if not inside:
+                return None
+            point[axis.name] = value
+        settings = axes.settings_at(self.recipe, point)
+        ours, theirs = (
+            json.loads(json.dumps({k: v for k, v in s.items() if k not in axes.NOT_SETTINGS | {"seed"}}))
+            for s in (settings, run.record["config"])
+        )
+        return point if ours == theirs else None
+
+    def propose(self, sweep: Sweep, room: int) -> list[Plan]:
+        if self.config.prune:
+            self.stop_hopeless(sweep)
+        trials = [t for t in sweep.tasks() if not t.is_reference and not t.get("warm") and not t.get("retry_of")]
+        spent = self.config.hours and seconds_since(sweep.run.record["started"]) >= 3600 * self.config.hours
+        left = 0 if spent else self.config.max_runs - len(trials) if self.config.max_runs else room
+        if any(task.status == "queued" for task in trials):
+            return []
+        return [self.ask(sweep) for _ in range(min(room, left))]
+
+    def ask(self, sweep: Sweep) -> Plan:
+        """A plan at the point that Optuna chooses."""
+        trial = sweep.study.ask()
+        point: Point = {}
+        for axis in self.axes:
+            if axis.applies(point, self.recipe):
+                point[axis.name] = suggested(trial, axis)
+        return self.plan(point, self.config.seed_list[0], trial.number)
+
+    def plan(self, point: Point, seed: int, number: int | None = None) -> Plan:
+        plan = super().plan(point, seed, number)
+        for other in self.config.seed_list[1:]:  # a trial is a setting; its seeds are runs of that trial
+            plan.stages += super().plan(point, other).stages
+        plan.name = axes.name_at(self.config.name, plan.stages[0][1], point, None)
+        if number is not None:
+            plan.facts["number"] = number
+        return plan
+
+    def values(self, runs: list[Run]) -> list[float | str]:
+        """Means over the seeds."""
+        size = 2 if self.config.tamper is not None else 1
+        each = [super(Pareto, self).values(runs[i : i + size]) for i in range(0, len(runs), size)]
+        missing = next((value for values in each for value in values if isinstance(value, str)), None)
+        if missing:
+            return [missing]
+        return [search.mean(float(values[i]) for values in each) for i in range(len(each[0]))]
+
+    def stop_hopeless(self, sweep: Sweep) -> None:
+        """Ask running trials to stop that finished ones were clearly better than at the same step."""
+        finished = [
+            task.runs(sweep.out)[0]
+            for task in sweep.tasks()
+            if task.status == "complete" and task.get("runs") and not task.is_reference
+        ]
+        curves = [
+            (run.record["plan"].get("steps"), {row["step"]: row["evals"] for row in run.rows("curve.jsonl")})
+            for run in finished
+            if run.record.get("plan")
+        ]
+        for task in sweep.tasks():
+            if task.is_reference or task.status != "running":
+                continue
+            for run in task.runs(sweep.out):
+                row = run.last_row("curve.jsonl")
+                at = self._pair(row["evals"]) if row else None
+                steps = (run.record.get("plan") or {}).get("steps")
+                if (
+                    row is None
+                    or at is None
+                    or run.record["kind"] != "unlearn"
+                    or run.record["status"] != "running"
+                    or row["step"] == steps
+                ):
+                    continue
+                others = [pair for n, curve in curves if n == steps and (pair := self._pair(curve.get(row["step"]) or {}))]
+                if not run.asked_to_stop() and search.clearly_worse(at, others):
+                    run.ask_to_stop(
+                        f"pruned at step {row['step']}: {search.DOMINATORS} finished runs were clearly better in both then"
+                    )
+
+    def _pair(self, evals: dict[str, Any]) -> tuple[dict, dict] | None:
+        forget, retain = (evals.get(task) for task in self.tasks)
+        return (forget, retain) if forget and retain and "low" in forget and "low" in retain else None
+
+    def said(self, found: list[Finding]) -> list[str]:
+        values = [
+            tuple(v if d == "minimize" else -v for v, d in zip(f.task.trial.values, self.directions, strict=True))
+            for f in found
+        ]
+        best = [found[i] for i in search.front(values)]
+        best.sort(key=lambda f: f.task.trial.values[0])
+        shown = "; ".join(f"{f.task.get('name')} ({', '.join(f'{100 * v:.1f}' for v in f.task.trial.values)})" for f in best)
+        what = ", ".join(
+            [
+                f"{self.tasks[0]} down",
+                f"{self.tasks[1]} up",
+                *(["highest during the attack, down"] if self.config.tamper else []),
+            ]
+        )
+        return [f"Front of {len(best)} among {len(found)} ({what}; %): {shown}."] if best else []
+
+
+KINDS: dict[str, type[Planner]] = {"grid": Grid, "boundary": Boundary, "pareto": Pareto}
+
+
+def planner_of(config: Any) -> Planner:
+    """The planner of a sweep's kind."""
+    return KINDS[config.kind](config)
+
+
+def distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
+    """An axis as Optuna knows it."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if axis.values:
+        return CategoricalDistribution([optunas(axis, value) for value in axis.values])
+    if axis.steps:
+        return CategoricalDistribution(axis.grid())
+    if axis.whole:
+        return IntDistribution(round(axis.low), round(axis.high), log=axis.log)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)
+
+
+def optunas(axis: Axis, value: Any) -> Any:
+    """A value as Optuna can keep it: lists and mappings as JSON."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def suggested(trial: optuna.Trial, axis: Axis) -> Any:
+    """The value that Optuna chooses on an axis."""
+    if axis.values or axis.steps:
+        values = axis.values or axis.grid()
+        chosen = trial.suggest_categorical(axis.name, [optunas(axis, value) for value in values])
+        return next(value for value in values if optunas(axis, value) == chosen)
+    if axis.whole:
+        return trial.suggest_int(axis.name, round(axis.low), round(axis.high), log=axis.log)
+    return trial.suggest_float(axis.name, axis.low, axis.high, log=axis.log)
+
+
+def made_from_the_same(run: Run) -> bool:
+    """Whether the weights and the text that a run was made from are still what they were."""
+    for role, parent in (run.record.get("parents") or {}).items():
+        try:
+            if "documents" in parent:
+                if not _same_text(run, role, parent):
+                    return False
+            elif role != "affine" and refs.record(refs.resolve(parent["ref"], run.path.parent))["sha256"] != parent["sha256"]:
+                return False
+        except LetheError:
+            return False
+    return True
+
+
+def _same_text(run: Run, role: str, parent: dict[str, Any]) -> bool:
+    made = from_settings(CONFIGS[run.record["kind"]], run.record["config"])
+    end = "back" if run.record["kind"] == "tamper" else "front"
+    documents = corpora.select(getattr(made, role), made.num_train_examples, end, f"{role} text")  # type: ignore[arg-type]
+    return corpora.fingerprint(documents) == parent["sha256"]
+
+
+def _number(result: dict[str, Any] | None, why: str) -> float | str:
+    value = number(result) if result else None
+    return why if value is None else value
+
+
+def _short(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without its provenance."""
+    return {key: result[key] for key in ("acc", "correct_prob", "low", "high", "n", "chance", "degenerate") if key in result}

@@ -1,0 +1,36 @@
+"""Tables of sweeps: what was asked, every trial with its job, status and results, and what they say together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lethe.ledger import Run
+from lethe.report.layout import MISSING, Table, percent, result, setting
+
+
+def sweep_table(run: Run) -> Table:
+    """One sweep: a row a trial. A trial without numbers has its status and, below, its reason and its log's last lines."""
+    trials: list[dict[str, Any]] = run.record.get("trials") or []
+    varied = list(dict.fromkeys(name for trial in trials for name in trial["point"]))
+    tasks = list(dict.fromkeys(task for trial in trials for task in trial["evals"]))
+    columns = ["run", "job", *varied]
+    seeds = len({trial["seed"] for trial in trials if trial["seed"] is not None}) > 1
+    judged = any(trial.get("regime") for trial in trials)
+    attacked = any("after_attack" in trial for trial in trials)
+    columns += ["seed"] * seeds + tasks + ["regime", "selectivity"] * judged + ["highest in attack"] * attacked + ["status"]
+    rows, notes = [], []
+    for trial in trials:
+        row = [trial["name"], str(trial.get("job_id") or ", ".join(trial["runs"]) or MISSING)]
+        row += [setting(trial["point"][name]) if name in trial["point"] else MISSING for name in varied]
+        row += ([MISSING if trial["seed"] is None else str(trial["seed"])]) * seeds
+        row += [result(trial["evals"].get(task)) for task in tasks]
+        if judged:
+            selectivity = trial.get("selectivity")
+            row += [trial.get("regime") or MISSING, f"{selectivity['value']:.2f}" if selectivity else MISSING]
+        row += [percent(trial["after_attack"]) if "after_attack" in trial else MISSING] * attacked
+        rows.append([*row, trial["status"] + (" (measured before)" if trial["reused"] else "")])
+        if trial["reason"] and trial["status"] != "complete":
+            log = f" Its log ends: {' / '.join(trial['log'])}" if trial["log"] else ""
+            notes.append(f"{trial['name']} {trial['status']}: {trial['reason']}.{log}")
+    title = f"Sweep {run.record['name']} ({run.id})"
+    return Table(title, columns, rows, [*notes, *(run.record.get("conclusions") or [])], run.record.get("goal") or "")

@@ -1,0 +1,413 @@
+"""Sweeps: `Sweep` keeps the trials, `lethe.planners` say which to run, `lethe.launch` runs them, this file holds them together.
+
+The trials are those of an Optuna study (a journal file in the sweep's folder, or a database), so that optuna-dashboard opens
+them and several controllers on several machines may share them. What came of a trial is read from its runs' own folders: the
+study says what there is to do, the ledger what was done. A controller goes round and round, each time under the sweep's lock:
+
+    settle    every running trial: complete, failed, cancelled, or lost and to be taken up again
+    propose   what to run next
+    start     as many waiting trials as there is room for
+
+so it may be killed at any moment, started again, or run twice, and no trial is lost or done twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from lethe import config as c
+from lethe import launch
+from lethe.errors import LetheError
+from lethe.launch import Launcher
+from lethe.ledger import STOP, Run, find_run, refuse_run_folder
+from lethe.planners import Plan, Planner, planner_of
+from lethe.progress import bar
+
+logger = logging.getLogger(__name__)
+PRUNED = "pruned"
+SECONDS_BETWEEN_ROUNDS = 0.5
+SECONDS_BETWEEN_SLURM_ROUNDS = 2.0
+TO_DO = (TrialState.WAITING, TrialState.RUNNING)
+
+
+@dataclass
+class Task:
+    """One trial: its place in the study, and what the study knows of it."""
+
+    study: optuna.Study
+    trial: FrozenTrial
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.trial.user_attrs.get(name, default)
+
+    def set(self, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            if self.trial.user_attrs.get(name) != value:
+                self.study._storage.set_trial_user_attr(self.trial._trial_id, name, value)
+                self.trial.user_attrs[name] = value
+
+    def move(self, state: TrialState, values: list[float] | None = None) -> None:
+        self.study._storage.set_trial_state_values(self.trial._trial_id, state, values)
+        self.trial.state = state
+
+    @property
+    def state(self) -> TrialState:
+        return self.trial.state
+
+    @property
+    def status(self) -> str:
+        """In the ledger's words."""
+        ended = {TrialState.COMPLETE: "complete", TrialState.PRUNED: PRUNED, TrialState.FAIL: self.get("status", "failed")}
+        return ended.get(self.state) or ("running" if self.state == TrialState.RUNNING else "queued")
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it only measures what the others are compared with."""
+        return bool(self.get("reference"))
+
+    def runs(self, out: Path) -> list[Run]:
+        """Its runs, as far as they were made."""
+        return [Run.open(out / name) for name in self.get("runs", [])]
+
+
+class Sweep:
+    """A sweep's folder: `run` is its record; the trials' runs lie beside it, in `out`."""
+
+    def __init__(self, run: Run, config: c.SweepConfig):
+        self.run, self.config, self.out = run, config, run.path.parent
+        self.lock = FileLock(run.path / "sweep.lock")
+        self.planner: Planner = planner_of(config)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        storage = _storage(config.storage, run.path)
+        self.study = optuna.create_study(
+            storage=storage,
+            study_name=f"{run.record['name']} {run.id}",
+            directions=self.planner.directions,
+            sampler=self.planner.sampler(),
+            load_if_exists=True,
+        )
+        self.references = optuna.create_study(
+            storage=storage, study_name=f"{run.record['name']} {run.id} references", load_if_exists=True
+        )
+
+    @classmethod
+    def open(cls, name: str, out: str) -> Sweep:
+        """The sweep of that id, or folder.
+
+        Raises:
+            LetheError: there is none.
+        """
+        from lethe.settings import build
+
+        run = find_run(name.removeprefix("run:"), out)
+        if run.record["kind"] != "sweep":
+            raise LetheError(f"sweep: '{name}' is of kind {run.record['kind']}; `lethe runs` lists the sweeps")
+        return cls(run, build(c.SweepConfig, run.record["config"]))
+
+    def tasks(self, *states: TrialState) -> list[Task]:
+        """The trials in these states (none: in any), those that measure references first, in order of proposal."""
+        wanted = states or None
+        return [Task(study, trial) for study in (self.references, self.study) for trial in study.get_trials(states=wanted)]
+
+    def control(self) -> None:
+        """Go round until there is nothing left to do; the record has the results so far after every round."""
+        settings = self.config
+        launcher = launch.make(settings.launcher, self.run.path, settings.jobs, settings.slurm)
+        pause = SECONDS_BETWEEN_SLURM_ROUNDS if settings.launcher == "slurm" else SECONDS_BETWEEN_ROUNDS
+        with bar(self.planner.title, self.planner.expected, "runs") as advance:
+            done = 0
+            try:
+                with self.lock:
+                    self.add(self.planner.references(), self.references)
+                    self.planner.begin(self)
+                more = True
+                while more:
+                    more = self.round(launcher)
+                    every = self.tasks()
+                    ended = sum(task.state not in TO_DO for task in every if not task.is_reference)
+                    advance(ended - done, _note(every))
+                    done = ended
+                    self.record(every)
+                    if more:
+                        launcher.wait(pause)
+            finally:
+                launcher.stop()
+                with self.lock:
+                    self.settle(launcher, stopping=True)
+                self.record(self.tasks())
+
+    def round(self, launcher: Launcher) -> bool:
+        """One round; whether there is anything left to do."""
+        with self.lock:
+            self.settle(launcher)
+            room = launcher.room()
+            if not any(task.state in TO_DO for task in self.tasks() if task.is_reference):
+                self.add(self.planner.propose(self, max(0, room - len(self.tasks(TrialState.WAITING)))), self.study)
+            waiting = self.tasks(TrialState.WAITING)
+            for task in waiting[: max(0, room)]:
+                self.start(task, launcher)
+            return bool(self.tasks(*TO_DO))
+
+    def add(self, plans: Iterable[Plan], study: optuna.Study) -> None:
+        """Put plans into the study, each once; those that were measured before are complete at once."""
+        known = {task.get("key") for task in self.tasks()}
+        for plan in plans:
+            if plan.key in known:
+                continue
+            known.add(plan.key)
+            attributes = plan.attributes()
+            if plan.number is not None:  # asked of Optuna: it has a place already
+                Task(study, study.trials[plan.number]).set(**attributes)
+                task = Task(study, study.trials[plan.number])
+            else:
+                state = TrialState.WAITING
+                study.add_trial(
+                    create_trial(state=state, params=plan.params, distributions=plan.distributions, user_attrs=attributes)
+                )
+                task = Task(study, study.get_trials(states=(state,))[-1])
+            found = [self.planner.measured(kind, settings) for kind, settings in plan.stages]
+            if found and all(found):
+                task.set(runs=[run.path.name for run in found if run], reused=True)
+                self.complete(task, [run for run in found if run])
+            elif plan.number is not None:
+                task.move(TrialState.WAITING)
+
+    def start(self, task: Task, launcher: Launcher) -> None:
+        """Make the trial's runs, or take those that it has, and hand them to the launcher."""
+        if task.state == TrialState.WAITING:
+            task.move(TrialState.RUNNING)
+        if not task.get("runs"):
+            task.set(runs=[run.path.name for run in self.make_runs(task)])
+        else:
+            for run in task.runs(self.out):
+                (run.path / STOP).unlink(missing_ok=True)
+        folders = [self.out / name for name in task.get("runs")]
+        try:
+            task.set(owner=launcher.start(f"lethe-{self.run.id}-{task.get('name')}", folders))
+        except LetheError as error:
+            self.fail(task, "failed", str(error))
+            raise
+
+    def make_runs(self, task: Task) -> list[Run]:
+        """The runs of a trial, `queued`; a later one's model may be an earlier one's result."""
+        runs: list[Run] = []
+        for kind, settings in task.get("stages"):
+            made = {**settings, "name": task.get("name") if len(task.get("stages")) == 1 else settings["name"]}
+            if str(made.get("model")).startswith("@"):
+                made["model"] = f"run:{runs[int(made['model'][1:])].id}"
+            run = Run.create(kind, made["name"], made, self.out)
+            run.update(launcher=self.config.launcher, sweep={"id": self.run.id, "trial": task.get("name")})
+            runs.append(run)
+        return runs
+
+    def settle(self, launcher: Launcher, stopping: bool = False) -> None:
+        """Look at every running trial's runs and, where they are not at their end, at who works on them."""
+        owned: list[tuple[Task, list[Run]]] = []
+        for task in self.tasks(TrialState.RUNNING):
+            runs = task.runs(self.out)
+            if self._ended(task, runs):
+                continue
+            if task.get("owner"):
+                owned.append((task, runs))
+            elif task.get("stages"):  # a controller was killed between claiming the trial and starting it
+                self._again(task, "its controller was killed before it began", counts=False)
+            else:
+                self.fail(task, "failed", "its controller was killed before it was planned")
+        fates = launcher.fates([(task.get("owner"), runs) for task, runs in owned])
+        for (task, _), fate in zip(owned, fates, strict=True):
+            if fate is None or self._ended(task, task.runs(self.out)):  # it may have ended in the meantime
+                continue
+            if fate.cancelled:
+                self.fail(task, "cancelled", fate.reason, task.runs(self.out))
+            elif stopping:
+                self._again(task, "the sweep was stopped", counts=False)
+            else:
+                self._again(task, fate.reason)
+
+    def _ended(self, task: Task, runs: list[Run]) -> bool:
+        """Settle a trial whose runs say themselves how it ended."""
+        for run in runs:
+            status, reason = run.record["status"], run.record.get("reason") or ""
+            if status in {"failed", "diverged"}:
+                self.fail(task, status, f"{run.record['kind']} {run.id}: {reason}", runs)
+                return True
+            if status == "cancelled" and run.asked_to_stop():
+                if reason.startswith(PRUNED):
+                    task.set(reason=reason)
+                    task.move(TrialState.PRUNED)
+                else:
+                    self.fail(task, "cancelled", reason, runs)
+                return True
+        if runs and len(runs) == len(task.get("stages")) and all(run.record["status"] == "complete" for run in runs):
+            self.complete(task, runs)
+            return True
+        return False
+
+    def complete(self, task: Task, runs: list[Run]) -> None:
+        """Tell the study what came out; a number that is missing makes the trial failed."""
+        values = [0.0] if task.is_reference else self.planner.values(runs)
+        missing = next((v for v in values if isinstance(v, str)), None)
+        if missing:
+            self.fail(task, "failed", missing, runs)
+        else:
+            task.move(TrialState.COMPLETE, [float(v) for v in values])
+
+    def fail(self, task: Task, status: str, reason: str, runs: list[Run] | None = None) -> None:
+        """End a trial without a number: its status, the reason and the log's last lines."""
+        log = [line for run in runs or [] for line in launch.last_lines(run.path / "log.txt")][-5:]
+        for run in runs or []:
+            if run.record["status"] in {"queued", "running"}:
+                run.update(status="cancelled" if status == "cancelled" else "failed", reason=reason)
+        task.set(status=status, reason=" ".join(reason.split()), log=log)
+        task.move(TrialState.FAIL)
+
+    def _again(self, task: Task, reason: str, counts: bool = True) -> None:
+        """Put a trial that was lost into the queue again; after too many losses it has failed."""
+        lost = task.get("lost", 0) + counts
+        if lost > self.config.retries:
+            self.fail(task, "failed", f"lost {lost} times; the last time: {reason}", task.runs(self.out))
+            return
+        logger.warning("%s: %s; it goes on from its last save", task.get("name"), reason)
+        task.set(lost=lost, owner=None)
+        task.move(TrialState.WAITING)
+
+    def retry(self) -> int:
+        """Put failed and cancelled trials into the queue again, with the runs that they have; returns how many."""
+        count = 0
+        with self.lock:
+            for task in self.tasks(TrialState.FAIL):
+                if task.get("retried") or task.get("status") == "diverged" or not task.get("stages"):
+                    continue
+                kept = {k: v for k, v in task.trial.user_attrs.items() if k not in {"status", "reason", "log", "owner", "lost"}}
+                task.study.add_trial(
+                    create_trial(
+                        state=TrialState.WAITING,
+                        params=task.trial.params,
+                        distributions=task.trial.distributions,
+                        user_attrs=kept | {"retry_of": task.trial.number},
+                    )
+                )
+                task.set(retried=True)
+                count += 1
+        return count
+
+    def cancel(self) -> int:
+        """Cancel every trial that is not at its end, and the controller; returns how many."""
+        with self.lock:
+            if self.run.status == "running":
+                self.run.ask_to_stop("cancelled by lethe sweep cancel")
+            running, waiting = self.tasks(TrialState.RUNNING), self.tasks(TrialState.WAITING)
+            for task in running:
+                for run in task.runs(self.out):
+                    run.ask_to_stop("cancelled by lethe sweep cancel")
+            for task in waiting:
+                self.fail(task, "cancelled", "cancelled by lethe sweep cancel", task.runs(self.out))
+            if jobs := [task.get("owner") for task in running if "job_id" in (task.get("owner") or {})]:
+                launch.make("slurm", self.run.path, 1, self.config.slurm).cancel(jobs)
+        return len(running) + len(waiting)
+
+    def record(self, tasks: list[Task]) -> None:
+        """Write the results so far, and what they say together, into the sweep's record."""
+        rows = [self.row(task) for task in tasks if not task.get("retried")]
+        conclusions = self.planner.conclusions(self)
+        if (rows, conclusions) != (self.run.record.get("trials"), self.run.record.get("conclusions")):
+            self.run.record["trials"], self.run.record["conclusions"] = rows, conclusions
+            self.run.update(runs=[name for task in tasks for name in task.get("runs", [])])
+
+    def row(self, task: Task) -> dict[str, Any]:
+        """A trial in plain data."""
+        runs = task.runs(self.out)
+        jobs = [job for job in dict.fromkeys(run.record.get("job_id") for run in runs) if job]
+        return {
+            "name": task.get("name"),
+            "reference": task.is_reference,
+            "point": task.get("point", {}),
+            "seed": task.get("seed"),
+            "status": task.status,
+            "reason": task.get("reason") if task.state not in TO_DO else None,
+            "log": task.get("log", []) if task.state == TrialState.FAIL else [],
+            "runs": [run.id for run in runs],
+            "job_id": jobs[-1] if jobs else None,
+            "reused": bool(task.get("reused")),
+            "lost": task.get("lost", 0),
+        } | self.planner.judged(self, task, runs)
+
+
+def sweep(config: c.SweepConfig, run: Run | None = None) -> Run:
+    """Run a sweep to its end, or go on with `run`, an interrupted one; a second controller of a sweep shares its work.
+
+    Raises:
+        LetheError: a setting of the sweep or of any run in it cannot work; nothing is left behind.
+    """
+    refuse_run_folder(config.out)
+    if run is None:
+        config = planner_of(config).checked()
+        run = Run.create("sweep", planner_of(config).title, c.to_dict(config), config.out)
+        run.update(goal=config.goal, environment={"launcher": config.launcher})
+    with run.running():
+        made = Sweep(run, config)
+        made.control()
+        statuses = [task.status for task in made.tasks() if not task.get("retried")]
+        run.update(counts={status: statuses.count(status) for status in dict.fromkeys(statuses)})
+        if statuses and set(statuses) <= {"failed", "diverged", "cancelled"}:
+            reasons = [task.get("reason") for task in made.tasks() if task.get("reason")]
+            raise LetheError(f"sweep: no run of {run.path} is complete; the first reason: {reasons[0]}")
+    return run
+
+
+def status(settings: c.SweepStatusConfig) -> Run:
+    """The sweep's record as it stands now, read from its study and its runs."""
+    found = Sweep.open(settings.sweep, settings.out)
+    found.run.record["trials"] = [found.row(task) for task in found.tasks() if not task.get("retried")]
+    found.run.record["conclusions"] = found.planner.conclusions(found)
+    return found.run
+
+
+def retry(settings: c.SweepRetryConfig) -> Run:
+    """Take up failed and cancelled trials again; a sweep that nobody controls is gone on with."""
+    found = Sweep.open(settings.sweep, settings.out)
+    if not found.retry():
+        raise LetheError(f"sweep: '{settings.sweep}' has no failed or cancelled run to take up again")
+    if found.run.status == "running":
+        return found.run
+    (found.run.path / STOP).unlink(missing_ok=True)
+    return sweep(found.config, found.run)
+
+
+def cancel(settings: c.SweepCancelConfig) -> Run:
+    """Cancel a sweep."""
+    found = Sweep.open(settings.sweep, settings.out)
+    if not found.cancel() and found.run.status != "running":
+        raise LetheError(f"sweep: '{settings.sweep}' is {found.run.status}; there is nothing to cancel")
+    deadline = time.monotonic() + launch.SECONDS_TO_SAVE
+    while found.tasks(*TO_DO) and time.monotonic() < deadline:
+        if Run.open(found.run.path).status != "running":  # nobody else will look at what becomes of the runs
+            with found.lock:
+                launcher = launch.make(found.config.launcher, found.run.path, 1, found.config.slurm)
+                found.settle(launcher)
+        time.sleep(0.5)
+    run = Run.open(found.run.path)
+    if run.status in {"queued", "lost"}:
+        run.update(status="cancelled", reason="cancelled by lethe sweep cancel")
+    return run
+
+
+def _storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return RDBStorage(url) if url else JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+
+
+def _note(tasks: list[Task]) -> str:
+    words = [task.status for task in tasks]
+    return "  ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words) if word != "complete")
