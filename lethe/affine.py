@@ -13,8 +13,11 @@ pair of weights, and says which.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +32,15 @@ from torch import Tensor, nn
 from lethe import corpora, preflight, refs
 from lethe.config import AffineConfig, AffineScoreConfig, to_dict
 from lethe.errors import LetheError
-from lethe.ledger import Run, sha256
+from lethe.lab import lethe_home
+from lethe.ledger import Run, building, sha256
 from lethe.maps import CONVENTIONS, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention
 from lethe.preflight import split
 from lethe.progress import bar
+from lethe.questions import tokenizer_hash
 from lethe.residual import CONVENTION, blocks, residuals
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -319,6 +326,54 @@ def fit_on_text(
         "scores": scores,
     }
     return maps
+
+
+def fit_once(
+    model: nn.Module,
+    source: nn.Module,
+    tokenizer: Any,
+    documents: list[corpora.Document],
+    config: AffineConfig,
+    text: Any,
+    parents: dict[str, dict[str, str]],
+) -> AffineMap:
+    """As `fit_on_text`, but maps of the same weights (`parents`), text and settings are fitted once, by whoever comes first.
+
+    They are kept under $LETHE_HOME/maps; where that cannot be written, or what is there is damaged, they are fitted anew.
+    """
+    settings = (config.layers, config.alpha, config.held_out, config.max_length, config.batch_size, config.dtype, CONVENTION)
+    weights = {role: parent["sha256"] for role, parent in parents.items()}
+    content = json.dumps([settings, weights, corpora.fingerprint(documents), tokenizer_hash(tokenizer)], sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:24]
+    folder = lethe_home() / "maps" / key
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with building(folder):
+            if (maps := _kept(folder, config.layers)) is None:
+                maps = fit_on_text(model, source, tokenizer, documents, config, text)
+                partial = folder.with_name(f".{key}.partial")
+                for rest in (folder, partial):
+                    shutil.rmtree(rest, ignore_errors=True)
+                maps.save(partial)
+                maps.record["weights_sha256"] = sha256(partial / WEIGHTS)
+                (partial / METADATA).write_text(json.dumps(facts_of(partial) | maps.record, indent=2))
+                partial.rename(folder)
+    except OSError as error:
+        logger.warning("fitted maps cannot be kept in %s (%s)", folder.parent, error.strerror or error)
+        maps = fit_on_text(model, source, tokenizer, documents, config, text)
+    device = next(model.parameters()).device
+    maps.record |= parents
+    return maps.to(device)
+
+
+def _kept(folder: Path, layers: list[int]) -> AffineMap | None:
+    """Maps that were fitted before; None where there are none, or they are damaged."""
+    try:
+        if facts_of(folder).get("weights_sha256") == sha256(folder / WEIGHTS):
+            return load_maps(folder, layers)
+    except (LetheError, OSError):
+        pass
+    return None
 
 
 LayerScores = dict[str, dict[str, float]]

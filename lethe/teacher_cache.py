@@ -12,13 +12,11 @@ damaged one is built anew. A batch is read from memory-mapped files by the docum
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +29,7 @@ from torch import Tensor
 from lethe import corpora
 from lethe.config import UnlearnConfig
 from lethe.lab import lethe_home
-from lethe.ledger import sha256
+from lethe.ledger import building, sha256
 from lethe.residual import States
 from lethe.teacher import Teacher
 
@@ -138,7 +136,7 @@ def open_or_build(teacher: Teacher, text: str, rows: list[list[int]], weights: s
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with building(folder):
             if not is_whole(folder, key):
                 if folder.exists():
                     logger.warning("the teacher cache %s is damaged; building it anew", folder)
@@ -184,18 +182,6 @@ def _build(teacher: Teacher, text: str, rows: list[list[int]], folder: Path, key
         json.dump({"key": key, "files": facts}, manifest, indent=2)
         manifest.flush()
         os.fsync(manifest.fileno())
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Inside, no other process builds this cache; a killed one lets go by itself."""
-    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process is building the teacher cache %s; waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _existing(path: Path) -> Path:

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lethe import corpora, objectives, preflight, refs, regimes, survey, teacher_cache
 from lethe.adapters import one_product
-from lethe.affine import AffineMap, fit_on_text, load_maps, mean_r2, score_maps
+from lethe.affine import AffineMap, fit_once, load_maps, mean_r2, score_maps
 from lethe.blocked import blocked_kl_loss, head_of, next_token_loss
 from lethe.checkpoints import checkpoints
 from lethe.config import AffineConfig, CheckpointsConfig, LoraSettings, UnlearnConfig, to_dict
@@ -464,8 +464,8 @@ def _fitted(run: Run, config: UnlearnConfig, teacher: Teacher, tokenizer: PreTra
         dtype=config.teacher_dtype or config.dtype,
     )
     documents = corpora.select(config.retain, 0, "front")
-    maps = fit_on_text(teacher.reference, teacher.source, tokenizer, documents, settings, config.retain)
-    maps.record |= {role: run.record["parents"][role] for role in ("model", "source")}
+    parents = {role: run.record["parents"][role] for role in ("model", "source")}
+    maps = fit_once(teacher.reference, teacher.source, tokenizer, documents, settings, config.retain, parents)
     maps.save(run.path / "affine")
     run.update(
         artifacts={"affine": {"path": "affine", "sha256": sha256(run.path / "affine" / WEIGHTS)}}, scores=maps.record["scores"]
