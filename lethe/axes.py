@@ -183,6 +183,7 @@ def name_at(template: str, settings: Mapping[str, Any], point: Point, seed: int 
     Raises:
         LetheError: the template names an unknown field.
     """
+    seeded = seed is None or "{seed}" in template
     if not template:
         parts = [f"{re.split('[./ ]', name)[-1] if RATIO not in name else 'ratio'}{_spoken(v)}" for name, v in point.items()]
         template = "_".join(parts) or "run"
@@ -195,7 +196,7 @@ def name_at(template: str, settings: Mapping[str, Any], point: Point, seed: int 
         for name in asked:
             value = point[name] if name in point else value_at(settings, name)
             template = template.replace(f"{{{name}}}", _spoken(value))
-    return template if seed is None or "{seed}" in template else f"{template}_seed{seed}"
+    return template if seeded else f"{template}_seed{seed}"
 
 
 def _spoken(value: Any) -> str:
@@ -203,13 +204,22 @@ def _spoken(value: Any) -> str:
         return "-".join(f"{key}{_spoken(item)}" for key, item in value.items())
     if isinstance(value, list):
         return "-".join(map(_spoken, value))
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def key_of(kind: str, settings: Mapping[str, Any]) -> str:
     """What tells two runs of the same kind apart, in a few characters: their settings, less those that change no number."""
+    return hashlib.sha256(json.dumps([kind, that_matter(kind, settings)], sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
+
+
+def that_matter(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run's numbers depend on, as they stand in its record."""
     kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
-    return hashlib.sha256(json.dumps([kind, kept], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    if kind == "unlearn":  # how often it is evaluated on the way changes nothing in how it ends
+        kept["eval"] = {name: value for name, value in kept["eval"].items() if name != "every"}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def _refuse_unknown(field: str, attacked: bool) -> None:

@@ -20,7 +20,7 @@ from lethe.axes import Axis, Point
 from lethe.errors import LetheError
 from lethe.ledger import Run, find_run, find_runs, seconds_since
 from lethe.runs import number
-from lethe.settings import from_settings
+from lethe.settings import build, from_settings
 
 if TYPE_CHECKING:
     import optuna
@@ -160,7 +160,7 @@ class Planner:
         where = ", ".join(f"{name} {value}" for name, value in plan.point.items())
         try:
             for kind, settings in plan.stages:
-                made = from_settings(CONFIGS[kind], settings)
+                made = build(CONFIGS[kind], settings)
                 if kind == "unlearn":
                     preflight.check(made)
         except LetheError as error:
@@ -432,7 +432,9 @@ class Boundary(Planner):
             return [f"{name}: an end of {axis} could not be measured."]
         if bracket.status == "not bracketed":
             always = {True: "everywhere", False: "nowhere", None: "with some seeds only"}[bracket.before]
-            said = {"neither": "neither falls", "both": "both are at chance", "keeps": f"{self._kept_words()} is kept"}[name]
+            said = {"neither": "nothing has fallen", "both": "both are at chance", "keeps": f"{self._kept_words()} is kept"}[
+                name
+            ]
             return [f"Not bracketed: from {axis} {self.axis.at(0):g} to {self.axis.at(1):g}, {said} {always}."]
         below, above = f"{axis} {bracket.below:g}", f"{bracket.above:g}"
         holds_below = bool(bracket.before)
@@ -443,7 +445,7 @@ class Boundary(Planner):
             ),
             "both": (
                 "both are at chance up to {0}, and no longer at {1}",
-                "not both are at chance up to {0}, and both from {1}",
+                "both are not at chance up to {0}, and are from {1}",
             ),
             "keeps": (
                 "the largest value that keeps " + self._kept_words() + " is {0}; {1} does not",
@@ -522,7 +524,7 @@ class Pareto(Planner):
                     [("unlearn", run.record["config"])],
                     point,
                     axes=self.axes,
-                    facts={"warm": str(run.path)},
+                    facts={"warm": True, "reused": True, "runs": [str(run.path.resolve())]},
                 )
                 sweep.study.add_trial(
                     create_trial(
@@ -548,16 +550,17 @@ class Pareto(Planner):
                 return None
             point[axis.name] = value
         settings = axes.settings_at(self.recipe, point)
-        ours, theirs = (
-            json.loads(json.dumps({k: v for k, v in s.items() if k not in axes.NOT_SETTINGS | {"seed"}}))
-            for s in (settings, run.record["config"])
-        )
+        ours, theirs = (axes.that_matter("unlearn", s) | {"seed": 0} for s in (settings, run.record["config"]))
         return point if ours == theirs else None
 
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:
         if self.config.prune:
             self.stop_hopeless(sweep)
-        trials = [t for t in sweep.tasks() if not t.is_reference and not t.get("warm") and not t.get("retry_of")]
+        trials = [
+            t
+            for t in sweep.tasks()
+            if t.get("stages") and not t.is_reference and not t.get("warm") and t.get("retry_of") is None
+        ]
         spent = self.config.hours and seconds_since(sweep.run.record["started"]) >= 3600 * self.config.hours
         left = 0 if spent else self.config.max_runs - len(trials) if self.config.max_runs else room
         if any(task.status == "queued" for task in trials):
@@ -593,36 +596,22 @@ class Pareto(Planner):
 
     def stop_hopeless(self, sweep: Sweep) -> None:
         """Ask running trials to stop that finished ones were clearly better than at the same step."""
-        finished = [
-            task.runs(sweep.out)[0]
-            for task in sweep.tasks()
-            if task.status == "complete" and task.get("runs") and not task.is_reference
-        ]
-        curves = [
-            (run.record["plan"].get("steps"), {row["step"]: row["evals"] for row in run.rows("curve.jsonl")})
-            for run in finished
-            if run.record.get("plan")
-        ]
-        for task in sweep.tasks():
-            if task.is_reference or task.status != "running":
-                continue
-            for run in task.runs(sweep.out):
-                row = run.last_row("curve.jsonl")
-                at = self._pair(row["evals"]) if row else None
-                steps = (run.record.get("plan") or {}).get("steps")
-                if (
-                    row is None
-                    or at is None
-                    or run.record["kind"] != "unlearn"
-                    or run.record["status"] != "running"
-                    or row["step"] == steps
-                ):
-                    continue
-                others = [pair for n, curve in curves if n == steps and (pair := self._pair(curve.get(row["step"]) or {}))]
-                if not run.asked_to_stop() and search.clearly_worse(at, others):
-                    run.ask_to_stop(
-                        f"pruned at step {row['step']}: {search.DOMINATORS} finished runs were clearly better in both then"
-                    )
+        tasks = [task for task in sweep.tasks() if not task.is_reference and task.get("runs")]
+        done = [task.runs(sweep.out)[0] for task in tasks if task.status == "complete"]
+        curves = [(_steps(run), {row["step"]: row["evals"] for row in run.rows("curve.jsonl")}) for run in done]
+        for task in tasks:
+            for run in task.runs(sweep.out) if task.status == "running" else []:
+                if run.record["kind"] == "unlearn" and run.record["status"] == "running" and not run.asked_to_stop():
+                    row = run.last_row("curve.jsonl")
+                    if row and row["step"] != _steps(run) and self.hopeless(_steps(run), row, curves):
+                        better = f"{search.DOMINATORS} finished runs were clearly better in both accuracies there"
+                        run.ask_to_stop(f"pruned at step {row['step']}: {better}")
+
+    def hopeless(self, steps: int | None, row: dict[str, Any], curves: list[tuple[int | None, dict[int, Any]]]) -> bool:
+        """Whether finished runs, of as many steps, were clearly better than an evaluation at its step."""
+        at = self._pair(row["evals"])
+        others = [pair for n, curve in curves if n == steps and (pair := self._pair(curve.get(row["step"]) or {}))]
+        return at is not None and search.clearly_worse(at, others)
 
     def _pair(self, evals: dict[str, Any]) -> tuple[dict, dict] | None:
         forget, retain = (evals.get(task) for task in self.tasks)
@@ -698,10 +687,14 @@ def made_from_the_same(run: Run) -> bool:
 
 
 def _same_text(run: Run, role: str, parent: dict[str, Any]) -> bool:
-    made = from_settings(CONFIGS[run.record["kind"]], run.record["config"])
+    made = build(CONFIGS[run.record["kind"]], run.record["config"])
     end = "back" if run.record["kind"] == "tamper" else "front"
     documents = corpora.select(getattr(made, role), made.num_train_examples, end, f"{role} text")  # type: ignore[arg-type]
     return corpora.fingerprint(documents) == parent["sha256"]
+
+
+def _steps(run: Run) -> int | None:
+    return (run.record.get("plan") or {}).get("steps")
 
 
 def _number(result: dict[str, Any] | None, why: str) -> float | str:

@@ -42,7 +42,7 @@ def resume(config: c.ResumeConfig) -> Run:
         raise LetheError(f"run: '{config.run}' is of kind {kind}; what can be resumed: {', '.join(KINDS)}")
     if run.status in {"complete", "diverged"}:
         raise LetheError(f"run: '{config.run}' is {run.status}, there is nothing to go on with; start a new run")
-    if run.status == "running":
+    if run.status == "running" and run.record["kind"] != "sweep":  # a sweep's controllers share its work
         where = run.record["environment"]
         raise LetheError(f"run: '{config.run}' is at work on {where.get('host')} (process {where.get('pid')}); stop it first")
     (run.path / STOP).unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from lethe import config as c
 from lethe import launch
 from lethe.errors import LetheError
 from lethe.launch import Launcher
-from lethe.ledger import STOP, Run, find_run, refuse_run_folder
+from lethe.ledger import STOP, Run, find_run, find_runs, refuse_run_folder
 from lethe.planners import Plan, Planner, planner_of
 from lethe.progress import bar
 
@@ -127,13 +127,14 @@ class Sweep:
             done = 0
             try:
                 with self.lock:
+                    self.discard_strays()
                     self.add(self.planner.references(), self.references)
                     self.planner.begin(self)
                 more = True
                 while more:
                     more = self.round(launcher)
                     every = self.tasks()
-                    ended = sum(task.state not in TO_DO for task in every if not task.is_reference)
+                    ended = sum(task.state not in TO_DO and not (task.is_reference or task.get("warm")) for task in every)
                     advance(ended - done, _note(every))
                     done = ended
                     self.record(every)
@@ -180,6 +181,13 @@ class Sweep:
                 self.complete(task, [run for run in found if run])
             elif plan.number is not None:
                 task.move(TrialState.WAITING)
+
+    def discard_strays(self) -> None:
+        """Remove runs that were made for a trial by a controller that was killed before the study knew of them."""
+        known = {name for task in self.tasks() for name in task.get("runs", [])}
+        for run in find_runs(self.out):
+            if (run.record.get("sweep") or {}).get("id") == self.run.id and run.path.name not in known:
+                run.discard()
 
     def start(self, task: Task, launcher: Launcher) -> None:
         """Make the trial's runs, or take those that it has, and hand them to the launcher."""

@@ -1,0 +1,123 @@
+"""What a sweep varies: axes are read as written, wrong ones are refused in one line, points become settings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from lethe import axes
+from lethe.config import UnlearnConfig, to_dict
+from lethe.errors import LetheError
+
+RECIPE = to_dict(UnlearnConfig(source="lab:global_step600"))
+
+
+def parsed(vary, attacked=False):
+    return axes.parse(vary, attacked)
+
+
+def test_a_grid_is_every_combination():
+    found = list(axes.points(parsed({"retain_coef": [1, 5], "remove_coef": [2, 3, 4], "lora.r": [4, 8]}), RECIPE))
+    expected = [{"retain_coef": a, "remove_coef": b, "lora.r": c} for a, b, c in itertools.product([1, 5], [2, 3, 4], [4, 8])]
+    assert found == expected
+
+
+def test_a_log_range_has_equal_ratios_and_its_own_ends():
+    (axis,) = parsed({"lr": {"low": "1e-4", "high": 1e-1, "log": True, "steps": 4}})
+    assert axis.grid() == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1])
+    assert axis.grid()[0] == 1e-4 and axis.grid()[-1] == 1e-1
+
+
+def test_a_range_of_whole_numbers_stays_whole():
+    (axis,) = parsed({"max_steps": {"low": 10, "high": 1000, "log": True, "steps": 5}})
+    assert axis.grid() == [10, 32, 100, 316, 1000]
+    assert all(isinstance(value, int) for value in axis.grid())
+
+
+def test_a_condition_leaves_an_axis_out_and_the_point_comes_once():
+    vary = {"optimizer": ["adamw", "muon"], "lora.r": {"values": [4, 16], "when": {"optimizer": "adamw"}}}
+    assert list(axes.points(parsed(vary), RECIPE)) == [
+        {"optimizer": "adamw", "lora.r": 4},
+        {"optimizer": "adamw", "lora.r": 16},
+        {"optimizer": "muon"},
+    ]
+
+
+def test_a_condition_on_a_field_that_is_not_varied_reads_the_recipe():
+    vary = {"lr": [1e-3, 1e-2], "lora.r": {"values": [4, 16], "when": {"schedule": ["constant"]}}}
+    assert list(axes.points(parsed(vary), RECIPE)) == [{"lr": 1e-3}, {"lr": 1e-2}]
+    assert len(list(axes.points(parsed(vary), RECIPE | {"schedule": "constant"}))) == 4
+
+
+def test_settings_of_a_point_change_nothing_else():
+    point = {"lora.r": 4, "retain_coef": 7, "tamper.lr": 1e-4}
+    made = axes.settings_at(RECIPE, point)
+    assert made["lora"] == {**RECIPE["lora"], "r": 4} and made["retain_coef"] == 7
+    same = {name: value for name, value in made.items() if name not in {"lora", "retain_coef"}}
+    assert same == {name: value for name, value in RECIPE.items() if name not in {"lora", "retain_coef"}}
+    assert axes.settings_at({"lr": 1.0, "seed": 0}, point, attack=True) == {"lr": 1e-4, "seed": 0}
+    assert RECIPE["lora"]["r"] == 16
+
+
+def test_a_rank_on_a_full_rank_recipe_makes_adapters():
+    made = axes.settings_at(RECIPE | {"lora": None}, {"lora.r": 4})
+    assert made["lora"]["r"] == 4 and made["lora"]["alpha"] == 16
+
+
+def test_a_ratio_holds_the_field_below_it():
+    made = axes.settings_at(RECIPE, {"remove_coef / retain_coef": 3.0})
+    assert (made["remove_coef"], made["retain_coef"]) == (15.0, 5.0)
+    (axis,) = parsed({"remove_coef/retain_coef": {"low": 0.1, "high": 10, "log": True}})
+    assert axis.name == "remove_coef / retain_coef"
+    assert math.isclose(axis.at(0.5), 1.0)
+
+
+def test_names_are_templates_over_the_runs_own_fields():
+    made = axes.settings_at(RECIPE, {"retain_coef": 10})
+    assert axes.name_at("ret{retain_coef}_rm{remove_coef}_r{lora.r}", made, {"retain_coef": 10}, None) == "ret10_rm5_r16"
+    assert axes.name_at("ret{retain_coef}", made, {"retain_coef": 10}, 2) == "ret10_seed2"
+    assert axes.name_at("s{seed}", made | {"seed": 2}, {}, 2) == "s2"
+    assert axes.name_at("", made, {"retain_coef": 10, "lora.r": 4}, None) == "retain_coef10_r4"
+
+
+def test_what_changes_no_number_is_no_difference():
+    other = RECIPE | {"name": "b", "out": "elsewhere", "save_every": 3, "eval": {**RECIPE["eval"], "every": 7}}
+    assert axes.key_of("unlearn", other) == axes.key_of("unlearn", RECIPE)
+    for change in ({"lr": 1.5e-3}, {"seed": 1}, {"eval": {**RECIPE["eval"], "limit": 5}}):
+        assert axes.key_of("unlearn", RECIPE | change) != axes.key_of("unlearn", RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("vary", "words"),
+    [
+        ({"retian_coef": [1]}, "retain_coef"),
+        ({"seed": [0, 1]}, "seeds repeats every setting"),
+        ({"retain_coef": []}, "retain_coef"),
+        ({"retain_coef": [1, 1.0, 1]}, "twice"),
+        ({"retain_coef": 5}, "must be a list"),
+        ({"retain_coef": {"low": 5, "high": 1}}, "must rise"),
+        ({"retain_coef": {"low": 0, "high": 1, "log": True}}, "above 0"),
+        ({"retain_coef": {"low": 1, "high": 2, "steps": 1}}, "at least 2"),
+        ({"retain_coef": {"lo": 1, "high": 2}}, "did you mean 'low'"),
+        ({"retain_coef": {"values": [1], "low": 1}}, "either a list of values, or low and high"),
+        ({"retain_coef": {"values": [1], "when": {"optimiser": "adamw"}}}, "optimizer"),
+        ({"tamper.lr": [1e-3]}, "this sweep has none"),
+        ({"retain_coef": [1], "retain_coef / remove_coef": [2]}, "twice"),
+    ],
+)
+def test_what_makes_no_axis_is_refused(vary, words):
+    with pytest.raises(LetheError, match=words) as refused:
+        parsed(vary)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_range_without_steps_is_no_grid():
+    with pytest.raises(LetheError, match="steps"):
+        list(axes.points(parsed({"lr": {"low": 1e-4, "high": 1e-2}}), RECIPE))
+
+
+def test_a_template_over_an_unknown_field_is_refused():
+    with pytest.raises(LetheError, match="retain_coef"):
+        axes.name_at("ret{retian_coef}", RECIPE, {}, None)

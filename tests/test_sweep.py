@@ -1,0 +1,439 @@
+"""Sweeps on the nano lab, with real runs in real worker processes: what they find, and that no fault loses or repeats work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from safetensors.torch import load_file
+
+from lethe import cli, regimes
+from lethe.config import ResumeConfig, SweepCancelConfig, SweepConfig, SweepRetryConfig, SweepStatusConfig
+from lethe.errors import LetheError
+from lethe.lab import active_preset
+from lethe.ledger import Run, find_runs
+from lethe.resume import resume
+from lethe.sweep import Sweep, cancel, retry, status, sweep
+
+TASKS = ["lab_forget_robust", "lab_retain"]
+
+
+def recipe(**changes):
+    settings = {
+        "source": f"lab:global_step{active_preset().onset}",
+        "lr": 1e-2,
+        "num_train_examples": 32,
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "save_every": 2,
+        "affine": "none",
+        "layers": [0, 2, 4],
+        "eval": {"tasks": TASKS, "limit": 40},
+    }
+    return settings | changes
+
+
+def config(out: Path, **changes) -> SweepConfig:
+    settings = {"unlearn": recipe(), "vary": {"retain_coef": [1, 10]}, "out": str(out)} | changes
+    return SweepConfig(**settings)
+
+
+def trials(run: Run) -> dict[str, dict]:
+    return {trial["name"]: trial for trial in run.record["trials"]}
+
+
+def weights(run: Run):
+    return load_file(run.path / "adapter" / "adapter_model.safetensors")
+
+
+# -- refused before anything is run
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vary": {}}, "vary: name at least one setting"),
+        ({"vary": {"retian_coef": [1]}}, "retain_coef"),
+        ({"vary": {"retain_coef": [1, -1]}}, "at retain_coef -1: retain_coef: must be at least 0"),
+        ({"vary": {"layers": [[0, 1], [0, 99]]}}, "99"),
+        ({"unlearn": {"recipe": "nowhere.yaml"}}, "cannot be read"),
+        ({"unlearn": {"lerning_rate": 1}}, "lerning_rate"),
+        ({"kind": "boundary"}, "along one axis"),
+        ({"kind": "pareto"}, "max_runs: a pareto sweep needs a budget"),
+        ({"max_runs": 5}, "max_runs: 5 has no effect with kind grid"),
+        ({"find": "keeps", "within": 0.01}, "find: keeps has no effect with kind grid"),
+        ({"kind": "boundary", "find": "keeps", "vary": {"lr": {"low": 1e-4, "high": 1}}}, "within: find keeps needs"),
+        ({"kind": "boundary", "vary": {"lr": {"low": 1e-4, "high": 1}}, "reference": "0.4"}, "reference: 0.4 has no effect"),
+        ({"width": 1.0}, "width: must be above 1"),
+        ({"seeds": 0}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"name": "ret{retian_coef}"}, "retain_coef"),
+        ({"unlearn": recipe(source="auto")}, "lethe checkpoints"),
+        ({"unlearn": recipe(eval={"tasks": ["lab_retain"]})}, "forget_task"),
+        ({"tamper": {"max_stepz": 3}}, "max_steps"),
+    ],
+)
+def test_a_sweep_that_cannot_work_is_refused_and_leaves_nothing(lab, tmp_path, changes, words):
+    with pytest.raises(LetheError, match=words) as refused:
+        sweep(config(tmp_path / "runs", **changes))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "runs").exists()
+
+
+# -- what the kinds do
+
+
+@pytest.fixture(scope="module")
+def grid(lab, tmp_path_factory) -> Run:
+    """A grid of four settings, two at a time, with an attack on each."""
+    out = tmp_path_factory.mktemp("grid") / "runs"
+    attack = {"max_steps": 4, "num_train_examples": 16, "eval": {"tasks": TASKS, "every": 2, "limit": 40}}
+    return sweep(
+        config(
+            out,
+            goal="Does more retain weight keep more?",
+            name="ret{retain_coef}_rm{remove_coef}",
+            vary={"retain_coef": [1, 10], "remove_coef": [5, 50]},
+            tamper=attack,
+            jobs=2,
+        )
+    )
+
+
+@pytest.mark.slow
+def test_a_grid_runs_every_combination_once_and_attacks_each(grid):
+    found = trials(grid)
+    assert list(found) == ["baseline", "ret1_rm5", "ret1_rm50", "ret10_rm5", "ret10_rm50"]
+    assert grid.status == "complete" and grid.record["counts"] == {"complete": 5}
+    for name, trial in found.items():
+        runs = [Run.open(next(grid.path.parent.glob(f"*-{i}"))) for i in trial["runs"]]
+        assert [run.record["kind"] for run in runs] == (["evaluate"] if name == "baseline" else ["unlearn", "tamper"])
+        assert all(run.status == "complete" for run in runs)
+        if name != "baseline":
+            assert runs[1].record["config"]["model"] == f"run:{runs[0].id}"
+            assert {n: runs[0].record["config"][n] for n in trial["point"]} == trial["point"]
+            curve = [row["evals"]["lab_forget_robust"]["acc"] for row in runs[1].rows("curve.jsonl")]
+            assert trial["after_attack"] == max(curve)
+
+
+@pytest.mark.slow
+def test_a_trials_regime_is_that_of_its_intervals(grid):
+    found = trials(grid)
+    before = Run.open(next(grid.path.parent.glob("evaluate-*"))).record["evals"]
+    for name, trial in found.items():
+        if name != "baseline":
+            run = Run.open(next(grid.path.parent.glob(f"unlearn-{name}-*")))
+            kept = [regimes.kept(run.record["evals"][task], before[task]) for task in TASKS]
+            assert trial["regime"] == regimes.regime(*kept)
+            assert trial["selectivity"]["value"] == regimes.selectivity(*kept).value
+
+
+@pytest.mark.slow
+def test_a_trial_is_what_its_own_command_would_have_made(grid, tmp_path):
+    """The same configuration through `lethe unlearn`: the same weights."""
+    run = Run.open(next(grid.path.parent.glob("unlearn-ret10_rm5-*")))
+    alone = subprocess.run(
+        [
+            *(sys.executable, "-m", "lethe.cli", "unlearn", "--json", "--config", str(_yaml(tmp_path, run.record["config"]))),
+            *("--out", str(tmp_path / "runs")),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ours, theirs = weights(run), weights(Run.open(json.loads(alone.stdout)["path"]))
+    assert all(bool((ours[name] == theirs[name]).all()) for name in ours | theirs)
+
+
+def _yaml(folder: Path, settings: dict) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.slow
+def test_what_was_measured_before_is_not_run_again(grid):
+    """A larger grid in the same folder: the old settings are taken over, the new ones are run."""
+    before = {run.id for run in find_runs(grid.path.parent)}
+    attack = grid.record["config"]["tamper"]
+    larger = sweep(
+        config(
+            grid.path.parent,
+            name="ret{retain_coef}_rm{remove_coef}",
+            vary={"retain_coef": [1, 10, 100], "remove_coef": [5]},
+            tamper=attack,
+        )
+    )
+    found = trials(larger)
+    assert [name for name, trial in found.items() if trial["reused"]] == ["baseline", "ret1_rm5", "ret10_rm5"]
+    assert len({run.id for run in find_runs(grid.path.parent)} - before) == 3  # the sweep, one unlearning run, one attack
+    assert found["ret1_rm5"]["evals"] == trials(grid)["ret1_rm5"]["evals"]
+
+
+@pytest.mark.slow
+def test_the_study_opens_in_optuna(grid):
+    storage = JournalStorage(JournalFileBackend(str(grid.path / "study.journal")))
+    study = optuna.load_study(study_name=f"grid {grid.id}", storage=storage)
+    found = trials(grid)
+    for trial in study.trials:
+        shown = found[trial.user_attrs["name"]]
+        assert trial.params == shown["point"]
+        assert trial.values == [*(shown["evals"][task]["acc"] for task in TASKS), shown["after_attack"]]
+
+
+@pytest.mark.slow
+def test_runs_of_a_sweep_carry_its_id_and_its_table_has_the_goal_above(grid, capsys):
+    for run in find_runs(grid.path.parent):
+        if run.record["kind"] == "unlearn":
+            assert run.record["sweep"]["id"] == grid.id
+    assert cli.main(["sweep", "status", str(grid.path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("Does more retain weight keep more?") < shown.index("ret10_rm50")
+    assert "Next:" in shown
+
+
+@pytest.mark.slow
+def test_seeds_repeat_every_setting(lab, tmp_path):
+    run = sweep(config(tmp_path, vary={"retain_coef": [1]}, seeds=[3, 4], jobs=2))
+    found = trials(run)
+    assert [(name, trial["seed"]) for name, trial in found.items() if name != "baseline"] == [
+        ("retain_coef1_seed3", 3),
+        ("retain_coef1_seed4", 4),
+    ]
+    runs = [Run.open(next(tmp_path.glob(f"unlearn-*-{found[name]['runs'][0]}"))) for name in list(found)[1:]]
+    assert [run.record["config"]["seed"] for run in runs] == [3, 4]
+    a, b = map(weights, runs)
+    assert any(bool((a[name] != b[name]).any()) for name in a)
+
+
+@pytest.mark.slow
+def test_a_boundary_is_where_every_value_of_the_axis_says_it_is(lab, tmp_path):
+    """Bisection along lr, beside a grid over the same axis that measures every value."""
+    axis = {"low": 1e-4, "high": 1.0, "log": True}
+    long = recipe(max_steps=20, num_train_examples=80, eval={"tasks": TASKS})
+    found = sweep(config(tmp_path / "a", kind="boundary", unlearn=long, vary={"lr": axis}, width=4.0, jobs=2))
+    every = sweep(config(tmp_path / "b", unlearn=long, vary={"lr": axis | {"steps": 9}}, jobs=2))
+    truth = sorted((t["point"]["lr"], t["regime"]) for t in every.record["trials"] if not t["reference"])
+    bisected = sorted((t["point"]["lr"], t["regime"]) for t in found.record["trials"] if not t["reference"])
+    assert len(bisected) <= 10
+    for name, holds in (("neither", [r == "neither" for _, r in truth]), ("both", [r != "both" for _, r in truth])):
+        assert holds == sorted(holds, reverse=True) and 0 < sum(holds) < len(holds)  # the axis is monotone and has both
+        last, first = truth[sum(holds) - 1][0], truth[sum(holds)][0]
+        low = max(x for x, r in bisected if (r == "neither" if name == "neither" else r != "both"))
+        high = min(x for x, r in bisected if not (r == "neither" if name == "neither" else r != "both"))
+        assert low < first and high > last and high / low <= 4.0  # the two brackets share the boundary
+    assert all(
+        word in " ".join(found.record["conclusions"]) for word in ("nothing has fallen", "both are not at chance", "One seed")
+    )
+
+
+@pytest.mark.slow
+def test_an_axis_that_does_not_reach_both_is_not_bracketed_and_names_the_next(lab, tmp_path):
+    run = sweep(config(tmp_path, kind="boundary", vary={"remove_coef": {"low": 1, "high": 100, "log": True}}, jobs=2))
+    said = " ".join(run.record["conclusions"])
+    assert "Not bracketed" in said and "max_steps" in said
+    assert len(run.record["trials"]) == 3
+
+
+@pytest.mark.slow
+def test_the_largest_rate_that_keeps_retain_is_found(lab, tmp_path):
+    run = sweep(
+        config(
+            tmp_path,
+            kind="boundary",
+            find="keeps",
+            within=0.1,
+            unlearn=recipe(max_steps=20, num_train_examples=80),
+            vary={"lr": {"low": 1e-3, "high": 1.0, "log": True}},
+            width=3.0,
+            jobs=2,
+        )
+    )
+    base = trials(run)["baseline"]["evals"]["lab_retain"]["acc"]
+    keeps = {
+        t["point"]["lr"]: t["evals"]["lab_retain"]["acc"] >= base - 0.1 for t in run.record["trials"] if not t["reference"]
+    }
+    largest = max(x for x, kept in keeps.items() if kept)
+    said = run.record["conclusions"][0]
+    assert f"{largest:g}" in said and "The largest value that keeps lab_retain within 10 points of baseline" in said
+
+
+@pytest.mark.slow
+def test_pareto_spends_its_budget_and_starts_from_what_is_known(grid, tmp_path):
+    axes = {"retain_coef": {"low": 0.5, "high": 100, "log": True}, "remove_coef": {"low": 1, "high": 100, "log": True}}
+    run = sweep(config(tmp_path, kind="pareto", vary=axes, max_runs=4, warm_start=[str(grid.path.parent)], jobs=2))
+    found = [t for t in run.record["trials"] if not t["reference"]]
+    known = [t for t in found if t["reused"]]
+    assert len(found) - len(known) == 4
+    grid_runs = [r for r in find_runs(grid.path.parent) if r.record["kind"] == "unlearn"]
+    assert {t["name"] for t in known} == {r.record["name"] for r in grid_runs}
+    for trial in found:
+        assert 0.5 <= trial["point"]["retain_coef"] <= 100 and 1 <= trial["point"]["remove_coef"] <= 100
+    assert any(sentence.startswith("Front of") for sentence in run.record["conclusions"])
+
+
+@pytest.mark.slow
+def test_a_hopeless_run_is_pruned_and_has_no_number(lab, tmp_path):
+    """Two finished runs are known that were far better at the first evaluation; the third is stopped there."""
+    long = recipe(max_steps=200, num_train_examples=800, lr=1e-6, eval={"tasks": TASKS, "every": 5})
+    sweep(config(tmp_path, unlearn=long | {"max_steps": 5}, vary={"retain_coef": [1, 2]}))
+    for run in find_runs(tmp_path):
+        if run.record["kind"] == "unlearn":  # plant what good runs of 200 steps would have measured at step 5
+            run.record["config"]["max_steps"] = run.record["plan"]["steps"] = 200
+            row = run.rows("curve.jsonl")[0]
+            for task, value in zip(TASKS, (0.1, 1.0), strict=True):
+                row["evals"][task] |= {"acc": value, "low": value - 0.001, "high": value + 0.001}
+            (run.path / "curve.jsonl").write_text(json.dumps(row) + "\n")
+            run.update(evals=row["evals"])
+    axis = {"retain_coef": {"low": 1, "high": 4}}
+    second = config(tmp_path, kind="pareto", unlearn=long, vary=axis, max_runs=1, warm_start=[str(tmp_path)])
+    (found,) = [t for t in sweep(second).record["trials"] if not t["reference"] and not t["reused"]]
+    assert found["status"] == "pruned" and found["reason"].startswith("pruned at step") and found["evals"] == {}
+    run = Run.open(next(tmp_path.glob(f"unlearn-*-{found['runs'][0]}")))
+    assert run.status == "cancelled" and run.rows("metrics.jsonl")[-1]["step"] < 200
+
+
+# -- faults
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_or_fails_is_a_status_and_the_sweep_goes_on(lab, tmp_path):
+    run = sweep(
+        config(tmp_path, vary={"lr": [1e-2, 1e30]}, unlearn=recipe(max_steps=30, num_train_examples=120, schedule="constant"))
+    )
+    found = trials(run)
+    assert run.status == "complete" and run.record["counts"] == {"complete": 2, "diverged": 1}
+    lost = found["lr1e+30"]
+    assert lost["status"] == "diverged" and "lower lr" in lost["reason"] and lost["evals"] == {}
+    study = Sweep.open(str(run.path), str(tmp_path)).study
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL"] and study.trials[1].values is None
+
+
+def start(*words: str, out: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lethe.cli", *words, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=(out.parent / "controller.log").open("a"),
+        start_new_session=True,
+    )
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+    return found
+
+
+def at_work(out: Path) -> list[Run]:
+    """Unlearning runs that have made an update."""
+    with contextlib.suppress(LetheError):
+        return [
+            r for r in find_runs(out) if r.record["kind"] == "unlearn" and r.status == "running" and r.rows("metrics.jsonl")
+        ]
+    return []
+
+
+@pytest.fixture
+def slow_sweep(lab, tmp_path) -> Path:
+    """A recipe of four runs that take some seconds each."""
+    path = tmp_path / "sweep.yaml"
+    long = recipe(max_steps=60, num_train_examples=64, save_every=5)
+    path.write_text(json.dumps({"unlearn": long, "vary": {"retain_coef": [1, 10], "remove_coef": [5, 50]}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lab, tmp_path_factory) -> dict[str, Run]:
+    """The runs of `slow_sweep`, made without any fault."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    long = recipe(max_steps=60, num_train_examples=64, save_every=5)
+    sweep(config(out, unlearn=long, vary={"retain_coef": [1, 10], "remove_coef": [5, 50]}, jobs=2))
+    return {run.record["name"]: run for run in find_runs(out) if run.record["kind"] == "unlearn"}
+
+
+def same_as(undisturbed: dict[str, Run], out: Path) -> None:
+    """Every run was made once, and ended in the same weights and metrics."""
+    runs = [run for run in find_runs(out) if run.record["kind"] == "unlearn"]
+    assert sorted(run.record["name"] for run in runs) == sorted(undisturbed)
+    for run in runs:
+        other = undisturbed[run.record["name"]]
+        assert run.status == "complete"
+        assert all(bool((x == weights(other)[name]).all()) for name, x in weights(run).items())
+        steps = [row["step"] for row in run.rows("metrics.jsonl")]
+        assert steps == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_killed_workers_and_controllers_lose_nothing_and_repeat_nothing(slow_sweep, undisturbed, tmp_path):
+    out = tmp_path / "runs"
+    first = start("sweep", "--config", str(slow_sweep), "--jobs", "2", out=out)
+    run = until(lambda: at_work(out))[0]
+    os.kill(run.record["environment"]["pid"], signal.SIGKILL)  # a worker
+    until(lambda: (r := at_work(out)) and r[0].record["environment"]["pid"] != run.record["environment"]["pid"])
+    first.kill()  # the controller; its workers finish what they have
+    first.wait()
+    (made,) = out.glob("sweep-*")
+    second = start("resume", str(made), out=out)
+    assert second.wait(200) == 0
+    same_as(undisturbed, out)
+    assert Run.open(made).status == "complete"
+
+
+@pytest.mark.slow
+def test_two_controllers_share_a_sweep_and_no_trial_is_run_twice(slow_sweep, undisturbed, tmp_path):
+    out = tmp_path / "runs"
+    first = start("sweep", "--config", str(slow_sweep), out=out)
+    made = until(lambda: list(out.glob("sweep-*/study.journal")))[0].parent
+    until(lambda: at_work(out))
+    second = start("resume", str(made), out=out)
+    until(lambda: len(at_work(out)) == 2)
+    assert first.wait(200) == 0 and second.wait(200) == 0
+    same_as(undisturbed, out)
+    workers = {run.record["environment"]["pid"] for run in find_runs(out) if run.record["kind"] == "unlearn"}
+    assert len(workers) == 2
+
+
+@pytest.mark.slow
+def test_a_stopped_controller_stops_its_workers_and_resume_goes_on(slow_sweep, undisturbed, tmp_path):
+    out = tmp_path / "runs"
+    first = start("sweep", "--config", str(slow_sweep), "--jobs", "2", out=out)
+    run = until(lambda: at_work(out))[0]
+    first.terminate()
+    assert first.wait(60) == 143
+    assert not psutil.pid_exists(run.record["environment"]["pid"])
+    (made,) = out.glob("sweep-*")
+    assert Run.open(made).status == "cancelled" and "lethe resume" in Run.open(made).record["reason"]
+    resume(ResumeConfig(str(made), str(out)))
+    same_as(undisturbed, out)
+
+
+@pytest.mark.slow
+def test_cancelled_runs_are_a_status_and_retry_takes_them_up_again(slow_sweep, undisturbed, tmp_path):
+    out = tmp_path / "runs"
+    first = start("sweep", "--config", str(slow_sweep), "--jobs", "2", out=out)
+    until(lambda: at_work(out))
+    (made,) = out.glob("sweep-*")
+    cancel(SweepCancelConfig(str(made), str(out)))
+    assert first.wait(60) == 143
+    found = trials(status(SweepStatusConfig(str(made), str(out))))
+    assert {t["status"] for n, t in found.items() if n != "baseline"} == {"cancelled"}
+    assert all("lethe sweep cancel" in t["reason"] for n, t in found.items() if n != "baseline")
+    with pytest.raises(LetheError, match="nothing to cancel"):
+        cancel(SweepCancelConfig(str(made), str(out)))
+    retry(SweepRetryConfig(str(made), str(out)))
+    same_as(undisturbed, out)
+    with pytest.raises(LetheError, match="no failed or cancelled run"):
+        retry(SweepRetryConfig(str(made), str(out)))
