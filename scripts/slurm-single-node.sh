@@ -91,14 +91,15 @@ StoragePass=$(cat "$DIR/db-password")
 StorageLoc=slurm_acct_db
 END
   fi
-  # cred_expire: a requeued job may start again after that many seconds (the default is 120).
+  # cred_expire: a requeued job may start again after that many seconds (the default is 120; 5 is the least).
+  # AccountingStoragePass is munge's socket. BatchStartTimeout: a job that a node has lost is missed 11 s after its start.
   cat >"$DIR/slurm.conf" <<END
 ClusterName=lethe
 SlurmctldHost=$HOST(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$DIR/munge/socket,cred_expire=2
+AuthInfo=socket=$DIR/munge/socket,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -112,6 +113,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
 KillWait=5
+BatchStartTimeout=1
 MinJobAge=300
 SlurmdTimeout=30
 SlurmdParameters=config_overrides
