@@ -46,8 +46,8 @@ class SlurmSettings:
     """The partition (unset: the cluster's default)."""
     account: str | None = None
     """The account that is charged."""
-    time: int | str = 720
-    """Time limit: minutes, or one of Slurm's forms ("12:00:00", "2-00:00:00"). A job out of time saves and is requeued."""
+    time: str | int = "12:00:00"
+    """Time limit: minutes, or, in quotes, "12:00:00" or "2-00:00:00". A job that runs out of time saves and is requeued."""
     devices: int = 0
     """GPUs of a job."""
     cpus: int | None = None
@@ -131,12 +131,14 @@ def submit(work: Work, folder: str | Path, settings: SlurmSettings, name: str) -
         raise LetheError(f"slurm: sbatch refused '{name}': {_words(str(error))}") from error
 
 
-def minutes(time: int | str) -> int:
+def minutes(time: str | int) -> int:
     """Slurm's forms of a time in whole minutes, rounded up: 90, "90", "90:00", "1:30:00", "1-12", "1-12:00", "1-12:00:00".
 
     Raises:
         LetheError: it is none of them, or no time at all.
     """
+    if isinstance(time, int) and time > 1440:  # YAML reads 12:00:00 without quotes as the number 43200
+        raise LetheError(f'time: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
     parts = _TIME.fullmatch(str(time).strip())
     if parts:
         days, first, second, third = (int(part) if part else 0 for part in parts.groups())
@@ -292,7 +294,7 @@ def _state(state: str, code: str, reason: str) -> JobState:
     if word in WAITS | WORKS:
         return JobState(word, reason.strip(), True)
     status, _, number = code.strip().partition(":")
-    ends = [f"{by} (uid)" if by else "", f"exit code {status}", f"signal {number}"]
+    ends = [by, f"exit code {status}", f"signal {number}"]
     told = [end for end in ends if end and not end.endswith(("code ", "code 0", "signal ", "signal 0"))]
     return JobState(word, ", ".join(told) or reason.strip(), False)
 
