@@ -10,7 +10,6 @@ Nothing here imports torch, and submitit is imported only where it is used.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ ANSWER_SECONDS = 30
 PATIENTLY = 'bash -c \'trap "" TERM USR2; exec "$@"\' lethe '
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 logger = logging.getLogger(__name__)
+_warned = threading.Event()
 
 
 @dataclass
@@ -276,6 +277,8 @@ def _from_controller(ids: list[str]) -> dict[str, JobState] | None:
         return {job.strip(): _state(state, "", reason) for job, state, reason in rows}
     if "Invalid job id" in words:  # it was asked for one alone, and does not know it
         return {}
+    if "Unable to contact" in words:  # nor could scontrol
+        return None
     answer, _ = _asked("scontrol", "show", "job", "--oneliner")
     if answer is None:
         return None
@@ -299,9 +302,11 @@ def _state(state: str, code: str, reason: str) -> JobState:
     return JobState(word, ", ".join(told) or reason.strip(), False)
 
 
-@functools.cache
 def _warn_without_accounting(words: str) -> None:
-    """Once a process, in the words of the first time."""
+    """Once a process."""
+    if _warned.is_set():
+        return
+    _warned.set()
     logger.warning(
         "Slurm's accounting does not answer (%s); asking squeue and scontrol, which forget jobs soon after their end", words
     )

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # A Slurm cluster of one node, this machine, on loopback: for Lethe's tests and for trying sweeps out. Debian, as root.
 #
-#   scripts/slurm-single-node.sh start [--no-accounting]   install what is missing, start what is not running, wait until jobs can run
-#   scripts/slurm-single-node.sh stop                      cancel every job, stop everything that start has started
-#   scripts/slurm-single-node.sh status                    one line; exit code 0: jobs can run
+#   slurm-single-node.sh start [--no-accounting]   install what is missing, start what is not running, wait until jobs can run
+#   slurm-single-node.sh stop                      cancel every job, stop everything that start has started
+#   slurm-single-node.sh status                    one line; exit code 0: jobs can run
 #
 # start and stop may be repeated. After a daemon has died (kill -9, say) start brings back that one alone; jobs are kept.
+# start exits with 3 where the packages cannot be had, or where the machine belongs to a cluster already.
 # Partitions: `batch` (the default), whose jobs have 10 s to save when a job in `urgent` needs their place, and are then requeued.
 # Accounting (sacct) is slurmdbd with a MariaDB of its own; with --no-accounting, or LETHE_SLURM_ACCOUNTING=no, there is none.
 # Everything lies under $LETHE_SLURM_DIR (/var/lib/lethe-slurm): configuration, state, *.log, *.pid; the one thing outside is
@@ -23,6 +24,12 @@ DAEMONS="munged mariadbd slurmdbd slurmctld slurmd"  # in the order of their sta
 die() {
   echo "slurm-single-node: $*" >&2
   exit 1
+}
+
+# impossible WORDS...: not on this machine, whatever one does; exit code 3.
+impossible() {
+  echo "slurm-single-node: $*" >&2
+  exit 3
 }
 
 # failed DAEMON: says that it did not start, with the last lines of its log.
@@ -56,12 +63,12 @@ install_packages() {
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q "ok installed" || missing="$missing $package"
   done
   [ -n "$missing" ] || return 0
-  command -v apt-get >/dev/null || die "$missing missing, and there is no apt-get to install it with"
+  command -v apt-get >/dev/null || impossible "$missing missing, and there is no apt-get to install it with"
   # RUNLEVEL=1: Debian's packages do not start their services on installation.
   export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
   # shellcheck disable=SC2086  # a list of packages
   set -- apt-get install -y -qq --no-install-recommends $missing
-  "$@" >/dev/null 2>&1 || { apt-get update -qq && "$@" >/dev/null; } || die "apt-get cannot install$missing"
+  "$@" >/dev/null 2>&1 || { apt-get update -qq && "$@" >/dev/null; } || impossible "apt-get cannot install$missing"
 }
 
 configure() {
@@ -196,7 +203,7 @@ start() {
   local was
   [ "$(id -u)" = 0 ] || die "needs root"
   if [ -e "$CONF" ] && [ "$(readlink "$CONF")" != "$DIR/slurm.conf" ]; then
-    die "$CONF is there already, and not from here: this machine belongs to a cluster"
+    impossible "$CONF is there already, and not from here: this machine belongs to a cluster"
   fi
   if alive slurmctld; then
     was=$(grep -q accounting_storage/none "$DIR/slurm.conf" && echo no || echo yes)

@@ -250,7 +250,7 @@ def test_settings_of_watching_that_have_no_effect_are_refused(folder: Path, caps
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """slurm(squeue=text, scontrol=text): programs of these names on PATH, which print the text, or fail for None. sacct fails."""
+    """slurm(squeue=text, scontrol=text): programs on PATH, which print the text, or fail for None. sacct fails."""
     folder = tmp_path / "programs"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
