@@ -3,7 +3,7 @@
 A field is named by its whole name (`config.lr`, `evals.mmlu.acc`) or by its last part where that is usual: a setting (`lr`),
 a loss (`cb_loss`), a task (`mmlu`), or what is worked out here (`status`, `age`, `time`, `progress`, `eta`, `results`). Only
 run.json is read, and the last line of metrics.jsonl where progress is asked for. A run that waits for Slurm or works under it
-has a status that both have a say in: its heartbeat, and what squeue (or scontrol) says about its job.
+has a status that both have a say in: its heartbeat, and what Slurm says about its job.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ import fnmatch
 import json
 import math
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from lethe import config as c
-from lethe import regimes
+from lethe import regimes, slurm
 from lethe.errors import LetheError, nearest
 from lethe.ledger import Run, seconds_since
 
@@ -30,41 +28,31 @@ PLACES = ("config", "plan", "losses", "imported", "imported.settings")
 SETTINGS = {f.name for kind in (c.UnlearnConfig, c.TamperConfig, c.EvaluateConfig) for f in fields(kind)}
 DEFAULT_COLUMNS = ("id", "job_id", "kind", "name", "status", "age", "time", "progress", "eta", "results")
 ONLY_IF_THERE = {"job_id", "eta"}
-SLURM_WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "STOPPED", "RESV_DEL_HOLD"}
-SLURM_WORKS = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING"}
-SLURM_SECONDS = 10
 _CONDITION = re.compile(r"([\w.-]+?)\s*(!=|<=|>=|=|<|>)\s*(.*)", re.DOTALL)
-
-
-class Job(NamedTuple):
-    """What Slurm says about a job."""
-
-    state: str
-    reason: str
 
 
 @dataclass
 class Entry:
-    """A run in a list. `jobs`: Slurm's jobs by id; None: Slurm was not asked or did not answer."""
+    """A run in a list. `job`: how its job stands, if Slurm was asked about it."""
 
     run: Run
-    jobs: dict[str, Job] | None = None
+    job: slurm.JobState | None = None
 
     @cached_property
     def _judged(self) -> tuple[str, str | None]:
         run, reason = self.run, self.run.record.get("reason")
         status = str(run.status)
-        if self.jobs is None or not waits_for_slurm(run):
+        job = self.job
+        if job is None or job.alive is None:
             return status, reason
-        job = self.jobs.get(str(run.record["job_id"]))
-        if job is None:
+        if job.word == slurm.UNKNOWN:
             return "lost", f"Slurm does not know job {run.record['job_id']} any more"
-        if job.state in SLURM_WAITS:
-            return "queued", f"Slurm: {job.state}, {job.reason}"
-        if job.state in SLURM_WORKS:
-            return status, reason if status != "lost" else f"Slurm: {job.state}, but no sign of life from the run"
-        ended = "cancelled" if job.state.startswith("CANCELLED") else "lost" if job.state == "COMPLETED" else "failed"
-        return ended, f"Slurm: {job.state}, {job.reason}"
+        if job.alive and job.word not in slurm.WORKS:
+            return "queued", f"Slurm: {job.word}, {job.reason}"
+        if job.alive:
+            return status, reason if status != "lost" else f"Slurm: {job.word}, but no sign of life from the run"
+        ended = "cancelled" if job.word == "CANCELLED" else "lost" if job.word == "COMPLETED" else "failed"
+        return ended, f"Slurm: {job.word}, {job.reason}"
 
     @property
     def status(self) -> str:
@@ -177,42 +165,14 @@ def is_imported(run: Run) -> bool:
 def entries(runs: Iterable[Run]) -> list[Entry]:
     """The runs as a list; Slurm is asked, once, if any of them waits for it or works under it."""
     runs = list(runs)
-    jobs = slurm_jobs() if any(waits_for_slurm(run) for run in runs) else None
-    return [Entry(run, jobs) for run in runs]
+    jobs = slurm.states(str(run.record["job_id"]) for run in runs if waits_for_slurm(run))
+    return [Entry(run, jobs.get(str(run.record["job_id"])) if waits_for_slurm(run) else None) for run in runs]
 
 
 def waits_for_slurm(run: Run) -> bool:
     """Whether Slurm may know more about the run than its record."""
     record = run.record
     return bool(record.get("launcher") == "slurm" and record.get("job_id") and record["status"] in {"queued", "running"})
-
-
-def slurm_jobs() -> dict[str, Job] | None:
-    """All jobs that Slurm knows by id (`17_3`: one of an array), from squeue or else scontrol; None without either."""
-    listed = _asked("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r")
-    if listed is not None:
-        parts = [line.split("|", 2) for line in listed.splitlines() if line.count("|") >= 2]
-        return {job.strip(): Job(state.strip(), reason.strip()) for job, state, reason in parts}
-    shown = _asked("scontrol", "show", "job", "--oneliner")
-    if shown is None:
-        return None
-    jobs = {}
-    for line in shown.splitlines():
-        facts = dict(re.findall(r"(\w+)=(\S*)", line))
-        if "JobId" in facts and "JobState" in facts:
-            array = f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}" if "ArrayTaskId" in facts else facts["JobId"]
-            jobs[facts["JobId"]] = jobs[array] = Job(facts["JobState"], facts.get("Reason", ""))
-    return jobs
-
-
-def _asked(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def refuse_unknown(names: Iterable[str], listed: Sequence[Entry], what: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,3 +144,59 @@ def lab() -> Iterator[Path]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+class Cluster:
+    """The Slurm cluster of one node, this machine, that scripts/slurm-single-node.sh makes."""
+
+    folder = Path(os.environ.get("LETHE_SLURM_DIR", "/var/lib/lethe-slurm"))
+
+    def script(self, *words: str) -> subprocess.CompletedProcess[str]:
+        script = Path(__file__).parent.parent / "scripts" / "slurm-single-node.sh"
+        return subprocess.run([script, *words], capture_output=True, text=True, check=False)
+
+    def start(self) -> None:
+        """Start what is not running: what a test has killed."""
+        done = self.script("start")
+        assert done.returncode == 0, done.stderr
+
+    def kill(self, daemon: str) -> None:
+        """kill -9 of munged, slurmdbd, slurmctld or slurmd."""
+        os.kill(int((self.folder / f"{daemon}.pid").read_text()), 9)
+
+    def processes(self, step: str) -> list[int]:
+        """The process ids of a job (7: with its script and srun) or of its work alone (7.0)."""
+        lines = subprocess.run(["scontrol", "listpids", step], capture_output=True, text=True, check=True).stdout
+        return [int(pid) for pid, *_ in map(str.split, lines.splitlines()[1:])]
+
+    @staticmethod
+    def until(true: Callable[[], Any], seconds: float = 60) -> Any:
+        """The first answer that is true."""
+        end = time.monotonic() + seconds
+        while not (answer := true()):
+            assert time.monotonic() < end, f"not within {seconds} s"
+            time.sleep(0.2)
+        return answer
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A running Slurm cluster, stopped afterwards if it was not running before. Skips only where it cannot be installed."""
+    slurm = Cluster()
+    if os.geteuid() != 0:
+        pytest.skip("a Slurm cluster of one's own needs root")
+    was_running = slurm.script("status").returncode == 0
+    done = slurm.script("start")
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = ":".join(
+        [str(Path(__file__).parent), str(Path(__file__).parent.parent), *([before] if before else [])]
+    )
+    try:
+        yield slurm
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+        if not was_running:
+            slurm.script("stop")

@@ -1,0 +1,213 @@
+"""Jobs on a real Slurm cluster: their states, and what becomes of them when cancelled, out of time, preempted or lost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cluster
+from slurm_work import Steps, Submits
+
+from lethe import slurm
+from lethe.errors import LetheError
+from lethe.ledger import Run, find_runs
+
+LONG = 600
+
+
+@pytest.fixture
+def submit(cluster: Cluster, tmp_path: Path):
+    """submit(steps, **settings): the job's id and its run, once the run is at work."""
+    jobs = []
+
+    def make(steps: int, **settings: Any) -> tuple[str, Run]:
+        given = slurm.SlurmSettings(**{"time": 5, "cpus": 1, **settings})
+        job = slurm.submit(Steps(tmp_path / "runs", steps), tmp_path / "jobs", given, "steps")
+        jobs.append(job)
+        run = cluster.until(lambda: find_runs(tmp_path / "runs"))[0]
+        cluster.until(lambda: run.rows("metrics.jsonl"))
+        return job, run
+
+    yield make
+    slurm.cancel(jobs)
+    cluster.until(lambda: not any(state.alive for state in slurm.states(jobs).values()))
+
+
+def word(job: str) -> str:
+    return slurm.states([job])[job].word
+
+
+def ended(cluster: Cluster, job: str) -> slurm.JobState:
+    return cluster.until(lambda: (state := slurm.states([job])[job]).alive is False and state)
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        (90, 90),
+        ("90", 90),
+        ("0:30", 1),
+        ("90:01", 91),
+        ("1:30:00", 90),
+        ("2-00", 2880),
+        ("1-12:30", 2190),
+        ("1-00:00:01", 1441),
+    ],
+)
+def test_times_in_slurms_forms(time: str | int, expected: int) -> None:
+    assert slurm.minutes(time) == expected
+
+
+@pytest.mark.parametrize("time", ["", "soon", "0", 0, "1:2:3:4", "1h", -5, 43200])
+def test_what_is_no_time_is_refused(time: str | int) -> None:
+    with pytest.raises(LetheError, match="time: "):
+        slurm.SlurmSettings(time=time)
+
+
+def test_without_slurm_a_submission_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LetheError, match="there is no sbatch"):
+        slurm.submit(Steps(tmp_path, 1), tmp_path, slurm.SlurmSettings(), "steps")
+    states = slurm.states(["7"])
+    assert (states["7"].word, states["7"].alive) == (slurm.UNKNOWN, None)
+
+
+@pytest.mark.slurm
+def test_sbatchs_refusal_in_its_own_words(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(LetheError, match="invalid partition specified: nowhere") as caught:
+        slurm.submit(Steps(tmp_path, 1), tmp_path / "jobs", slurm.SlurmSettings(partition="nowhere"), "steps")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(LetheError, match=r"unrecognized option.*partitoin"):
+        slurm.submit(Steps(tmp_path, 1), tmp_path / "jobs", slurm.SlurmSettings(extra={"partitoin": "batch"}), "steps")
+    with pytest.raises(LetheError, match="Invalid job id"):
+        slurm.requeue(["999999"])
+
+
+@pytest.mark.slurm
+def test_states_with_and_without_accounting(
+    cluster: Cluster, submit: Callable[..., tuple[str, Run]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accounting and slurmctld each answer alone, too; what neither knows is never taken for an end that went well."""
+    job, run = submit(3)
+    assert ended(cluster, job) == slurm.JobState("COMPLETED", "None", False)
+    assert (Run.open(run.path).record["job_id"], Run.open(run.path).status) == (job, "complete")
+    accounted = ["sacct", "-X", "-n", "-P", "-o", "State", "-j", job]
+    cluster.until(lambda: subprocess.run(accounted, capture_output=True, text=True, check=False).stdout == "COMPLETED\n")
+    assert not caplog.records
+
+    cluster.kill("slurmdbd")
+    monkeypatch.setattr(slurm, "_warned", threading.Event())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            states = slurm.states([job, "999999"])
+    assert states[job].word == "COMPLETED"
+    assert (states["999999"].word, states["999999"].alive) == (slurm.UNKNOWN, False)
+    assert [record.getMessage().count("accounting does not answer") for record in caplog.records] == [1]
+    cluster.start()
+
+    cluster.kill("slurmctld")
+    states = slurm.states([job, "999999"])
+    assert states[job].word == "COMPLETED"
+    assert (states["999999"].word, states["999999"].alive) == (slurm.UNKNOWN, None)
+    cluster.start()
+
+
+@pytest.mark.slurm
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, submit: Callable[..., tuple[str, Run]]) -> None:
+    job, run = submit(LONG)
+    slurm.cancel([job])
+    assert ended(cluster, job).word == "CANCELLED"
+    record = Run.open(run.path).record
+    assert (record["status"], "told" in record) == ("cancelled", False)
+    assert record["saved"] == run.rows("metrics.jsonl")[-1]["step"]
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    assert "Restarts=0" in shown
+
+
+def runs_out_of_time(job: str) -> None:
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)  # as --signal has Slurm do before the time limit
+
+
+def is_preempted(job: str) -> None:
+    urgent = ["sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(urgent, check=True, capture_output=True)
+
+
+def is_requeued(job: str) -> None:
+    slurm.requeue([job])
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("happens", "reason"),
+    [(runs_out_of_time, "out of time"), (is_preempted, "preempted"), (is_requeued, "requeued by Slurm")],
+)
+def test_a_job_that_must_stop_saves_and_goes_on_under_its_id(
+    cluster: Cluster, submit: Callable[..., tuple[str, Run]], happens: Callable[[str], None], reason: str
+) -> None:
+    job, run = submit(40)
+    happens(job)
+    cluster.until(lambda: "told" in Run.open(run.path).record)
+    assert Run.open(run.path).record["told"] == reason
+    assert ended(cluster, job).word == "COMPLETED"
+    rows = run.rows("metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert {row["restart"] for row in rows} == {0, 1}
+    assert (Run.open(run.path).status, Run.open(run.path).record["job_id"]) == ("complete", job)
+
+
+@pytest.mark.slurm
+def test_a_job_out_of_time_too_often_has_failed(
+    cluster: Cluster, submit: Callable[..., tuple[str, Run]], tmp_path: Path
+) -> None:
+    job, run = submit(LONG, max_timeouts=0)
+    runs_out_of_time(job)
+    assert ended(cluster, job).word == "FAILED"
+    assert "timed-out too many times" in "\n".join(slurm.log_tail(tmp_path / "jobs", job))
+    assert "saved" in Run.open(run.path).record
+
+
+@pytest.mark.slurm
+def test_a_killed_job_has_failed_and_its_log_says_so(
+    cluster: Cluster, submit: Callable[..., tuple[str, Run]], tmp_path: Path
+) -> None:
+    job, run = submit(LONG)
+    for process in cluster.processes(f"{job}.0"):
+        os.kill(process, 9)
+    state = ended(cluster, job)
+    assert state.word == "FAILED"
+    tail = "\n".join(slurm.log_tail(tmp_path / "jobs", job))
+    assert "at work" in tail
+    assert "Killed" in tail
+    assert Run.open(run.path).status == "lost"
+
+
+@pytest.mark.slurm
+def test_a_job_whose_node_is_lost_goes_on_under_its_id(cluster: Cluster, submit: Callable[..., tuple[str, Run]]) -> None:
+    """slurmd, slurmstepd and all of the job are gone at once, as when a machine loses its power; the node comes back."""
+    job, run = submit(140)
+    cluster.until(lambda: len(run.rows("metrics.jsonl")) > 110)  # Slurm misses a job only some time after its start
+    steps = subprocess.run(["pgrep", "-x", "slurmstepd"], capture_output=True, text=True, check=True).stdout.split()
+    processes = cluster.processes(job)
+    cluster.kill("slurmd")
+    for process in [*map(int, steps), *processes]:
+        os.kill(process, 9)
+    cluster.start()
+    assert ended(cluster, job).word == "COMPLETED"
+    assert [row["step"] for row in run.rows("metrics.jsonl") if row["restart"] == 1] == list(range(101, 141))
+
+
+@pytest.mark.slurm
+def test_a_job_may_submit_another(cluster: Cluster, tmp_path: Path) -> None:
+    outer = slurm.submit(Submits(tmp_path), tmp_path / "jobs", slurm.SlurmSettings(time=5, cpus=2), "outer")
+    assert ended(cluster, outer).word == "COMPLETED"
+    inner = (tmp_path / "inner").read_text()
+    assert ended(cluster, inner).word == "COMPLETED"
+    shown = subprocess.run(["scontrol", "show", "job", inner], capture_output=True, text=True, check=True).stdout
+    assert "CPUs/Task=1" in shown
