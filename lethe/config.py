@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from lethe.errors import LetheError
 Dtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
 LAYERS = [0, 1, 2, 3, 4]
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
 
 
@@ -564,30 +566,36 @@ class TamperConfig(TrainingSettings):
 
 @dataclass
 class SlurmSettings:
-    """How a Slurm job is asked for."""
+    """What a Slurm job asks for."""
 
     partition: str | None = None
-    """Partition; null: the cluster's own choice."""
+    """The partition (unset: the cluster's default)."""
     account: str | None = None
-    """Account to charge."""
-    time: int = 1440
-    """Minutes a job may take. One that is not done by then saves, is put into the queue again and goes on."""
+    """The account that is charged."""
+    time: str | int = "12:00:00"
+    """Time limit: minutes, or, in quotes, "12:00:00" or "2-00:00:00". A job that runs out of time saves and is requeued."""
     devices: int = 0
-    """GPUs a job."""
-    cpus: int = 1
-    """CPU cores a job."""
-    memory_gb: float | None = None
-    """Memory a job, in GB; null: the cluster's own choice."""
+    """GPUs of a job."""
+    cpus: int | None = None
+    """CPU cores of a job."""
+    memory: str | None = None
+    """Memory of a job, such as 64G."""
+    save_seconds: int = 120
+    """How long before the time limit a job is asked to save (Slurm may ask up to a minute earlier)."""
+    max_timeouts: int = 1000
+    """How many times a job may run out of time before it counts as failed."""
     setup: list[str] = field(default_factory=list)
-    """Lines of shell run before Lethe in each job, such as "module load cuda" or "source venv/bin/activate"."""
+    """Shell lines before the work: module load, source activate and the like."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Other options of sbatch by name, such as {qos: low, constraint: a100}."""
+    """More options of sbatch, by their long names: {qos: long, constraint: a100}; true for one without a value."""
 
     def __post_init__(self) -> None:
         _check_types(self, "slurm.")
-        _at_least("slurm.time", self.time, 1)
+        minutes(self.time)
         _at_least("slurm.devices", self.devices, 0)
-        _at_least("slurm.cpus", self.cpus, 1)
+        _at_least("slurm.cpus", 1 if self.cpus is None else self.cpus, 1)
+        _at_least("slurm.save_seconds", self.save_seconds, 0)
+        _at_least("slurm.max_timeouts", self.max_timeouts, 0)
 
 
 @dataclass
@@ -758,6 +766,24 @@ def _spelled_out(tasks: list[str], suites: dict[str, list[str]]) -> list[str]:
     """Task names with commas taken apart and suites replaced by what they stand for, each name once."""
     names = [name.strip() for word in tasks for name in word.split(",") if name.strip()]
     return list(dict.fromkeys(task for name in names for task in suites.get(name, [name])))
+
+
+def minutes(time: str | int) -> int:
+    """Slurm's forms of a time in whole minutes, rounded up: 90, "90", "90:00", "1:30:00", "1-12", "1-12:00", "1-12:00:00".
+
+    Raises:
+        LetheError: it is none of them, or no time at all.
+    """
+    if isinstance(time, int) and time > 1440:  # YAML reads 12:00:00 without quotes as the number 43200
+        raise LetheError(f'time: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
+    parts = _TIME.fullmatch(str(time).strip())
+    if parts:
+        days, first, second, third = (int(part) if part else 0 for part in parts.groups())
+        with_hours = parts[1] or parts[4]
+        seconds = 86400 * days + 3600 * first + 60 * second + third if with_hours else 60 * first + second
+        if seconds:
+            return -(-seconds // 60)
+    raise LetheError(f'slurm.time: expected minutes, or one of Slurm\'s forms such as "12:00:00" or "2-00:00:00", got {time!r}')
 
 
 def _layers(layers: list[int]) -> None:

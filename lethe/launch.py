@@ -224,17 +224,17 @@ class SlurmLauncher:
 
     def fates(self, owners: Sequence[tuple[Owner, Sequence[Run]]]) -> list[Fate | None]:
         states = self.slurm.states([owner["job_id"] for owner, _ in owners])
-        found = [self._fate(owner["job_id"], states.get(owner["job_id"]), owner) for owner, _ in owners]
+        found = [self._fate(owner["job_id"], states[owner["job_id"]], owner) for owner, _ in owners]
         self.alive = {owner["job_id"] for (owner, _), fate in zip(owners, found, strict=True) if fate is None}
         return found
 
     def _fate(self, job_id: str, state: Any, owner: Owner) -> Fate | None:
-        if state is None:
+        if state.alive is not False:  # None: Slurm does not answer, which says nothing about the job
+            return None
+        if state.word == self.slurm.UNKNOWN:
             young = seconds_since(owner["since"]) < SECONDS_TO_NAME_JOB
             return None if young else Fate(f"Slurm does not know job {job_id} any more")
-        if state.alive:
-            return None
-        return Fate(f"Slurm: job {job_id} is {state.word}, {state.reason}", cancelled=state.word.startswith("CANCELLED"))
+        return Fate(f"Slurm: job {job_id} is {state.word}, {state.reason}", cancelled=state.word == "CANCELLED")
 
     def cancel(self, owners: Sequence[Owner]) -> None:
         self.slurm.cancel([owner["job_id"] for owner in owners if "job_id" in owner])
@@ -262,6 +262,13 @@ class Work:
         while Run.open(self.folders[0]).record["job_id"] != job_id and time.monotonic() < deadline:
             time.sleep(0.2)
         work(self.folders, job_id)
+
+    def before_requeue(self, reason: str) -> None:
+        """The runs that have saved wait again, under the same job."""
+        for folder in self.folders:
+            run = Run.open(folder)
+            if run.record["status"] == "cancelled":
+                run.update(status="queued", reason=f"its job was {reason}; it goes on when Slurm starts it again")
 
 
 def make(kind: str, folder: Path, jobs: int, settings: SlurmSettings) -> Launcher:

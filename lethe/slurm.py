@@ -20,10 +20,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lethe.config import SlurmSettings, minutes
 from lethe.errors import LetheError
 from lethe.ledger import TAIL_BYTES, Terminated
 
@@ -34,38 +35,8 @@ MAY_RETURN = {UNKNOWN, "PREEMPTED", "NODE_FAIL"}  # ended for sacct, while slurm
 ANSWER_SECONDS = 30
 # A signal that comes before Python has its handlers must not end the job: Slurm would take it for failed.
 PATIENTLY = 'bash -c \'trap "" TERM USR2; exec "$@"\' lethe '
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 logger = logging.getLogger(__name__)
 _warned = threading.Event()
-
-
-@dataclass
-class SlurmSettings:
-    """What a job asks Slurm for."""
-
-    partition: str | None = None
-    """The partition (unset: the cluster's default)."""
-    account: str | None = None
-    """The account that is charged."""
-    time: str | int = "12:00:00"
-    """Time limit: minutes, or, in quotes, "12:00:00" or "2-00:00:00". A job that runs out of time saves and is requeued."""
-    devices: int = 0
-    """GPUs of a job."""
-    cpus: int | None = None
-    """CPU cores of a job."""
-    memory: str | None = None
-    """Memory of a job, such as 64G."""
-    save_seconds: int = 120
-    """How long before the time limit a job is asked to save (Slurm may ask up to a minute earlier)."""
-    max_timeouts: int = 1000
-    """How many times a job may run out of time before it counts as failed."""
-    setup: list[str] = field(default_factory=list)
-    """Shell lines before the work: module load, source activate and the like."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """More options of sbatch, by their long names: {qos: long, constraint: a100}; true for one without a value."""
-
-    def __post_init__(self) -> None:
-        minutes(self.time)
 
 
 @dataclass(frozen=True)
@@ -130,24 +101,6 @@ def submit(work: Work, folder: str | Path, settings: SlurmSettings, name: str) -
             return executor.submit(_Requeueable(work)).job_id
     except (FailedJobError, FailedSubmissionError) as error:
         raise LetheError(f"slurm: sbatch refused '{name}': {_words(str(error))}") from error
-
-
-def minutes(time: str | int) -> int:
-    """Slurm's forms of a time in whole minutes, rounded up: 90, "90", "90:00", "1:30:00", "1-12", "1-12:00", "1-12:00:00".
-
-    Raises:
-        LetheError: it is none of them, or no time at all.
-    """
-    if isinstance(time, int) and time > 1440:  # YAML reads 12:00:00 without quotes as the number 43200
-        raise LetheError(f'time: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
-    parts = _TIME.fullmatch(str(time).strip())
-    if parts:
-        days, first, second, third = (int(part) if part else 0 for part in parts.groups())
-        with_hours = parts[1] or parts[4]
-        seconds = 86400 * days + 3600 * first + 60 * second + third if with_hours else 60 * first + second
-        if seconds:
-            return -(-seconds // 60)
-    raise LetheError(f'time: expected minutes, or one of Slurm\'s forms such as "12:00:00" or "2-00:00:00", got {time!r}')
 
 
 @contextlib.contextmanager
