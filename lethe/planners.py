@@ -579,7 +579,11 @@ class Pareto(Planner):
     def plan(self, point: Point, seed: int, number: int | None = None) -> Plan:
         plan = super().plan(point, seed, number)
         for other in self.config.seed_list[1:]:  # a trial is a setting; its seeds are runs of that trial
-            plan.stages += super().plan(point, other).stages
+            here = f"@{len(plan.stages)}"
+            plan.stages += [
+                (kind, made | ({"model": here} if made["model"] == "@0" else {}))
+                for kind, made in super().plan(point, other).stages
+            ]
         plan.name = axes.name_at(self.config.name, plan.stages[0][1], point, None)
         if number is not None:
             plan.facts["number"] = number

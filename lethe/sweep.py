@@ -175,12 +175,22 @@ class Sweep:
                     create_trial(state=state, params=plan.params, distributions=plan.distributions, user_attrs=attributes)
                 )
                 task = Task(study, study.get_trials(states=(state,))[-1])
-            found = [self.planner.measured(kind, settings) for kind, settings in plan.stages]
-            if found and all(found):
-                task.set(runs=[run.path.name for run in found if run], reused=True)
-                self.complete(task, [run for run in found if run])
+            found = self.measured(plan)
+            if len(found) == len(plan.stages):
+                task.set(runs=[run.path.name for run in found], reused=True)
+                self.complete(task, found)
             elif plan.number is not None:
                 task.move(TrialState.WAITING)
+
+    def measured(self, plan: Plan) -> list[Run]:
+        """Complete runs of the plan's very stages, as far as there are any."""
+        found: list[Run] = []
+        for kind, settings in plan.stages:
+            run = self.planner.measured(kind, _on(settings, found))
+            if run is None:
+                break
+            found.append(run)
+        return found
 
     def discard_strays(self) -> None:
         """Remove runs that were made for a trial by a controller that was killed before the study knew of them."""
@@ -209,10 +219,7 @@ class Sweep:
         """The runs of a trial, `queued`; a later one's model may be an earlier one's result."""
         runs: list[Run] = []
         for kind, settings in task.get("stages"):
-            made = {**settings, "name": task.get("name") if len(task.get("stages")) == 1 else settings["name"]}
-            if str(made.get("model")).startswith("@"):
-                made["model"] = f"run:{runs[int(made['model'][1:])].id}"
-            run = Run.create(kind, made["name"], made, self.out)
+            run = Run.create(kind, settings["name"], _on(settings, runs), self.out)
             run.update(launcher=self.config.launcher, sweep={"id": self.run.id, "trial": task.get("name")})
             runs.append(run)
         return runs
@@ -414,6 +421,12 @@ def _storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
     from optuna.storages.journal import JournalFileBackend
 
     return RDBStorage(url) if url else JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+
+
+def _on(settings: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
+    """A stage's settings with the results of earlier stages in the places that they are named in (`@0`)."""
+    model = str(settings.get("model"))
+    return {**settings, "model": f"run:{runs[int(model[1:])].id}"} if model.startswith("@") else settings
 
 
 def _note(tasks: list[Task]) -> str:

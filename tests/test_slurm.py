@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -13,10 +14,13 @@ from typing import Any
 import pytest
 from conftest import Cluster
 from slurm_work import Steps, Submits
+from sweeping import at_work, recipe, start, trials, until
 
 from lethe import slurm
+from lethe.config import SweepCancelConfig, SweepStatusConfig
 from lethe.errors import LetheError
 from lethe.ledger import Run, find_runs
+from lethe.sweep import cancel, status
 
 LONG = 600
 
@@ -211,3 +215,72 @@ def test_a_job_may_submit_another(cluster: Cluster, tmp_path: Path) -> None:
     assert ended(cluster, inner).word == "COMPLETED"
     shown = subprocess.run(["scontrol", "show", "job", inner], capture_output=True, text=True, check=True).stdout
     assert "CPUs/Task=1" in shown
+
+
+@pytest.fixture
+def swept(cluster: Cluster, lab: Path, tmp_path: Path):
+    """swept(steps): a controller of a sweep of four runs, two jobs at a time, and the folder of runs."""
+    controllers = []
+
+    def make(steps: int) -> tuple[subprocess.Popen, Path]:
+        recipe_file, out = tmp_path / "sweep.yaml", tmp_path / "runs"
+        long = recipe(max_steps=steps, num_train_examples=64, save_every=5)
+        settings = {"unlearn": long, "vary": {"retain_coef": [1, 10], "remove_coef": [5, 50]}}
+        recipe_file.write_text(json.dumps(settings | {"launcher": "slurm", "jobs": 2, "slurm": {"time": 10, "cpus": 1}}))
+        controllers.append(start("sweep", "--config", str(recipe_file), out=out))
+        until(lambda: at_work(out))
+        return controllers[-1], out
+
+    yield make
+    for controller in controllers:
+        controller.kill()
+        controller.wait()
+
+
+def unlearned(out: Path) -> list[Run]:
+    return [run for run in find_runs(out) if run.record["kind"] == "unlearn"]
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_sweep_of_four_jobs_outlives_a_killed_one_and_a_requeued_one(cluster: Cluster, swept: Any) -> None:
+    controller, out = swept(150)
+    killed = at_work(out)[0]
+    for process in cluster.processes(f"{killed.record['job_id']}.0"):
+        os.kill(process, 9)
+    requeued = until(
+        lambda: [run for run in at_work(out) if run.id != killed.id and run.rows("metrics.jsonl")[-1]["step"] > 5]
+    )[0]
+    slurm.requeue([requeued.record["job_id"]])
+    assert controller.wait(400) == 0
+    runs = unlearned(out)
+    assert len(runs) == 4 and {run.status for run in runs} == {"complete"}
+    assert all([row["step"] for row in run.rows("metrics.jsonl")] == list(range(1, 151)) for run in runs)
+    jobs = {run.id: run.record["job_id"] for run in runs}
+    assert len(set(jobs.values())) == 4
+    assert {state.word for state in slurm.states(jobs.values()).values()} == {"COMPLETED"}
+    assert jobs[killed.id] != killed.record["job_id"] and jobs[requeued.id] == requeued.record["job_id"]
+    (made,) = out.glob("sweep-*")
+    found = trials(Run.open(made))
+    assert [trial["lost"] for trial in found.values() if trial["runs"] == [killed.id]] == [1]
+    assert {trial["job_id"] for name, trial in found.items() if name != "baseline"} == set(jobs.values())
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_cancelled_job_is_a_cancelled_run_and_a_cancelled_sweep_cancels_its_jobs(cluster: Cluster, swept: Any) -> None:
+    controller, out = swept(2000)
+    first = at_work(out)[0]
+    (made,) = out.glob("sweep-*")
+    named = SweepStatusConfig(str(made), str(out))
+    slurm.cancel([first.record["job_id"]])
+    shown = until(
+        lambda: [t for t in status(named).record["trials"] if t["runs"] == [first.id] and t["status"] == "cancelled"]
+    )[0]
+    assert "CANCELLED" in shown["reason"]
+    until(lambda: len(unlearned(out)) == 3)  # the sweep has gone on with another one
+    cancel(SweepCancelConfig(str(made), str(out)))
+    assert controller.wait(60) == 143
+    assert {trial["status"] for name, trial in trials(status(named)).items() if name != "baseline"} == {"cancelled"}
+    jobs = [run.record["job_id"] for run in unlearned(out)]
+    until(lambda: not any(state.alive for state in slurm.states(jobs).values()))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import optuna
@@ -16,46 +14,14 @@ import psutil
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from safetensors.torch import load_file
+from sweeping import TASKS, at_work, config, recipe, start, trials, until, weights
 
 from lethe import cli, regimes
-from lethe.config import ResumeConfig, SweepCancelConfig, SweepConfig, SweepRetryConfig, SweepStatusConfig
+from lethe.config import ResumeConfig, SweepCancelConfig, SweepRetryConfig, SweepStatusConfig
 from lethe.errors import LetheError
-from lethe.lab import active_preset
 from lethe.ledger import Run, find_runs
 from lethe.resume import resume
 from lethe.sweep import Sweep, cancel, retry, status, sweep
-
-TASKS = ["lab_forget_robust", "lab_retain"]
-
-
-def recipe(**changes):
-    settings = {
-        "source": f"lab:global_step{active_preset().onset}",
-        "lr": 1e-2,
-        "num_train_examples": 32,
-        "per_device_train_batch_size": 4,
-        "max_steps": 6,
-        "save_every": 2,
-        "affine": "none",
-        "layers": [0, 2, 4],
-        "eval": {"tasks": TASKS, "limit": 40},
-    }
-    return settings | changes
-
-
-def config(out: Path, **changes) -> SweepConfig:
-    settings = {"unlearn": recipe(), "vary": {"retain_coef": [1, 10]}, "out": str(out)} | changes
-    return SweepConfig(**settings)
-
-
-def trials(run: Run) -> dict[str, dict]:
-    return {trial["name"]: trial for trial in run.record["trials"]}
-
-
-def weights(run: Run):
-    return load_file(run.path / "adapter" / "adapter_model.safetensors")
-
 
 # -- refused before anything is run
 
@@ -195,8 +161,8 @@ def test_the_study_opens_in_optuna(grid):
 @pytest.mark.slow
 def test_runs_of_a_sweep_carry_its_id_and_its_table_has_the_goal_above(grid, capsys):
     for run in find_runs(grid.path.parent):
-        if run.record["kind"] == "unlearn":
-            assert run.record["sweep"]["id"] == grid.id
+        if run.record["kind"] == "unlearn" and run.record["config"]["retain_coef"] < 100:  # 100: of the larger grid
+            assert run.record["sweep"] == {"id": grid.id, "trial": run.record["name"]}
     assert cli.main(["sweep", "status", str(grid.path)]) == 0
     shown = capsys.readouterr().out
     assert shown.index("Does more retain weight keep more?") < shown.index("ret10_rm50")
@@ -234,7 +200,8 @@ def test_a_boundary_is_where_every_value_of_the_axis_says_it_is(lab, tmp_path):
         high = min(x for x, r in bisected if not (r == "neither" if name == "neither" else r != "both"))
         assert low < first and high > last and high / low <= 4.0  # the two brackets share the boundary
     assert all(
-        word in " ".join(found.record["conclusions"]) for word in ("nothing has fallen", "both are not at chance", "One seed")
+        word in " ".join(found.record["conclusions"]).lower()
+        for word in ("nothing has fallen", "both are not at chance", "one seed")
     )
 
 
@@ -318,32 +285,6 @@ def test_a_run_that_diverges_or_fails_is_a_status_and_the_sweep_goes_on(lab, tmp
     assert lost["status"] == "diverged" and "lower lr" in lost["reason"] and lost["evals"] == {}
     study = Sweep.open(str(run.path), str(tmp_path)).study
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL"] and study.trials[1].values is None
-
-
-def start(*words: str, out: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lethe.cli", *words, "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=(out.parent / "controller.log").open("a"),
-        start_new_session=True,
-    )
-
-
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
-    return found
-
-
-def at_work(out: Path) -> list[Run]:
-    """Unlearning runs that have made an update."""
-    with contextlib.suppress(LetheError):
-        return [
-            r for r in find_runs(out) if r.record["kind"] == "unlearn" and r.status == "running" and r.rows("metrics.jsonl")
-        ]
-    return []
 
 
 @pytest.fixture
