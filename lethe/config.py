@@ -20,7 +20,8 @@ from lethe.errors import LetheError
 Dtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
 AttackName = Literal["finetune", "noise", "quantize", "prune", "prompt"]
-STRENGTHS = {"noise": [0.1, 0.2, 0.4, 0.8], "quantize": [8, 4], "prune": [0.1, 0.3, 0.5, 0.7], "prompt": [1, 2, 4]}
+STRENGTHS: dict[str, list[float]] = {"noise": [0.1, 0.2, 0.4, 0.8], "quantize": [8, 4]}
+STRENGTHS |= {"prune": [0.1, 0.3, 0.5, 0.7], "prompt": [1, 2, 4]}
 LAYERS = [0, 1, 2, 3, 4]
 LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
 
@@ -532,7 +533,7 @@ class TamperConfig(TrainingSettings):
     attack: AttackName = "finetune"
     """finetune on forget text; without training: noise, quantize or prune its matrices, or prompt with forget text."""
     strengths: list[float] = field(default_factory=list)
-    """noise: shares of a matrix's spread; quantize: bits, 8 or 4; prune: shares of weights; prompt: documents. []: the usual."""
+    """noise: shares of a matrix's spread; quantize: bits, 8 or 4; prune: shares of weights; prompt: documents. []: usual."""
     forget: str | TextSource = "lab:forget"
     """The attacker's text. Documents are taken from the end that unlearning does not use."""
     num_train_examples: int = 512

@@ -18,9 +18,9 @@ from lethe.config import ReportConfig
 from lethe.errors import LetheError
 from lethe.ledger import Run
 from lethe.report import report, tables
+from lethe.report.attacks import attack_tables, recovery_note
 from lethe.report.layout import Table
 from lethe.report.study import Study
-from lethe.report.tables import attack_tables
 from lethe.runs import entries
 
 FORGET, RETAIN, CLOZE = "lab_forget_robust", "lab_retain", "lab_forget_cloze"
@@ -192,7 +192,7 @@ def test_recovery_is_told_by_the_interval(study: Folder, values: list[float], no
     if not values:
         (run.path / "curve.jsonl").unlink()
     attack = next(a for a in Study.load([str(study.path)]).attacks if a.run.id == run.id)
-    assert tables.recovery_note(attack, FORGET) == note
+    assert recovery_note(attack, FORGET) == note
 
 
 def test_source_under_attack_is_named_a_control(study: Folder) -> None:
