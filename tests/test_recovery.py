@@ -134,6 +134,7 @@ def test_what_is_not_measured_is_listed_and_never_counts_as_robust():
     assert (found.attack, found.point.value) == ("broke", 0.7)  # what it had reached by then, it had reached
     assert found.counted == ["done"]
     assert found.not_measured == {
-        "broke": "diverged: at step 12", "absent": "not run on this model", "started": "running", "blind": "no general accuracy",
+        "broke": "diverged: at step 12", "absent": "not run on this model", "started": "running",
+        "blind": "no general accuracy",
     }  # fmt: skip
     assert worst_case(trials[2:3]) is None
