@@ -34,7 +34,7 @@ def main() -> None:
                 took, points = run.record["environment"], len(run.rows("curve.jsonl"))
                 questions = sum(result["n"] for result in run.record["evals"].values())
             print(
-                f"{name}: {len(tasks)} tasks, {questions} questions: {took['evaluation_seconds'] / points:.2f} s an evaluation, "
+                f"{name}: {len(tasks)} tasks, {questions} questions: {took['evaluation_seconds'] / points:.2f} s each, "
                 f"{10 * took['training_seconds'] / UPDATES:.2f} s ten updates"
             )
 
