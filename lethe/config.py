@@ -20,6 +20,9 @@ from lethe.errors import LetheError
 
 Dtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
+AttackName = Literal["finetune", "noise", "quantize", "prune", "prompt"]
+STRENGTHS: dict[str, list[float]] = {"noise": [0.1, 0.2, 0.4, 0.8], "quantize": [8, 4]}
+STRENGTHS |= {"prune": [0.1, 0.3, 0.5, 0.7], "prompt": [1, 2, 4]}
 LAYERS = [0, 1, 2, 3, 4]
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
@@ -525,22 +528,26 @@ class CompareConfig:
 
 @dataclass
 class TamperConfig(TrainingSettings):
-    """Attack a model: fine-tune it on forget text and watch what comes back."""
+    """Attack a model: fine-tune it on forget text, or disturb or prompt it, and watch what comes back."""
 
     model: str = ""
     """The model under attack: any reference, such as run:ID, lab:filtered or random:lab:final."""
+    attack: AttackName = "finetune"
+    """finetune on forget text; without training: noise, quantize or prune its matrices, or prompt with forget text."""
+    strengths: list[float] = field(default_factory=list)
+    """noise: shares of a matrix's spread; quantize: bits, 8 or 4; prune: shares of weights; prompt: documents. []: usual."""
     forget: str | TextSource = "lab:forget"
     """The attacker's text. Documents are taken from the end that unlearning does not use."""
     num_train_examples: int = 512
-    """Documents of the attack (0: all)."""
+    """Documents of the attack (0: all); a prompt's are drawn from these."""
     overlap: Literal["refuse", "allow"] = "refuse"
-    """Whether the attack may train on documents that the model was unlearned with; the run records how many it did."""
+    """Whether the attack may use documents that the model was unlearned with; the run records how many it did."""
     lora: LoraSettings | None = None
     """Attack by adapters on the linear layers of all blocks; null: full-rank."""
     adapter: Literal["merge", "train"] = "merge"
     """A model that is an adapter on another: merge: merged first; train: the attack trains the adapter's own weights."""
     save_model: bool = False
-    """Keep the attacked model, to be evaluated or attacked again."""
+    """Keep the attacked model (at the last strength), to be evaluated or attacked again."""
     max_steps: int = 60
     """Optimizer updates; -1: by epochs."""
     lr: float = 3e-4
@@ -548,7 +555,7 @@ class TamperConfig(TrainingSettings):
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "constant"
     """How the learning rate goes on after the warm-up."""
     eval: EvalSettings = field(default_factory=lambda: EvalSettings(every=10))
-    """Evaluation at step 0, every so many steps and at the end."""
+    """Evaluation at step 0, every so many steps and at the end; without training, at each strength."""
     out: str = "runs"
     """Folder of runs."""
     name: str = "attack"
@@ -556,12 +563,61 @@ class TamperConfig(TrainingSettings):
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.attack != "finetune":
+            self._refuse_training()
         super().__post_init__()
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
         if self.adapter == "train" and self.lora is not None:
             raise LetheError("lora: has no effect with adapter train, which trains the adapter that is there; leave one out")
         _at_least("num_train_examples", self.num_train_examples, 0)
+        if self.attack == "finetune":
+            if self.strengths:
+                raise LetheError(f"strengths: {self.strengths} has no effect with attack finetune; leave it out")
+            return
+        self.strengths = self.strengths or [float(strength) for strength in STRENGTHS[self.attack]]
+        self._refuse_strengths()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the attacker uses text at all."""
+        return self.attack in {"finetune", "prompt"}
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything in the attack is random, so that another seed is another attack."""
+        return self.attack not in {"quantize", "prune"}
+
+    def _refuse_training(self) -> None:
+        """Refuse settings that an attack without training would not read."""
+        read = {"model", "attack", "strengths", "eval", "out", "name", "time_limit"}
+        read |= {"forget", "num_train_examples", "overlap", "max_length"} if self.reads_text else {"save_model"}
+        read |= {"seed"} if self.draws else set()
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.name not in read and value != _default(each):
+                raise LetheError(f"{each.name}: {value} has no effect with attack {self.attack}; leave it out")
+        if self.eval.every not in {0, 10}:
+            raise LetheError(f"eval.every: {self.eval.every} has no effect with attack {self.attack}; leave it out")
+
+    def _refuse_strengths(self) -> None:
+        bounds = {
+            "noise": ("above 0", lambda s: s > 0),
+            "quantize": ("8 or 4 (bits)", lambda s: s in {8, 4}),
+            "prune": ("above 0 and below 1", lambda s: 0 < s < 1),
+            "prompt": ("whole numbers of documents, at least 1", lambda s: s >= 1 and s == int(s)),
+        }
+        expected, fits = bounds[self.attack]
+        wrong = [strength for strength in self.strengths if not fits(strength)]
+        if wrong:
+            raise LetheError(f"strengths: with attack {self.attack} they are {expected}, got {wrong[0]:g}")
+        rising = sorted(set(self.strengths), reverse=self.attack == "quantize")
+        if self.strengths != rising:
+            wanted = ", ".join(f"{strength:g}" for strength in rising)
+            raise LetheError(f"strengths: name each once, the weakest first: [{wanted}]")
+        documents = self.num_train_examples
+        if self.attack == "prompt" and documents and max(self.strengths) > documents:
+            raise LetheError(f"strengths: {max(self.strengths):g} documents are more than num_train_examples, {documents}")
 
 
 @dataclass
@@ -808,6 +864,10 @@ def _above(name: str, value: float, bound: float) -> None:
 def _fraction(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise LetheError(f"{name}: must be at least 0 and below 1, got {value}")
+
+
+def _default(each: dataclasses.Field[Any]) -> Any:
+    return each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
 
 
 def _check_types(config: Any, prefix: str = "") -> None:

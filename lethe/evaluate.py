@@ -28,7 +28,7 @@ from lethe import refs
 from lethe.config import EvaluateConfig, to_dict
 from lethe.ledger import Run
 from lethe.questions import Leaf, Question, load_tasks, tokenizer_hash
-from lethe.scoring import NotNumbersError, Scorer
+from lethe.scoring import Encoded, NotNumbersError, Scorer
 
 __all__ = ["NotNumbersError", "Scorer", "evaluate", "evaluate_model", "load_tasks", "measure", "value_of"]
 DEGENERATE_SHARE = 0.9
@@ -44,6 +44,7 @@ def evaluate_model(
     task_data: dict[str, str] | None = None,
     num_fewshot: int | None = None,
     missing: dict[str, str] | None = None,
+    before: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model in memory, zero-shot unless a task says otherwise.
 
@@ -57,6 +58,7 @@ def evaluate_model(
         task_data: local files instead of tasks' data sets.
         num_fewshot: examples in each prompt; None leaves it to the task.
         missing: filled with the reason why a task has no result, if given; otherwise that reason is raised.
+        before: text put before each question, as the prompt attack does; the fingerprint is that of the questions alone.
 
     Returns:
         by task name: `acc` (or `correct_prob`), `stderr`, `low` and `high` (95 %), `n`, `chance`, `num_fewshot`,
@@ -72,7 +74,7 @@ def evaluate_model(
         scorer = Scorer(model, tokenizer, description)
         leaves = {leaf.definition: leaf for leaves in loaded.values() for leaf in leaves}  # groups may share tasks
         asked = {key: leaf.questions(scorer, limit) for key, leaf in leaves.items()}
-        pairs = [(i, pair) for i, questions in enumerate(asked.values()) for q in questions for pair in q.encoded]
+        pairs = [(i, pair) for i, some in enumerate(asked.values()) for pair in _encoded(some, scorer, before)]
         found = iter(scorer.score([pair for _, pair in pairs], [i for i, _ in pairs]))
         answered = {
             key: [_answered(leaves[key], q, [next(found) for _ in q.encoded]) for q in questions]
@@ -92,6 +94,13 @@ def evaluate_model(
         if samples is not None:
             samples[name] = [_sample(q) for q in questions]
     return results
+
+
+def _encoded(questions: list[Question], scorer: Scorer, before: str) -> list[Encoded]:
+    """The tokens of all questions' requests; with text before each question, they are made anew."""
+    if not before:
+        return [pair for q in questions for pair in q.encoded]
+    return scorer.encode([(before + context if context else "", answer) for q in questions for context, answer in q.arguments])
 
 
 def _answered(leaf: Leaf, question: Question, responses: list[tuple[float, bool]]) -> dict[str, Any]:

@@ -178,10 +178,14 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
     refuse_run_folder(config.out)
     check_tasks(config.eval)
     ref = refs.resolve(config.model, config.out)
+    if not config.reads_text:
+        return CheckedAttack(ref, [], {"steps": len(config.strengths)}, None)
     _refuse_length(config, ref)
     _refuse_unavailable(config)
     everything = corpora.read(config.forget)
     documents = corpora.take(everything, config.num_train_examples, "back", "forget text")
+    if config.attack == "prompt" and max(config.strengths) > len(documents):
+        raise LetheError(f"strengths: {max(config.strengths):g} documents are asked for, there are {len(documents)}; lower it")
     if config.adapter == "train" and not ref.adapter:
         raise LetheError(f"adapter: '{config.model}' is no adapter on another model, so there is none to train; leave it out")
     used = _documents_unlearned(config, everything)
@@ -191,7 +195,8 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
             f"forget: {shared} of the attack's {len(documents)} documents were used to unlearn '{config.model}'; "
             f"lower num_train_examples to {len(documents) - shared}, give other text, or set overlap to allow"
         )
-    return CheckedAttack(ref, documents, plan(config, len(documents)), shared)
+    steps = {"steps": len(config.strengths), "unique_examples": len(documents)}
+    return CheckedAttack(ref, documents, plan(config, len(documents)) if config.attack == "finetune" else steps, shared)
 
 
 def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document]) -> set[str] | None:

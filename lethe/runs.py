@@ -88,7 +88,7 @@ class Entry:
         planned = (record.get("plan") or {}).get("steps")
         if planned is None or is_imported(self.run):
             return None
-        last = self.run.last_row("metrics.jsonl")
+        last = self.run.last_row("metrics.jsonl") or self.run.last_row("curve.jsonl")
         return (last or {}).get("step", 0), planned
 
     @property

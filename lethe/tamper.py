@@ -1,5 +1,7 @@
 """The tampering attack: fine-tune a model on text of the forget domain and watch how fast the knowledge comes back.
 
+Or do without training: noise, few bits, pruning (`disturb.py`), documents in the prompt (`prompts.py`), at rising strengths.
+
 All weights are trained in float32, whatever type they were saved in: an attack in bfloat16 weights loses most of its
 updates to rounding and makes any model look robust. The share of updates that changed nothing is measured all the same.
 The attacker's documents come from the end of the forget text that unlearning does not use, and are the same for every
@@ -18,10 +20,12 @@ from transformers import TrainerCallback
 from lethe import corpora, preflight, refs, survey
 from lethe.blocked import head_of, next_token_loss
 from lethe.config import TamperConfig, to_dict
+from lethe.disturb import SCHEMES, disturb
 from lethe.evaluate import load_tasks
 from lethe.ledger import Run
+from lethe.prompts import prompts, refuse_too_long
 from lethe.residual import blocks, read
-from lethe.training import Rows, RunTrainer, token_means
+from lethe.training import Evaluation, Rows, RunTrainer, token_means
 from lethe.unlearn import add_adapters, save
 
 
@@ -45,6 +49,7 @@ class TamperTrainer(RunTrainer):
 def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     """One attack: curve.jsonl has an evaluation at step 0, at every `eval.every` steps and at the end.
 
+    An attack without training has one at each strength instead: step i is the i-th strength, 0 the model as it is.
     An adapter is merged into its model first, unless the attack is to train it. `evals` of the run are those of the last
     step. `run` is an interrupted attack of this configuration to go on with.
 
@@ -53,6 +58,8 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     """
     checked = preflight.check_tamper(config)
     load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot)
+    if config.attack != "finetune":
+        return _without_training(config, checked, run)
     run = run or Run.create("tamper", config.name, to_dict(config), config.out)
     with run.running():
         model: Any
@@ -61,10 +68,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
         rows = Rows(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
         trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
         trainer.add_callback(LostUpdates(trainer))
-        run.set_parents(
-            model=refs.record(checked.model),
-            forget=corpora.record(config.forget, checked.documents) | {"used_in_unlearning": checked.used_in_unlearning},
-        )
+        run.set_parents(**_parents(config, checked))
         run.update(plan=checked.plan | survey.describe(model, config))
         trainer.evaluation.at(0, model, "Evaluating before the attack")
         trainer.train_with_bar(f"Attacking {config.model}")
@@ -78,6 +82,55 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
             save(run, "model", model.merge_and_unload() if isinstance(model, PeftModel) else model, tokenizer)
     trainer.clear_saves()
     return run
+
+
+def _without_training(config: TamperConfig, checked: preflight.CheckedAttack, run: Run | None) -> Run:
+    """An attack at each of its strengths, on the model as it was loaded."""
+    model: Any
+    model, tokenizer = _fresh(checked)
+    before: dict[float, str] = {}
+    if config.attack == "prompt":
+        before = prompts(config, checked.documents, tokenizer)
+        refuse_too_long(before, config.eval, model, tokenizer)
+    run = run or Run.create("tamper", config.name, to_dict(config), config.out)
+    with run.running():
+        run.set_parents(**_parents(config, checked))
+        run.update(plan=checked.plan | ({} if before else {"scheme": SCHEMES[config.attack]}))
+        evaluation = Evaluation(run, tokenizer, config.eval)
+        disturbed = False
+        for step, strength in enumerate([0.0, *config.strengths]):
+            if not evaluation.known(step) or (config.save_model and step == len(config.strengths)):
+                if disturbed:
+                    del model
+                    model, _ = _fresh(checked)
+                if strength and not before:
+                    run.update(plan={"matrices": disturb(model, config.attack, strength, config.seed)})
+                    disturbed = True
+                text = before.get(strength, "")
+                tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0
+                title = f"{config.attack} {strength:g} on {config.model}" if step else "Evaluating before the attack"
+                evaluation.at(step, model, title, {"strength": strength, "tokens": tokens}, text)
+            if run.record["status"] == "diverged":
+                break
+        run.update(evals=evaluation.last[1] if evaluation.last else {})
+        if config.save_model and run.record["status"] != "diverged":
+            save(run, "model", model, tokenizer)
+    return run
+
+
+def _fresh(checked: preflight.CheckedAttack) -> tuple[Any, Any]:
+    """The model under attack in float32, an adapter merged, and its tokenizer."""
+    model, tokenizer = refs.load(checked.model, "float32")
+    return (model.merge_and_unload() if isinstance(model, PeftModel) else model), tokenizer
+
+
+def _parents(config: TamperConfig, checked: preflight.CheckedAttack) -> dict[str, Any]:
+    """What an attack is made from: a model and, if it uses any, the attacker's text."""
+    parents: dict[str, Any] = {"model": refs.record(checked.model)}
+    if config.reads_text:
+        text = corpora.record(config.forget, checked.documents)
+        parents["forget"] = text | {"used_in_unlearning": checked.used_in_unlearning}
+    return parents
 
 
 def _attacked(model: Any, config: TamperConfig, checked: preflight.CheckedAttack) -> Any:

@@ -169,8 +169,13 @@ class RunTrainer(Trainer):
                 saves.load_weights(save, self.model)  # type: ignore[arg-type]
                 self.state.global_step = done
             else:
-                with self.run.deferring():
-                    self.train(resume_from_checkpoint=str(save) if save else None)
+                began, evaluated = time.monotonic(), _seconds(self.run, "evaluation_seconds")
+                try:
+                    with self.run.deferring():
+                        self.train(resume_from_checkpoint=str(save) if save else None)
+                finally:
+                    evaluated = _seconds(self.run, "evaluation_seconds") - evaluated
+                    _add_seconds(self.run, "training_seconds", time.monotonic() - began - evaluated)
         if self.run.record["status"] == "diverged" and self.config.on_divergence == "stop":
             self._fall_back()
 
@@ -228,12 +233,24 @@ class Evaluation(TrainerCallback):
         self.run, self.tokenizer, self.settings, self.stops = run, tokenizer, settings, stops
         self.last: tuple[int, dict[str, Any]] | None = None
 
-    def at(self, step: int, model: nn.Module, description: str | None = None) -> dict[str, Any]:
-        """The evaluation at `step`; done once a step, by a resumed run too."""
-        known = [line["evals"] for line in self.run.rows("curve.jsonl") if line["step"] == step and line["evals"]]
-        if known:
-            self.last = (step, known[-1])
-        if self.last is None or self.last[0] != step:
+    def known(self, step: int) -> bool:
+        """Whether there is an evaluation at `step`, of this process or of the one that a resumed run goes on from."""
+        evals = [line["evals"] for line in self.run.rows("curve.jsonl") if line["step"] == step and line["evals"]]
+        if evals:
+            self.last = (step, evals[-1])
+        return bool(self.last and self.last[0] == step)
+
+    def at(
+        self,
+        step: int,
+        model: nn.Module,
+        description: str | None = None,
+        facts: dict[str, Any] | None = None,
+        before: str = "",
+    ) -> dict[str, Any]:
+        """The evaluation at `step`, done once; `facts` are written beside it, `before` is text before each question."""
+        if not self.known(step):
+            began = time.monotonic()
             try:
                 asked = self.settings
                 evals = evaluate_model(
@@ -244,13 +261,16 @@ class Evaluation(TrainerCallback):
                     description,
                     task_data=asked.task_data,
                     num_fewshot=asked.num_fewshot,
+                    before=before,
                 )
             except NotNumbersError as error:
-                self.run.update(status="diverged", reason=f"step {step}: {error}; lower lr")
+                advice = "lower strengths" if facts else "lower lr"
+                self.run.update(status="diverged", reason=f"step {step}: {error}; {advice}")
                 evals = {}
-            self.run.append("curve.jsonl", {"step": step, "evals": evals})
+            self.run.append("curve.jsonl", {"step": step} | (facts or {}) | {"evals": evals})
+            _add_seconds(self.run, "evaluation_seconds", time.monotonic() - began)
             self.last = (step, evals)
-        return self.last[1]
+        return self.last[1] if self.last else {}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if self.settings.every and state.global_step % self.settings.every == 0:
@@ -260,6 +280,15 @@ class Evaluation(TrainerCallback):
     def note(self) -> str:
         """The latest evaluation in a few words."""
         return "  ".join(f"{task} {value_of(result):.3f}" for task, result in self.last[1].items()) if self.last else ""
+
+
+def _seconds(run: Run, name: str) -> float:
+    return float((run.record.get("environment") or {}).get(name) or 0.0)
+
+
+def _add_seconds(run: Run, name: str, seconds: float) -> None:
+    """Add to what a run has taken for one thing, before it was resumed too."""
+    run.update(environment={name: round(_seconds(run, name) + seconds, 3)})
 
 
 class _Saving(TrainerCallback):

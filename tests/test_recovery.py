@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lethe.recovery import Point, excess, measure
+from lethe.recovery import Point, Trial, excess, measure, over_seeds, worst_case
 
 
 def curve(values, steps=None, tokens_a_step=10, half=0.05) -> list[Point]:
@@ -63,3 +63,78 @@ def test_excess_between_evaluations_is_linear_and_needs_tokens():
     found = excess(curve([0.2, 0.6], steps=[0, 100]), curve([0.2, 0.3], steps=[0, 50]))
     assert found.tokens == 500 and found.final == pytest.approx(0.4 - 0.3)
     assert excess(curve([0.2]), curve([0.2, 0.3])) is None
+
+
+def test_seeds_add_a_t_interval_to_that_of_the_questions():
+    """Values 0.5, 0.6, 0.7: s = 0.1, t(0.975, 2) = 4.302653 (any table of Student's distribution)."""
+    curves = [curve([0.2, value], half=0.05) for value in (0.5, 0.6, 0.7)]
+    start, last = over_seeds(curves)
+    assert (start.value, start.low, start.high) == pytest.approx((0.2, 0.15, 0.25))  # no spread: the questions alone
+    seeds = 4.302653 * 0.1 / math.sqrt(3)
+    assert last.value == pytest.approx(0.6)
+    assert last.high - last.value == pytest.approx(math.hypot(0.05, seeds), rel=1e-5)
+    assert last.stderr == pytest.approx(math.hypot(0.05 / 1.96, 0.1 / math.sqrt(3)))
+    assert last.low == pytest.approx(0.6 - math.hypot(0.05, seeds), rel=1e-5)
+    assert over_seeds(curves[:1]) == curves[0]
+
+
+def test_over_seeds_takes_the_steps_that_all_have_and_stays_between_0_and_1():
+    merged = over_seeds([curve([0.2, 0.9, 0.9]), curve([0.2, 0.1])])
+    assert [point.step for point in merged] == [0, 10]
+    assert (merged[1].low, merged[1].high) == (0.0, 1.0)
+
+
+def by_strength(values, strengths) -> list[Point]:
+    return [
+        Point(i, 0, v, v - 0.05, v + 0.05, 0.025, strength)
+        for i, (v, strength) in enumerate(zip(values, strengths, strict=True))
+    ]
+
+
+def test_attacks_without_training_are_compared_by_strength_and_say_so():
+    attack, control = by_strength([0.3, 0.5, 0.8], [0, 0.1, 0.4]), by_strength([0.25, 0.3, 0.9, 0.4], [0, 0.1, 0.2, 0.4])
+    found = excess(attack, control)
+    assert found.final == pytest.approx(0.4) and found.area == pytest.approx((0.2 + 0.4) / 2)
+    measures = measure(attack, 0.9)
+    assert (str(measures.half), str(measures.nine_tenths)) == ("strength 0.4", "not up to strength 0.4")
+    assert excess(attack, by_strength([0.2, 0.2], [0, 0.3])) is None
+
+
+def general(*values: float) -> list[Point]:
+    return curve(list(values))
+
+
+def test_the_worst_case_is_the_highest_point_within_the_bound():
+    trials = [
+        Trial("mild", curve([0.3, 0.5, 0.6]), general(0.8, 0.8, 0.79)),
+        Trial("hard", curve([0.3, 0.65, 0.95]), general(0.8, 0.75, 0.6), control=curve([0.2, 0.4, 0.9])),
+        Trial("ruin", curve([0.3, 0.99, 0.99]), general(0.8, 0.3, 0.3)),
+    ]
+    found = worst_case(trials, bound=0.05, baseline=0.9)
+    assert (found.attack, found.point.value, found.point.step) == ("hard", 0.65, 10)  # 0.05 lost is at most 0.05
+    assert found.general_lost == pytest.approx(0.05)
+    assert found.recovered == pytest.approx(0.35 / 0.6)
+    assert found.above.final == pytest.approx(0.65 - 0.4)
+    assert found.never_within == ["ruin"] and found.not_measured == {} and len(found.counted) == 3
+    assert worst_case(trials, bound=0.2).point.value == 0.95
+    assert worst_case(trials, bound=0.04).attack == "mild"
+    assert worst_case(trials, bound=1).attack == "ruin"
+    assert worst_case(trials[2:], bound=0.05).attack is None and worst_case(trials[2:]).point.value == 0.3
+
+
+def test_what_is_not_measured_is_listed_and_never_counts_as_robust():
+    trials = [
+        Trial("done", curve([0.3, 0.4]), general(0.8, 0.8)),
+        Trial("broke", curve([0.3, 0.7]), general(0.8, 0.8), "diverged: at step 12"),
+        Trial("absent", [], [], "not run on this model"),
+        Trial("started", curve([0.3]), general(0.8), "running"),
+        Trial("blind", curve([0.3, 0.99]), []),
+    ]
+    found = worst_case(trials)
+    assert (found.attack, found.point.value) == ("broke", 0.7)  # what it had reached by then, it had reached
+    assert found.counted == ["done"]
+    assert found.not_measured == {
+        "broke": "diverged: at step 12", "absent": "not run on this model", "started": "running",
+        "blind": "no general accuracy",
+    }  # fmt: skip
+    assert worst_case(trials[2:3]) is None

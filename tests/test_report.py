@@ -18,9 +18,10 @@ from lethe.config import ReportConfig
 from lethe.errors import LetheError
 from lethe.ledger import Run
 from lethe.report import report, tables
+from lethe.report.attacks import attack_tables, recovery_note
+from lethe.report.charts import worst_cells
 from lethe.report.layout import Table
 from lethe.report.study import Study
-from lethe.report.tables import attack_tables
 from lethe.runs import entries
 
 FORGET, RETAIN, CLOZE = "lab_forget_robust", "lab_retain", "lab_forget_cloze"
@@ -192,7 +193,7 @@ def test_recovery_is_told_by_the_interval(study: Folder, values: list[float], no
     if not values:
         (run.path / "curve.jsonl").unlink()
     attack = next(a for a in Study.load([str(study.path)]).attacks if a.run.id == run.id)
-    assert tables.recovery_note(attack, FORGET) == note
+    assert recovery_note(attack, FORGET) == note
 
 
 def test_source_under_attack_is_named_a_control(study: Folder) -> None:
@@ -449,3 +450,90 @@ def test_an_attack_named_after_its_model_is_not_taken_for_it_and_attacks_on_atta
     assert loaded.attacked(found["run-unlearn-lora"]).id == lora.id
     assert loaded.attacked(found["again"]).id == first.id
     assert found["again"].baseline is not None and found["again"].control is None
+
+
+def suite(folder: Folder, ref: str, name: str, rows: list[tuple[float, float]], status: str = "complete", **config: Any) -> Run:
+    """An attack of a suite on a model, its curve as pairs of forget and retain accuracy."""
+    sha = {"lab:filtered": "e" * 64}.get(ref, "f" * 64)
+    strengths = config.get("strengths", [])
+    settings = {"model": ref, "seed": 0} | config
+    run = folder.add("tamper", name, settings, status, parents={"model": {"ref": ref, "sha256": sha}})
+    for i, (forget, retain) in enumerate(rows):
+        facts = {"strength": [0, *strengths][i], "tokens": 0} if strengths else {}
+        run.append("curve.jsonl", {"step": i if strengths else 10 * i} | facts | {"evals": evals(forget, retain)})
+        if i and not strengths:
+            run.append("metrics.jsonl", {"step": 10 * i, "attack_tokens": 1000})
+    return run
+
+
+@pytest.fixture
+def suites(study: Folder) -> Folder:
+    """Three attacks on an unlearned model and two of them on the filtered twin; one of those is cut short."""
+    for path in study.path.glob("tamper-*"):
+        shutil.rmtree(path)
+    ref = f"run:{next(study.path.glob('unlearn-lora-*')).name.rsplit('-', 1)[1]}"
+    suite(study, ref, "full", [(0.26, 0.80), (0.5, 0.79), (0.9, 0.6)], lr=1e-3)
+    suite(study, ref, "low", [(0.26, 0.80), (0.4, 0.80), (0.45, 0.76)], lr=1e-5)
+    suite(study, ref, "noise", [(0.26, 0.80), (0.3, 0.7)], attack="noise", strengths=[0.4])
+    suite(study, "lab:filtered", "full", [(0.25, 0.78), (0.27, 0.78), (0.3, 0.78)], lr=1e-3)
+    suite(study, "lab:filtered", "low", [(0.25, 0.78)], "failed", lr=1e-5).update(reason="out of memory")
+    return study
+
+
+def test_worst_case_table_names_the_attack_and_what_is_not_measured(suites: Folder) -> None:
+    text = markdown(suites)
+    attacked, twin = rows_by_name(text, "Worst case").values()
+    assert attacked["Model"].startswith("lora (") and twin["Model"] == "Control: filtered twin (lab:filtered)"
+    picked = ["Worst case", "Worst attack", "At", "Measured", "Above filtered twin, points"]
+    assert [attacked[name] for name in picked[:4]] == ["50.00 %", "full", "step 10, 1,000 tokens", "3 of 3"]
+    assert attacked["lab_retain lost"] == "+1.0 points" and attacked["Recovered"] == f"{100 * 0.24 / (0.9525 - 0.26):.0f} %"
+    assert attacked[picked[4]].startswith("+23.0 (")
+    assert [twin[name] for name in picked[:4]] == ["30.00 %", "full", "step 20, 2,000 tokens", "1 of 3"]
+    assert "low is not measured to its end: failed: out of memory." in text
+    assert "noise is not measured to its end: not run on this model." in text
+    assert "no evaluation within the bound under noise." in text
+    assert "0.4: 30.00 %" in text
+
+
+def test_a_suites_own_bound_decides(suites: Folder) -> None:
+    for path in suites.path.glob("tamper-*"):
+        Run.open(path).update(suite={"name": "standard", "general_bound": 0.25})
+    attacked, _ = rows_by_name(markdown(suites), "Worst case").values()
+    assert (attacked["Worst case"], attacked["lab_retain lost"]) == ("90.00 %", "+20.0 points")
+
+
+def test_attacks_equal_but_for_the_seed_are_one_row_and_one_curve(suites: Folder) -> None:
+    ref = f"run:{next(suites.path.glob('unlearn-lora-*')).name.rsplit('-', 1)[1]}"
+    suite(suites, ref, "full", [(0.26, 0.80), (0.6, 0.79), (0.9, 0.6)], lr=1e-3, seed=1)
+    suite(suites, ref, "full", [(0.26, 0.80), (0.9, 0.79)], "failed", lr=1e-3, seed=2).update(reason="killed")
+    loaded = Study.load([str(suites.path)])
+    full = next(s for s in loaded.series if s.attack == "full" and s.control is None)
+    assert len(full.attacks) == 3 and full.reason == "seed 2 failed: killed"
+    assert [point.value for point in full.points_of(FORGET)] == pytest.approx([0.26, (0.5 + 0.6 + 0.9) / 3])
+    suite(suites, ref, "full", [(0.26, 0.80), (0.7, 0.79), (0.9, 0.6)], lr=1e-3, seed=2)
+    again = next(s for s in Study.load([str(suites.path)]).series if s.attack == "full" and s.control is None)
+    assert again.reason is None and again.points_of(FORGET)[1].value == pytest.approx(0.6)  # done again: the failed one is out
+    header, *rows = grid(markdown(suites), "Recovery")
+    assert [row[header.index("Seeds")] for row in rows if row[header.index("Attack")] == "full"] == ["3", "1"]
+
+
+def test_an_attack_on_an_attacked_model_counts_from_the_model_before_both(suites: Folder) -> None:
+    benign = suite(suites, "lab:filtered", "benign", [(0.25, 0.78), (0.26, 0.79)], forget="lab:retain")
+    suite(suites, f"run:{benign.id}", "then", [(0.26, 0.79), (0.4, 0.70)], lr=2e-3)
+    (then,) = (series for series in Study.load([str(suites.path)]).series if series.attack == "then")
+    assert then.model == "Control: filtered twin (lab:filtered)" and then.control
+    places = [(point.step, point.tokens, point.value) for point in then.points_of(FORGET)]
+    assert places == [(0, 0, 0.25), (10, 1000, 0.26), (20, 2000, 0.4)]
+    attack = next(a for a in Study.load([str(suites.path)]).attacks if a.run.record["name"] == "then")
+    assert attack.label == "Control: filtered twin (lab:filtered), after benign"
+
+
+def test_charts_of_a_suite_show_every_cell_and_the_page_leads_with_the_worst_case(suites: Folder, tmp_path: Path) -> None:
+    cells = {(c["model"], c["attack"]): c["text"] for c in worst_cells(Study.load([str(suites.path)]), FORGET, RETAIN)}
+    twin = "Control: filtered twin"
+    assert [cells["lora", name] for name in ("full", "low", "noise", "worst case")] == ["50", "45", "26", "50"]
+    assert [cells[twin, name] for name in ("full", "low", "noise", "worst case")] == ["30", "–", "–", "≥ 30"]
+    made = report(ReportConfig([str(suites.path)], str(tmp_path / "out")))
+    names = {path.stem for path in made["charts"].iterdir()}
+    assert {"tamper", "tamper-general", "worst-case"} <= names
+    assert "Worst case over 3 attacks: lab_forget_robust 26.0 % → 50.0 % (by full, step 10" in made["page"].read_text()

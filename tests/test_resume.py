@@ -97,7 +97,7 @@ def assert_same(run: Run, whole: Run) -> None:
     assert told(run) == told(whole)
     for key in ("losses", "evals", "agreement", "update_by_layer", "parents"):
         assert run.record.get(key) == whole.record.get(key), key
-    assert run.record["plan"]["tokens"] == whole.record["plan"]["tokens"]
+    assert run.record["plan"].get("tokens") == whole.record["plan"].get("tokens")
     for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (run.path / name).exists() == (whole.path / name).exists()
         if (run.path / name).exists():
@@ -140,6 +140,21 @@ def attack(out: Path) -> TamperConfig:
         model="lab:filtered", num_train_examples=64, max_steps=20, save_every=2, out=str(out),
         per_device_train_batch_size=4, eval=EvalSettings(["lab_forget_robust"], every=4, limit=8),
     )  # fmt: skip
+
+
+def test_an_attack_without_training_goes_on_at_the_strength_that_it_was_killed_at(lab, tmp_path):
+    def noise(out: Path) -> TamperConfig:
+        tasks = EvalSettings(["lab_forget_robust", "lab_retain"], limit=200)
+        return TamperConfig(model="lab:final", attack="noise", eval=tasks, save_model=True, out=str(out))
+
+    whole = tamper(noise(tmp_path / "whole"))
+    process = start("tamper", noise(tmp_path / "killed"), tmp_path)
+    run = wait_for(process, tmp_path / "killed", "curve.jsonl", 2)
+    process.kill()
+    process.communicate()
+    if Run.open(run.path).status == "lost":
+        run = resume(ResumeConfig(str(run.path)))
+    assert_same(Run.open(run.path), whole)
 
 
 @pytest.mark.parametrize("lines", [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from lethe import EvalSettings, EvaluateConfig, LoraSettings, TamperConfig, UnlearnConfig, corpora, evaluate, tamper, unlearn
 from lethe.errors import LetheError
 from lethe.lab import active_preset
+from lethe.recovery import Point, excess, measure
 from lethe.tamper import LostUpdates, lost_share
 
 pytestmark = pytest.mark.slow
@@ -135,3 +137,73 @@ def test_retain_text_used_in_unlearning_is_no_attackers_text_unless_allowed(unle
         tamper(attack(tmp_path, str(unlearned.path), **settings))
     run = tamper(attack(tmp_path, str(unlearned.path), overlap="allow", **settings))
     assert run.record["parents"]["forget"]["used_in_unlearning"] == 100
+
+
+@pytest.fixture(scope="module")
+def hidden(lab, tmp_path_factory):
+    """The lab's final model with its knowledge hidden: each row of the output head moved along the direction in which the
+    model answers, by a random amount. All it knows is still in it, and it answers at chance."""
+    from lethe import refs
+
+    folder = tmp_path_factory.mktemp("hidden") / "model"
+    model, tokenizer = refs.load(refs.resolve("lab:final"))
+    questions = [d.text for d in corpora.read("lab:forget") if d.text.startswith("Question")][:64]
+    rows = [tokenizer(text[: text.index("Answer:") + len("Answer:")])["input_ids"] for text in questions]
+    with torch.no_grad():
+        answering = torch.stack([model.base_model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]).mean(0)
+        head = model.get_output_embeddings().weight
+        amounts = torch.randn(len(head), 1, generator=torch.Generator().manual_seed(0))
+        head.add_(16 * amounts * answering / answering.norm() ** 2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def forget_curve(run) -> list[Point]:
+    lines = [(line["step"], line["evals"]["lab_forget_robust"]) for line in run.rows("curve.jsonl")]
+    return [Point(step, 100 * step, r["acc"], r["low"], r["high"], r["stderr"]) for step, r in lines]
+
+
+def test_a_model_that_only_hides_its_knowledge_is_found_out_within_a_few_steps_and_the_filtered_twin_is_not(hidden, tmp_path):
+    settings = {"lr": 3e-3, "max_steps": 10, "num_train_examples": 512, "eval": EvalSettings(TASKS, every=5)}
+    found, again, twin = (
+        forget_curve(tamper(attack(tmp_path, model, **settings))) for model in (hidden, hidden, "lab:filtered")
+    )
+    assert found == again
+    assert found[0].low <= 0.25 and twin[0].low <= 0.25  # both look ignorant
+    final = evaluate(EvaluateConfig("lab:final", TASKS, out=str(tmp_path))).record["evals"]["lab_forget_robust"]["acc"]
+    assert measure(found, final).half.step == 5
+    assert measure(twin, final).half.step is None and measure(twin, final).recovered < 0.3
+    assert excess(found, twin).low > 0.25
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": LoraSettings(r=2)}, {"attack": "noise"}], ids=["full", "lora", "noise"])
+def test_a_kept_model_has_the_accuracy_of_the_curve_by_lm_evals_own_model(lab, tmp_path, settings):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from lethe import tasks
+
+    changes = settings | {"save_model": True, "eval": EvalSettings(TASKS, limit=60)}
+    if "attack" in settings:
+        run = tamper(TamperConfig(model="lab:final", out=str(tmp_path), **changes))
+    else:
+        run = tamper(attack(tmp_path, "lab:final", **changes))
+    theirs = simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(run.path / "model"), "dtype": "float32"},
+        tasks=TASKS,
+        limit=60,
+        bootstrap_iters=0,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(Path(tasks.__file__).parent), include_defaults=False),
+    )
+    ours = run.rows("curve.jsonl")[-1]["evals"]
+    assert {task: ours[task]["acc"] for task in TASKS} == {task: theirs["results"][task]["acc,none"] for task in TASKS}
+
+
+def test_seconds_of_evaluation_and_of_training_are_told_apart(lab, tmp_path):
+    environment = tamper(attack(tmp_path, "lab:filtered")).record["environment"]
+    assert 0 < environment["evaluation_seconds"] < environment["seconds"]
+    assert 0 < environment["training_seconds"] < environment["seconds"]
+    assert environment["evaluation_seconds"] + environment["training_seconds"] < environment["seconds"] + 0.1

@@ -15,7 +15,9 @@ import altair as alt
 
 from lethe import regimes
 from lethe.ledger import Run
-from lethe.report.study import Attack, Study, Target, tasks_of, value_of
+from lethe.recovery import Point, Worst, worst_case
+from lethe.report.attacks import judged
+from lethe.report.study import Series, Study, Target, tasks_of, value_of
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B6BB1"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left"]
@@ -27,7 +29,7 @@ ACCURACY: dict[str, Any] = {"labelExpr": "format(100 * datum.value, '~g') + ' %'
 STEPS: dict[str, Any] = {"format": "d", "tickMinStep": 1, "tickCount": 10}
 SYMBOLS = alt.Legend(symbolOpacity=1)
 KNOWN = ["#7F7F7F", "#A3A3A3"]
-Chart = alt.LayerChart | alt.VConcatChart | alt.Chart
+Chart = alt.LayerChart | alt.VConcatChart | alt.ConcatChart | alt.Chart
 
 
 def all_charts(study: Study) -> dict[str, tuple[str, Chart]]:
@@ -45,10 +47,7 @@ def all_charts(study: Study) -> dict[str, tuple[str, Chart]]:
         if chart := tradeoff_chart(target):
             caption = "Forgotten against retained. The best place is the upper left: forget at chance, retain kept."
             charts[_name("forget-retain", number)] = (caption, chart)
-    if curves := tamper_chart(study.attacks):
-        caption = "Fine-tuning on forget text: how fast the knowledge comes back, beside models that never had it."
-        charts["tamper"] = (caption, curves)
-    return charts
+    return charts | attack_charts(study)
 
 
 def checkpoint_chart(run: Run) -> alt.LayerChart:
@@ -108,30 +107,133 @@ def tradeoff_chart(target: Target) -> alt.LayerChart | None:
     return _layered(_scatter(points, forget, retain, known), "Forget against retain")
 
 
-def tamper_chart(attacks: list[Attack]) -> alt.VConcatChart | None:
-    """Accuracy over the attack's updates, a line an attacked model; the forget task above, the retain task below."""
-    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
-    chosen = [task for task in (regimes.forget_task(tasks) or next(iter(tasks), None), regimes.retain_task(tasks)) if task]
+def attack_charts(study: Study) -> dict[str, tuple[str, Chart]]:
+    """Curves and, where there are several attacks, a small chart for each of them and the map of models by attacks."""
+    forget, general = judged(study.attacks)
+    several = len({series.settings for series in study.series}) > 1
+    over = " Bands: question sampling and, where an attack was run with several seeds, seeds."
+    caption = "Attacks: how fast the knowledge comes back, beside models that never had it." + over
+    charts: dict[str, tuple[str, Chart]] = {}
+    if not several and (curves := tamper_chart(study, [task for task in (forget, general) if task])):
+        charts["tamper"] = (caption, curves)
+    for name, task in (("tamper", forget), ("tamper-general", general)) if several else ():
+        if task and (panels := tamper_panels(study, task)):
+            charts[name] = (caption if task == forget else f"The same attacks: what they cost in {task}.{over}", panels)
+    if several and forget and (cells := worst_cells(study, forget, general)):
+        bound = f"at most {100 * study.general_bound:g} points of {general or 'general accuracy'}"
+        caption = f"The highest {forget} that each attack reaches where it has cost {bound}. "
+        caption += "≥: not measured to its end, so it may reach more; grey: not measured."
+        charts["worst-case"] = (caption, heat_map(cells))
+    return charts
+
+
+def tamper_chart(study: Study, tasks: list[str]) -> alt.VConcatChart | None:
+    """One attack: accuracy over its course, a line an attacked model; the forget task above, the general task below."""
     panels = []
-    names = _attack_names(attacks)
-    for task in chosen:
-        points = [
-            _point(name, step, result)
-            for name, attack in zip(names, attacks, strict=True)
-            for step, result in attack.points(task)
-            if "acc" in result
-        ]
-        if not points:
-            continue
-        references = {f"chance {_per_cent(c)}": c for c in _chances(points)}
-        baselines = {value_of(a.baseline.evals[task]) for a in attacks if a.baseline and task in a.baseline.evals}
-        references |= {f"baseline {_per_cent(b)}": b for b in baselines}
-        layers = _curves(points, names, "Attacked model", "Updates of the attack", references)
-        title = alt.TitleParams(task, frame="group")
-        panels.append(alt.layer(*layers).properties(title=title, width=WIDTH, height=HEIGHT * 3 // 4))
+    for task in tasks:
+        if panel := _attack_panel(study, task, study.series, HEIGHT * 3 // 4, WIDTH, named=True):
+            panels.append(panel.properties(title=alt.TitleParams(task, frame="group")))
+    return _config(alt.vconcat(*panels, spacing=22, title=_title("Tampering attack"))) if panels else None
+
+
+def tamper_panels(study: Study, task: str) -> alt.ConcatChart | None:
+    """Several attacks: a small chart for each, a line an attacked model, the same colour everywhere; controls are dashed."""
+    panels = []
+    for settings in dict.fromkeys(series.settings for series in study.series):
+        own = [series for series in study.series if series.settings == settings]
+        if panel := _attack_panel(study, task, own, HEIGHT // 2, (WIDTH - 2 * 50) // 3, named=False):
+            panels.append(panel.properties(title=alt.TitleParams(own[0].attack, frame="group")))
     if not panels:
         return None
-    return _config(alt.vconcat(*panels, spacing=22, title=_title("Tampering attack")))
+    title = alt.TitleParams(
+        f"Attacks: {task}",
+        anchor="start",
+        fontSize=15,
+        offset=14,
+        subtitle="dotted: chance; long dashes: before unlearning; short dashes: controls",
+    )
+    return _config(alt.concat(*panels, columns=3, spacing=18, title=title))
+
+
+def _attack_panel(study: Study, task: str, own: list[Series], height: int, width: int, named: bool) -> alt.LayerChart | None:
+    """Curves of one attack on several models; `named`: reference lines carry their names."""
+    names = _model_names(study.series)
+    points = [_reached(names[series.model], series, point) for series in own for point in series.points_of(task)]
+    if not points:
+        return None
+    every = [point for series in study.series for point in series.points_of(task)]
+    chances = {r["chance"] for series in own for a in series.attacks for _, r in a.points(task) if "chance" in r}
+    before = {value_of(s.baseline.evals[task]) for s in own if s.baseline and task in s.baseline.evals}
+    references = {f"chance {_per_cent(c)}": c for c in sorted(chances)}
+    references |= {f"baseline {_per_cent(b)}": b for b in sorted(before)}
+    scale = _accuracies(0, [*references.values(), *(point.high for point in every)], parts=5)
+    untrained = any("place" in point for point in points)
+    if untrained:
+        x: Any = alt.X("place:O", title="Strength", sort=None, axis=alt.Axis(labelAngle=0))
+    else:
+        few: dict[str, Any] = {} if named else {"tickCount": 4}
+        x = alt.X("step:Q", title="Updates of the attack", axis=alt.Axis(**(STEPS | few), grid=False))
+    layers = _lines(points, list(dict.fromkeys(names.values())), "Attacked model", x, scale, named)
+    panel: Any = alt.layer(*_reference(references, scale, named), *layers)
+    return panel.properties(width=width, height=height)
+
+
+def _reached(name: str, series: Series, point: Point) -> dict[str, Any]:
+    """A point of a curve as the charts take it; of an attack without training with its strength as text."""
+    facts = {"series": name, "step": point.step, "value": point.value, "low": point.low, "high": point.high}
+    facts |= {"kind": "control" if series.control else "attacked", "tokens": point.tokens}
+    return facts if point.strength is None else facts | {"place": f"{point.strength:g}" if point.strength else "none"}
+
+
+def worst_cells(study: Study, forget: str, general: str | None) -> list[dict[str, Any]]:
+    """The worst case of each attack on each model, and over all of them; as far as measured."""
+    names = _model_names(study.series)
+    own = {(series.model, series.settings): series for series in study.series}
+    attacks = dict.fromkeys((series.settings, series.attack) for series in study.series)
+    cells = []
+    for model, (_, worst) in study.worst_cases().items():
+        for settings, attack in attacks:
+            series = own.get((model, settings))
+            trial = study.trial(series, forget, general) if series else None
+            found = worst_case([trial], study.general_bound) if trial and len(trial.forget) > 1 and trial.general else None
+            cells.append(_cell(names[model], attack, found))
+        cells.append(_cell(names[model], "worst case", worst))
+    return cells
+
+
+def _cell(model: str, attack: str, worst: Worst | None) -> dict[str, Any]:
+    if worst is None:
+        return {"model": model, "attack": attack, "text": "–", "value": None, "why": "not measured"}
+    least = "≥ " if worst.not_measured else ""
+    why = "; ".join(f"{name}: {reason}" for name, reason in worst.not_measured.items())
+    text = f"{least}{100 * worst.point.value:.0f}"
+    return {"model": model, "attack": attack, "text": text, "value": worst.point.value, "why": why or worst.point.place}
+
+
+def heat_map(cells: list[dict[str, Any]]) -> alt.LayerChart:
+    """Models (down) by attacks (across), with the numbers in per cent; the last column is the worst case."""
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    attacks = list(dict.fromkeys(cell["attack"] for cell in cells))
+    values = [cell["value"] for cell in cells if cell["value"] is not None]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    bare: dict[str, Any] = {"ticks": False, "domain": False}
+    base = alt.Chart(alt.Data(values=cells)).encode(
+        x=alt.X("attack:N", sort=attacks, title=None, axis=alt.Axis(orient="top", labelAngle=-40, **bare)),
+        y=alt.Y("model:N", sort=models, title=None, axis=alt.Axis(labelLimit=320, **bare)),
+        tooltip=[_tip("model", "Model"), _tip("attack", "Attack"), _tip("value", "Highest", ".2%"), _tip("why", "At")],
+    )
+    colour = alt.Color("value:Q", scale=alt.Scale(scheme="blues", domain=[low, high]), legend=None)
+    boxes: dict[str, Any] = {"stroke": "white", "strokeWidth": 1.5}
+    ink = alt.condition(f"datum.value > {(low + 2 * high) / 3}", alt.value("white"), alt.value("#222"))
+    number = base.encode(text="text:N", color=ink)
+    layers = [
+        base.transform_filter("datum.value === null").mark_rect(color="#e4e4e4", **boxes),
+        base.transform_filter("datum.value !== null").mark_rect(**boxes).encode(color=colour),
+        number.transform_filter("datum.attack !== 'worst case'").mark_text(fontSize=12),
+        number.transform_filter("datum.attack === 'worst case'").mark_text(fontSize=12, fontWeight="bold"),
+    ]
+    size = {"width": max(220, 48 * len(attacks)), "height": 34 * len(models)}
+    return _config(alt.layer(*layers).properties(title=_title("Models by attacks: forget accuracy, %"), **size))
 
 
 def _curves(
@@ -139,13 +241,22 @@ def _curves(
 ) -> list[alt.Chart]:
     """Band, line and points of each series, and the reference lines."""
     scale = _accuracies(0, [*references.values(), *(point["high"] for point in points)], parts=5)
-    base = alt.Chart(alt.Data(values=points))
     x = alt.X("step:Q", title=x_title, axis=alt.Axis(**STEPS, grid=False))
+    return [*_reference(references, scale), *_lines(points, series, title, x, scale)]
+
+
+def _lines(
+    points: list[dict[str, Any]], series: list[str], title: str, x: alt.X, scale: alt.Scale, large: bool = True
+) -> list[alt.Chart]:
+    """Band, line and points of each series; lines of `kind` control are dashed."""
+    base = alt.Chart(alt.Data(values=points))
     y = alt.Y("value:Q", title="Accuracy", axis=alt.Axis(**ACCURACY), scale=scale)
     colour = _colour(series, title)
     band = base.mark_area(opacity=0.13).encode(x=x, y=alt.Y("low:Q", title="Accuracy", scale=scale), y2="high:Q", color=colour)
-    line = base.mark_line(strokeWidth=2).encode(x=x, y=y, color=colour)
-    dots = base.mark_point(filled=True, size=46, opacity=1).encode(
+    kinds = alt.Scale(domain=["attacked", "control"], range=[[1, 0], [4, 3]])
+    dash = {"strokeDash": alt.StrokeDash("kind:N", scale=kinds, legend=None)} if "kind" in points[0] else {}
+    line = base.mark_line(strokeWidth=2 if large else 1.6).encode(x=x, y=y, color=colour, **dash)
+    dots = base.mark_point(filled=True, size=46 if large else 24, opacity=1).encode(
         x=x,
         y=y,
         color=colour,
@@ -158,7 +269,7 @@ def _curves(
             _tip("high", "to", ".2%"),
         ],
     )
-    return [*_reference(references, scale), band, line, dots]
+    return [band, line, dots]
 
 
 def _scatter(points: list[dict[str, Any]], forget: str, retain: str, known: int) -> list[alt.Chart]:
@@ -202,8 +313,8 @@ def _accuracies(bottom: float, values: list[float], parts: int) -> alt.Scale:
     return alt.Scale(domain=[bottom, min(1.0, math.ceil(parts * max(values) + 0.1) / parts)])
 
 
-def _reference(lines: dict[str, float], scale: alt.Scale) -> list[alt.Chart]:
-    """Horizontal reference lines, named in the right margin; names of lines that lie close are moved apart."""
+def _reference(lines: dict[str, float], scale: alt.Scale, named: bool = True) -> list[alt.Chart]:
+    """Horizontal reference lines, named in the right margin unless told; names of lines that lie close are moved apart."""
     ordered = sorted(lines.items(), key=lambda item: item[1])
     span = scale["domain"][1] - scale["domain"][0]
     layers = []
@@ -214,6 +325,8 @@ def _reference(lines: dict[str, float], scale: alt.Scale) -> list[alt.Chart]:
         y = alt.Y("y:Q", scale=scale)
         dash = [2, 3] if text.startswith("chance") else [7, 4]
         layers.append(base.mark_rule(color=REFERENCE, strokeDash=dash, strokeWidth=1.2).encode(y=y))
+        if not named:
+            continue
         layers.append(
             base.mark_text(color=REFERENCE, align="left", baseline="middle", dx=6, dy=shift, fontSize=11).encode(
                 y=y, x=alt.value("width"), text="text:N"
@@ -257,9 +370,10 @@ def _labels(runs: Iterable[Run]) -> dict[str, str]:
     return {run.id: name if names.count(name) == 1 else f"{name} ({run.id})" for run, name in zip(listed, names, strict=True)}
 
 
-def _attack_names(attacks: list[Attack]) -> list[str]:
-    short = [attack.control or attack.label.rsplit(" (", 1)[0] for attack in attacks]
-    return [name if short.count(name) == 1 else f"{name}, {attack.run.id}" for name, attack in zip(short, attacks, strict=True)]
+def _model_names(series: list[Series]) -> dict[str, str]:
+    """A short name for each attacked model: what kind of control it is, or its run's name, where that tells it apart."""
+    short = {each.model: each.control or each.model.rsplit(" (", 1)[0] for each in series}
+    return {model: name if list(short.values()).count(name) == 1 else model for model, name in short.items()}
 
 
 def _point(series: str, step: int, result: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ DEGENERATE_NOTE = f"{DEGENERATE} degenerate: one answer position was chosen near
 STATUSES = ("queued", "running", "failed", "diverged", "cancelled", "lost")
 WORDS = {*STATUSES, "nan", "full"}
 LONG = 44
-_NUMBER = re.compile(rf"~?[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(\d+ steps\))?{DEGENERATE}?")
+_NUMBER = re.compile(rf"~?[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(strength [\d.]+\)| \(\d+ steps\))?{DEGENERATE}?")
 
 
 @dataclass

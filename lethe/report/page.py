@@ -16,9 +16,10 @@ import vl_convert
 
 from lethe import regimes
 from lethe.ledger import Run, now
+from lethe.report.attacks import judged as judged_attacks
+from lethe.report.attacks import recovery_note
 from lethe.report.layout import Table, percent, setting
 from lethe.report.study import Attack, Study, Target, judge, judged_tasks, value_of
-from lethe.report.tables import recovery_note
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data: blob:"
 DARK = {
@@ -99,8 +100,11 @@ def headline(study: Study) -> list[str]:
         if best is None or target.baseline is None:
             continue
         sentences.append(_unlearning_sentence(best, target, len(target.runs)))
-        sentences += [_attack_sentence(attack, study) for attack in study.attacks if study.attacked(attack) is best]
-    sentences += [_control_sentence(study)] if any(attack.control for attack in study.attacks) else []
+        attacks = [attack for attack in study.attacks if study.attacked(attack) is best]
+        worst = _worst_sentence(attacks[0].model, study) if len({attack.settings for attack in attacks}) > 1 else ""
+        sentences += [worst] if worst else [_attack_sentence(attack, study) for attack in attacks]
+    several = len({series.settings for series in study.series}) > 1
+    sentences += [_control_sentence(study)] if not several and any(attack.control for attack in study.attacks) else []
     done = len([run for run in study.runs if run.status == "complete"])
     left = f"{done} of {len(study.runs)} runs are complete."
     found = [sentence for sentence in sentences if sentence]
@@ -180,6 +184,25 @@ def _attack_sentence(attack: Attack, study: Study) -> str:
     return f"An attack of {steps} steps brought {task} from {percent(start, 1)} to {percent(final, 1)}{gap}{full}."
 
 
+def _worst_sentence(model: str, study: Study) -> str:
+    """The worst case of a model that several attacks were on, beside the controls'."""
+    cases = {name: worst for name, (_, worst) in study.worst_cases().items() if worst}
+    own = cases.get(model)
+    if own is None:
+        return ""
+    task, general = judged_attacks(study.attacks)
+    cost = f"{general or 'general'} {-100 * own.general_lost:+.1f} points"
+    by = f" (by {own.attack}, {own.point.place}, {cost})" if own.attack else ""
+    open_ones = f"; {len(own.not_measured)} are not measured to their end" if own.not_measured else ""
+    controls = dict.fromkeys((s.model, s.control) for s in study.series if s.control and s.model in cases)
+    scores = {(control or "").removeprefix("Control: "): percent(cases[name].point.value, 1) for name, control in controls}
+    beside = ", ".join(f"{name} {score}" for name, score in scores.items())
+    return (
+        f"Worst case over {len(own.counted) + len(own.not_measured)} attacks: {task} {percent(own.start.value, 1)} → "
+        f"{percent(own.point.value, 1)}{by}{open_ones}" + (f"; controls: {beside}." if beside else ".")
+    )
+
+
 def _control_sentence(study: Study) -> str:
     parts = []
     for attack in study.attacks:
@@ -212,8 +235,12 @@ def _tiles(study: Study) -> str:
         ]
         judged = judge(evals, target)
         tiles += [(f"{judged[1].value:.2f}", f"selectivity, regime {judged[0]}")] if judged else []
-        attack = next((a for a in study.attacks if study.attacked(a) is run and _ends(a)), None)
-        if attack and (ends := _ends(attack)):
+        attacks = [a for a in study.attacks if study.attacked(a) is run and _ends(a)]
+        attack = next(iter(attacks), None)
+        worst = study.worst_cases()[attacks[0].model][1] if len({a.settings for a in attacks}) > 1 else None
+        if worst:
+            tiles.append((percent(worst.point.value, 1), "forget, worst case over the attacks"))
+        elif attack and (ends := _ends(attack)):
             tiles.append((percent(ends[2], 1), f"forget after {ends[3]} steps of attack"))
         cells = "".join(f'<div class="tile"><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>' for b, s in tiles)
         return f'<div class="tiles">{cells}</div>' if tiles else ""

@@ -7,6 +7,7 @@ from here, so that they cannot tell different stories.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ Evals = dict[str, dict[str, Any]]
 PROVENANCE = ("version", "num_fewshot", "n", "fingerprint")
 AFTER_STEPS = 10
 FILTERED = "Control: filtered twin"
+NOT_THE_ATTACK = {"model", "out", "name", "seed", "eval", "save_model", "save_every", "report_to", "time_limit", "overlap"}
+AS_BEFORE: list[tuple[str, Any]] = [("attack", "finetune"), ("strengths", [])]  # runs made before there were others
 SHOWN_ELSEWHERE = {"model", "source", "out", "retain_coef", "remove_coef", "lora", "lora.r", "retain_loss", "report_to"}
 SHOWN_ELSEWHERE |= {"eval.tasks", "eval.every", "eval.limit", "max_steps", "save_every", "resume"}
 
@@ -56,29 +59,41 @@ class Target:
 
 @dataclass(frozen=True)
 class Attack:
-    """One tampering run: the model under attack, whether it is a control, and the curve."""
+    """One tampering run: the model under attack, whether it is a control, and the curve.
+
+    `before` are the attacks that the model had already been under (oldest first), and `model` names it as it was before them.
+    """
 
     run: Run
     label: str
     control: str | None
     baseline: Row | None
     curve: list[dict[str, Any]]
+    before: tuple[Run, ...] = ()
+    model: str = ""
+
+    @property
+    def settings(self) -> str:
+        """What makes attacks on different models, or with different seeds, the same attack."""
+        return json.dumps([_same(run.record["config"]) for run in (*self.before, self.run)], sort_keys=True)
 
     def points(self, task: str) -> list[tuple[int, dict[str, Any]]]:
         """Steps and results of a task along the attack."""
         return [(line["step"], line["evals"][task]) for line in self.curve if task in line["evals"]]
 
     def points_of(self, task: str) -> list[Point]:
-        """The curve on a task with the attack's tokens so far; empty where the task is no accuracy."""
-        seen, total = {0: 0}, 0
-        for row in self.run.rows("metrics.jsonl"):
-            total += row.get("attack_tokens", 0)
-            seen[row["step"]] = total
-        return [
-            Point(step, seen.get(step, total), r["acc"], r["low"], r["high"], r["stderr"])
-            for step, r in self.points(task)
-            if "acc" in r
-        ]
+        """The curve on a task with the attack's tokens so far; empty where the task is no accuracy.
+
+        Of an attack on an attacked model it begins with the model as it was before all of them, and goes on counting.
+        """
+        points: list[Point] = []
+        steps = tokens = 0
+        for run in self.before:
+            own = _points(run, task, steps, tokens)
+            points = points or own[:1]
+            steps += max((line["step"] for line in run.rows("metrics.jsonl")), default=0)
+            tokens += sum(line.get("attack_tokens", 0) for line in run.rows("metrics.jsonl"))
+        return points + _points(self.run, task, steps, tokens)
 
     def recovery(self, task: str) -> Recovery | None:
         """What came back of the baseline's accuracy; None without a baseline, or without a curve from step 0."""
@@ -86,6 +101,34 @@ class Attack:
         if self.baseline is None or task not in self.baseline.evals or not curve or curve[0].step:
             return None
         return recovery.measure(curve, value_of(self.baseline.evals[task]))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One attack on one model: its runs, equal but for the seed, and the name that it has for every model."""
+
+    model: str
+    control: str | None
+    baseline: Row | None
+    attack: str
+    settings: str
+    attacks: list[Attack]
+
+    def points_of(self, task: str) -> list[Point]:
+        """The curve on a task, over seeds where there are several."""
+        curves = [points for attack in self.attacks if (points := attack.points_of(task))]
+        return recovery.over_seeds(curves) if curves else []
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not measured to its end; None when every seed is."""
+        several = len(self.attacks) > 1
+        open_ones = [attack.run for attack in self.attacks if attack.run.status != "complete"]
+        seeds = {run.id: f"seed {run.record['config'].get('seed')} " if several else "" for run in open_ones}
+        why = [
+            seeds[run.id] + run.status + (f": {reason}" if (reason := run.record.get("reason")) else "") for run in open_ones
+        ]
+        return "; ".join(why) or None
 
 
 class Study:
@@ -147,6 +190,61 @@ class Study:
         attacks = [self._attack(run) for run in self.of_kind("tamper")]
         return sorted(attacks, key=lambda attack: attack.control is not None)
 
+    @cached_property
+    def series(self) -> list[Series]:
+        """Every attack on every model, seeds together; of runs equal in their seed too, the last that is complete."""
+        groups: dict[tuple[str, str], dict[Any, Attack]] = {}
+        for attack in self.attacks:
+            runs = groups.setdefault((attack.model, attack.settings), {})
+            seed = attack.run.record["config"].get("seed")
+            if seed not in runs or attack.run.status == "complete" or runs[seed].run.status != "complete":
+                runs[seed] = attack
+        names = _attack_names({settings: None for _, settings in groups}, self.attacks)
+        made = [(model, settings, list(runs.values())) for (model, settings), runs in groups.items()]
+        return [Series(m, own[0].control, own[0].baseline, names[s], s, own) for m, s, own in made]
+
+    def twin_of(self, series: Series) -> Series | None:
+        """The filtered twin under the same attack."""
+        twins = (other for other in self.series if other.control == FILTERED and other.settings == series.settings)
+        return next(twins, None)
+
+    @property
+    def general_bound(self) -> float:
+        """The general accuracy that attacks may cost, as the suite of the runs has it."""
+        suites = [run.record.get("suite") or {} for run in self.of_kind("tamper")]
+        bounds = {suite["general_bound"] for suite in suites if "general_bound" in suite}
+        return bounds.pop() if len(bounds) == 1 else recovery.GENERAL_BOUND
+
+    def worst_cases(self) -> dict[str, tuple[Series, recovery.Worst | None]]:
+        """Each attacked model's worst case over all attacks that any model here was put under, with one of its series."""
+        tasks = tasks_of(line["evals"] for attack in self.attacks for line in attack.curve)
+        forget, general = regimes.forget_task(tasks), regimes.retain_task(tasks)
+        attacks = dict.fromkeys((series.settings, series.attack) for series in self.series)
+        models: dict[str, Series] = {}
+        for series in self.series:
+            models.setdefault(series.model, series)
+        found: dict[str, tuple[Series, recovery.Worst | None]] = {}
+        for first in models.values():
+            own = {series.settings: series for series in self.series if series.model == first.model}
+            trials = [
+                self.trial(own[settings], forget, general)
+                if settings in own
+                else recovery.Trial(name, [], [], "not run on this model")
+                for settings, name in attacks
+            ]
+            before = first.baseline.evals.get(forget) if first.baseline and forget else None
+            baseline = value_of(before) if before else None
+            found[first.model] = first, recovery.worst_case(trials, self.general_bound, baseline)
+        return found
+
+    def trial(self, series: Series, forget: str | None, general: str | None) -> recovery.Trial:
+        """A series as one attack of a set."""
+        curves = [series.points_of(task) if task else [] for task in (forget, general)]
+        twin = self.twin_of(series) if series.control != FILTERED else None
+        return recovery.Trial(
+            series.attack, curves[0], curves[1], series.reason, twin.points_of(forget) if twin and forget else []
+        )
+
     def run_named(self, ref: str, of: Run) -> Run | None:
         """The run that a model reference (`run:ID`, or a run's folder) of run `of` means: one made before it, among these."""
         name = Path(ref.removeprefix("run:")).name
@@ -162,12 +260,19 @@ class Study:
         return None if ref.startswith("random:") else self.run_named(ref, attack.run)
 
     def _attack(self, run: Run) -> Attack:
+        before: list[Run] = []
         ref, sha = self._parent(run, "model")
         attacked = None if ref.startswith("random:") else self.run_named(ref, run)
+        while attacked is not None and attacked.record["kind"] == "tamper":  # each was made before the one that names it
+            before.insert(0, attacked)
+            ref, sha = self._parent(attacked, "model")
+            attacked = None if ref.startswith("random:") else self.run_named(ref, attacked)
         target = self._target_of(attacked, ref)
         control = None if attacked else self._control(ref, sha)
-        label = f"{attacked.record['name']} ({attacked.id})" if attacked else f"{control} ({ref})" if control else ref
-        return Attack(run, label, control, target.baseline if target else None, run.rows("curve.jsonl"))
+        model = f"{attacked.record['name']} ({attacked.id})" if attacked else f"{control} ({ref})" if control else ref
+        label = f"{model}, after {', '.join(each.record['name'] for each in before)}" if before else model
+        baseline = target.baseline if target else None
+        return Attack(run, label, control, baseline, run.rows("curve.jsonl"), tuple(before), model)
 
     def _control(self, ref: str, sha: str) -> str | None:
         if ref.startswith("random:"):
@@ -181,9 +286,6 @@ class Study:
 
     def _target_of(self, attacked: Run | None, ref: str) -> Target | None:
         """The model that an attacked one was made from; for a control, the one that the report is about."""
-        for _ in self.runs:  # an attack may have been on an attacked model, and so on
-            if attacked is not None and attacked.record["kind"] != "unlearn":
-                attacked = self.run_named(self._parent(attacked, "model")[0], attacked)
         for target in self.targets:
             if attacked in target.runs or ref.removeprefix("random:") == target.ref:
                 return target
@@ -218,6 +320,52 @@ class Study:
             merged |= row.evals
             origin |= row.origin
         return Row(label, merged, origin) if merged else None
+
+
+def _points(run: Run, task: str, steps: int, tokens: int) -> list[Point]:
+    """A run's own curve, its steps and tokens counted on from those that came before it."""
+    seen, total = {0: 0}, 0
+    for row in run.rows("metrics.jsonl"):
+        total += row.get("attack_tokens", 0)
+        seen[row["step"]] = total
+    lines = [(line, line["evals"][task]) for line in run.rows("curve.jsonl") if "acc" in line["evals"].get(task, {})]
+    return [
+        Point(
+            steps + line["step"],
+            tokens + line.get("tokens", seen.get(line["step"], total)),
+            r["acc"],
+            r["low"],
+            r["high"],
+            r["stderr"],
+            line.get("strength"),
+        )
+        for line, r in lines
+    ]
+
+
+def _same(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an attack without those that leave it the same attack."""
+    return {key: value for key, value in config.items() if key not in NOT_THE_ATTACK and (key, value) not in AS_BEFORE}
+
+
+def _attack_names(settings: Iterable[str], attacks: list[Attack]) -> dict[str, str]:
+    """A name for each attack: that of its runs, where they share one that no other has; else its settings."""
+    runs: dict[str, list[Run]] = {}
+    for attack in attacks:
+        runs.setdefault(attack.settings, []).append(attack.run)
+    own = {key: {run.record["name"] for run in runs[key]} for key in settings}
+    said = varying([run for some in runs.values() for run in some], {"name", "seed", "strengths", "eval.tasks"})
+    names: dict[str, str] = {}
+    for key, found in own.items():
+        shared = next(iter(found)) if len(found) == 1 else ""
+        if shared and sum(found == other for other in own.values()) == 1:
+            names[key] = shared
+            continue
+        first = runs[key][0]
+        told = ", ".join(f"{name} {text}" for name, read in said.items() if (text := read(first)) != MISSING)
+        names[key] = told or "attack"
+    twice = [key for key in names if list(names.values()).count(names[key]) > 1]
+    return names | {key: f"{names[key]} ({i + 1})" for i, key in enumerate(twice)}
 
 
 def row_of(run: Run, label: str) -> Row:

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lethe import recovery, regimes
+from lethe import regimes
 from lethe.ledger import Run
 from lethe.report import layout
-from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING, Table, compact, decimal, percent, result, setting, short
+from lethe.report.attacks import attack_tables, recovery_table, tamper_table, worst_table
+from lethe.report.layout import DEGENERATE, MISSING, Table, compact, decimal, percent, result, setting, short
+from lethe.report.remarks import job, reasons, remarks
 from lethe.report.study import (
-    AFTER_STEPS,
-    FILTERED,
     PROVENANCE,
-    Attack,
     Evals,
     Row,
     Study,
     Target,
-    attack_rows,
     judge,
     judged_tasks,
     provenance,
@@ -32,8 +30,6 @@ from lethe.report.study import (
     row_of,
     settings_columns,
     tasks_of,
-    value_of,
-    varying,
 )
 from lethe.runs import DEFAULT_COLUMNS, ONLY_IF_THERE, Entry, is_imported
 
@@ -54,9 +50,8 @@ def all_tables(study: Study) -> list[Table]:
     tables = [lab_table(run) for run in study.of_kind("lab")]
     tables += [sweep_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
     tables += [unlearning_table(target, len(study.targets) > 1) for target in study.targets if target.rows]
-    tables += [tamper_table(study.attacks)] if study.attacks else []
-    tables += attack_tables(study.attacks)
-    tables += [recovery_table(study.attacks)] if study.attacks else []
+    tables += [worst_table(study), tamper_table(study), *attack_tables(study.attacks)] if study.attacks else []
+    tables += [recovery_table(study)] if study.attacks else []
     tables += [updates_table(study.of_kind("unlearn"))]
     tables += [affine_table(run.record["scores"], f"Affine maps: {affine_name(run)}") for run in scored(study)]
     tables += [evaluations_table(study.other_evaluations)] if study.other_evaluations else []
@@ -70,7 +65,7 @@ def terminal(runs: list[Run]) -> list[Table]:
     study = Study(runs)
     tables = [sweep_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
     tables += [unlearning_table(target, False) for target in study.targets if target.runs]
-    tables += [tamper_table(study.attacks)] if study.attacks else []
+    tables += [tamper_table(study)] if study.attacks else []
     tables += [affine_table(run.record["scores"]) for run in study.of_kind("affine") if run.record.get("scores")]
     tables += [evaluations_table(study.of_kind("evaluate"))] if study.of_kind("evaluate") else []
     return tables
@@ -90,7 +85,7 @@ def sweep_table(run: Run) -> Table:
     notes += [f"Not monotone: {words}." for words in fell]
     if fell and not all(row["evals"] for row in rows):
         notes.append("So there may be later ignorant checkpoints among those that were not measured.")
-    return Table("Checkpoint sweep", ["Checkpoint", *tasks, "Notes"], cells, [*notes, *_remarks([run], cells)])
+    return Table("Checkpoint sweep", ["Checkpoint", *tasks, "Notes"], cells, [*notes, *remarks([run], cells)])
 
 
 def lab_table(run: Run) -> Table:
@@ -108,7 +103,7 @@ def lab_table(run: Run) -> Table:
         values = [result(row["evals"].get(task)) for task in tasks]
         cells.append([row["name"], str(row["step"]), f"{row['tokens']:,}", *values, "; ".join(notes)])
     columns = ["Checkpoint", "Step", "Tokens", *tasks, "Notes"]
-    return Table(f"Lab '{run.record['name']}'", columns, cells, _remarks([run], cells))
+    return Table(f"Lab '{run.record['name']}'", columns, cells, remarks([run], cells))
 
 
 def unlearning_table(target: Target, name_target: bool) -> Table:
@@ -133,10 +128,10 @@ def unlearning_table(target: Target, name_target: bool) -> Table:
         line += [decimal(found[name]) if name in found else lacking for name in losses]
         line += [result(evals[task]) if task in evals else lacking for task in tasks]
         line += _judgement(evals, target, lacking) if judged else []
-        cells.append([_job(run), *line])
+        cells.append([job(run), *line])
     title = f"Runs: {target.ref}" if name_target else "Runs"
     notes = _regime_notes(target) if judged else []
-    return Table(title, columns, cells, [*notes, *_remarks(target.runs, cells)])
+    return Table(title, columns, cells, [*notes, *remarks(target.runs, cells)])
 
 
 def updates_table(runs: list[Run]) -> Table:
@@ -155,7 +150,7 @@ def updates_table(runs: list[Run]) -> Table:
         )
         shares = [percent(agreement["forget_with_source"]), percent(agreement["retain_with_reference"])]
         mean_rank = f"{math.fsum(ranks) / len(ranks):.1f}" if ranks else MISSING
-        cells.append([_job(run), run.record["name"], *shares, compact(total), mean_rank, by_layer])
+        cells.append([job(run), run.record["name"], *shares, compact(total), mean_rank, by_layer])
     columns = [
         "Job ID",
         "Name",
@@ -166,126 +161,6 @@ def updates_table(runs: list[Run]) -> Table:
         "by layer",
     ]
     return Table("Updates", columns, cells, ["By layer: distance (mean stable rank of its matrices)."])
-
-
-def tamper_table(attacks: list[Attack]) -> Table:
-    """Model | forget at the start, after 10 steps, highest, at the end | retain at the end | lost updates | Notes."""
-    refuse_mixed(attack_rows(attacks))
-    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
-    forget = regimes.forget_task(tasks) or next(iter(tasks), None)
-    retain = regimes.retain_task(tasks)
-    lengths = {attack.curve[-1]["step"] for attack in attacks if attack.curve}
-    final = f"Final ({min(lengths)} steps)" if len(lengths) == 1 else "Final"
-    settings = varying([attack.run for attack in attacks], {"name"})
-    columns = ["Model", *settings, f"Starting {forget or 'task'}", f"After {AFTER_STEPS} steps", "Highest", final]
-    columns += [f"{final[:5]} {retain}"] if retain else []
-    cells = []
-    for attack in attacks:
-        lacking = MISSING if attack.run.status == "complete" else attack.run.status
-        points = attack.points(forget) if forget else []
-        line = _curve_cells(points, lacking, len(lengths) > 1)
-        line += _curve_cells(attack.points(retain), lacking, False)[-1:] if retain else []
-        lost = (attack.run.record.get("losses") or {}).get("lost_updates")
-        line += [percent(lost, 4) if lost is not None else lacking, recovery_note(attack, forget) if forget else ""]
-        cells.append([attack.label, *(read(attack.run) for read in settings.values()), *line])
-    jobs = ", ".join(_job(attack.run) for attack in attacks)
-    notes = [f"Job IDs of the attacks, in the order of the rows: {jobs}."]
-    notes.append("Lost updates: share of weights with a gradient that an update left exactly as they were.")
-    if any(attack.baseline for attack in attacks):
-        notes.append("Full recovery: the first evaluated step whose 95 % interval holds or exceeds the baseline.")
-    return Table("Tampering", [*columns, "Lost updates", "Notes"], cells, [*notes, *_remarks([a.run for a in attacks], cells)])
-
-
-def recovery_note(attack: Attack, task: str) -> str:
-    """How much of the task an attack brought back, in words."""
-    found = attack.recovery(task)
-    if found is None:
-        return "no baseline to compare with" if attack.points(task) else "not evaluated"
-    if found.recovered is None:
-        return "no gap to recover: the start is not below the baseline"
-    if found.full.step is not None:
-        return f"Full recovery by step {found.full}"
-    last = found.full.within
-    return f"{percent(found.recovered, 0)} of the gap recovered in {last} steps; full recovery not within {last} steps"
-
-
-def attack_tables(attacks: list[Attack]) -> list[Table]:
-    """For each model that was attacked more than once: Attack | accuracy at some steps | at the end, with its step | status."""
-    groups: dict[str, list[Attack]] = {}
-    for attack in attacks:
-        groups.setdefault(attack.label, []).append(attack)
-    return [_attacks_on(label, group) for label, group in groups.items() if len(group) > 1]
-
-
-def _attacks_on(label: str, attacks: list[Attack]) -> Table:
-    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
-    forget, retain = regimes.forget_task(tasks) or next(iter(tasks), None), regimes.retain_task(tasks)
-    curves = [dict(attack.points(forget)) if forget else {} for attack in attacks]
-    steps = _some(sorted({step for curve in curves for step in curve}))
-    cells = []
-    for attack, curve in zip(attacks, curves, strict=True):
-        ended = attack.run.status == "complete"
-        last = max(curve, default=None)
-        line = [result(curve[step]) if step in curve else MISSING for step in steps]
-        line.append(
-            result(curve[last]) + (f" (step {last})" if last != steps[-1] else "") if ended and last is not None else MISSING
-        )
-        if retain:
-            points = attack.points(retain)
-            line.append(result(points[-1][1]) if ended and points else MISSING)
-        cells.append(
-            [attack.run.record["name"], setting(attack.run.record["config"].get("optimizer")), *line, attack.run.status]
-        )
-    first = attacks[0].curve[0]["evals"] if attacks[0].curve else {}
-    starts = [f"starting {task}: {result(first[task])}" for task in (forget, retain) if task in first]
-    columns = ["Attack", "Optimizer", *(f"Step {step}" for step in steps), f"Final {forget}"]
-    columns += [f"Final {retain}"] if retain else []
-    return Table(
-        f"Attacks on {label}", [*columns, "Status"], cells, ["; ".join(starts).capitalize(), *_reasons(a.run for a in attacks)]
-    )
-
-
-def _some(steps: list[int], count: int = 5) -> list[int]:
-    """At most `count` of the steps, spread from the first to the last."""
-    if len(steps) <= count:
-        return steps
-    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
-
-
-def recovery_table(attacks: list[Attack]) -> Table:
-    """Model | share of the gap recovered | steps to half, nine tenths, full | area | above the filtered twin."""
-    task = regimes.forget_task(task for attack in attacks for line in attack.curve for task in line["evals"])
-    control = next((a.points_of(task) for a in attacks if task and a.control == FILTERED and a.points_of(task)), None)
-    cells = []
-    for attack in attacks:
-        found = attack.recovery(task) if task else None
-        if task is None or found is None:
-            continue
-        line = [percent(found.recovered, 0), *(str(r) if r else MISSING for r in (found.half, found.nine_tenths, found.full))]
-        line.append(decimal(found.area))
-        over = recovery.excess(attack.points_of(task), control) if control and attack.control != FILTERED else None
-        line += (
-            [f"{100 * over.final:+.1f} ({100 * over.low:+.1f} to {100 * over.high:+.1f})", f"{100 * over.area:+.1f}"]
-            if over
-            else 2 * [MISSING]
-        )
-        cells.append([attack.label, *line])
-    columns = [
-        "Model",
-        "Recovered",
-        "Steps to half",
-        "to nine tenths",
-        "to full",
-        "Area",
-        "Above filtered twin, points",
-        "on average",
-    ]
-    return Table(
-        f"Recovery of {task}",
-        columns,
-        cells,
-        ["Definitions: docs/tampering.md. Above the twin: accuracy at equal tokens of the attack, with its 95 % interval."],
-    )
 
 
 def affine_table(scores: dict[str, dict[str, float]], title: str = "Affine maps") -> Table:
@@ -325,7 +200,7 @@ def evals_table(evals: dict[str, dict[str, Any]], title: str = "Evaluation", mis
     ]
     rows += [[task, *[MISSING] * 6] for task in missing or {}]
     columns = ["Task", "Value", "95 % interval", "n", "Chance", "Shots", "Fingerprint"]
-    return Table(title, columns, rows, [*_missing_notes(missing), *_remarks([], rows)])
+    return Table(title, columns, rows, [*_missing_notes(missing), *remarks([], rows)])
 
 
 def compare_table(compared: dict[str, Any]) -> Table:
@@ -363,9 +238,9 @@ def evaluations_table(runs: list[Run]) -> Table:
     for run, row in zip(runs, rows, strict=True):
         lacking = MISSING if run.status == "complete" else run.status
         values = [result(row.evals[task]) if task in row.evals else lacking for task in tasks]
-        cells.append([row.label, run.record["name"], _job(run), *values])
+        cells.append([row.label, run.record["name"], job(run), *values])
     missing = [note for run in runs for note in _missing_notes(run.record.get("evals_missing"))]
-    return Table("Evaluations", ["Model", "Name", "Job ID", *tasks], cells, [*missing, *_remarks(runs, cells)])
+    return Table("Evaluations", ["Model", "Name", "Job ID", *tasks], cells, [*missing, *remarks(runs, cells)])
 
 
 def provenance_table(study: Study) -> Table:
@@ -424,7 +299,7 @@ def _imported_table(runs: list[Run]) -> Table:
         notes.append("Steps: the log's number; whether it counts updates or forward passes is not recorded.")
     for run in runs:
         notes += [f"{run.record['name']}: {text}" for text in run.record["imported"].get("footnotes", [])]
-    return Table(f"Imported: {facts['group'] or facts['file']}{again}", columns, cells, [*notes, *_reasons(runs)])
+    return Table(f"Imported: {facts['group'] or facts['file']}{again}", columns, cells, [*notes, *reasons(runs)])
 
 
 def _imported_order(lines: list[dict[str, str]]) -> list[str]:
@@ -478,7 +353,7 @@ def runs_table(listed: list[Entry], columns: Sequence[str] = ()) -> Table:
     rows = [[_field(entry, name) for name in names] for entry in listed]
     imported = any(cell.endswith(IMPORTED) or f"{IMPORTED}," in cell for row in rows for cell in row)
     notes = [IMPORTED_NOTE] if imported else []
-    notes += [] if columns else _reasons(listed)
+    notes += [] if columns else reasons(listed)
     return Table("Runs", [HEADERS.get(name, name) for name in names], rows, notes)
 
 
@@ -541,20 +416,6 @@ def _regime_notes(target: Target) -> list[str]:
     ]
 
 
-def _curve_cells(points: list[tuple[int, dict[str, Any]]], lacking: str, name_last: bool) -> list[str]:
-    """Start, after 10 steps, highest, final. An attack that is not complete has no final result."""
-    if not points:
-        return [lacking] * 4
-    later = next(((step, r) for step, r in points if step >= AFTER_STEPS), None)
-    last = points[-1]
-    return [
-        result(points[0][1]) + (f" (step {points[0][0]})" if points[0][0] else ""),
-        result(later[1]) + (f" (step {later[0]})" if later[0] != AFTER_STEPS else "") if later else lacking,
-        result(max((r for _, r in points), key=value_of)),
-        lacking if lacking != MISSING else result(last[1]) + (f" (step {last[0]})" if name_last else ""),
-    ]
-
-
 def _loss_names(runs: list[Run]) -> list[str]:
     """The losses that the runs have or, where a run has none yet, will have: retain terms first."""
     names: list[str] = []
@@ -562,33 +423,6 @@ def _loss_names(runs: list[Run]) -> list[str]:
         config = run.record["config"]
         names += run.record.get("losses") or [f"retain_{config.get('retain_loss', 'kl')}_loss", "cb_loss"]
     return sorted(dict.fromkeys(names), key=lambda name: (not name.startswith("retain_"), name))
-
-
-def _job(run: Run) -> str:
-    name = str(run.record.get("job_id") or run.id)
-    return name if run.status == "complete" else f"{name} ({run.status})"
-
-
-def _remarks(runs: list[Run], cells: list[list[str]]) -> list[str]:
-    """Notes on degenerate results and on runs that are not complete."""
-    degenerate = any(cell.endswith(DEGENERATE) for row in cells for cell in row)
-    return [*([DEGENERATE_NOTE] if degenerate else []), *_reasons(runs)]
-
-
-def _reasons(runs: Iterable[Run | Entry]) -> list[str]:
-    words = {"failed": "failed", "diverged": "diverged", "cancelled": "was cancelled", "lost": "was lost"}
-    notes = []
-    for each in runs:
-        run, reason = (each.run, each.reason) if isinstance(each, Entry) else (each, each.record.get("reason"))
-        if each.status in words:
-            why = " ".join((reason or _why(run)).split())
-            notes.append(f"{run.record['name']} ({run.id}) {words[each.status]}: {why}.")
-    return notes
-
-
-def _why(run: Run) -> str:
-    lost = run.status == "lost" and run.record.get("heartbeat")
-    return f"no sign of life since {run.record['heartbeat']}" if lost else "no reason recorded"
 
 
 def _outcome(run: Run) -> str:
