@@ -25,6 +25,7 @@ from lethe.ledger import Terminated
 from lethe.settings import parse
 
 MANY_ROWS = 200
+SUITE_WORDS = {"--suite", "--seeds", "--launcher", "--jobs"}
 
 
 @dataclass
@@ -50,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         command = COMMANDS[name]
         as_json = "--json" in rest
         rest = [word for word in rest if word != "--json"]
+        if name == "tamper" and any(word.split("=")[0] in SUITE_WORDS for word in rest):
+            name, rest = "tamper --suite", _as_suite(rest)
+            command = COMMANDS[name]
         settings = parse(name, command.config, rest, command.example, command.positional)
         if settings is not None:
             command.run(settings, as_json)
@@ -70,6 +74,32 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _as_suite(words: list[str]) -> list[str]:
+    """The words of an attack that is launched (with --seeds, --jobs, --launcher) as those of a suite of that one attack."""
+    if any(word.split("=")[0] == "--suite" for word in words):
+        return words
+    from lethe.settings import fields_of
+
+    launched, own = fields_of(c.LaunchSettings), fields_of(c.TamperConfig)
+    kept: list[str] = []
+    attack: list[str] = []
+    into = attack
+    for word in words:
+        field = word.removeprefix("--").split("=")[0]
+        if word.startswith("--"):
+            into = kept if field in launched and field not in own else attack
+        into.append(word)
+    settings = parse("tamper", c.TamperConfig, attack, COMMANDS["tamper"].example, "model")
+    if settings is None:
+        raise SystemExit(0)
+    made = {key: value for key, value in c.to_dict(settings).items() if key not in {"model", "out", "name"}}
+    if settings.seed:
+        raise LetheError(f"seed: {settings.seed} has no effect beside seeds; name the seeds: --seeds {settings.seed} …")
+    if not settings.draws:
+        made.pop("seed")
+    return [settings.model, *kept, "--attacks", json.dumps({settings.name: made}), "--out", settings.out]
+
+
 class _NotComplete(Exception):
     """A run ended in another status than complete."""
 
@@ -83,7 +113,7 @@ def _command(words: list[str]) -> tuple[str | None, list[str]]:
         print(importlib.metadata.version("lethe-lm"))
         raise SystemExit(0)
     two = " ".join(words[:2])
-    if two in COMMANDS:
+    if two in COMMANDS and "-" not in two:
         return two, words[2:]
     if words[0] in COMMANDS:
         return words[0], words[1:]
@@ -262,6 +292,20 @@ def _resume(settings: c.ResumeConfig, as_json: bool) -> None:
     _answer(run, as_json, *terminal([run]))
 
 
+def _suite(settings: c.SuiteConfig, as_json: bool) -> None:
+    from lethe.planners import planner_of
+    from lethe.report.attacks import worst_table
+    from lethe.sweep import Sweep, sweep
+
+    run = sweep(settings)
+    if not as_json:
+        found = Sweep.open(str(run.path), settings.out)
+        planner: Any = planner_of(found.config)
+        if (table := worst_table(planner.study(found))).rows:
+            _print(table)
+    _answer_sweep(run, as_json)
+
+
 def _sweep(settings: c.SweepConfig, as_json: bool) -> None:
     from lethe.sweep import sweep
 
@@ -420,6 +464,7 @@ COMMANDS = {
     "evaluate": Command(_evaluate, c.EvaluateConfig, "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model"),
     "compare": Command(_compare, c.CompareConfig, "lethe compare lab:final lab:filtered --tasks lab_forget_robust", "models"),
     "tamper": Command(_tamper, c.TamperConfig, "lethe tamper run:ID --max_steps 100", "model"),
+    "tamper --suite": Command(_suite, c.SuiteConfig, "lethe tamper run:ID lab:filtered --suite standard --jobs 2", "models"),
     "sweep": Command(_sweep, c.SweepConfig, "lethe sweep --config recipes/sweeps/lab-boundary.yaml --jobs 2"),
     "sweep status": Command(_sweep_status, c.SweepStatusConfig, "lethe sweep status 1a2b3c4d", "sweep"),
     "sweep retry": Command(_sweep_retry, c.SweepRetryConfig, "lethe sweep retry 1a2b3c4d", "sweep"),

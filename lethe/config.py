@@ -773,6 +773,40 @@ class SweepConfig(LaunchSettings):
 
 
 @dataclass
+class SuiteConfig(LaunchSettings):
+    """Attack models with a whole suite of attacks, or with one attack and several seeds; the worst case is the score."""
+
+    models: list[str] = field(default_factory=list)
+    """The models under attack: any references."""
+    suite: str = ""
+    """The suite: one that comes with Lethe (standard), or a file NAME.yaml."""
+    goal: str = ""
+    """What the attacks are to find out, in words."""
+    only: list[str] = field(default_factory=list)
+    """Only these of the suite's attacks."""
+    controls: list[str] | None = None
+    """Models that never knew, attacked beside; null: those that the suite names."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """Settings of every attack over those of the suite, such as forget=FILE.jsonl; an attack's own come first."""
+    general_bound: float | None = None
+    """General accuracy (a share of 1) that an attack may cost where it counts; null: the suite's, or 0.05."""
+    attacks: dict[str, Any] = field(default_factory=dict)
+    """Instead of a suite: settings of `lethe tamper` by name of the attack."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        super().__post_init__()
+        if not self.models:
+            raise LetheError("models: name the models to attack, such as run:ID or lab:filtered")
+        if len(set(self.models)) < len(self.models):
+            raise LetheError(f"models: {self.models} names a model twice; name each once")
+        if not self.suite and not self.attacks:
+            raise LetheError("suite: name a suite, such as standard, or a file")
+        if self.general_bound is not None:
+            _fraction("general_bound", self.general_bound)
+
+
+@dataclass
 class SweepStatusConfig:
     """Show how a sweep stands: every run with its job, status and results."""
 

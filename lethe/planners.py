@@ -215,6 +215,10 @@ class Planner:
     def begin(self, sweep: Sweep) -> None:
         """What is put into the study before anything runs."""
 
+    def record_of(self, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
+        """What a run's record says beside its sweep."""
+        return {}
+
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:
         """What to run next, with room for so many; once the references are known."""
         return []
@@ -643,8 +647,10 @@ KINDS: dict[str, type[Planner]] = {"grid": Grid, "boundary": Boundary, "pareto":
 
 
 def planner_of(config: Any) -> Planner:
-    """The planner of a sweep's kind."""
-    return KINDS[config.kind](config)
+    """The planner of a sweep's kind, or of a suite."""
+    from lethe.suite import Suite
+
+    return Suite(config) if isinstance(config, c.SuiteConfig) else KINDS[config.kind](config)
 
 
 def distribution(axis: Axis) -> optuna.distributions.BaseDistribution:

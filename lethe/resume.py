@@ -52,5 +52,9 @@ def resume(config: c.ResumeConfig) -> Run:
 def go_on(run: Run) -> Run:
     """Do what is left of a run that was queued or interrupted, with the function that makes runs of its kind."""
     settings, module = KINDS[run.record["kind"]]
+    if run.record["kind"] == "sweep":
+        from lethe.sweep import config_of
+
+        settings = config_of(run)
     made: Any = build(settings, run.record["config"])
     return getattr(importlib.import_module(f"lethe.{module}"), FUNCTIONS.get(module, module))(made, run)

@@ -33,6 +33,7 @@ from lethe.planners import Plan, Planner, planner_of
 from lethe.progress import bar
 
 logger = logging.getLogger(__name__)
+Settings = c.SweepConfig | c.SuiteConfig
 PRUNED = "pruned"
 SECONDS_BETWEEN_ROUNDS = 0.5
 SECONDS_BETWEEN_SLURM_ROUNDS = 2.0
@@ -82,7 +83,7 @@ class Task:
 class Sweep:
     """A sweep's folder: `run` is its record; the trials' runs lie beside it, in `out`."""
 
-    def __init__(self, run: Run, config: c.SweepConfig):
+    def __init__(self, run: Run, config: Settings):
         self.run, self.config, self.out = run, config, run.path.parent
         self.lock = FileLock(run.path / "sweep.lock")
         self.planner: Planner = planner_of(config)
@@ -111,7 +112,7 @@ class Sweep:
         run = find_run(name.removeprefix("run:"), out)
         if run.record["kind"] != "sweep":
             raise LetheError(f"sweep: '{name}' is of kind {run.record['kind']}; `lethe runs` lists the sweeps")
-        return cls(run, build(c.SweepConfig, run.record["config"]))
+        return cls(run, build(config_of(run), run.record["config"]))
 
     def tasks(self, *states: TrialState) -> list[Task]:
         """The trials in these states (none: in any), those that measure references first, in order of proposal."""
@@ -220,7 +221,11 @@ class Sweep:
         runs: list[Run] = []
         for kind, settings in task.get("stages"):
             run = Run.create(kind, settings["name"], _on(settings, runs), self.out)
-            run.update(launcher=self.config.launcher, sweep={"id": self.run.id, "trial": task.get("name")})
+            run.update(
+                launcher=self.config.launcher,
+                sweep={"id": self.run.id, "trial": task.get("name")},
+                **self.planner.record_of(task, settings),
+            )
             runs.append(run)
         return runs
 
@@ -357,7 +362,7 @@ class Sweep:
         } | self.planner.judged(self, task, runs)
 
 
-def sweep(config: c.SweepConfig, run: Run | None = None) -> Run:
+def sweep(config: Settings, run: Run | None = None) -> Run:
     """Run a sweep to its end, or go on with `run`, an interrupted one; a second controller of a sweep shares its work.
 
     Raises:
@@ -414,6 +419,11 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     if run.status in {"queued", "lost"}:
         run.update(status="cancelled", reason="cancelled by lethe sweep cancel")
     return run
+
+
+def config_of(run: Run) -> type:
+    """The kind of configuration that a sweep's record holds."""
+    return c.SuiteConfig if "suite" in run.record["config"] else c.SweepConfig
 
 
 def _storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lethe import TamperConfig, UnlearnConfig, unlearn
 from lethe.config import EvalSettings
@@ -13,6 +12,7 @@ from lethe.lab import PRESETS, active_preset
 from lethe.preflight import plan
 from lethe.recovery import GENERAL_BOUND
 from lethe.settings import build, from_recipe
+from lethe.suite import read
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LAB = [RECIPES / "lab.yaml", RECIPES / "lab-full.yaml", *sorted((RECIPES / "lab").glob("*.yaml"))]
@@ -21,8 +21,6 @@ LAB = [RECIPES / "lab.yaml", RECIPES / "lab-full.yaml", *sorted((RECIPES / "lab"
 @pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
 def test_a_recipe_names_itself_and_is_valid(recipe):
     path = f"recipes/{recipe.relative_to(RECIPES)}"
-    if recipe.name == "standard.yaml":
-        pytest.skip("a suite: see below")
     if recipe.parent.name == "tamper":
         config, command = from_recipe(TamperConfig, recipe, model="lab:final"), f"lethe tamper MODEL --config {path}"
     else:
@@ -42,9 +40,8 @@ def test_the_logs_attacks_have_its_batches_and_rates(name, steps):
 
 
 def test_the_suite_of_attacks_is_valid_and_covers_what_an_attacker_would_try():
-    path = RECIPES / "tamper" / "standard.yaml"
-    suite = yaml.safe_load(path.read_text())
-    assert set(suite) == {"general_bound", "common", "attacks"} and suite["general_bound"] == GENERAL_BOUND
+    suite = read("standard")
+    assert set(suite) == {"general_bound", "common", "controls", "attacks"} and suite["general_bound"] == GENERAL_BOUND
     configs, after = {}, {}
     for name, own in suite["attacks"].items():
         after[name] = own.pop("after", None)

@@ -32,5 +32,5 @@ def sweep_table(run: Run) -> Table:
         if trial["reason"] and trial["status"] != "complete":
             log = f" Its log ends: {' / '.join(trial['log'])}" if trial["log"] else ""
             notes.append(f"{trial['name']} {trial['status']}: {trial['reason']}.{log}")
-    title = f"Sweep {run.record['name']} ({run.id})"
+    title = f"{'Suite' if 'suite' in run.record['config'] else 'Sweep'} {run.record['name']} ({run.id})"
     return Table(title, columns, rows, [*notes, *(run.record.get("conclusions") or [])], run.record.get("goal") or "")
