@@ -179,6 +179,37 @@ def test_choices_of_a_question_are_one_row_on_every_architecture(loaded, tmp_pat
     assert len(rows) == sum(len(q["choices"]) if q["prompt"].startswith(LONG) else 1 for q in QUESTIONS)
 
 
+def test_answers_for_which_a_context_is_cut_alike_share_it(loaded, tmp_path, cache, monkeypatch):
+    """Each answer cuts the context by its own length: equal lengths leave the same context, others do not."""
+    model, tokenizer = loaded
+    answers = ["river", "mills", "copper", "seven quiet mills", "fish oil, some burn resin"]
+    instances = requests(write_task(tmp_path, [{"prompt": LONG + "the", "choices": answers, "answer": 0}]))
+    scorer, batches = Scorer(model, tokenizer), []
+    encoded = scorer.encode([one.args for one in instances])
+    assert all(len(context) + len(answer) > 65 for context, answer in encoded)
+    lengths = {len(answer) for _, answer in encoded}
+    assert 1 < len(lengths) < len(answers)
+    run = Scorer._run
+    monkeypatch.setattr(Scorer, "_run", lambda self, batch, asked: batches.append(batch) or run(self, batch, asked))
+    scorer.score(encoded)
+    batches.clear()  # the first evaluation tries shared rows beside separate ones
+    compare(scorer, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
+    assert sum(map(len, batches)) == len(lengths)
+
+
+def test_no_block_computes_more_of_a_context_than_is_read(gpt2, tmp_path, cache, monkeypatch):
+    """Of the last block, a context needs keys and values alone."""
+    model, tokenizer = gpt2
+    scorer, instances = Scorer(model, tokenizer), requests(write_task(tmp_path, QUESTIONS))
+    scorer.loglikelihood(instances)
+    seen = [0] * len(model.transformer.h)
+    for i, block in enumerate(model.transformer.h):
+        hook = lambda _, args, i=i: seen.__setitem__(i, seen[i] + args[0].shape[:2].numel())  # noqa: E731
+        monkeypatch.setitem(block.mlp._forward_pre_hooks, 1000 + i, hook)
+    scorer.loglikelihood(instances)
+    assert seen[0] == seen[-2] > 2 * seen[-1]
+
+
 def test_what_all_questions_begin_with_is_run_once(loaded, tmp_path, cache, texts, monkeypatch):
     model, tokenizer = loaded
     start = "The following are questions about the river of Orvane.\n\n"
@@ -209,9 +240,9 @@ def test_a_model_that_computes_something_else_for_shared_rows_is_found_out(gpt2,
     instances = requests(write_task(tmp_path, QUESTIONS))
     scoring = importlib.import_module("lethe.scoring")
     monkeypatch.setattr(scoring, "_taken", {})
-    tree = Scorer._tree
+    contexts = Scorer._contexts
     wrong = {"attention_mask": None}  # as a model would that ignores the mask
-    monkeypatch.setattr(Scorer, "_tree", lambda self, batch, width: tree(self, batch, width) | wrong)
+    monkeypatch.setattr(Scorer, "_contexts", lambda self, batch, rest: contexts(self, batch, rest) | wrong)
     compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
     assert not scoring._taken[model][True, False][0]
 
