@@ -30,13 +30,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import psutil
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lethe.errors import LetheError
+from lethe.harness import HFLM, has_bos_prefix
 from lethe.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -362,10 +361,10 @@ class Scorer(HFLM):
 
 
 def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
-    """The most tokens and the most logits of a batch: what half of the free memory holds, up to sizes that gain nothing more.
+    """The most tokens and logits of a batch: what half of the free memory holds, up to what pays.
 
-    Three quarters of that half are for tokens. One takes hidden · (2 layers + 22) numbers at most: keys and values of all blocks,
-    and in one block ten states of the hidden size and three of an MLP four times as wide.
+    Three quarters of that half are for tokens. One takes hidden · (2 layers + 22) numbers at most: keys and values of all
+    blocks, and in one block ten states of the hidden size and three of an MLP four times as wide.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
