@@ -281,6 +281,28 @@ def test_every_broken_row_is_named_at_once_and_blank_lines_count(tmp_path):
         data.read({"wmdp_bio_robust": file}, tasks.locate(["wmdp_bio_robust"]))
 
 
+def test_of_many_broken_rows_each_is_named(tmp_path):
+    some = ["nonsense"] * 10 + [GOOD[0]] + ["nonsense"] + [GOOD[1]] + ["nonsense"] * 2
+    with pytest.raises(LetheError, match=r"line 8 \(is not JSON\), lines 9-10, 12, 14-15$"):
+        data.read({"wmdp_bio": write(tmp_path / "d.jsonl", some)}, tasks.locate(["wmdp_bio"]))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"answer": "C"}, "line 4 (answer is text, in lines before a number)"),
+        ({"source": 7}, "line 4 (source is a number, in lines before text)"),
+    ],
+)
+def test_a_field_that_holds_something_else_than_before_is_broken(tmp_path, row, says):
+    """The data set's columns have one type: what the library says of it names no line."""
+    some = [one | {"source": "a book"} for one in GOOD]
+    file = write(tmp_path / "d.jsonl", [*some, rows(4)[3] | row])
+    with pytest.raises(LetheError) as refusal:
+        data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))
+    assert says in str(refusal.value)
+
+
 def test_a_row_of_no_configuration_is_broken(tmp_path):
     """A misspelt subject would otherwise be a question that is never asked."""
     some = [GOOD[0] | {"subject": "anatomy"}, GOOD[1] | {"subject": "anatmy"}, GOOD[2], rows(4)[3] | {"subject": "virology"}]
