@@ -491,21 +491,13 @@ class EvaluateConfig(AskedSettings):
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(AskedSettings):
     """Compare two models on the same questions: difference, exact McNemar test, and which answers flipped."""
 
     models: list[str]
     """Two model references, or two evaluate runs (those made with samples are not computed again)."""
     tasks: list[str] = field(default_factory=list)
     """lm-eval tasks or groups, folders of task files, or suites; none: those of the runs, or lab_forget_robust lab_retain."""
-    limit: int = 0
-    """Ask only the first so many questions of a task (0: all)."""
-    task_data: dict[str, str] = field(default_factory=dict)
-    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
-    num_fewshot: int | None = None
-    """Examples in each prompt; null: as each task says."""
-    suites: dict[str, list[str]] = field(default_factory=dict)
-    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
     dtype: Dtype = "float32"
     """Type of the weights."""
     out: str = "runs"
@@ -513,9 +505,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _at_least("limit", self.limit, 0)
-        _at_least("num_fewshot", self.num_fewshot or 0, 0)
-        self.tasks = _spelled_out(self.tasks, self.suites)
+        self.tasks = self._asked(self.tasks)
         if len(self.models) != 2:
             raise LetheError(f"models: two are compared, got {len(self.models)}; give two references or runs")
 

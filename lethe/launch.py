@@ -10,6 +10,7 @@ is gone it finishes what it has and ends. `fates` says which trials nobody works
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -145,6 +146,8 @@ class LocalLauncher:
     def stop(self) -> None:
         for worker in self.workers:
             worker.process.terminate()
+            with contextlib.suppress(BrokenPipeError):
+                worker.process.stdin.close()  # type: ignore[union-attr]  # one that has just ended its run ends, too
         deadline = time.monotonic() + SECONDS_TO_SAVE
         for worker in self.workers:
             try:

@@ -185,32 +185,7 @@ class Planner:
     def references(self) -> list[Plan]:
         """The evaluation of every model that is unlearned."""
         models = next((axis.values for axis in self.axes if axis.name == "model"), (self.recipe["model"],))
-        asked = self.recipe["eval"]
-        return [
-            Plan(
-                "baseline",
-                [
-                    (
-                        "evaluate",
-                        c.to_dict(
-                            c.EvaluateConfig(
-                                model,
-                                asked["tasks"],
-                                limit=asked["limit"],
-                                task_data=asked["task_data"],
-                                num_fewshot=asked["num_fewshot"],
-                                dtype=self.recipe["dtype"],
-                                out=self.config.out,
-                                name="baseline",
-                            )
-                        ),
-                    )
-                ],
-                reference=True,
-                facts={"model": model},
-            )
-            for model in models
-        ]
+        return [baseline(model, self.recipe["eval"], self.recipe["dtype"], self.config.out) for model in models]
 
     def begin(self, sweep: Sweep) -> None:
         """What is put into the study before anything runs."""
@@ -360,7 +335,7 @@ class Boundary(Planner):
         return super().checked()
 
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:
-        trials = [task for task in sweep.tasks() if not task.is_reference and not task.get("retried")]
+        trials = [task for task in sweep.tasks() if not task.is_reference and not task.retried]
         if any(task.status in {"queued", "running"} for task in trials) or room == 0:
             return []
         seeds = len(self.config.seed_list)
@@ -373,7 +348,7 @@ class Boundary(Planner):
         found = {finding.task.trial.number: finding for finding in self.findings(sweep)}
         by_value: dict[float, list[Finding] | None] = {}
         for task in sweep.tasks():
-            if task.is_reference or task.get("retried") or task.status in {"queued", "running"}:
+            if task.is_reference or task.retried or task.status in {"queued", "running"}:
                 continue
             value = task.get("point")[self.axis.name]
             finding = found.get(task.trial.number)
@@ -444,8 +419,8 @@ class Boundary(Planner):
         holds_below = bool(bracket.before)
         words = {
             "neither": (
-                "neither has fallen up to {0}, and has from {1}",
-                "something has fallen up to {0}, and neither from {1}",
+                "nothing has fallen up to {0}, something has from {1}",
+                "something has fallen up to {0}, nothing has from {1}",
             ),
             "both": (
                 "both are at chance up to {0}, and no longer at {1}",
@@ -644,6 +619,13 @@ class Pareto(Planner):
 
 
 KINDS: dict[str, type[Planner]] = {"grid": Grid, "boundary": Boundary, "pareto": Pareto}
+
+
+def baseline(model: str, asked: dict[str, Any], dtype: c.Dtype, out: str) -> Plan:
+    """The evaluation of a model as it was before, on the tasks that runs are evaluated on."""
+    how = {name: asked[name] for name in ("limit", "task_data", "num_fewshot")}
+    settings = c.EvaluateConfig(model, asked["tasks"], **how, dtype=dtype, out=out, name="baseline")
+    return Plan("baseline", [("evaluate", c.to_dict(settings))], reference=True, facts={"model": model})
 
 
 def planner_of(config: Any) -> Planner:

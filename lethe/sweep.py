@@ -13,6 +13,7 @@ so it may be killed at any moment, started again, or run twice, and no trial is 
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterable
@@ -46,6 +47,8 @@ class Task:
 
     study: optuna.Study
     trial: FrozenTrial
+    retried: bool = False
+    """Whether another trial has taken up its runs."""
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.trial.user_attrs.get(name, default)
@@ -116,8 +119,13 @@ class Sweep:
 
     def tasks(self, *states: TrialState) -> list[Task]:
         """The trials in these states (none: in any), those that measure references first, in order of proposal."""
-        wanted = states or None
-        return [Task(study, trial) for study in (self.references, self.study) for trial in study.get_trials(states=wanted)]
+        found = []
+        for study in (self.references, self.study):
+            every = study.get_trials(deepcopy=False)
+            retried = {trial.user_attrs.get("retry_of") for trial in every}
+            chosen = [trial for trial in every if not states or trial.state in states]
+            found += [Task(study, copy.copy(trial), trial.number in retried) for trial in chosen]
+        return found
 
     def control(self) -> None:
         """Go round until there is nothing left to do; the record has the results so far after every round."""
@@ -260,12 +268,12 @@ class Sweep:
             if status in {"failed", "diverged"}:
                 self.fail(task, status, f"{run.record['kind']} {run.id}: {reason}", runs)
                 return True
-            if status == "cancelled" and run.asked_to_stop():
-                if reason.startswith(PRUNED):
-                    task.set(reason=reason)
+            if status == "cancelled" and (asked := run.asked_to_stop()):
+                if asked.startswith(PRUNED):
+                    task.set(reason=asked)
                     task.move(TrialState.PRUNED)
                 else:
-                    self.fail(task, "cancelled", reason, runs)
+                    self.fail(task, "cancelled", asked, runs)
                 return True
         if runs and len(runs) == len(task.get("stages")) and all(run.record["status"] == "complete" for run in runs):
             self.complete(task, runs)
@@ -305,7 +313,7 @@ class Sweep:
         count = 0
         with self.lock:
             for task in self.tasks(TrialState.FAIL):
-                if task.get("retried") or task.get("status") == "diverged" or not task.get("stages"):
+                if task.retried or task.get("status") == "diverged" or not task.get("stages"):
                     continue
                 kept = {k: v for k, v in task.trial.user_attrs.items() if k not in {"status", "reason", "log", "owner", "lost"}}
                 task.study.add_trial(
@@ -316,7 +324,6 @@ class Sweep:
                         user_attrs=kept | {"retry_of": task.trial.number},
                     )
                 )
-                task.set(retried=True)
                 count += 1
         return count
 
@@ -337,7 +344,7 @@ class Sweep:
 
     def record(self, tasks: list[Task]) -> None:
         """Write the results so far, and what they say together, into the sweep's record."""
-        rows = [self.row(task) for task in tasks if not task.get("retried")]
+        rows = [self.row(task) for task in tasks if not task.retried]
         conclusions = self.planner.conclusions(self)
         if (rows, conclusions) != (self.run.record.get("trials"), self.run.record.get("conclusions")):
             self.run.record["trials"], self.run.record["conclusions"] = rows, conclusions
@@ -372,11 +379,11 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
     if run is None:
         config = planner_of(config).checked()
         run = Run.create("sweep", planner_of(config).title, c.to_dict(config), config.out)
-        run.update(goal=config.goal, environment={"launcher": config.launcher})
+        run.update(goal=config.goal, plan={"runs": planner_of(config).expected})
     with run.running():
         made = Sweep(run, config)
         made.control()
-        statuses = [task.status for task in made.tasks() if not task.get("retried")]
+        statuses = [task.status for task in made.tasks() if not task.retried]
         run.update(counts={status: statuses.count(status) for status in dict.fromkeys(statuses)})
         if statuses and set(statuses) <= {"failed", "diverged", "cancelled"}:
             reasons = [task.get("reason") for task in made.tasks() if task.get("reason")]
@@ -387,7 +394,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
 def status(settings: c.SweepStatusConfig) -> Run:
     """The sweep's record as it stands now, read from its study and its runs."""
     found = Sweep.open(settings.sweep, settings.out)
-    found.run.record["trials"] = [found.row(task) for task in found.tasks() if not task.get("retried")]
+    found.run.record["trials"] = [found.row(task) for task in found.tasks() if not task.retried]
     found.run.record["conclusions"] = found.planner.conclusions(found)
     return found.run
 
