@@ -378,6 +378,8 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
     refuse_run_folder(config.out)
     if run is None:
         config = planner_of(config).checked()
+        if config.storage:
+            _storage(config.storage, Path(config.out))
         run = Run.create("sweep", planner_of(config).title, c.to_dict(config), config.out)
         run.update(goal=config.goal, plan={"runs": planner_of(config).expected})
     with run.running():
@@ -434,10 +436,24 @@ def config_of(run: Run) -> type:
 
 
 def _storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
+    """Where the study is kept.
+
+    Raises:
+        LetheError: the database cannot be opened.
+    """
+    from optuna.exceptions import StorageInternalError
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import SQLAlchemyError
 
-    return RDBStorage(url) if url else JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    if not url:
+        return JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    try:
+        return RDBStorage(url)
+    except (SQLAlchemyError, StorageInternalError, ImportError) as error:
+        raise LetheError(
+            f"storage: '{url}' cannot be opened ({str(error).splitlines()[0]}); give another URL, or null"
+        ) from error
 
 
 def _on(settings: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
