@@ -141,8 +141,9 @@ class Planner:
         _ = self.tasks
         if self.recipe["source"].startswith("auto"):
             raise LetheError("source: a sweep needs one source for all its runs; find it with `lethe checkpoints` and name it")
-        for point in self.samples():
-            self.check(self.plan(point, self.config.seed_list[0]))
+        with corpora.read_once():
+            for point in self.samples():
+                self.check(self.plan(point, self.config.seed_list[0]))
         return dataclasses.replace(self.config, unlearn=self.recipe, tamper=self.attack)
 
     def samples(self) -> Iterator[Point]:
@@ -254,8 +255,8 @@ class Planner:
 
     def baseline(self, sweep: Sweep, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The evaluation of the model that was unlearned; None where that failed."""
-        for task in sweep.tasks():
-            if task.is_reference and task.get("model") == settings["model"] and task.status == "complete":
+        for task in sweep.tasks(references_only=True):
+            if task.get("model") == settings["model"] and task.status == "complete":
                 return task.runs(sweep.out)[0].record["evals"]
         return None
 
