@@ -82,6 +82,11 @@ class Task:
         """Whether it only measures what the others are compared with."""
         return bool(self.get("reference"))
 
+    @property
+    def stands(self) -> bool:
+        """Whether it has a place in tables: it was planned, and no other trial takes it up again."""
+        return bool(self.get("stages")) and not self.get("retried")
+
     def runs(self, out: Path) -> list[Run]:
         """Its runs, as far as they were made; those of a trial at its end are read once."""
         found = self.ended.get(self.trial._trial_id)
@@ -150,7 +155,10 @@ class Sweep:
                 while more:
                     more = self.round(launcher)
                     every = self.tasks()
-                    ended = sum(task.state not in TO_DO and not (task.is_reference or task.get("warm")) for task in every)
+                    ended = sum(
+                        task.state not in TO_DO and task.stands and not (task.is_reference or task.get("warm"))
+                        for task in every
+                    )
                     advance(ended - done, _note(every))
                     done = ended
                     if time.monotonic() - self.recorded >= SECONDS_BETWEEN_RECORDS:
@@ -354,7 +362,7 @@ class Sweep:
     def record(self, tasks: list[Task]) -> None:
         """Write the results so far, and what they say together, into the sweep's record."""
         self.recorded = time.monotonic()
-        rows = [self.row(task) for task in tasks if not task.get("retried")]
+        rows = [self.row(task) for task in tasks if task.stands]
         conclusions = self.planner.conclusions(self)
         if (rows, conclusions) != (self.run.record.get("trials"), self.run.record.get("conclusions")):
             self.run.record["trials"], self.run.record["conclusions"] = rows, conclusions
@@ -393,7 +401,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
     with run.running():
         made = Sweep(run, config)
         made.control()
-        statuses = [task.status for task in made.tasks() if not task.get("retried")]
+        statuses = [task.status for task in made.tasks() if task.stands]
         run.update(counts={status: statuses.count(status) for status in dict.fromkeys(statuses)})
         if statuses and set(statuses) <= {"failed", "diverged", "cancelled"}:
             reasons = [task.get("reason") for task in made.tasks() if task.get("reason")]
@@ -404,7 +412,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
 def status(settings: c.SweepStatusConfig) -> Run:
     """The sweep's record as it stands now, read from its study and its runs."""
     found = Sweep.open(settings.sweep, settings.out)
-    found.run.record["trials"] = [found.row(task) for task in found.tasks() if not task.get("retried")]
+    found.run.record["trials"] = [found.row(task) for task in found.tasks() if task.stands]
     found.run.record["conclusions"] = found.planner.conclusions(found)
     return found.run
 
