@@ -117,6 +117,11 @@ class Axis:
             value = self.high if share else self.low
         return round(value) if self.whole else float(f"{value:.6g}")
 
+    def choice(self, share: float) -> Any:
+        """The value at a share of the way (0 to below 1) through the values that there are to choose from."""
+        values = self.values or (self.grid() if self.steps else ())
+        return values[int(share * len(values))] if values else self.at(share)
+
     def applies(self, point: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
         """Whether the conditions hold at a point."""
         return all((point[f] if f in point else value_at(recipe, f)) in wanted for f, wanted in self.when)

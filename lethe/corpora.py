@@ -10,10 +10,12 @@ in which order the documents come. Reading needs no torch, so that empty or brok
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import string
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LAB_TEXTS = ("forget", "retain")
+_already: ContextVar[dict[str, list[Document]] | None] = ContextVar("_already", default=None)
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,31 @@ class Document:
     id: str
 
 
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """Inside, what was read of a source is kept: many recipes over the same text are checked."""
+    token = _already.set({})
+    try:
+        yield
+    finally:
+        _already.reset(token)
+
+
 def read(text: str | TextSource) -> list[Document]:
     """All documents of a source, without repetitions, in the order of their SHA-256.
 
     Raises:
         LetheError: the text is missing, unreadable (naming the line), empty, or lacks the column.
     """
-    source = as_text_source(text)
+    source, already = as_text_source(text), _already.get()
+    if already is None:
+        return _read(source)
+    if repr(source) not in already:
+        already[repr(source)] = _read(source)
+    return already[repr(source)]
+
+
+def _read(source: TextSource) -> list[Document]:
     documents: dict[str, Document] = {}
     for record in _records(source):
         body = _body(record, source)

@@ -11,6 +11,7 @@ is gone it finishes what it has and ends. `fates` says which trials nobody works
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import selectors
@@ -322,7 +323,7 @@ def serve() -> None:
 
     quiet()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    done = os.fdopen(os.dup(1), "w")
+    done, first = os.fdopen(os.dup(1), "w"), True
     os.dup2(2, 1)  # what libraries print is no answer to the controller
     for line in sys.stdin:
         order = json.loads(line)
@@ -331,6 +332,10 @@ def serve() -> None:
             work(order["folders"])
         except Terminated:
             sys.exit(143)
+        if first:  # libraries' own objects stay: looking through them is most of what collecting garbage takes
+            gc.collect()
+            gc.freeze()
+            first = False
         try:
             print(order["name"], file=done, flush=True)
         except BrokenPipeError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 Stage = tuple[str, dict[str, Any]]
 SECTIONS: dict[str, type] = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig}
+ASKED_AT_MOST = 50
+logger = logging.getLogger(__name__)
 CONFIGS: dict[str, type] = SECTIONS | {"evaluate": c.EvaluateConfig}
 
 
@@ -141,8 +144,9 @@ class Planner:
         _ = self.tasks
         if self.recipe["source"].startswith("auto"):
             raise LetheError("source: a sweep needs one source for all its runs; find it with `lethe checkpoints` and name it")
-        for point in self.samples():
-            self.check(self.plan(point, self.config.seed_list[0]))
+        with corpora.read_once():
+            for point in self.samples():
+                self.check(self.plan(point, self.config.seed_list[0]))
         return dataclasses.replace(self.config, unlearn=self.recipe, tamper=self.attack)
 
     def samples(self) -> Iterator[Point]:
@@ -229,8 +233,8 @@ class Planner:
 
     def baseline(self, sweep: Sweep, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The evaluation of the model that was unlearned; None where that failed."""
-        for task in sweep.tasks():
-            if task.is_reference and task.get("model") == settings["model"] and task.status == "complete":
+        for task in sweep.tasks(references_only=True):
+            if task.get("model") == settings["model"] and task.status == "complete":
                 return task.runs(sweep.out)[0].record["evals"]
         return None
 
@@ -473,12 +477,28 @@ class Pareto(Planner):
         seed = self.config.seed_list[0]
         if self.config.sampler == "random":
             return RandomSampler(seed=seed)
-        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=self.startup)
+        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=1)
 
-    @property
-    def startup(self) -> int:
-        """Runs at random before the sampler takes over: a quarter of the budget, between 4 and 10."""
-        return min(10, max(4, self.expected // 4))
+    @cached_property
+    def first(self) -> list[Plan]:
+        """What is run before the sampler takes over: points that fill the axes evenly, a quarter of the budget, 4 to 10.
+
+        They are a scrambled Halton sequence (Owen 2017, https://arxiv.org/abs/1706.02808).
+        """
+        if self.config.sampler == "random":
+            return []
+        from scipy.stats.qmc import Halton
+
+        seed = self.config.seed_list[0]
+        made: dict[str, Plan] = {}
+        for shares in Halton(len(self.axes), rng=seed).random(min(10, max(4, self.expected // 4))):
+            point: Point = {}
+            for axis, share in zip(self.axes, shares, strict=True):
+                if axis.applies(point, self.recipe):
+                    point[axis.name] = axis.choice(share)
+            plan = self.plan(point, seed)
+            made.setdefault(plan.key, plan)
+        return list(made.values())
 
     def checked(self) -> c.SweepConfig:
         if self.config.prune and not self.recipe["eval"]["every"]:
@@ -544,16 +564,34 @@ class Pareto(Planner):
         left = 0 if spent else self.config.max_runs - len(trials) if self.config.max_runs else room
         if any(task.status == "queued" for task in trials):
             return []
-        return [self.ask(sweep) for _ in range(min(room, left))]
+        begun = {task.get("key") for task in sweep.tasks()}
+        count, plans = min(room, left), list[Plan]()
+        known = sum(bool(task.get("warm")) for task in sweep.tasks())
+        fresh = [plan for plan in self.first[known:] if plan.key not in begun]
+        while len(plans) < count:
+            plan = fresh.pop(0) if fresh else self.ask(sweep, begun)
+            if plan is None:
+                logger.info("the sampler proposes no more settings that were not run")
+                break
+            begun.add(plan.key)
+            plans.append(plan)
+        return plans
 
-    def ask(self, sweep: Sweep) -> Plan:
-        """A plan at the point that Optuna chooses."""
-        trial = sweep.study.ask()
-        point: Point = {}
-        for axis in self.axes:
-            if axis.applies(point, self.recipe):
-                point[axis.name] = suggested(trial, axis)
-        return self.plan(point, self.config.seed_list[0], trial.number)
+    def ask(self, sweep: Sweep, begun: set[str]) -> Plan | None:
+        """A plan at the point that Optuna chooses; None when it chooses none that is not begun."""
+        from optuna.trial import TrialState
+
+        for _ in range(ASKED_AT_MOST):
+            trial = sweep.study.ask()
+            point: Point = {}
+            for axis in self.axes:
+                if axis.applies(point, self.recipe):
+                    point[axis.name] = suggested(trial, axis)
+            plan = self.plan(point, self.config.seed_list[0], trial.number)
+            if plan.key not in begun:
+                return plan
+            sweep.study.tell(trial, state=TrialState.FAIL)
+        return None
 
     def plan(self, point: Point, seed: int, number: int | None = None) -> Plan:
         plan = super().plan(point, seed, number)

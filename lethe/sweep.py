@@ -13,11 +13,11 @@ so it may be killed at any moment, started again, or run twice, and no trial is 
 
 from __future__ import annotations
 
-import copy
 import logging
+import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,20 @@ Settings = c.SweepConfig | c.SuiteConfig
 PRUNED = "pruned"
 SECONDS_BETWEEN_ROUNDS = 0.5
 SECONDS_BETWEEN_SLURM_ROUNDS = 2.0
+SECONDS_BETWEEN_RECORDS = 1.0
 TO_DO = (TrialState.WAITING, TrialState.RUNNING)
 
 
 @dataclass
 class Task:
-    """One trial: its place in the study, and what the study knows of it."""
+    """One trial: its place in the study, and what the study knows of it. `ended` keeps the runs of trials at their end.
+
+    `trial` is the study's own object, which is not to be changed.
+    """
 
     study: optuna.Study
     trial: FrozenTrial
+    ended: dict[int, list[Run]] = field(default_factory=dict)
     retried: bool = False
     """Whether another trial has taken up its runs."""
 
@@ -54,14 +59,15 @@ class Task:
         return self.trial.user_attrs.get(name, default)
 
     def set(self, **attributes: Any) -> None:
-        for name, value in attributes.items():
-            if self.trial.user_attrs.get(name) != value:
-                self.study._storage.set_trial_user_attr(self.trial._trial_id, name, value)
-                self.trial.user_attrs[name] = value
+        changed = {name: value for name, value in attributes.items() if self.trial.user_attrs.get(name) != value}
+        for name, value in changed.items():
+            self.study._storage.set_trial_user_attr(self.trial._trial_id, name, value)
+        if changed:
+            self.trial = self.study._storage.get_trial(self.trial._trial_id)
 
     def move(self, state: TrialState, values: list[float] | None = None) -> None:
         self.study._storage.set_trial_state_values(self.trial._trial_id, state, values)
-        self.trial.state = state
+        self.trial = self.study._storage.get_trial(self.trial._trial_id)
 
     @property
     def state(self) -> TrialState:
@@ -78,9 +84,19 @@ class Task:
         """Whether it only measures what the others are compared with."""
         return bool(self.get("reference"))
 
+    @property
+    def stands(self) -> bool:
+        """Whether it has a place in tables: it was planned, and no other trial takes it up again."""
+        return bool(self.get("stages")) and not self.retried
+
     def runs(self, out: Path) -> list[Run]:
-        """Its runs, as far as they were made."""
-        return [Run.open(out / name) for name in self.get("runs", [])]
+        """Its runs, as far as they were made; those of a trial at its end are read once."""
+        found = self.ended.get(self.trial._trial_id)
+        if found is None:
+            found = [Run.open(out / name) for name in self.get("runs", [])]
+            if self.state not in TO_DO:
+                self.ended[self.trial._trial_id] = found
+        return found
 
 
 class Sweep:
@@ -89,6 +105,8 @@ class Sweep:
     def __init__(self, run: Run, config: Settings):
         self.run, self.config, self.out = run, config, run.path.parent
         self.lock = FileLock(run.path / "sweep.lock")
+        self.ended: dict[int, list[Run]] = {}
+        self.recorded = -math.inf
         self.planner: Planner = planner_of(config)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage = _storage(config.storage, run.path)
@@ -117,18 +135,18 @@ class Sweep:
             raise LetheError(f"sweep: '{name}' is of kind {run.record['kind']}; `lethe runs` lists the sweeps")
         return cls(run, build(config_of(run), run.record["config"]))
 
-    def tasks(self, *states: TrialState) -> list[Task]:
+    def tasks(self, *states: TrialState, references_only: bool = False) -> list[Task]:
         """The trials in these states (none: in any), those that measure references first, in order of proposal."""
         found = []
-        for study in (self.references, self.study):
+        for study in (self.references,) if references_only else (self.references, self.study):
             every = study.get_trials(deepcopy=False)
             retried = {trial.user_attrs.get("retry_of") for trial in every}
             chosen = [trial for trial in every if not states or trial.state in states]
-            found += [Task(study, copy.copy(trial), trial.number in retried) for trial in chosen]
+            found += [Task(study, trial, self.ended, trial.number in retried) for trial in chosen]
         return found
 
     def control(self) -> None:
-        """Go round until there is nothing left to do; the record has the results so far after every round."""
+        """Go round until there is nothing left to do; the record follows the results, a second behind at most."""
         settings = self.config
         launcher = launch.make(settings.launcher, self.run.path, settings.jobs, settings.slurm)
         pause = SECONDS_BETWEEN_SLURM_ROUNDS if settings.launcher == "slurm" else SECONDS_BETWEEN_ROUNDS
@@ -143,10 +161,14 @@ class Sweep:
                 while more:
                     more = self.round(launcher)
                     every = self.tasks()
-                    ended = sum(task.state not in TO_DO and not (task.is_reference or task.get("warm")) for task in every)
+                    ended = sum(
+                        task.state not in TO_DO and task.stands and not (task.is_reference or task.get("warm"))
+                        for task in every
+                    )
                     advance(ended - done, _note(every))
                     done = ended
-                    self.record(every)
+                    if time.monotonic() - self.recorded >= SECONDS_BETWEEN_RECORDS:
+                        self.record(every)
                     if more:
                         launcher.wait(pause)
             finally:
@@ -176,14 +198,14 @@ class Sweep:
             known.add(plan.key)
             attributes = plan.attributes()
             if plan.number is not None:  # asked of Optuna: it has a place already
-                Task(study, study.trials[plan.number]).set(**attributes)
-                task = Task(study, study.trials[plan.number])
+                task = Task(study, study.get_trials(deepcopy=False)[plan.number], self.ended)
+                task.set(**attributes)
             else:
                 state = TrialState.WAITING
                 study.add_trial(
                     create_trial(state=state, params=plan.params, distributions=plan.distributions, user_attrs=attributes)
                 )
-                task = Task(study, study.get_trials(states=(state,))[-1])
+                task = Task(study, study.get_trials(deepcopy=False)[-1], self.ended)
             found = self.measured(plan)
             if len(found) == len(plan.stages):
                 task.set(runs=[run.path.name for run in found], reused=True)
@@ -344,7 +366,8 @@ class Sweep:
 
     def record(self, tasks: list[Task]) -> None:
         """Write the results so far, and what they say together, into the sweep's record."""
-        rows = [self.row(task) for task in tasks if not task.retried]
+        self.recorded = time.monotonic()
+        rows = [self.row(task) for task in tasks if task.stands]
         conclusions = self.planner.conclusions(self)
         if (rows, conclusions) != (self.run.record.get("trials"), self.run.record.get("conclusions")):
             self.run.record["trials"], self.run.record["conclusions"] = rows, conclusions
@@ -385,7 +408,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
     with run.running():
         made = Sweep(run, config)
         made.control()
-        statuses = [task.status for task in made.tasks() if not task.retried]
+        statuses = [task.status for task in made.tasks() if task.stands]
         run.update(counts={status: statuses.count(status) for status in dict.fromkeys(statuses)})
         if statuses and set(statuses) <= {"failed", "diverged", "cancelled"}:
             reasons = [task.get("reason") for task in made.tasks() if task.get("reason")]
@@ -396,7 +419,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
 def status(settings: c.SweepStatusConfig) -> Run:
     """The sweep's record as it stands now, read from its study and its runs."""
     found = Sweep.open(settings.sweep, settings.out)
-    found.run.record["trials"] = [found.row(task) for task in found.tasks() if not task.retried]
+    found.run.record["trials"] = [found.row(task) for task in found.tasks() if task.stands]
     found.run.record["conclusions"] = found.planner.conclusions(found)
     return found.run
 

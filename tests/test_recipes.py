@@ -7,18 +7,22 @@ from pathlib import Path
 import pytest
 
 from lethe import TamperConfig, UnlearnConfig, unlearn
-from lethe.config import EvalSettings
+from lethe.config import EvalSettings, SweepConfig
 from lethe.lab import PRESETS, active_preset
+from lethe.planners import planner_of
 from lethe.preflight import plan
 from lethe.recovery import GENERAL_BOUND
 from lethe.settings import build, from_recipe
 from lethe.suite import read
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+SWEEPS = sorted((RECIPES / "sweeps").glob("*.yaml"))
 LAB = [RECIPES / "lab.yaml", RECIPES / "lab-full.yaml", *sorted((RECIPES / "lab").glob("*.yaml"))]
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
+@pytest.mark.parametrize(
+    "recipe", sorted(set(RECIPES.rglob("*.yaml")) - set(SWEEPS)), ids=lambda path: str(path.relative_to(RECIPES))
+)
 def test_a_recipe_names_itself_and_is_valid(recipe):
     path = f"recipes/{recipe.relative_to(RECIPES)}"
     if recipe.parent.name == "tamper":
@@ -27,6 +31,28 @@ def test_a_recipe_names_itself_and_is_valid(recipe):
         config, command = from_recipe(UnlearnConfig, recipe), f"lethe unlearn --config {path}"
     assert command in recipe.read_text()
     assert plan(config, config.num_train_examples)["steps"] > 0
+
+
+@pytest.mark.parametrize("recipe", SWEEPS, ids=lambda path: path.stem)
+def test_a_sweeps_recipe_names_itself_and_every_run_in_it_is_valid(recipe, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)  # it names its base recipe from there
+    config = from_recipe(SweepConfig, recipe)
+    assert f"# Run as it stands: lethe sweep --config recipes/sweeps/{recipe.name}\n" in recipe.read_text()
+    assert config.goal
+    planner = planner_of(config)
+    assert len(set(planner.tasks)) == 2
+    plans = [planner.plan(point, seed=0) for point in planner.samples()]
+    assert len({plan.name for plan in plans}) == len({plan.key for plan in plans}) >= 2
+    for kind, settings in (stage for plan in plans for stage in plan.stages):
+        build({"unlearn": UnlearnConfig, "tamper": TamperConfig}[kind], settings)
+
+
+def test_the_sweeps_of_the_study_are_its_tables():
+    rows = {"coefficients": 7, "retain": 6, "epochs": 3, "ranks": 4, "tamper": 2}
+    for name, count in rows.items():
+        config = from_recipe(SweepConfig, RECIPES / "sweeps" / f"deep-ignorance-7b-{name}.yaml")
+        (values,) = config.vary.values()
+        assert (config.kind, len(values), config.launcher) == ("grid", count, "slurm")
 
 
 @pytest.mark.parametrize(
