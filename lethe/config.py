@@ -706,8 +706,8 @@ class SweepConfig(LaunchSettings):
     """With pareto and eval.every: stop a run that finished ones were clearly better than, in both accuracies, at that step."""
     warm_start: list[str] = field(default_factory=list)
     """With pareto: folders whose complete runs of the same recipe count as known."""
-    sampler: Literal["tpe", "random"] = "tpe"
-    """With pareto: how settings are chosen."""
+    sampler: Literal["gp", "tpe", "random"] = "gp"
+    """With pareto: how settings are chosen. gp: Gaussian processes (tpe where an axis has a condition, or runs are pruned)."""
     forget_task: str = ""
     """The task that says what was forgotten; empty: the first known one among unlearn.eval.tasks."""
     retain_task: str = ""
@@ -742,7 +742,7 @@ class SweepConfig(LaunchSettings):
             and "with kind grid, which has as many runs as it has settings",
             "hours": self.hours != 0 and self.kind != "pareto" and f"with kind {self.kind}",
             "warm_start": self.warm_start != [] and self.kind != "pareto" and f"with kind {self.kind}",
-            "sampler": self.sampler != "tpe" and self.kind != "pareto" and f"with kind {self.kind}",
+            "sampler": self.sampler != "gp" and self.kind != "pareto" and f"with kind {self.kind}",
             "prune": not self.prune and self.kind != "pareto" and f"with kind {self.kind}",
         }
         for name, why in idle.items():

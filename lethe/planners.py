@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Stage = tuple[str, dict[str, Any]]
 SECTIONS: dict[str, type] = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig}
-ASKED_AT_MOST = 50
+MOST_FILLING = 256
 logger = logging.getLogger(__name__)
 CONFIGS: dict[str, type] = SECTIONS | {"evaluate": c.EvaluateConfig}
 
@@ -516,41 +516,43 @@ class Pareto(Planner):
         return self.config.max_runs or 100
 
     def sampler(self) -> optuna.samplers.BaseSampler:
-        from optuna.samplers import RandomSampler, TPESampler
+        from optuna.samplers import GPSampler, RandomSampler, TPESampler
 
         seed = self.config.seed_list[0]
         if self.config.sampler == "random":
             return RandomSampler(seed=seed)
-        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=1)
+        # A Gaussian process of Optuna's draws axes with conditions blindly, and does not see pruned runs.
+        if self.config.sampler == "gp" and not self.pruning and not any(axis.when for axis in self.axes):
+            return GPSampler(seed=seed, n_startup_trials=2)
+        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=2)
 
-    @cached_property
-    def first(self) -> list[Plan]:
-        """What is run before the sampler takes over: points that fill the axes evenly, a quarter of the budget, 4 to 10.
+    @property
+    def pruning(self) -> bool:
+        """Whether there is anything to judge runs by before their end."""
+        return self.config.prune and self.recipe["eval"]["every"] > 0
 
-        They are a scrambled Halton sequence (Owen 2017, https://arxiv.org/abs/1706.02808).
-        """
-        if self.config.sampler == "random":
-            return []
+    @property
+    def startup(self) -> int:
+        """Settings before the sampler takes over: a quarter of the budget, between 4 and 10; none for random search."""
+        return 0 if self.config.sampler == "random" else min(10, max(4, self.expected // 4))
+
+    def filling(self, begun: set[str]) -> Iterator[Plan]:
+        """Settings that fill the axes evenly, less those begun: a scrambled Halton sequence (https://arxiv.org/abs/1706.02808)."""
         from scipy.stats.qmc import Halton
 
         seed = self.config.seed_list[0]
-        made: dict[str, Plan] = {}
-        for shares in Halton(len(self.axes), rng=seed).random(min(10, max(4, self.expected // 4))):
+        for shares in Halton(len(self.axes), rng=seed).random(MOST_FILLING):
             point: Point = {}
             for axis, share in zip(self.axes, shares, strict=True):
                 if axis.applies(point, self.recipe):
                     point[axis.name] = axis.choice(share)
             plan = self.plan(point, seed)
-            made.setdefault(plan.key, plan)
-        return list(made.values())
+            if plan.key not in begun:
+                yield plan
 
     def checked(self) -> c.SweepConfig:
-        if self.config.warm_start and (self.config.tamper is not None or any(axes.RATIO in axis.name for axis in self.axes)):
-            raise LetheError(
-                "warm_start: has no effect with an attack or a ratio, which earlier runs do not have; leave it out"
-            )
-        if self.config.prune and not self.recipe["eval"]["every"]:
-            self.config = dataclasses.replace(self.config, prune=False)  # nothing to judge by before the end
+        if self.config.warm_start and self.config.tamper is not None:
+            raise LetheError("warm_start: has no effect with an attack, which earlier runs do not have; leave it out")
         return super().checked()
 
     def begin(self, sweep: Sweep) -> None:
@@ -590,9 +592,11 @@ class Pareto(Planner):
             return None
         point: Point = {}
         for axis in self.axes:
-            if axes.RATIO in axis.name or not axis.applies(point, self.recipe):
+            if not axis.applies(point, self.recipe):
                 continue
-            value = axes.value_at(run.record["config"], axis.name)
+            field, _, below = axis.name.partition(axes.RATIO)
+            value, unit = axes.value_at(run.record["config"], field), axes.value_at(run.record["config"], below) if below else 1
+            value = value / unit if below and value is not None and unit else value
             listed = axis.values or (axis.grid() if axis.steps else ())
             inside = value in listed if listed else value is not None and axis.low <= value <= axis.high
             if not inside:
@@ -603,7 +607,7 @@ class Pareto(Planner):
         return point if ours == theirs else None
 
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:
-        if self.config.prune:
+        if self.pruning:
             self.stop_hopeless(sweep)
         trials = [
             t
@@ -615,32 +619,35 @@ class Pareto(Planner):
         if any(task.status == "queued" and not task.is_reference for task in sweep.tasks()):  # Optuna would hand it out again
             return []
         begun = {task.get("key") for task in sweep.tasks()}
-        count, plans = min(room, left), list[Plan]()
-        known = sum(bool(task.get("warm")) for task in sweep.tasks())
-        fresh = [plan for plan in self.first[known:] if plan.key not in begun]
-        while len(plans) < count:
-            plan = fresh.pop(0) if fresh else self.ask(sweep, begun)
+        warm = sum(bool(task.get("warm")) for task in sweep.tasks())
+        filling = self.filling(begun)
+        # A sampler knows nothing of a run without numbers, and would propose the like again: another even one in its place.
+        lost = sum(task.status in {"failed", "diverged"} for task in trials)
+        even = self.startup + lost - warm - sum(task.get("number") is None for task in trials)
+        plans: list[Plan] = []
+        while len(plans) < min(room, left):
+            asked = self.ask(sweep, begun) if len(plans) >= even else None
+            plan = asked or next(filling, None)
             if plan is None:
-                logger.info("the sampler proposes no more settings that were not run")
+                logger.info("every setting on the axes was run")
                 break
             begun.add(plan.key)
             plans.append(plan)
         return plans
 
     def ask(self, sweep: Sweep, begun: set[str]) -> Plan | None:
-        """A plan at the point that Optuna chooses; None when it chooses none that is not begun."""
+        """A plan at the point that Optuna chooses; None when that is begun."""
         from optuna.trial import TrialState
 
-        for _ in range(ASKED_AT_MOST):
-            trial = sweep.study.ask()
-            point: Point = {}
-            for axis in self.axes:
-                if axis.applies(point, self.recipe):
-                    point[axis.name] = suggested(trial, axis)
-            plan = self.plan(point, self.config.seed_list[0], trial.number)
-            if plan.key not in begun:
-                return plan
-            sweep.study.tell(trial, state=TrialState.FAIL)
+        trial = sweep.study.ask()
+        point: Point = {}
+        for axis in self.axes:
+            if axis.applies(point, self.recipe):
+                point[axis.name] = suggested(trial, axis)
+        plan = self.plan(point, self.config.seed_list[0], trial.number)
+        if plan.key not in begun:
+            return plan
+        sweep.study.tell(trial, state=TrialState.FAIL)
         return None
 
     def plan(self, point: Point, seed: int, number: int | None = None) -> Plan:

@@ -190,7 +190,7 @@ class Sweep:
             waiting = self.tasks(TrialState.WAITING)
             for task in waiting[: max(0, room)]:
                 self.start(task, launcher)
-            return bool(self.tasks(*TO_DO))
+            return room <= 0 or bool(self.tasks(*TO_DO))  # without room, somebody is about to say that a run is done
 
     def add(self, plans: Iterable[Plan], study: optuna.Study) -> None:
         """Put plans into the study, each once; those that were measured before are complete at once."""

@@ -42,8 +42,8 @@ def test_a_sweeps_recipe_names_itself_and_every_run_in_it_is_valid(recipe, monke
     planner = planner_of(config)
     assert len(set(planner.tasks)) == 2
     plans = [planner.plan(point, seed=0) for point in planner.samples()]
-    assert len({plan.name for plan in plans}) == len({plan.key for plan in plans}) >= 2
-    for kind, settings in (stage for plan in plans for stage in plan.stages):
+    assert len({made.name for made in plans}) == len({made.key for made in plans}) >= 2
+    for kind, settings in (stage for made in plans for stage in made.stages):
         build({"unlearn": UnlearnConfig, "tamper": TamperConfig}[kind], settings)
 
 

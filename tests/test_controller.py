@@ -1,0 +1,155 @@
+"""What a sweep's controller does with its trials, beside a launcher that makes up results at once: no model is trained."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from sweeping import TASKS, config, recipe, trials
+
+from lethe import launch
+from lethe.ledger import Run
+from lethe.planners import planner_of
+from lethe.sweep import Sweep, sweep
+
+LR = {"low": 1e-4, "high": 1.0, "log": True}
+
+
+class MadeUp:
+    """A launcher whose runs are done when they are started, though it hears of that only when it waits.
+
+    Accuracies fall from 1 to chance as lr rises, forget a little before retain.
+    """
+
+    def __init__(self, prune=lambda run: False):
+        self.prune = prune
+        self.busy = False
+
+    def room(self) -> int:
+        return 0 if self.busy else 1
+
+    def start(self, name, folders):
+        self.busy = True
+        for folder in folders:
+            run = Run.open(folder)
+            if run.record["kind"] == "unlearn" and self.prune(run):
+                run.ask_to_stop("pruned at step 2: made up")
+                run.update(status="cancelled", reason="pruned at step 2: made up")
+            else:
+                run.update(status="complete", evals=self.evals(run.record["config"].get("lr", 0)))
+        return {"host": "here", "pid": 0, "born": 0.0, "since": run.record["created"]}
+
+    def evals(self, lr: float) -> dict:
+        found = {}
+        for task, half in zip(TASKS, (1e-2, 3e-2), strict=True):
+            acc = 0.25 + 0.75 / (1 + (lr / half) ** 4)
+            found[task] = {"acc": acc, "low": acc - 0.02, "high": acc + 0.02, "n": 100, "chance": 0.25}
+        return found
+
+    def fates(self, owners):
+        return [None for _ in owners]
+
+    def wait(self, seconds: float) -> None:
+        self.busy = False
+
+    def cancel(self, owners) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def made_up(lab, monkeypatch):
+    def use(**settings):
+        monkeypatch.setattr(launch, "make", lambda *_: MadeUp(**settings))
+
+    use()
+    return use
+
+
+def test_a_sweep_is_not_over_while_a_worker_has_yet_to_say_that_it_is_done(made_up, tmp_path):
+    """The last run's record is complete, nobody has room, and nothing is in the queue: more is still to be proposed."""
+    bisected = sweep(config(tmp_path / "a", kind="boundary", vary={"lr": LR}, width=4.0))
+    assert len(bisected.record["trials"]) > 5 and all("asked for" not in said for said in bisected.record["conclusions"])
+    spent = sweep(config(tmp_path / "b", kind="pareto", vary={"lr": LR}, max_runs=6))
+    assert len(trials(spent)) == 7
+
+
+def test_runs_at_their_end_are_not_read_again_however_many_rounds_follow(made_up, tmp_path, monkeypatch):
+    opened: Counter[str] = Counter()
+    plain = Run.open.__func__
+
+    def counted(cls, path):
+        opened[Path(path).name] += 1
+        return plain(cls, path)
+
+    monkeypatch.setattr(Run, "open", classmethod(counted))
+    monkeypatch.setattr("lethe.sweep.SECONDS_BETWEEN_RECORDS", 0)
+    most = []
+    for count in (4, 16):
+        opened.clear()
+        sweep(config(tmp_path / str(count), vary={"lr": LR | {"steps": count}}))
+        most.append(max(n for name, n in opened.items() if name.startswith("unlearn")))
+    assert most[0] == most[1]
+
+
+def test_the_text_of_a_sweep_is_read_once_for_all_its_settings(made_up, tmp_path, monkeypatch):
+    from lethe import corpora
+
+    read = []
+    plain = corpora._read
+    monkeypatch.setattr(corpora, "_read", lambda source: read.append(source.source) or plain(source))
+    planner_of(config(tmp_path, vary={"lr": LR | {"steps": 9}})).checked()
+    assert sorted(read) == ["lab:forget", "lab:retain"]
+    corpora.read("lab:forget")
+    assert len(read) == 3  # afterwards, a text is read as it stands then
+
+
+def test_pruned_runs_are_spent_and_never_numbers(made_up, tmp_path):
+    made_up(prune=lambda run: run.record["config"]["lr"] > 1e-2)
+    run = sweep(config(tmp_path, kind="pareto", vary={"lr": LR}, unlearn=recipe(eval={"tasks": TASKS, "every": 2}), max_runs=8))
+    found = {name: trial for name, trial in trials(run).items() if not trial["reference"]}
+    pruned = [trial for trial in found.values() if trial["status"] == "pruned"]
+    assert len(found) == 8 and 0 < len(pruned) < 8
+    assert all(trial["evals"] == {} and trial["reason"].startswith("pruned at step") for trial in pruned)
+    assert [name for said in run.record["conclusions"] for name in found if name in said and found[name] in pruned] == []
+    study = Sweep.open(str(run.path), str(tmp_path)).study
+    assert all(trial.values is None for trial in study.trials if trial.state.name == "PRUNED")
+
+
+def test_pareto_begins_evenly_over_the_axes_and_repeats_itself_with_one_job(made_up, tmp_path):
+    axes = {"lr": LR, "lora.r": [4, 16]}
+    points = []
+    for name in ("a", "b"):
+        run = sweep(config(tmp_path / name, kind="pareto", vary=axes, max_runs=10))
+        points.append([trial["point"] for trial in run.record["trials"] if not trial["reference"]])
+    assert points[0] == points[1] and len(points[0]) == 10
+    first = points[0][:4]
+    assert {point["lora.r"] for point in first} == {4, 16}
+    assert {int(4 + math.log10(point["lr"])) // 2 for point in first} == {0, 1}  # both halves of the axis
+
+
+def test_pareto_ends_when_every_setting_has_been_run(made_up, tmp_path):
+    run = sweep(config(tmp_path, kind="pareto", vary={"lr": [1e-3, 1e-1], "lora.r": [4, 16]}, max_runs=9))
+    assert run.status == "complete" and run.record["counts"] == {"complete": 5}
+    assert len(trials(run)) == 5
+
+
+def test_pareto_with_a_condition_on_an_axis_runs_only_what_the_condition_allows(made_up, tmp_path):
+    axes = {"optimizer": ["adamw", "muon"], "lr": LR, "lora.r": {"values": [4, 16], "when": {"optimizer": "adamw"}}}
+    run = sweep(config(tmp_path, kind="pareto", vary=axes, max_runs=10))
+    points = [trial["point"] for trial in run.record["trials"] if not trial["reference"]]
+    assert len(points) == 10
+    assert {("lora.r" in point) == (point["optimizer"] == "adamw") for point in points} == {True}
+
+
+def test_settings_that_fail_are_not_proposed_over_and_over(made_up, tmp_path, monkeypatch):
+    plain = MadeUp.evals
+    monkeypatch.setattr(MadeUp, "evals", lambda self, lr: plain(self, lr) if lr < 1e-2 else {})
+    run = sweep(config(tmp_path, kind="pareto", vary={"lr": LR}, max_runs=12))
+    failed = sorted(math.log10(t["point"]["lr"]) for t in run.record["trials"] if t["status"] == "failed")
+    assert failed and len([t for t in run.record["trials"] if not t["reference"]]) == 12
+    assert len({round(10 * x) for x in failed}) == len(failed)  # each at a rate of its own, a tenth of a decade apart
