@@ -95,8 +95,7 @@ def _as_suite(words: list[str]) -> list[str]:
     made = {key: value for key, value in c.to_dict(settings).items() if key not in {"model", "out", "name"}}
     if settings.seed:
         raise LetheError(f"seed: {settings.seed} has no effect beside seeds; name the seeds: --seeds {settings.seed} …")
-    if not settings.draws:
-        made.pop("seed")
+    made.pop("seed")
     return [settings.model, *kept, "--attacks", json.dumps({settings.name: made}), "--out", settings.out]
 
 

@@ -150,11 +150,9 @@ class Planner:
         for section, recipe in (("unlearn", self.recipe), ("tamper", self.attack)):
             if recipe and recipe["seed"]:
                 raise LetheError(f"{section}: seed: {recipe['seed']} has no effect in a sweep; give seeds: [{recipe['seed']}]")
-        for task in self.tasks if self.attack else ():
-            if task == self.tasks[0] and task not in self.attack["eval"]["tasks"]:  # type: ignore[index]
-                raise LetheError(
-                    f"tamper: eval.tasks lacks {task}, the forget task, so that nothing would show what comes back"
-                )
+        forget, _ = self.tasks
+        if self.attack and forget not in self.attack["eval"]["tasks"]:
+            raise LetheError(f"tamper: eval.tasks lacks {forget}, the forget task, so that nothing would show what comes back")
         if self.recipe["source"].startswith("auto"):
             raise LetheError("source: a sweep needs one source for all its runs; find it with `lethe checkpoints` and name it")
         with corpora.read_once():
@@ -210,6 +208,9 @@ class Planner:
     def record_of(self, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
         """What a run's record says beside its sweep."""
         return {}
+
+    def watch(self, sweep: Sweep) -> None:
+        """Look at the runs at work, every round."""
 
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:
         """What to run next, with room for so many; once the references are known."""
@@ -606,9 +607,11 @@ class Pareto(Planner):
         ours, theirs = (axes.that_matter("unlearn", s) | {"seed": 0} for s in (settings, run.record["config"]))
         return point if ours == theirs else None
 
-    def propose(self, sweep: Sweep, room: int) -> list[Plan]:
+    def watch(self, sweep: Sweep) -> None:
         if self.pruning:
             self.stop_hopeless(sweep)
+
+    def propose(self, sweep: Sweep, room: int) -> list[Plan]:
         trials = [
             t
             for t in sweep.tasks()

@@ -86,6 +86,7 @@ class Suite(Planner):
         self.config: Any = config
         self.title = Path(config.suite).stem if config.suite else next(iter(config.attacks), "attack")
         self.axes = []
+        self._attacks: dict[str, c.TamperConfig] = {}
 
     @property
     def models(self) -> list[str]:
@@ -118,20 +119,27 @@ class Suite(Planner):
                     raise LetheError(f"{settings['name']} on {settings['model']}: {error}") from error
         return self.config
 
-    def settings(self, name: str, model: str, seed: int) -> dict[str, Any]:
-        """An attack's settings in full.
+    def attack_named(self, name: str) -> c.TamperConfig:
+        """An attack's settings, on a model yet to be named.
 
         Raises:
             LetheError: one of them is unknown or has no effect.
         """
-        own = {key: value for key, value in self.config.attacks[name].items() if key != "after"}
-        given = _over(self.config.common, own) | {"model": model, "out": self.config.out, "name": name}
-        try:
-            made = from_settings(c.TamperConfig, given)
-            drawn = dataclasses.replace(made, seed=seed) if made.draws else made
-            return c.to_dict(drawn)
-        except LetheError as error:
-            raise LetheError(f"{name}: {error}") from error
+        if name not in self._attacks:
+            own = {key: value for key, value in self.config.attacks[name].items() if key != "after"}
+            if "seed" in own:
+                raise LetheError(f"{name}: seed: has no effect in a suite; name the seeds: seeds")
+            given = _over(self.config.common, own) | {"model": "@0", "out": self.config.out, "name": name}
+            try:
+                self._attacks[name] = from_settings(c.TamperConfig, given)
+            except LetheError as error:
+                raise LetheError(f"{name}: {error}") from error
+        return self._attacks[name]
+
+    def settings(self, name: str, model: str, seed: int) -> dict[str, Any]:
+        """An attack on a model, in full."""
+        made = dataclasses.replace(self.attack_named(name), model=model)
+        return c.to_dict(dataclasses.replace(made, seed=seed) if made.draws else made)
 
     def plans_of_all(self) -> list[Plan]:
         """A trial for every attack, model and seed; attacks that follow on another stand in that one's trial."""

@@ -184,6 +184,7 @@ class Sweep:
         """One round; whether there is anything left to do."""
         with self.lock:
             self.settle(launcher)
+            self.planner.watch(self)
             room = 0 if self.run.asked_to_stop() else launcher.room()
             if room and not any(task.state in TO_DO for task in self.tasks() if task.is_reference):
                 self.add(self.planner.propose(self, max(0, room - len(self.tasks(TrialState.WAITING)))), self.study)

@@ -85,6 +85,7 @@ def test_names_are_templates_over_the_runs_own_fields():
 def test_what_changes_no_number_is_no_difference():
     other = RECIPE | {"name": "b", "out": "elsewhere", "save_every": 3, "eval": {**RECIPE["eval"], "every": 7}}
     assert axes.key_of("unlearn", other) == axes.key_of("unlearn", RECIPE)
+    assert axes.key_of("unlearn", RECIPE | {"retain_coef": 5}) == axes.key_of("unlearn", RECIPE | {"retain_coef": 5.0})
     for change in ({"lr": 1.5e-3}, {"seed": 1}, {"eval": {**RECIPE["eval"], "limit": 5}}):
         assert axes.key_of("unlearn", RECIPE | change) != axes.key_of("unlearn", RECIPE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_runs_at_their_end_are_not_read_again_however_many_rounds_follow(made_up
         return plain(cls, path)
 
     monkeypatch.setattr(Run, "open", classmethod(counted))
-    monkeypatch.setattr("lethe.sweep.SECONDS_BETWEEN_RECORDS", 0)
+    monkeypatch.setattr(sys.modules["lethe.sweep"], "SECONDS_BETWEEN_RECORDS", 0)
     most = []
     for count in (4, 16):
         opened.clear()

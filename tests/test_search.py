@@ -100,6 +100,12 @@ def test_a_value_that_failed_is_gone_around():
     assert found.status == "found" and found.below < 30 <= found.above
 
 
+def test_an_end_where_seeds_disagree_is_no_verdict():
+    along = axis(1.0, 100.0)
+    found = search.bracket(along, {1.0: [True, False], 100.0: [False, False]}, 1.5)
+    assert found == search.Bracket("undecided", disagreeing=(1.0,))
+
+
 def test_an_end_that_failed_is_not_measured():
     along = axis(1.0, 100.0)
     edges, measured = bisect(lambda x: [None if x == 100 else [True]], along, 1.5)

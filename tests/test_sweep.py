@@ -49,6 +49,13 @@ from lethe.sweep import Sweep, cancel, retry, status, sweep
         ({"unlearn": recipe(source="auto")}, "lethe checkpoints"),
         ({"unlearn": recipe(eval={"tasks": ["lab_retain"]})}, "forget_task"),
         ({"tamper": {"max_stepz": 3}}, "max_steps"),
+        ({"tamper": {"eval": {"tasks": ["lab_retain"]}}}, "lacks lab_forget_robust"),
+        ({"unlearn": recipe(seed=5)}, r"give seeds: \[5\]"),
+        ({"forget_task": "lab_forget"}, "not among unlearn.eval.tasks"),
+        ({"vary": {"eval.limit": [10, 20]}}, "changes how runs are measured"),
+        ({"name": "r{retain_coef:.1f}"}, "write the field alone"),
+        ({"kind": "boundary", "vary": {"lr": {"low": 1e-4, "high": 1}}, "max_runs": 3, "seeds": 2}, "too few for both ends"),
+        ({"kind": "pareto", "max_runs": 1, "warm_start": ["x"], "tamper": {}}, "warm_start: has no effect with an attack"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_and_leaves_nothing(lab, tmp_path, changes, words):
@@ -187,10 +194,10 @@ def test_seeds_repeat_every_setting(lab, tmp_path):
 @pytest.mark.slow
 def test_a_boundary_is_where_every_value_of_the_axis_says_it_is(lab, tmp_path):
     """Bisection along lr, beside a grid over the same axis that measures every value."""
-    axis = {"low": 1e-4, "high": 1.0, "log": True}
-    long = recipe(max_steps=20, num_train_examples=80, eval={"tasks": TASKS})
+    axis = {"low": 1e-3, "high": 1.0, "log": True}
+    long = recipe(max_steps=10, num_train_examples=40, eval={"tasks": TASKS})
     found = sweep(config(tmp_path / "a", kind="boundary", unlearn=long, vary={"lr": axis}, width=4.0, jobs=2))
-    every = sweep(config(tmp_path / "b", unlearn=long, vary={"lr": axis | {"steps": 9}}, jobs=2))
+    every = sweep(config(tmp_path / "b", unlearn=long, vary={"lr": axis | {"steps": 5}}, jobs=2))
     truth = sorted((t["point"]["lr"], t["regime"]) for t in every.record["trials"] if not t["reference"])
     bisected = sorted((t["point"]["lr"], t["regime"]) for t in found.record["trials"] if not t["reference"])
     assert len(bisected) <= 10
@@ -222,9 +229,9 @@ def test_the_largest_rate_that_keeps_retain_is_found(lab, tmp_path):
             kind="boundary",
             find="keeps",
             within=0.1,
-            unlearn=recipe(max_steps=20, num_train_examples=80),
+            unlearn=recipe(max_steps=10, num_train_examples=40),
             vary={"lr": {"low": 1e-3, "high": 1.0, "log": True}},
-            width=3.0,
+            width=6.0,
             jobs=2,
         )
     )
@@ -254,11 +261,11 @@ def test_pareto_spends_its_budget_and_starts_from_what_is_known(grid, tmp_path):
 @pytest.mark.slow
 def test_a_hopeless_run_is_pruned_and_has_no_number(lab, tmp_path):
     """Two finished runs are known that were far better at the first evaluation; the third is stopped there."""
-    long = recipe(max_steps=200, num_train_examples=800, lr=1e-6, eval={"tasks": TASKS, "every": 5})
+    long = recipe(max_steps=120, num_train_examples=480, lr=1e-6, eval={"tasks": TASKS, "every": 5})
     sweep(config(tmp_path, unlearn=long | {"max_steps": 5}, vary={"retain_coef": [1, 2]}))
     for run in find_runs(tmp_path):
-        if run.record["kind"] == "unlearn":  # plant what good runs of 200 steps would have measured at step 5
-            run.record["config"]["max_steps"] = run.record["plan"]["steps"] = 200
+        if run.record["kind"] == "unlearn":  # plant what good runs of 120 steps would have measured at step 5
+            run.record["config"]["max_steps"] = run.record["plan"]["steps"] = 120
             row = run.rows("curve.jsonl")[0]
             for task, value in zip(TASKS, (0.1, 1.0), strict=True):
                 row["evals"][task] |= {"acc": value, "low": value - 0.001, "high": value + 0.001}
@@ -269,7 +276,7 @@ def test_a_hopeless_run_is_pruned_and_has_no_number(lab, tmp_path):
     (found,) = [t for t in sweep(second).record["trials"] if not t["reference"] and not t["reused"]]
     assert found["status"] == "pruned" and found["reason"].startswith("pruned at step") and found["evals"] == {}
     run = Run.open(next(tmp_path.glob(f"unlearn-*-{found['runs'][0]}")))
-    assert run.status == "cancelled" and run.rows("metrics.jsonl")[-1]["step"] < 200
+    assert run.status == "cancelled" and run.rows("metrics.jsonl")[-1]["step"] < 120
 
 
 # -- faults
@@ -292,7 +299,7 @@ def test_a_run_that_diverges_or_fails_is_a_status_and_the_sweep_goes_on(lab, tmp
 def slow_sweep(lab, tmp_path) -> Path:
     """A recipe of four runs that take some seconds each."""
     path = tmp_path / "sweep.yaml"
-    long = recipe(max_steps=60, num_train_examples=64, save_every=5)
+    long = recipe(max_steps=40, num_train_examples=64, save_every=5)
     path.write_text(json.dumps({"unlearn": long, "vary": {"retain_coef": [1, 10], "remove_coef": [5, 50]}}))
     return path
 
@@ -301,7 +308,7 @@ def slow_sweep(lab, tmp_path) -> Path:
 def undisturbed(lab, tmp_path_factory) -> dict[str, Run]:
     """The runs of `slow_sweep`, made without any fault."""
     out = tmp_path_factory.mktemp("undisturbed")
-    long = recipe(max_steps=60, num_train_examples=64, save_every=5)
+    long = recipe(max_steps=40, num_train_examples=64, save_every=5)
     sweep(config(out, unlearn=long, vary={"retain_coef": [1, 10], "remove_coef": [5, 50]}, jobs=2))
     return {run.record["name"]: run for run in find_runs(out) if run.record["kind"] == "unlearn"}
 
@@ -315,7 +322,7 @@ def same_as(undisturbed: dict[str, Run], out: Path) -> None:
         assert run.status == "complete"
         assert all(bool((x == weights(other)[name]).all()) for name, x in weights(run).items())
         steps = [row["step"] for row in run.rows("metrics.jsonl")]
-        assert steps == list(range(1, 61))
+        assert steps == list(range(1, 41))
 
 
 @pytest.mark.slow
@@ -379,3 +386,45 @@ def test_cancelled_runs_are_a_status_and_retry_takes_them_up_again(slow_sweep, u
     same_as(undisturbed, out)
     with pytest.raises(LetheError, match="no failed or cancelled run"):
         retry(SweepRetryConfig(str(made), str(out)))
+
+
+@pytest.mark.slow
+def test_a_failed_run_that_is_retried_begins_anew(lab, tmp_path):
+    """It failed by its own time limit; with that raised in its record, it goes on from its save."""
+    long = recipe(max_steps=200, num_train_examples=64, save_every=5, time_limit=0.0005)
+    with pytest.raises(LetheError, match="time limit reached"):
+        sweep(config(tmp_path, vary={"retain_coef": [1]}, unlearn=long))
+    (made,) = tmp_path.glob("sweep-*")
+    run = next(run for run in find_runs(tmp_path) if run.record["kind"] == "unlearn")
+    assert run.status == "failed"
+    run.update(config={"time_limit": 0.0})
+    retry(SweepRetryConfig(str(made), str(tmp_path)))
+    assert Run.open(run.path).status == "complete" and len(run.rows("metrics.jsonl")) == 200
+
+
+@pytest.mark.slow
+def test_a_missing_study_is_an_error_and_loses_no_run(grid, tmp_path):
+    journal = grid.path / "study.journal"
+    journal.rename(tmp_path / "kept")
+    before = {run.id for run in find_runs(grid.path.parent)}
+    try:
+        with pytest.raises(LetheError, match="put it back"):
+            Sweep.open(str(grid.path), "runs").discard_strays()
+        assert {run.id for run in find_runs(grid.path.parent)} == before
+    finally:
+        for file in grid.path.glob("study.journal*"):
+            file.unlink()
+        (tmp_path / "kept").rename(journal)
+
+
+@pytest.mark.slow
+def test_a_run_is_not_taken_over_when_a_file_that_it_reads_has_changed(lab, tmp_path):
+    rows = [{"question": f"{i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    asked = {"tasks": ["lab_forget_robust", "wmdp_bio"], "limit": 8, "task_data": {"wmdp_bio": str(data)}}
+    made = config(tmp_path / "runs", vary={"retain_coef": [1]}, unlearn=recipe(max_steps=2, eval=asked), retain_task="wmdp_bio")
+    sweep(made)
+    assert trials(sweep(made))["retain_coef1"]["reused"]
+    data.write_text("\n".join(map(json.dumps, rows[1:])))
+    assert not trials(sweep(made))["retain_coef1"]["reused"]
