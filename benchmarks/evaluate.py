@@ -3,8 +3,9 @@
     python benchmarks/evaluate.py                     # a random GPT-NeoX of width 384, six blocks
     python benchmarks/evaluate.py --model FOLDER      # a model of your own
 
-Both score batches of the same limit (tokens a batch here; as many rows of the longest question there), in turns, so that
-whatever else the machine does falls on both. Prints a table of medians and ratios; a ratio is the median over the turns.
+Both score batches of the same limit (tokens a batch here, where they may be smaller; as many rows of the longest question
+there), in turns, so that whatever else the machine does falls on both. Prints a table of medians and ratios; a ratio is the
+median over the turns.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
     cli.quiet()
     logging.disable()
-    scoring.TOKENS_PER_BATCH = args.tokens
+    scoring.TOKENS_PER_BATCH = min(args.tokens, scoring.TOKENS_PER_BATCH)
     if args.model:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model).eval(), AutoTokenizer.from_pretrained(args.model)
     else:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         EvalSettings,
         EvaluateConfig,
         LoraSettings,
+        SuiteConfig,
+        SweepConfig,
         TamperConfig,
         TextSource,
         UnlearnConfig,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from lethe.errors import LetheError
     from lethe.evaluate import evaluate, evaluate_model
     from lethe.ledger import Run, find_runs
+    from lethe.sweep import sweep
     from lethe.tamper import tamper
     from lethe.unlearn import unlearn
 
@@ -45,6 +48,8 @@ _HOME = {
         "EvalSettings",
         "EvaluateConfig",
         "LoraSettings",
+        "SuiteConfig",
+        "SweepConfig",
         "TamperConfig",
         "TextSource",
         "UnlearnConfig",
@@ -52,6 +57,7 @@ _HOME = {
     "errors": ["LetheError"],
     "evaluate": ["evaluate", "evaluate_model"],
     "ledger": ["Run", "find_runs"],
+    "sweep": ["sweep"],
     "tamper": ["tamper"],
     "unlearn": ["unlearn"],
 }

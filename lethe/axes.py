@@ -194,7 +194,10 @@ def name_at(template: str, settings: Mapping[str, Any], point: Point, seed: int 
         template = "_".join(parts) or "run"
     else:
         fields = fields_of(UnlearnConfig)
-        asked = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+        fields_in = list(string.Formatter().parse(template))
+        if any(spec or conversion for _, _, spec, conversion in fields_in):
+            raise LetheError(f"name: '{template}' formats a field; write the field alone, such as {{retain_coef}}")
+        asked = [name for _, name, _, _ in fields_in if name]
         for name in asked:
             if name not in point and name.removeprefix(ATTACK) not in fields:
                 raise LetheError(f"name: there is no field '{name}' for the template '{template}'{nearest(name, fields)}")
@@ -224,7 +227,16 @@ def that_matter(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
     if kind == "unlearn":  # how often it is evaluated on the way changes nothing in how it ends
         kept["eval"] = {name: value for name, value in kept["eval"].items() if name != "every"}
-    return json.loads(json.dumps(kept, default=str))
+    return _alike(json.loads(json.dumps(kept, default=str)))
+
+
+def _alike(value: Any) -> Any:
+    """Whole numbers as any others: 5 and 5.0 are one setting."""
+    if isinstance(value, dict):
+        return {name: _alike(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_alike(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _refuse_unknown(field: str, attacked: bool) -> None:
@@ -235,5 +247,7 @@ def _refuse_unknown(field: str, attacked: bool) -> None:
     bare = field.removeprefix(ATTACK)
     if bare in {"seed", "out", "name"}:
         raise LetheError(f"vary: {bare} is not varied; {'seeds repeats every setting' if bare == 'seed' else 'leave it out'}")
+    if bare == "eval" or bare.startswith("eval."):
+        raise LetheError(f"vary: {field} changes how runs are measured, so that they could not be compared; leave it out")
     if bare not in known:
         raise LetheError(f"vary: there is no setting '{field}'{nearest(bare, known)}")

@@ -10,7 +10,6 @@ Results are kept in $LETHE_HOME under the hash of all that they depend on: a swe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -22,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from lethe import preflight, refs
 from lethe.config import CheckpointsConfig, to_dict
 from lethe.errors import LetheError, nearest
+from lethe.kept import keep
 from lethe.lab import lethe_home
-from lethe.ledger import Run, refuse_run_folder, write_atomically
+from lethe.ledger import Run, refuse_run_folder
 from lethe.progress import bar
 from lethe.regimes import at_chance
 
@@ -195,9 +195,7 @@ def _measure(
             evals = evaluate_model(
                 model, tokenizer, config.tasks, config.limit, task_data=config.task_data, num_fewshot=config.num_fewshot
             )
-            with contextlib.suppress(OSError):  # a home that cannot be written costs the evaluation again, nothing else
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps({"ref": ref.name, "evals": evals}))
+            keep(file, json.dumps({"ref": ref.name, "evals": evals}))
             counts["done"] += 1
     except LetheError as error:
         row["reason"] = str(error)

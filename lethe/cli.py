@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 def _as_suite(words: list[str]) -> list[str]:
     """The words of an attack that is launched (with --seeds, --jobs, --launcher) as those of a suite of that one attack."""
     if any(word.split("=")[0] == "--suite" for word in words):
-        return words
+        return ["--help"] if {"-h", "--help"} & set(words) else words
     from lethe.settings import fields_of
 
     launched, own = fields_of(c.LaunchSettings), fields_of(c.TamperConfig)

@@ -72,14 +72,10 @@ class LoraSettings:
         _fraction("lora.dropout", self.dropout)
 
 
-@dataclass
-class EvalSettings:
-    """What is evaluated during and after a run."""
+@dataclass(kw_only=True)
+class AskedSettings:
+    """How tasks are asked: what every setting that names tasks has beside them."""
 
-    tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
-    """lm-eval tasks or groups, folders of task files, or suites."""
-    every: int = 0
-    """Evaluate every so many steps, too (0: only at the end)."""
     limit: int = 0
     """Ask only the first so many questions of a task (0: all)."""
     task_data: dict[str, str] = field(default_factory=dict)
@@ -89,12 +85,30 @@ class EvalSettings:
     suites: dict[str, list[str]] = field(default_factory=dict)
     """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
 
+    def _asked(self, tasks: list[str], prefix: str = "") -> list[str]:
+        """The tasks that names stand for.
+
+        Raises:
+            LetheError: a setting is out of range.
+        """
+        _at_least(f"{prefix}limit", self.limit, 0)
+        _at_least(f"{prefix}num_fewshot", self.num_fewshot or 0, 0)
+        return _spelled_out(tasks, self.suites)
+
+
+@dataclass
+class EvalSettings(AskedSettings):
+    """What is evaluated during and after a run."""
+
+    tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
+    """lm-eval tasks or groups, folders of task files, or suites."""
+    every: int = 0
+    """Evaluate every so many steps, too (0: only at the end)."""
+
     def __post_init__(self) -> None:
         _check_types(self, "eval.")
         _at_least("eval.every", self.every, 0)
-        _at_least("eval.limit", self.limit, 0)
-        _at_least("eval.num_fewshot", self.num_fewshot or 0, 0)
-        self.tasks = _spelled_out(self.tasks, self.suites)
+        self.tasks = self._asked(self.tasks, "eval.")
 
 
 @dataclass
@@ -175,7 +189,7 @@ class ReportConfig:
 
 
 @dataclass
-class CheckpointsConfig:
+class CheckpointsConfig(AskedSettings):
     """Evaluate a model's pretraining checkpoints and name the latest that is still ignorant of the topic."""
 
     model: str
@@ -184,14 +198,6 @@ class CheckpointsConfig:
     """Where the checkpoints are, if elsewhere: a folder with global_step… folders, or a hub repository with such branches."""
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
     """lm-eval tasks or groups, folders of task files, or suites; the first task decides about ignorance."""
-    limit: int = 0
-    """Ask only the first so many questions of a task (0: all)."""
-    task_data: dict[str, str] = field(default_factory=dict)
-    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
-    num_fewshot: int | None = None
-    """Examples in each prompt; null: as each task says."""
-    suites: dict[str, list[str]] = field(default_factory=dict)
-    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
     search: Literal["bisect", "all"] = "bisect"
     """bisect: halve the history until the answer and its neighbours are measured; all: measure every checkpoint."""
     source: str | None = None
@@ -208,9 +214,7 @@ class CheckpointsConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least("time_limit", self.time_limit, 0)
-        _at_least("limit", self.limit, 0)
-        _at_least("num_fewshot", self.num_fewshot or 0, 0)
-        self.tasks = _spelled_out(self.tasks, self.suites)
+        self.tasks = self._asked(self.tasks)
 
 
 @dataclass
@@ -462,21 +466,13 @@ class UnlearnConfig(TrainingSettings):
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(AskedSettings):
     """Evaluate a model on lm-eval tasks."""
 
     model: str
     """Any model reference."""
     tasks: list[str] = field(default_factory=lambda: list(LAB_TASKS))
     """lm-eval tasks or groups, folders of task files, or suites."""
-    limit: int = 0
-    """Ask only the first so many questions of a task (0: all)."""
-    task_data: dict[str, str] = field(default_factory=dict)
-    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
-    num_fewshot: int | None = None
-    """Examples in each prompt; null: as each task says."""
-    suites: dict[str, list[str]] = field(default_factory=dict)
-    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
     samples: bool = False
     """Write each question's log-likelihoods to samples.jsonl."""
     dtype: Dtype = "float32"
@@ -491,27 +487,17 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least("time_limit", self.time_limit, 0)
-        _at_least("limit", self.limit, 0)
-        _at_least("num_fewshot", self.num_fewshot or 0, 0)
-        self.tasks = _spelled_out(self.tasks, self.suites)
+        self.tasks = self._asked(self.tasks)
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(AskedSettings):
     """Compare two models on the same questions: difference, exact McNemar test, and which answers flipped."""
 
     models: list[str]
     """Two model references, or two evaluate runs (those made with samples are not computed again)."""
     tasks: list[str] = field(default_factory=list)
     """lm-eval tasks or groups, folders of task files, or suites; none: those of the runs, or lab_forget_robust lab_retain."""
-    limit: int = 0
-    """Ask only the first so many questions of a task (0: all)."""
-    task_data: dict[str, str] = field(default_factory=dict)
-    """Local files (.jsonl) in place of tasks' hub data sets, such as wmdp_bio_robust=FILE.jsonl."""
-    num_fewshot: int | None = None
-    """Examples in each prompt; null: as each task says."""
-    suites: dict[str, list[str]] = field(default_factory=dict)
-    """Names for lists of tasks, to be used in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
     dtype: Dtype = "float32"
     """Type of the weights."""
     out: str = "runs"
@@ -519,9 +505,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _at_least("limit", self.limit, 0)
-        _at_least("num_fewshot", self.num_fewshot or 0, 0)
-        self.tasks = _spelled_out(self.tasks, self.suites)
+        self.tasks = self._asked(self.tasks)
         if len(self.models) != 2:
             raise LetheError(f"models: two are compared, got {len(self.models)}; give two references or runs")
 

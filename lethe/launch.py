@@ -10,6 +10,7 @@ is gone it finishes what it has and ends. `fates` says which trials nobody works
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -34,6 +35,7 @@ from lethe.ledger import LOST_AFTER_SECONDS, Run, Terminated, now, seconds_since
 LOCK = "work.lock"
 ENDED = ("complete", "failed", "diverged", "cancelled")
 SECONDS_TO_SAVE = 120
+SECONDS_TO_BEGIN = 3600
 SECONDS_TO_NAME_JOB = 30
 Owner = dict[str, Any]
 
@@ -129,8 +131,14 @@ class LocalLauncher:
 
     def _fate(self, owner: Owner, runs: Sequence[Run]) -> Fate | None:
         if owner["host"] != socket.gethostname():
+            # Before a run begins, its models are loaded without a heartbeat.
+            begun = any(run.record["status"] == "running" for run in runs)
             heard = min([seconds_since(owner["since"]), *(seconds_since(run.record.get("heartbeat")) for run in runs)])
-            return None if heard < LOST_AFTER_SECONDS else Fate(f"no sign of life from {owner['host']} for {heard:.0f} s")
+            return (
+                None
+                if heard < (LOST_AFTER_SECONDS if begun else SECONDS_TO_BEGIN)
+                else Fate(f"no sign of life from {owner['host']} for {heard:.0f} s")
+            )
         if worker := next((w for w in self.workers if w.process.pid == owner["pid"]), None):
             return None if worker.busy else Fate(f"the worker (process {owner['pid']}) is done with it, and it is not complete")
         return None if _lives(owner) else Fate(f"the worker (process {owner['pid']}) has ended")
@@ -146,6 +154,8 @@ class LocalLauncher:
     def stop(self) -> None:
         for worker in self.workers:
             worker.process.terminate()
+            with contextlib.suppress(BrokenPipeError):
+                worker.process.stdin.close()  # type: ignore[union-attr]  # one that has just ended its run ends, too
         deadline = time.monotonic() + SECONDS_TO_SAVE
         for worker in self.workers:
             try:

@@ -305,10 +305,11 @@ class Run:
 
 
 def find_runs(folder: str | Path) -> list[Run]:
-    """Every run in `folder` (or in its `runs/`), oldest first; `folder` may be a run itself."""
+    """Every run in `folder` (or in its `runs/`), oldest first; `folder` may be a run itself, or a sweep, with its runs."""
     folder = Path(folder)
     if (folder / "run.json").exists():
-        return [Run.open(folder)]
+        first = Run.open(folder)
+        return [first, *(Run.open(folder.parent / name) for name in first.record.get("runs") or [])]
     files = [*folder.glob("*/run.json"), *folder.glob("runs/*/run.json")]
     runs = []
     for file in files:

@@ -13,14 +13,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lethe import axes, corpora, preflight, refs, regimes, search
 from lethe import config as c
 from lethe.axes import Axis, Point
-from lethe.errors import LetheError
-from lethe.ledger import Run, find_run, find_runs, seconds_since
-from lethe.runs import number
+from lethe.errors import LetheError, nearest
+from lethe.ledger import Run, find_run, find_runs, seconds_since, sha256
+from lethe.maps import WEIGHTS, find_maps
+from lethe.runs import is_imported, number
 from lethe.settings import build, from_settings
 
 if TYPE_CHECKING:
@@ -118,6 +120,10 @@ class Planner:
         ):
             if not (given or known):
                 raise LetheError(f"{name}: none of unlearn.eval.tasks ({', '.join(asked)}) is known as one; name it")
+            if given and given not in asked:
+                raise LetheError(
+                    f"{name}: '{given}' is not among unlearn.eval.tasks ({', '.join(asked)}){nearest(given, asked)}"
+                )
             found.append(given or known or "")
         return found[0], found[1]
 
@@ -141,7 +147,14 @@ class Planner:
         Raises:
             LetheError: one of the runs could not work.
         """
-        _ = self.tasks
+        for section, recipe in (("unlearn", self.recipe), ("tamper", self.attack)):
+            if recipe and recipe["seed"]:
+                raise LetheError(f"{section}: seed: {recipe['seed']} has no effect in a sweep; give seeds: [{recipe['seed']}]")
+        for task in self.tasks if self.attack else ():
+            if task == self.tasks[0] and task not in self.attack["eval"]["tasks"]:  # type: ignore[index]
+                raise LetheError(
+                    f"tamper: eval.tasks lacks {task}, the forget task, so that nothing would show what comes back"
+                )
         if self.recipe["source"].startswith("auto"):
             raise LetheError("source: a sweep needs one source for all its runs; find it with `lethe checkpoints` and name it")
         with corpora.read_once():
@@ -189,32 +202,7 @@ class Planner:
     def references(self) -> list[Plan]:
         """The evaluation of every model that is unlearned."""
         models = next((axis.values for axis in self.axes if axis.name == "model"), (self.recipe["model"],))
-        asked = self.recipe["eval"]
-        return [
-            Plan(
-                "baseline",
-                [
-                    (
-                        "evaluate",
-                        c.to_dict(
-                            c.EvaluateConfig(
-                                model,
-                                asked["tasks"],
-                                limit=asked["limit"],
-                                task_data=asked["task_data"],
-                                num_fewshot=asked["num_fewshot"],
-                                dtype=self.recipe["dtype"],
-                                out=self.config.out,
-                                name="baseline",
-                            )
-                        ),
-                    )
-                ],
-                reference=True,
-                facts={"model": model},
-            )
-            for model in models
-        ]
+        return [baseline(model, self.recipe["eval"], self.recipe["dtype"], self.config.out) for model in models]
 
     def begin(self, sweep: Sweep) -> None:
         """What is put into the study before anything runs."""
@@ -279,9 +267,17 @@ class Planner:
         forget, retain = (evals.get(name) for name in self.tasks)
         if forget is None or retain is None:
             return None
-        before = self.baseline(sweep, runs[0].record["config"]) or {}
+        return self.judge(sweep, task, runs[0].record["config"], forget, retain)
+
+    def judge(
+        self, sweep: Sweep, task: Task, settings: dict[str, Any], forget: dict[str, Any], retain: dict[str, Any]
+    ) -> Finding:
+        """What two results say beside the baseline; nothing, where that was measured in another way."""
+        before = self.baseline(sweep, settings) or {}
         kept = [
-            regimes.kept(result, before[name]) if name in before else None
+            regimes.kept(result, before[name])
+            if name in before and regimes.provenance(result) == regimes.provenance(before[name])
+            else None
             for name, result in zip(self.tasks, (forget, retain), strict=True)
         ]
         thresholds = self.config.kept_threshold, self.config.chance_threshold
@@ -353,6 +349,10 @@ class Boundary(Planner):
         if self.axes[0].steps:
             raise LetheError("vary: steps has no effect on a boundary, which chooses its own values; leave it out")
         self.axis = self.axes[0]
+        if self.expected < 2 * len(config.seed_list):
+            raise LetheError(
+                f"max_runs: {config.max_runs} are too few for both ends of the axis with {len(config.seed_list)} seeds each"
+            )
 
     @property
     def expected(self) -> int:
@@ -364,7 +364,7 @@ class Boundary(Planner):
         return super().checked()
 
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:
-        trials = [task for task in sweep.tasks() if not task.is_reference and not task.get("retried")]
+        trials = [task for task in sweep.tasks() if not task.is_reference and not task.retried]
         if any(task.status in {"queued", "running"} for task in trials) or room == 0:
             return []
         seeds = len(self.config.seed_list)
@@ -377,20 +377,30 @@ class Boundary(Planner):
         found = {finding.task.trial.number: finding for finding in self.findings(sweep)}
         by_value: dict[float, list[Finding] | None] = {}
         for task in sweep.tasks():
-            if task.is_reference or task.get("retried") or task.status in {"queued", "running"}:
+            if task.is_reference or task.retried or task.status in {"queued", "running"}:
                 continue
             value = task.get("point")[self.axis.name]
             finding = found.get(task.trial.number)
             seen = by_value.setdefault(value, [])
-            if finding is None or seen is None or (self.config.find == "boundary" and finding.regime is None):
+            if finding is None or seen is None or not self._tells(finding):
                 by_value[value] = None
             else:
                 seen.append(finding)
         judges = self._judges(sweep)
+        if not judges:  # what losses count from was not measured
+            return {"keeps": dict.fromkeys(by_value)}
         return {
             name: {value: [judge(f) for f in seen] if seen else None for value, seen in by_value.items()}
             for name, judge in judges.items()
         }
+
+    def _tells(self, finding: Finding) -> bool:
+        """Whether a run's results say which side of a boundary it is on: they are there, and of enough questions."""
+        if self.config.find == "keeps":
+            return number(finding.retain) is not None
+        thresholds = self.config.kept_threshold, self.config.chance_threshold
+        kept = [estimate for estimate in (finding.kept_forget, finding.kept_retain) if estimate]
+        return len(kept) == 2 and all(regimes.is_decided(estimate, *thresholds) for estimate in kept)
 
     def _judges(self, sweep: Sweep) -> dict[str, Any]:
         if self.config.find == "boundary":
@@ -398,10 +408,11 @@ class Boundary(Planner):
                 "neither": lambda finding: finding.regime == "neither",
                 "both": lambda finding: finding.regime == "both",
             }
-        before = self.baseline(sweep, self.recipe) or {}
-        least = self._reference(before)
-        within = self.config.within or 0.0
-        return {"keeps": lambda finding: least is not None and (number(finding.retain) or 0.0) >= least - within - 1e-9}
+        least = self._reference(self.baseline(sweep, self.recipe) or {})
+        if least is None:
+            return {}
+        bound = least - (self.config.within or 0.0) - 1e-9
+        return {"keeps": lambda finding: (number(finding.retain) or 0.0) >= bound}
 
     def _reference(self, baseline: dict[str, Any]) -> float | None:
         """The retain accuracy that losses count from.
@@ -416,6 +427,10 @@ class Boundary(Planner):
             evals = find_run(given.removeprefix("run:"), self.config.out).record.get("evals") or {}
             if task not in evals:
                 raise LetheError(f"reference: {given} has no result on {task}; give another run, a number, or baseline")
+            if task in baseline and regimes.provenance(evals[task]) != regimes.provenance(baseline[task]):
+                raise LetheError(
+                    f"reference: {given} was measured in another way on {task}; evaluate it as the sweep's runs are"
+                )
             return number(evals[task])
         try:
             return float(given)
@@ -437,7 +452,11 @@ class Boundary(Planner):
     def _spoken(self, name: str, bracket: search.Bracket) -> list[str]:
         axis = self.axis.name
         if bracket.status == "not measured":
-            return [f"{name}: an end of {axis} could not be measured."]
+            also = "or what losses count from" if name == "keeps" else "or has too few questions to tell"
+            return [f"{name}: an end of {axis} could not be measured, {also}."]
+        if bracket.status == "undecided":
+            where = ", ".join(f"{x:g}" for x in bracket.disagreeing)
+            return [f"{name}: seeds disagree at {axis} {where}, an end of the axis; widen it."]
         if bracket.status == "not bracketed":
             always = {True: "everywhere", False: "nowhere", None: "with some seeds only"}[bracket.before]
             said = {"neither": "nothing has fallen", "both": "both are at chance", "keeps": f"{self._kept_words()} is kept"}[
@@ -448,8 +467,8 @@ class Boundary(Planner):
         holds_below = bool(bracket.before)
         words = {
             "neither": (
-                "neither has fallen up to {0}, and has from {1}",
-                "something has fallen up to {0}, and neither from {1}",
+                "nothing has fallen up to {0}, something has from {1}",
+                "something has fallen up to {0}, nothing has from {1}",
             ),
             "both": (
                 "both are at chance up to {0}, and no longer at {1}",
@@ -525,6 +544,11 @@ class Pareto(Planner):
             if plan.key not in begun:
                 yield plan
 
+    def checked(self) -> c.SweepConfig:
+        if self.config.warm_start and self.config.tamper is not None:
+            raise LetheError("warm_start: has no effect with an attack, which earlier runs do not have; leave it out")
+        return super().checked()
+
     def begin(self, sweep: Sweep) -> None:
         from optuna.trial import TrialState, create_trial
 
@@ -557,14 +581,18 @@ class Pareto(Planner):
 
     def point_of(self, run: Run) -> Point | None:
         """Where a complete run lies on the axes; None where it is of another recipe or outside of them."""
-        if run.record["kind"] != "unlearn" or run.record["status"] != "complete" or self.config.tamper is not None:
+        usable = run.record["kind"] == "unlearn" and run.record["status"] == "complete" and not is_imported(run)
+        if not usable or not made_from_the_same(run):
             return None
         point: Point = {}
         for axis in self.axes:
-            if axes.RATIO in axis.name or not axis.applies(point, self.recipe):
+            if not axis.applies(point, self.recipe):
                 continue
-            value = axes.value_at(run.record["config"], axis.name)
-            inside = value in axis.values if axis.values else value is not None and axis.low <= value <= axis.high
+            field, _, below = axis.name.partition(axes.RATIO)
+            value, unit = axes.value_at(run.record["config"], field), axes.value_at(run.record["config"], below) if below else 1
+            value = value / unit if below and value is not None and unit else value
+            listed = axis.values or (axis.grid() if axis.steps else ())
+            inside = value in listed if listed else value is not None and axis.low <= value <= axis.high
             if not inside:
                 return None
             point[axis.name] = value
@@ -582,7 +610,7 @@ class Pareto(Planner):
         ]
         spent = self.config.hours and seconds_since(sweep.run.record["started"]) >= 3600 * self.config.hours
         left = 0 if spent else self.config.max_runs - len(trials) if self.config.max_runs else room
-        if any(task.status == "queued" for task in trials):
+        if any(task.status == "queued" and not task.is_reference for task in sweep.tasks()):  # Optuna would hand it out again
             return []
         begun = {task.get("key") for task in sweep.tasks()}
         warm = sum(bool(task.get("warm")) for task in sweep.tasks())
@@ -638,6 +666,16 @@ class Pareto(Planner):
             return [missing]
         return [search.mean(float(values[i]) for values in each) for i in range(len(each[0]))]
 
+    def finding(self, sweep: Sweep, task: Task, runs: list[Run]) -> Finding | None:
+        """Means over the seeds; the ends of intervals are means, too."""
+        size = 2 if self.config.tamper is not None else 1
+        each = [super(Pareto, self).finding(sweep, task, runs[i : i + size]) for i in range(0, len(runs), size)]
+        found = [finding for finding in each if finding]
+        if len(found) < len(each) or len(found) < 2:
+            return found[0] if len(found) == len(each) and found else None
+        forget, retain = _mean([f.forget for f in found]), _mean([f.retain for f in found])
+        return self.judge(sweep, task, runs[0].record["config"], forget, retain)
+
     def stop_hopeless(self, sweep: Sweep) -> None:
         """Ask running trials to stop that finished ones were clearly better than at the same step."""
         tasks = [task for task in sweep.tasks() if not task.is_reference and task.get("runs")]
@@ -682,6 +720,13 @@ class Pareto(Planner):
 KINDS: dict[str, type[Planner]] = {"grid": Grid, "boundary": Boundary, "pareto": Pareto}
 
 
+def baseline(model: str, asked: dict[str, Any], dtype: c.Dtype, out: str) -> Plan:
+    """The evaluation of a model as it was before, on the tasks that runs are evaluated on."""
+    how = {name: asked[name] for name in ("limit", "task_data", "num_fewshot")}
+    settings = c.EvaluateConfig(model, asked["tasks"], **how, dtype=dtype, out=out, name="baseline")
+    return Plan("baseline", [("evaluate", c.to_dict(settings))], reference=True, facts={"model": model})
+
+
 def planner_of(config: Any) -> Planner:
     """The planner of a sweep's kind, or of a suite."""
     from lethe.suite import Suite
@@ -719,17 +764,32 @@ def suggested(trial: optuna.Trial, axis: Axis) -> Any:
 
 
 def made_from_the_same(run: Run) -> bool:
-    """Whether the weights and the text that a run was made from are still what they were."""
-    for role, parent in (run.record.get("parents") or {}).items():
-        try:
+    """Whether the weights, text, maps and local tasks that a run was made from are still what they were."""
+    try:
+        if inputs(run.record["config"], run.path.parent) != (run.record.get("inputs") or {}):
+            return False
+        for role, parent in (run.record.get("parents") or {}).items():
             if "documents" in parent:
                 if not _same_text(run, role, parent):
                     return False
             elif role != "affine" and refs.record(refs.resolve(parent["ref"], run.path.parent))["sha256"] != parent["sha256"]:
                 return False
-        except LetheError:
-            return False
+    except (LetheError, OSError):
+        return False
     return True
+
+
+def inputs(settings: dict[str, Any], out: str | Path) -> dict[str, str]:
+    """SHA-256 of the files that a run reads beside models and text: given maps, tasks in folders, local data of tasks."""
+    asked = settings.get("eval") or settings
+    files = {str(file): [Path(file)] for file in (asked.get("task_data") or {}).values()}
+    for task in asked.get("tasks") or []:
+        folder = next((path for path in (Path(task), Path(task).parent) if path.is_dir() and str(path) != "."), None)
+        if folder is not None:
+            files[task] = [file for file in folder.rglob("*") if file.is_file()]
+    if settings.get("affine") not in {None, "fit", "none"}:
+        files[settings["affine"]] = [find_maps(settings["affine"], str(out)) / WEIGHTS]
+    return {name: sha256(*paths) for name, paths in files.items()}
 
 
 def _same_text(run: Run, role: str, parent: dict[str, Any]) -> bool:
@@ -746,6 +806,12 @@ def _steps(run: Run) -> int | None:
 def _number(result: dict[str, Any] | None, why: str) -> float | str:
     value = number(result) if result else None
     return why if value is None else value
+
+
+def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several of the same task."""
+    means = {key: search.mean(r[key] for r in results) for key in ("acc", "correct_prob", "low", "high") if key in results[0]}
+    return results[0] | means
 
 
 def _short(result: dict[str, Any]) -> dict[str, Any]:

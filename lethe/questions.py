@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
-from lm_eval.utils import handle_non_serializable, hash_string
 from transformers import PreTrainedTokenizerBase
 
 from lethe import tasks
 from lethe.errors import LetheError
+from lethe.harness import TaskManager, handle_non_serializable, hash_string, load_yaml
+from lethe.kept import keep
 from lethe.lab import active_preset, lethe_home
-from lethe.ledger import write_atomically
 from lethe.scoring import Encoded, Scorer
 from lethe.tasks import data
 
@@ -74,11 +72,10 @@ class Leaf:
         key = hashlib.sha256(json.dumps([self.definition, *known, scorer.add_bos_token]).encode()).hexdigest()[:32]
         if key not in self.built:
             file = lethe_home() / "requests" / f"{self.task.config.task}-{key}.json"
-            self.built[key] = _read(file, len(docs)) or self._build(scorer, docs)
-            if not file.exists():
-                with contextlib.suppress(OSError):  # a home that cannot be written costs the building each time, nothing else
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(file, _written(self.built[key]))
+            kept = _read(file, len(docs))
+            self.built[key] = kept or self._build(scorer, docs)
+            if kept is None:
+                keep(file, _written(self.built[key]))
         return self.built[key]
 
     def _build(self, scorer: Scorer, docs: list[dict[str, Any]]) -> list[Question]:

@@ -80,11 +80,15 @@ class Entry:
 
     @cached_property
     def done(self) -> tuple[int, int] | None:
-        """Work done and planned: optimizer updates, or checkpoints of a sweep; None when nothing was planned."""
+        """Work done and planned: optimizer updates, checkpoints, or runs of a sweep; None when nothing was planned."""
         record = self.run.record
         if record["kind"] == "checkpoints" and not is_imported(self.run):
             rows = record.get("checkpoints") or []
             return sum(bool(row["evals"]) for row in rows), len(rows)
+        if record["kind"] == "sweep":
+            trials = [trial for trial in record.get("trials") or [] if not trial["reference"]]
+            waiting = sum(trial["status"] in {"queued", "running"} for trial in trials)
+            return len(trials) - waiting, max(len(trials), (record.get("plan") or {}).get("runs", 0))
         planned = (record.get("plan") or {}).get("steps")
         if planned is None or is_imported(self.run):
             return None

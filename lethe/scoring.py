@@ -3,11 +3,14 @@
 lm-eval runs one row a choice and computes logits at every position. Here the choices of a question are one row: the context
 once, kept as keys and values, then the answers as branches of a tree. An attention mask lets each token of an answer see the
 context and its own branch alone and its position counts along the branch, so that every architecture with ordinary attention
-computes what it would for separate rows. What all questions of a task begin with (description, few-shot examples) is run once
-too. Rows of like length make a batch, and the output layer is applied only where an answer is read.
+computes what it would for separate rows. No logits of a context are read, so its pass ends with the last block's keys and
+values. What all questions of a task begin with (description, few-shot examples) is run once too. Rows of like length make a
+batch, and the output layer is applied only where an answer is read.
 
-Whether a model takes such rows is found out on its longest one, beside separate rows; where it does not, or where an answer
-has to be cut at the window, rows are separate. A batch that does not fit into memory is halved and tried again.
+Whether a model takes such rows is found out on its longest one, beside separate rows; where it does not, rows are separate. A
+context that is too long for the window is cut for each answer by its own length, as lm-eval does; answers for which it is cut
+alike share it. A batch is as large as the free memory and the model's size allow; one that does not fit after all is halved and
+tried again.
 """
 
 from __future__ import annotations
@@ -25,19 +28,19 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import psutil
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lethe.errors import LetheError
+from lethe.harness import HFLM, has_bos_prefix
 from lethe.progress import bar
 
 logger = logging.getLogger(__name__)
 Encoded = tuple[list[int], list[int]]
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048  # more are no faster on a CPU, whose caches a block's states leave long before
 TOKENS_PER_BATCH_ON_GPU = 16384
 LOGITS_PER_BATCH = 2**27
 LEAST_BEGINNING = 8
@@ -57,6 +60,8 @@ class Row:
     parents: list[int]
     reads: list[tuple[int, list[int]]] = field(default_factory=list)
     """For each request that the row answers: its number, and where the logits of each of its answer's tokens are."""
+    split: bool = False
+    """Whether what comes before the answers is run first and kept; otherwise the row is run whole, as any model takes it."""
     branches: bool = False
     """Whether a token comes after another than the one before it in the row."""
     begins: int = 0
@@ -65,14 +70,9 @@ class Row:
     """The task that it belongs to."""
 
     @property
-    def whole(self) -> bool:
-        """Whether it is a row as any model takes it."""
-        return not self.begins and not self.branches
-
-    @property
     def context(self) -> int:
-        """How many of its tokens come before the answers; all of them, if the answers do not branch."""
-        return self.reads[0][1][0] + 1 if self.branches else len(self.tokens)
+        """How many of its tokens come before the first that an answer is read at."""
+        return self.reads[0][1][0] if self.split else 0
 
     def answers(self) -> tuple[list[int], np.ndarray]:
         """Of the tokens after the context: positions along their branches, and seen[i, j]: whether token i sees token j."""
@@ -80,10 +80,28 @@ class Row:
         depths = list(range(start))
         seen = np.eye(len(self.tokens) - start, dtype=bool)
         for i, parent in enumerate(self.parents[start:]):
-            depths.append(depths[parent] + 1)
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
             if parent >= start:
                 seen[i] |= seen[parent - start]
         return depths[start:], seen
+
+
+class _FilledError(Exception):
+    """The last block's keys and values are kept: nothing that the pass would go on to compute is read."""
+
+
+class Contexts(DynamicCache):
+    """Keys and values. While it is `filling`, a pass ends as soon as they are complete."""
+
+    filling = False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        kept = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.filling and layer_idx == len(self.layers) - 1:
+            raise _FilledError
+        return kept
 
 
 class Scorer(HFLM):
@@ -94,11 +112,11 @@ class Scorer(HFLM):
         super().__init__(pretrained=plain, tokenizer=tokenizer, backend="causal", batch_size=1)
         self._forward = plain
         self._description = description
-        most = TOKENS_PER_BATCH if self.device.type == "cpu" else TOKENS_PER_BATCH_ON_GPU
+        most, logits = batch_sizes(plain, self.device)
         self._tokens = min(most, _shrunk.get(plain, most))
         vocabulary = getattr(plain.config.get_text_config(), "vocab_size", None) or len(tokenizer)
-        self._kept: tuple[tuple[int, ...], Any] | None = None
-        self._reads = max(1, LOGITS_PER_BATCH // vocabulary)
+        self._kept: tuple[tuple[int, ...], Contexts] | None = None
+        self._reads = max(1, logits // vocabulary)
 
     def loglikelihood(self, requests, disable_tqdm=False):  # type: ignore[no-untyped-def]
         """Log-likelihood and greediness of each of lm-eval's instances."""
@@ -161,7 +179,7 @@ class Scorer(HFLM):
         if not self._takes(rows, requests):
             rows = plain_rows(requests, self.max_length)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        rows.sort(key=lambda row: (row.branches, row.begins and row.group, row.begins, -len(row.tokens), row.tokens))
+        rows.sort(key=lambda row: (row.begins and row.group, row.begins, -len(row.tokens), row.tokens))
         with contextlib.ExitStack() as stack:
             advance = stack.enter_context(bar(self._description, len(rows), "rows")) if self._description else None
             for batch, found in self._batches(rows, requests):
@@ -198,13 +216,13 @@ class Scorer(HFLM):
             start += len(batch)
 
     def _fitting(self, rows: list[Row], start: int) -> int:
-        """How many rows from `start` on make a batch; they come longest first, those with branches last."""
+        """How many rows from `start` on make a batch; they come longest first."""
         width, reads, count = len(rows[start].tokens), 0, 0
         for row in rows[start:]:
             reads += sum(len(where) for _, where in row.reads)
             full = (count + 1) * width > self._tokens or reads > self._reads
-            same = (row.branches, row.begins) == (rows[start].branches, rows[start].begins)
-            if count and (full or not same or (row.begins and row.group != rows[start].group)):
+            same = row.begins == rows[start].begins and not (row.begins and row.group != rows[start].group)
+            if count and (full or not same):
                 break
             count += 1
         return count
@@ -212,35 +230,21 @@ class Scorer(HFLM):
     @torch.inference_mode()
     def _run(self, batch: list[Row], requests: list[Encoded]) -> dict[int, tuple[float, bool]]:
         """The results of the requests that a batch answers, by number."""
-        begins = batch[0].begins
-        width = max(row.context for row in batch) - begins
-        rest = max(len(row.tokens) - row.context for row in batch)
-        contexts = self._padded([row.tokens[begins : row.context] for row in batch], width)
-        places: list[set[int]] = [set(), set()]  # where logits are needed: in the contexts, and in the answers
-        reads: list[tuple[int, int, int, int]] = []
-        for k, row in enumerate(batch):
-            for number, read in row.reads:
-                for i, token in zip(read, requests[number][1], strict=True):
-                    part, place = (0, k * width + i - begins) if i < row.context else (1, k * rest + i - row.context)
-                    places[part].add(place)
-                    reads.append((number, part, place, token))
-        kept = None
-        if begins:
-            kept = copy.deepcopy(self._beginning(tuple(batch[0].tokens[:begins])))
-            kept.batch_repeat_interleave(len(batch))
-        where = [sorted(some) for some in places]
-        logits, kept = self._logits(
-            {"input_ids": contexts, "past_key_values": kept, "use_cache": rest > 0 or begins > 0}, where[0]
-        )
-        if rest:
-            if kept is None:
-                raise ValueError("the model keeps no keys and values")
-            answers = self._padded([row.tokens[row.context :] for row in batch], rest)
-            inputs = {"input_ids": answers, "past_key_values": kept, "use_cache": True} | self._tree(batch, width)
-            logits = torch.cat([logits, self._logits(inputs, where[1])[0]])
-        line = {(part, place): n for n, (part, place) in enumerate((part, place) for part in (0, 1) for place in where[part])}
+        width = max(len(row.tokens) - row.context for row in batch)
+        reads = [
+            (number, k * width + place - row.context, token)
+            for k, row in enumerate(batch)
+            for number, where in row.reads
+            for place, token in zip(where, requests[number][1], strict=True)
+        ]
+        places = sorted({place for _, place, _ in reads})
+        inputs = {"input_ids": self._padded([row.tokens[row.context :] for row in batch], width), "use_cache": False}
+        if batch[0].split:
+            inputs |= self._contexts(batch, width)
+        logits = self._logits(inputs, places)
+        line = {place: n for n, place in enumerate(places)}
         numbers = [number for number, *_ in reads]
-        lines = [line[part, place] for _, part, place, _ in reads]
+        lines = [line[place] for _, place, _ in reads]
         targets = [token for *_, token in reads]
         at, target = torch.tensor(lines, device=self.device), torch.tensor(targets, device=self.device)
         values = logits[at, target].float() - _logsumexp(logits)[at]
@@ -258,10 +262,16 @@ class Scorer(HFLM):
             ids[k, : len(row)] = row
         return torch.from_numpy(ids).to(self.device)
 
-    def _tree(self, batch: list[Row], width: int) -> dict[str, Tensor]:
-        """Positions (batch, rest) of the answers' tokens, and their additive mask (batch, 1, rest, begins + width + rest)."""
+    def _contexts(self, batch: list[Row], rest: int) -> dict[str, Any]:
+        """What the answers' tokens (batch, rest) see: keys and values of their contexts, computed here, positions
+        (batch, rest), and an additive mask (batch, 1, rest, kept + rest)."""
         begins = batch[0].begins
-        rest = max(len(row.tokens) - row.context for row in batch)
+        width = max(row.context for row in batch) - begins
+        kept = copy.deepcopy(self._beginning(tuple(batch[0].tokens[:begins]))) if begins else None
+        if kept is not None:
+            kept.batch_repeat_interleave(len(batch))
+        if width:
+            kept = self._keys_and_values(self._padded([row.tokens[begins : row.context] for row in batch], width), kept)
         positions = np.zeros((len(batch), rest), dtype=np.int64)
         visible = np.zeros((len(batch), 1, rest, begins + width + rest), dtype=bool)
         for k, row in enumerate(batch):
@@ -271,36 +281,47 @@ class Scorer(HFLM):
             visible[k, 0, :n, begins + width : begins + width + n] = seen
         kind = self._forward.dtype
         mask = torch.zeros(visible.shape, dtype=kind).masked_fill_(~torch.from_numpy(visible), torch.finfo(kind).min)
-        return {"position_ids": torch.from_numpy(positions).to(self.device), "attention_mask": mask.to(self.device)}
+        return {
+            "past_key_values": kept,
+            "use_cache": kept is not None,
+            "position_ids": torch.from_numpy(positions).to(self.device),
+            "attention_mask": mask.to(self.device),
+        }
 
-    def _beginning(self, tokens: tuple[int, ...]) -> Any:
+    def _beginning(self, tokens: tuple[int, ...]) -> Contexts:
         """Keys and values of what the rows of a task begin with; kept until another task's are asked for."""
         if self._kept is None or self._kept[0] != tokens:
             self._kept = None
-            ids = torch.tensor([tokens], device=self.device)
-            base = getattr(self._forward, self._forward.base_model_prefix, self._forward)
-            self._kept = tokens, base(input_ids=ids, use_cache=True).past_key_values
+            self._kept = tokens, self._keys_and_values(torch.tensor([tokens], device=self.device))
         return self._kept[1]
 
-    def _logits(self, inputs: dict[str, Any], places: list[int]) -> tuple[Tensor, Any]:
-        """Logits (places, vocabulary) at flat places of a batch, as the output layer sees nothing else; keys and values."""
+    def _keys_and_values(self, ids: Tensor, kept: Contexts | None = None) -> Contexts:
+        """Keys and values of tokens (batch, width), after those that are kept already."""
+        kept = kept or Contexts(config=self._forward.config)
+        kept.filling = True
+        with contextlib.suppress(_FilledError):
+            getattr(self._forward, self._forward.base_model_prefix, self._forward)(
+                input_ids=ids, past_key_values=kept, use_cache=True
+            )
+        kept.filling = False
+        return kept
+
+    def _logits(self, inputs: dict[str, Any], places: list[int]) -> Tensor:
+        """Logits (places, vocabulary) at flat places of a batch; the output layer sees nothing else."""
         where = torch.tensor(places, dtype=torch.long, device=self.device)
-        given = {name: value for name, value in inputs.items() if value is not None}
         head = self._forward.get_output_embeddings()
         if head is None:
-            output = self._forward(**given)
-            return output.logits.flatten(0, 1)[where], output.past_key_values if given["use_cache"] else None
+            return self._forward(**inputs).logits.flatten(0, 1)[where]
         hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[where][None],))
         try:
-            output = self._forward(**given)
+            return self._forward(**inputs).logits[0]
         finally:
             hook.remove()
-        return output.logits[0], output.past_key_values if given["use_cache"] else None
 
     def _takes(self, rows: list[Row], requests: list[Encoded]) -> bool:
         """Whether the model computes the same for shared rows as for separate ones; tried on the longest."""
         known = _taken.setdefault(self._forward, {})
-        for kind in {(row.branches, row.begins > 0) for row in rows if not row.whole}:
+        for kind in {(row.branches, row.begins > 0) for row in rows if row.split}:
             longest = max((row for row in rows if (row.branches, row.begins > 0) == kind), key=lambda row: len(row.tokens))
             length = len(longest.tokens)
             takes, tried = known.get(kind, (True, 0))
@@ -339,21 +360,39 @@ class Scorer(HFLM):
         return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)  # nan is no disagreement
 
 
+def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
+    """The most tokens and logits of a batch: what half of the free memory holds, up to what pays.
+
+    Three quarters of that half are for tokens. One takes hidden · (2 layers + 22) numbers at most: keys and values of all
+    blocks, and in one block ten states of the hidden size and three of an MLP four times as wide.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, most = torch.cuda.mem_get_info(device)[0] + unused, TOKENS_PER_BATCH_ON_GPU
+    else:
+        free, most = psutil.virtual_memory().available, TOKENS_PER_BATCH
+    plain: Any = model
+    config = plain.config.get_text_config()
+    size = plain.dtype.itemsize
+    token = size * config.hidden_size * (2 * config.num_hidden_layers + 22)
+    return min(most, max(1, free * 3 // 8 // token)), min(LOGITS_PER_BATCH, free // 8 // size)
+
+
 def tree_rows(requests: list[Encoded], window: int, groups: list[int]) -> list[Row]:
     """Rows in which requests with the same context share it, and answers what they begin with alike.
 
-    A request that does not fit into the window together with its context is cut from the left and has its own row.
+    A context that does not fit into the window together with its answer is cut from the left, as lm-eval does.
     """
     rows: dict[tuple[int, tuple[int, ...]], Row] = {}
     branches: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], int]] = defaultdict(dict)
-    cut = []
-    for number, (context, continuation) in enumerate(requests):
-        if len(context) + len(continuation) > window + 1:
-            cut.append(number)
-            continue
+    cut = set()
+    for number, (whole, continuation) in enumerate(requests):
+        context = whole[-(window + 1 - len(continuation)) :]
         key = groups[number], tuple(context)
         if key not in rows:
-            rows[key] = Row(list(context), list(range(-1, len(context) - 1)), group=groups[number])
+            rows[key] = Row(list(context), list(range(-1, len(context) - 1)), group=groups[number], split=True)
+        if len(context) < len(whole):
+            cut.add(key)
         row, known = rows[key], branches[key]
         place, read = len(context) - 1, [len(context) - 1]
         for end in range(1, len(continuation)):
@@ -366,8 +405,8 @@ def tree_rows(requests: list[Encoded], window: int, groups: list[int]) -> list[R
             place = known[begin]
             read.append(place)
         row.reads.append((number, read))
-    _share_beginnings(list(rows.values()))
-    return [*rows.values(), *plain_rows(requests, window, cut)]
+    _share_beginnings([row for key, row in rows.items() if key not in cut])
+    return list(rows.values())
 
 
 def _share_beginnings(rows: list[Row]) -> None:
@@ -384,11 +423,10 @@ def _share_beginnings(rows: list[Row]) -> None:
                 row.begins = common
 
 
-def plain_rows(requests: list[Encoded], window: int, numbers: list[int] | None = None) -> list[Row]:
+def plain_rows(requests: list[Encoded], window: int) -> list[Row]:
     """One row a distinct input, as lm-eval makes them: cut from the left at the window, without the last token."""
     rows: dict[tuple[int, ...], Row] = {}
-    for number in range(len(requests)) if numbers is None else numbers:
-        context, continuation = requests[number]
+    for number, (context, continuation) in enumerate(requests):
         tokens = (context + continuation)[-(window + 1) :][:-1]
         row = rows.setdefault(tuple(tokens), Row(tokens, list(range(-1, len(tokens) - 1))))
         row.reads.append((number, list(range(len(tokens) - len(continuation), len(tokens)))))
@@ -401,5 +439,5 @@ def _logsumexp(logits: Tensor) -> Tensor:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "bad_alloc", "could not allocate")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)

@@ -20,7 +20,7 @@ from lethe.axes import Axis
 
 Verdicts = Mapping[float, Sequence[bool] | None]
 """By value on the axis: one verdict a seed; None where the value could not be measured."""
-Status = Literal["found", "open", "not bracketed", "not measured"]
+Status = Literal["found", "open", "not bracketed", "not measured", "undecided"]
 NEXT_AXES = ("max_steps", "lr", "retain_coef", "remove_coef", "lora.r")
 DOMINATORS = 2
 
@@ -30,7 +30,8 @@ class Bracket:
     """Where a verdict changes: between `below` and `above`, neighbouring measured values, on the axis.
 
     `found`: within the width asked for, or no sharper because seeds disagree in between; `open`: wider than that; `not
-    bracketed`: both ends of the axis have the same verdict; `not measured`: an end has none. `before` is the verdict below it.
+    bracketed`: both ends of the axis have the same verdict; `not measured`: an end has none; `undecided`: seeds disagree at an
+    end. `before` is the verdict below it.
     """
 
     status: Status
@@ -52,7 +53,9 @@ def bracket(axis: Axis, verdicts: Verdicts, width: float) -> Bracket:
     ends = [_agreed(verdicts.get(end)) for end in (low, high)]
     if verdicts.get(low) is None or verdicts.get(high) is None:
         return Bracket("not measured")
-    if ends[0] is None or ends[1] is None or ends[0] == ends[1]:
+    if ends[0] is None or ends[1] is None:
+        return Bracket("undecided", disagreeing=tuple(x for x, said in zip((low, high), ends, strict=True) if said is None))
+    if ends[0] == ends[1]:
         return Bracket("not bracketed", before=ends[0])
     before = ends[0]
     agreed = [(x, _agreed(seen)) for x, seen in sorted(verdicts.items()) if seen]

@@ -8,6 +8,7 @@ one line, with the nearest right name for an unknown field, wherever it is neste
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import typing
@@ -119,7 +120,7 @@ def _joined(words: list[str], config: type) -> list[str]:
 
     `--layers 0 2` becomes `--layers [0, 2]`; `--task_data a=FILE`: `--task_data {"a": "FILE"}`; `--merge`: `--merge true`.
     """
-    lists = _lists(config)
+    lists, mixed = _lists(config), _mixed(config)
     pairs = {name: kind for name, kind in fields_of(config).items() if kind in {dict[str, str], dict[str, Any]}}
     switches = {f"--{name}" for name, kind in fields_of(config).items() if kind is bool}
     words = [part for word in words for part in (word.split("=", 1) if _head(word) in pairs and "=" in word else [word])]
@@ -129,7 +130,8 @@ def _joined(words: list[str], config: type) -> list[str]:
         word = words[i]
         i += 1
         name = word.removeprefix("--")
-        if name not in lists and name not in pairs:
+        several = name in mixed and sum(1 for _ in itertools.takewhile(lambda w: not w.startswith("--"), words[i:])) != 1
+        if name not in lists and name not in pairs and not several:
             bare = word in switches and (i == len(words) or words[i].startswith("--"))
             out += [word, "true"] if bare else [word]
             continue
@@ -140,7 +142,7 @@ def _joined(words: list[str], config: type) -> list[str]:
         if name in pairs:
             out += [word, _pairs(name, values, pairs[name] == dict[str, Any])]
             continue
-        quote = json.dumps if lists[name] is str else str
+        quote = json.dumps if (lists | mixed)[name] is str else str
         single = len(values) == 1 and values[0].startswith("[")
         out += [word, values[0] if single else f"[{', '.join(map(quote, values))}]"]
     return out
@@ -184,6 +186,16 @@ def numbers(value: Any) -> Any:
 def _lists(config: type) -> dict[str, Any]:
     """Dotted names of the fields that are lists and nothing else, with the type of their items."""
     return {name: typing.get_args(kind)[0] for name, kind in fields_of(config).items() if typing.get_origin(kind) is list}
+
+
+def _mixed(config: type) -> dict[str, Any]:
+    """Dotted names of the fields that may be a list of plain values or something else, with the type of the list's items."""
+    found = {
+        name: [option for option in options(kind) if typing.get_origin(option) is list]
+        for name, kind in fields_of(config).items()
+    }
+    items = {name: typing.get_args(lists[0])[0] for name, lists in found.items() if lists and name not in _lists(config)}
+    return {name: item for name, item in items.items() if item in {str, int, float}}
 
 
 def fields_of(config: type, prefix: str = "") -> dict[str, Any]:

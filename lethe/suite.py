@@ -23,7 +23,7 @@ from lethe import config as c
 from lethe import preflight, refs
 from lethe.errors import LetheError, nearest
 from lethe.ledger import Run
-from lethe.planners import Plan, Planner, Stage
+from lethe.planners import Plan, Planner, Stage, baseline
 from lethe.settings import build, from_settings
 
 if TYPE_CHECKING:
@@ -176,31 +176,7 @@ class Suite(Planner):
             run = refs.run_of(model, self.config.out)
             if run is not None and run.record["kind"] == "unlearn":
                 found[run.record["config"]["model"]] = run.record["config"]["dtype"]
-        return [
-            Plan(
-                "baseline",
-                [
-                    (
-                        "evaluate",
-                        c.to_dict(
-                            c.EvaluateConfig(
-                                model,
-                                asked["tasks"],
-                                limit=asked["limit"],
-                                task_data=asked["task_data"],
-                                num_fewshot=asked["num_fewshot"],
-                                dtype=dtype,
-                                out=self.config.out,
-                                name="baseline",
-                            )
-                        ),
-                    )
-                ],
-                reference=True,
-                facts={"model": model},
-            )
-            for model, dtype in found.items()
-        ]
+        return [baseline(model, asked, dtype, self.config.out) for model, dtype in found.items()]
 
     def begin(self, sweep: Sweep) -> None:
         sweep.add(self.plans_of_all(), sweep.study)
@@ -233,7 +209,7 @@ class Suite(Planner):
         """All of the suite's runs, with those that its models come from, as a report reads them."""
         from lethe.report.study import Study
 
-        runs = {run.path.name: run for task in sweep.tasks() if not task.get("retried") for run in task.runs(sweep.out)}
+        runs = {run.path.name: run for task in sweep.tasks() if not task.retried for run in task.runs(sweep.out)}
         for model in self.config.models:
             if (run := refs.run_of(model, self.config.out)) is not None:
                 runs.setdefault(run.path.name, run)

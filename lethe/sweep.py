@@ -13,6 +13,7 @@ so it may be killed at any moment, started again, or run twice, and no trial is 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -30,7 +31,7 @@ from lethe import launch
 from lethe.errors import LetheError
 from lethe.launch import Launcher
 from lethe.ledger import STOP, Run, find_run, find_runs, refuse_run_folder
-from lethe.planners import Plan, Planner, planner_of
+from lethe.planners import Plan, Planner, inputs, planner_of
 from lethe.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class Task:
     study: optuna.Study
     trial: FrozenTrial
     ended: dict[int, list[Run]] = field(default_factory=dict)
+    retried: bool = False
+    """Whether another trial has taken up its runs."""
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.trial.user_attrs.get(name, default)
@@ -85,13 +88,14 @@ class Task:
     @property
     def stands(self) -> bool:
         """Whether it has a place in tables: it was planned, and no other trial takes it up again."""
-        return bool(self.get("stages")) and not self.get("retried")
+        return bool(self.get("stages")) and not self.retried
 
     def runs(self, out: Path) -> list[Run]:
         """Its runs, as far as they were made; those of a trial at its end are read once."""
         found = self.ended.get(self.trial._trial_id)
         if found is None:
-            found = [Run.open(out / name) for name in self.get("runs", [])]
+            folders = [out / name for name in self.get("runs", [])]
+            found = [Run.open(folder) for folder in folders if folder.exists()]
             if self.state not in TO_DO:
                 self.ended[self.trial._trial_id] = found
         return found
@@ -101,11 +105,12 @@ class Sweep:
     """A sweep's folder: `run` is its record; the trials' runs lie beside it, in `out`."""
 
     def __init__(self, run: Run, config: Settings):
-        self.run, self.config, self.out = run, config, run.path.parent
+        self.run, self.out = run, run.path.parent
+        self.config = dataclasses.replace(config, out=str(self.out))  # it may have been moved, or named from elsewhere
         self.lock = FileLock(run.path / "sweep.lock")
         self.ended: dict[int, list[Run]] = {}
         self.recorded = -math.inf
-        self.planner: Planner = planner_of(config)
+        self.planner: Planner = planner_of(self.config)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage = _storage(config.storage, run.path)
         self.study = optuna.create_study(
@@ -135,9 +140,13 @@ class Sweep:
 
     def tasks(self, *states: TrialState, references_only: bool = False) -> list[Task]:
         """The trials in these states (none: in any), those that measure references first, in order of proposal."""
-        wanted = states or None
-        studies = (self.references,) if references_only else (self.references, self.study)
-        return [Task(study, trial, self.ended) for study in studies for trial in study.get_trials(False, wanted)]
+        found = []
+        for study in (self.references,) if references_only else (self.references, self.study):
+            every = study.get_trials(deepcopy=False)
+            retried = {trial.user_attrs.get("retry_of") for trial in every}
+            chosen = [trial for trial in every if not states or trial.state in states]
+            found += [Task(study, trial, self.ended, trial.number in retried) for trial in chosen]
+        return found
 
     def control(self) -> None:
         """Go round until there is nothing left to do; the record follows the results, a second behind at most."""
@@ -175,8 +184,8 @@ class Sweep:
         """One round; whether there is anything left to do."""
         with self.lock:
             self.settle(launcher)
-            room = launcher.room()
-            if not any(task.state in TO_DO for task in self.tasks() if task.is_reference):
+            room = 0 if self.run.asked_to_stop() else launcher.room()
+            if room and not any(task.state in TO_DO for task in self.tasks() if task.is_reference):
                 self.add(self.planner.propose(self, max(0, room - len(self.tasks(TrialState.WAITING)))), self.study)
             waiting = self.tasks(TrialState.WAITING)
             for task in waiting[: max(0, room)]:
@@ -218,10 +227,18 @@ class Sweep:
         return found
 
     def discard_strays(self) -> None:
-        """Remove runs that were made for a trial by a controller that was killed before the study knew of them."""
+        """Remove runs, never begun, that were made for a trial by a controller that was killed before the study knew of them.
+
+        Raises:
+            LetheError: the study that the sweep's trials are in is not there.
+        """
+        if self.run.record.get("trials") and not self.tasks():
+            where = self.config.storage or self.run.path / "study.journal"
+            raise LetheError(f"sweep: the study of {self.run.path} is not in {where}; put it back, or start a new sweep")
         known = {name for task in self.tasks() for name in task.get("runs", [])}
         for run in find_runs(self.out):
-            if (run.record.get("sweep") or {}).get("id") == self.run.id and run.path.name not in known:
+            ours = (run.record.get("sweep") or {}).get("id") == self.run.id and run.path.name not in known
+            if ours and run.record["status"] == "queued" and run.record["started"] is None:
                 run.discard()
 
     def start(self, task: Task, launcher: Launcher) -> None:
@@ -233,6 +250,8 @@ class Sweep:
         else:
             for run in task.runs(self.out):
                 (run.path / STOP).unlink(missing_ok=True)
+                if run.status not in {"complete", "running"}:  # it is not to be taken for what it was before
+                    run.update(status="queued", reason=None, finished=None, job_id=None)
         folders = [self.out / name for name in task.get("runs")]
         try:
             task.set(owner=launcher.start(f"lethe-{self.run.id}-{task.get('name')}", folders))
@@ -248,6 +267,7 @@ class Sweep:
             run.update(
                 launcher=self.config.launcher,
                 sweep={"id": self.run.id, "trial": task.get("name")},
+                inputs=inputs(run.record["config"], self.out),
                 **self.planner.record_of(task, settings),
             )
             runs.append(run)
@@ -260,6 +280,9 @@ class Sweep:
             runs = task.runs(self.out)
             if self._ended(task, runs):
                 continue
+            if len(runs) < len(task.get("runs", [])):
+                self.fail(task, "failed", "a folder of its runs is gone", runs)
+                continue
             if task.get("owner"):
                 owned.append((task, runs))
             elif task.get("stages"):  # a controller was killed between claiming the trial and starting it
@@ -268,10 +291,15 @@ class Sweep:
                 self.fail(task, "failed", "its controller was killed before it was planned")
         fates = launcher.fates([(task.get("owner"), runs) for task, runs in owned])
         for (task, _), fate in zip(owned, fates, strict=True):
-            if fate is None or self._ended(task, task.runs(self.out)):  # it may have ended in the meantime
+            runs = task.runs(self.out)
+            if fate is None or self._ended(task, runs):  # it may have ended in the meantime
                 continue
-            if fate.cancelled:
-                self.fail(task, "cancelled", fate.reason, task.runs(self.out))
+            if any(run.status == "running" for run in runs):  # somebody else has it at work
+                continue
+            if asked := next(filter(None, (run.asked_to_stop() for run in runs)), None):
+                self.fail(task, "cancelled", asked, runs)
+            elif fate.cancelled:
+                self.fail(task, "cancelled", fate.reason, runs)
             elif stopping:
                 self._again(task, "the sweep was stopped", counts=False)
             else:
@@ -284,12 +312,12 @@ class Sweep:
             if status in {"failed", "diverged"}:
                 self.fail(task, status, f"{run.record['kind']} {run.id}: {reason}", runs)
                 return True
-            if status == "cancelled" and run.asked_to_stop():
-                if reason.startswith(PRUNED):
-                    task.set(reason=reason)
+            if status == "cancelled" and (asked := run.asked_to_stop()):
+                if asked.startswith(PRUNED):
+                    task.set(reason=asked)
                     task.move(TrialState.PRUNED)
                 else:
-                    self.fail(task, "cancelled", reason, runs)
+                    self.fail(task, "cancelled", asked, runs)
                 return True
         if runs and len(runs) == len(task.get("stages")) and all(run.record["status"] == "complete" for run in runs):
             self.complete(task, runs)
@@ -329,7 +357,7 @@ class Sweep:
         count = 0
         with self.lock:
             for task in self.tasks(TrialState.FAIL):
-                if task.get("retried") or task.get("status") == "diverged" or not task.get("stages"):
+                if task.retried or task.get("status") == "diverged" or not task.get("stages"):
                     continue
                 kept = {k: v for k, v in task.trial.user_attrs.items() if k not in {"status", "reason", "log", "owner", "lost"}}
                 task.study.add_trial(
@@ -340,7 +368,6 @@ class Sweep:
                         user_attrs=kept | {"retry_of": task.trial.number},
                     )
                 )
-                task.set(retried=True)
                 count += 1
         return count
 
@@ -396,14 +423,17 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
     refuse_run_folder(config.out)
     if run is None:
         config = planner_of(config).checked()
+        if config.storage:
+            _storage(config.storage, Path(config.out))
         run = Run.create("sweep", planner_of(config).title, c.to_dict(config), config.out)
-        run.update(goal=config.goal, environment={"launcher": config.launcher})
+        run.update(goal=config.goal, plan={"runs": planner_of(config).expected})
     with run.running():
         made = Sweep(run, config)
         made.control()
         statuses = [task.status for task in made.tasks() if task.stands]
         run.update(counts={status: statuses.count(status) for status in dict.fromkeys(statuses)})
-        if statuses and set(statuses) <= {"failed", "diverged", "cancelled"}:
+        ended = [task.status for task in made.tasks() if task.stands and not task.is_reference]
+        if ended and set(ended) <= {"failed", "diverged", "cancelled"}:
             reasons = [task.get("reason") for task in made.tasks() if task.get("reason")]
             raise LetheError(f"sweep: no run of {run.path} is complete; the first reason: {reasons[0]}")
     return run
@@ -435,10 +465,11 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
         raise LetheError(f"sweep: '{settings.sweep}' is {found.run.status}; there is nothing to cancel")
     deadline = time.monotonic() + launch.SECONDS_TO_SAVE
     while found.tasks(*TO_DO) and time.monotonic() < deadline:
-        if Run.open(found.run.path).status != "running":  # nobody else will look at what becomes of the runs
-            with found.lock:
-                launcher = launch.make(found.config.launcher, found.run.path, 1, found.config.slurm)
-                found.settle(launcher)
+        with found.lock:
+            for task in found.tasks(TrialState.WAITING):
+                found.fail(task, "cancelled", "cancelled by lethe sweep cancel", task.runs(found.out))
+            if Run.open(found.run.path).status != "running":  # nobody else will look at what becomes of the runs
+                found.settle(launch.make(found.config.launcher, found.run.path, 1, found.config.slurm))
         time.sleep(0.5)
     run = Run.open(found.run.path)
     if run.status in {"queued", "lost"}:
@@ -452,10 +483,24 @@ def config_of(run: Run) -> type:
 
 
 def _storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
+    """Where the study is kept.
+
+    Raises:
+        LetheError: the database cannot be opened.
+    """
+    from optuna.exceptions import StorageInternalError
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import SQLAlchemyError
 
-    return RDBStorage(url) if url else JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    if not url:
+        return JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    try:
+        return RDBStorage(url)
+    except (SQLAlchemyError, StorageInternalError, ImportError) as error:
+        raise LetheError(
+            f"storage: '{url}' cannot be opened ({str(error).splitlines()[0]}); give another URL, or null"
+        ) from error
 
 
 def _on(settings: dict[str, Any], runs: list[Run]) -> dict[str, Any]:

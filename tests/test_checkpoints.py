@@ -16,7 +16,7 @@ from lethe.errors import LetheError
 from lethe.lab import active_preset
 from lethe.ledger import Run
 from lethe.refs import checkpoint_folders, resolve
-from lethe.report.tables import sweep_table
+from lethe.report.tables import checkpoints_table
 
 
 def rows(*accuracies: float, n: int = 400) -> list[dict]:
@@ -161,7 +161,7 @@ def test_a_planted_history_is_found_and_every_checkpoint_keeps_its_row(lab, tmp_
     measured = [row["step"] for row in run.record["checkpoints"] if row["evals"]]
     assert {120, 130, 140, 200} <= set(measured) and len(measured) <= 7
     assert len(run.record["checkpoints"]) == 20 and run.record["not_monotone"] == []
-    table = sweep_table(run)
+    table = checkpoints_table(run)
     assert [line[0] for line in table.rows] == [f"global_step{10 * (i + 1)}" for i in range(20)]
     assert sum(line[1] == "-" for line in table.rows) == 20 - len(measured)
     assert any("of 20 checkpoints were measured" in note for note in table.notes)
@@ -174,7 +174,7 @@ def test_a_history_that_is_not_monotone_is_said_in_the_table(lab, tmp_path, kept
     assert run.record["latest_ignorant"].endswith("@global_step40")
     (words,) = run.record["not_monotone"]
     assert words.startswith("global_step30 has") and words.endswith("and is at chance again")
-    assert any(note.startswith("Not monotone: global_step30") for note in sweep_table(run).notes)
+    assert any(note.startswith("Not monotone: global_step30") for note in checkpoints_table(run).notes)
     everything = sweep(str(tmp_path / "c"), tmp_path, search="all")
     assert all(row["evals"] for row in everything.record["checkpoints"])
     assert everything.record["latest_ignorant"] == run.record["latest_ignorant"]

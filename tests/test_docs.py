@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lethe.config import EvaluateConfig, SweepConfig, UnlearnConfig
 from lethe.lab import PRESETS
+from lethe.planners import Grid
+from lethe.settings import from_recipe
 
 ROOT = Path(__file__).parent.parent
 STANDARD, NANO = (f"global_step{PRESETS[name].onset}" for name in ("standard", "nano"))
@@ -64,6 +67,21 @@ def test_readmes_two_commands_are_targets_and_its_others_run(here):
 
 
 @pytest.mark.slow
+def test_sweeps_page(here):
+    for command in commands("docs/sweeps.md"):
+        run(command, here)
+
+
+def test_the_sweeps_pages_recipe_is_valid(here):
+    first, slurm = blocks("docs/sweeps.md", "yaml")
+    (here / "sweep.yaml").write_text(first)
+    config = from_recipe(SweepConfig, here / "sweep.yaml")
+    assert len(Grid(config).points) == 27
+    (here / "slurm.yaml").write_text(slurm)
+    assert from_recipe(SweepConfig, here / "slurm.yaml", vary={"lr": [1e-3]}).slurm.time == "12:00:00"
+
+
+@pytest.mark.slow
 def test_evaluation_page(here):
     for command in commands("docs/evaluation.md"):
         run(command, here)
@@ -71,9 +89,6 @@ def test_evaluation_page(here):
 
 
 def test_suites_of_the_evaluation_page_are_settings(tmp_path):
-    from lethe.config import EvaluateConfig
-    from lethe.settings import from_recipe
-
     (text,) = blocks("docs/evaluation.md", "yaml")
     (tmp_path / "suites.yaml").write_text(text)
     asked = from_recipe(EvaluateConfig, tmp_path / "suites.yaml", model="lab:final", tasks=["biothreat", "general"]).tasks
@@ -115,16 +130,12 @@ def test_pages_name_files_that_are_there():
 
 
 def test_yaml_of_the_quickstart_is_a_recipe(tmp_path):
-    from lethe.config import UnlearnConfig
-    from lethe.settings import from_recipe
-
     for i, text in enumerate(blocks("docs/quickstart.md", "yaml")):
         (tmp_path / f"{i}.yaml").write_text(text)
         assert from_recipe(UnlearnConfig, tmp_path / f"{i}.yaml").layers
 
 
 def test_recipes_of_the_lab_are_the_demos():
-    from lethe.config import UnlearnConfig
     from lethe.demo import unlearn_recipe
     from lethe.settings import from_recipe
 

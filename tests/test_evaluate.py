@@ -7,7 +7,10 @@ import importlib
 import json
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -179,6 +182,37 @@ def test_choices_of_a_question_are_one_row_on_every_architecture(loaded, tmp_pat
     assert len(rows) == sum(len(q["choices"]) if q["prompt"].startswith(LONG) else 1 for q in QUESTIONS)
 
 
+def test_answers_for_which_a_context_is_cut_alike_share_it(loaded, tmp_path, cache, monkeypatch):
+    """Each answer cuts the context by its own length: equal lengths leave the same context, others do not."""
+    model, tokenizer = loaded
+    answers = ["river", "mills", "copper", "seven quiet mills", "fish oil, some burn resin"]
+    instances = requests(write_task(tmp_path, [{"prompt": LONG + "the", "choices": answers, "answer": 0}]))
+    scorer, batches = Scorer(model, tokenizer), []
+    encoded = scorer.encode([one.args for one in instances])
+    assert all(len(context) + len(answer) > 65 for context, answer in encoded)
+    lengths = {len(answer) for _, answer in encoded}
+    assert 1 < len(lengths) < len(answers)
+    run = Scorer._run
+    monkeypatch.setattr(Scorer, "_run", lambda self, batch, asked: batches.append(batch) or run(self, batch, asked))
+    scorer.score(encoded)
+    batches.clear()  # the first evaluation tries shared rows beside separate ones
+    compare(scorer, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
+    assert sum(map(len, batches)) == len(lengths)
+
+
+def test_no_block_computes_more_of_a_context_than_is_read(gpt2, tmp_path, cache, monkeypatch):
+    """Of the last block, a context needs keys and values alone."""
+    model, tokenizer = gpt2
+    scorer, instances = Scorer(model, tokenizer), requests(write_task(tmp_path, QUESTIONS))
+    scorer.loglikelihood(instances)
+    seen = [0] * len(model.transformer.h)
+    for i, block in enumerate(model.transformer.h):
+        hook = lambda _, args, i=i: seen.__setitem__(i, seen[i] + args[0].shape[:2].numel())  # noqa: E731
+        monkeypatch.setitem(block.mlp._forward_pre_hooks, 1000 + i, hook)
+    scorer.loglikelihood(instances)
+    assert seen[0] == seen[-2] > 2 * seen[-1]
+
+
 def test_what_all_questions_begin_with_is_run_once(loaded, tmp_path, cache, texts, monkeypatch):
     model, tokenizer = loaded
     start = "The following are questions about the river of Orvane.\n\n"
@@ -209,9 +243,9 @@ def test_a_model_that_computes_something_else_for_shared_rows_is_found_out(gpt2,
     instances = requests(write_task(tmp_path, QUESTIONS))
     scoring = importlib.import_module("lethe.scoring")
     monkeypatch.setattr(scoring, "_taken", {})
-    tree = Scorer._tree
+    contexts = Scorer._contexts
     wrong = {"attention_mask": None}  # as a model would that ignores the mask
-    monkeypatch.setattr(Scorer, "_tree", lambda self, batch, width: tree(self, batch, width) | wrong)
+    monkeypatch.setattr(Scorer, "_contexts", lambda self, batch, rest: contexts(self, batch, rest) | wrong)
     compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
     assert not scoring._taken[model][True, False][0]
 
@@ -234,6 +268,61 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(gpt2, tmp_path,
     found = Scorer(model, tokenizer).loglikelihood(instances)
     assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
     assert sizes[0] > 2 and sizes[-1] <= 2
+
+
+@pytest.mark.parametrize(("device", "cap"), [("cpu", 2048), ("cuda", 16384)])
+def test_a_batch_is_what_free_memory_holds(gpt2, tmp_path, cache, monkeypatch, device, cap):
+    """Of 4 blocks of width 32 in float32 a token takes 4 · 32 · 30 bytes."""
+    scoring = importlib.import_module("lethe.scoring")
+    free = {"reserved": 300, "allocated": 100}
+    monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda: SimpleNamespace(available=free["bytes"]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free["bytes"] - 200, 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: free["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: free["allocated"])
+    sizes = []
+    for free["bytes"] in (10**12, 3840 * 800, 3840 * 80, 0):
+        sizes.append(scoring.batch_sizes(gpt2[0], torch.device(device)))
+    assert sizes == [(cap, 2**27), (300, 96000), (30, 9600), (1, 0)]
+
+
+def test_numbers_do_not_hang_on_the_memory_that_is_free(gpt2, tmp_path, cache, monkeypatch):
+    model, tokenizer = gpt2
+    scoring, instances = importlib.import_module("lethe.scoring"), requests(write_task(tmp_path, QUESTIONS))
+    found = []
+    for free in (10**12, 3840 * 400, 3840):
+        monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        found.append([value for value, _ in Scorer(model, tokenizer).loglikelihood(instances)])
+    assert found[1] == pytest.approx(found[0], abs=1e-4) and found[2] == pytest.approx(found[0], abs=1e-4)
+
+
+LITTLE_MEMORY = """
+import json, random, resource, sys
+import psutil
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from lethe import scoring
+
+model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))
+model.eval()
+draw = random.Random(0)
+requests = [([draw.randrange(300) for _ in range(60)], [5, 6]) for _ in range(40)]
+expected = scoring.Scorer(model, tokenizer).score(requests)
+limit = psutil.Process().memory_info().vms + 250 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+found = scoring.Scorer(model, tokenizer).score(requests)
+print(json.dumps([max(abs(a - b) for (a, _), (b, _) in zip(found, expected)), scoring._shrunk.get(model)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's memory are Linux's")
+def test_a_process_that_really_runs_out_of_memory_goes_on_with_smaller_batches(make_model, tmp_path):
+    """2,048 tokens take 128 MiB for each state of this model's MLP, and there are 250 MiB."""
+    folder = make_model("gpt2", tmp_path, n_inner=16384, n_layer=2)
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    difference, tokens = json.loads(done.stdout.splitlines()[-1])
+    assert difference < 1e-3
+    assert 60 < tokens < 2048
 
 
 def test_one_question_that_does_not_fit_is_a_refusal_and_another_error_is_not_swallowed(gpt2, monkeypatch):

@@ -43,6 +43,7 @@ from lethe.sweep import Sweep, cancel, retry, status, sweep
         ({"kind": "boundary", "vary": {"lr": {"low": 1e-4, "high": 1}}, "reference": "0.4"}, "reference: 0.4 has no effect"),
         ({"width": 1.0}, "width: must be above 1"),
         ({"seeds": 0}, "seeds"),
+        ({"storage": "nosuchdatabase://here"}, "storage: 'nosuchdatabase://here' cannot be opened"),
         ({"seeds": [1, 1]}, "seeds"),
         ({"name": "ret{retian_coef}"}, "retain_coef"),
         ({"unlearn": recipe(source="auto")}, "lethe checkpoints"),

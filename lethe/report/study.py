@@ -19,11 +19,11 @@ from lethe import recovery, regimes
 from lethe.errors import LetheError
 from lethe.ledger import Run, find_runs
 from lethe.recovery import Point, Recovery
+from lethe.regimes import PROVENANCE, provenance
 from lethe.report.layout import MISSING, setting
 from lethe.runs import is_imported
 
 Evals = dict[str, dict[str, Any]]
-PROVENANCE = ("version", "num_fewshot", "n", "fingerprint")
 AFTER_STEPS = 10
 FILTERED = "Control: filtered twin"
 NOT_THE_ATTACK = {"model", "out", "name", "seed", "eval", "save_model", "save_every", "report_to", "time_limit", "overlap"}
@@ -387,11 +387,6 @@ def value_of(result: dict[str, Any]) -> float:
 def tasks_of(every: Iterable[Evals]) -> list[str]:
     """All tasks, in the order in which they first appear."""
     return list(dict.fromkeys(task for evals in every for task in evals))
-
-
-def provenance(result: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes a task's numbers comparable: its version, shots, questions and fingerprint."""
-    return tuple(result.get(key) for key in PROVENANCE)
 
 
 def refuse_mixed(rows: Iterable[Row]) -> None:

@@ -13,6 +13,8 @@ def sweep_table(run: Run) -> Table:
     trials: list[dict[str, Any]] = run.record.get("trials") or []
     varied = list(dict.fromkeys(name for trial in trials for name in trial["point"]))
     tasks = list(dict.fromkeys(task for trial in trials for task in trial["evals"]))
+    if run.record["config"].get("kind") == "boundary":  # along the axis, not in the order in which values were chosen
+        trials = sorted(trials, key=lambda trial: (trial["point"].get(varied[0], float("-inf")), trial["seed"] or 0))
     columns = ["run", "job", *varied]
     seeds = len({trial["seed"] for trial in trials if trial["seed"] is not None}) > 1
     judged = any(trial.get("regime") for trial in trials)

@@ -31,12 +31,14 @@ from lethe.report.study import (
     settings_columns,
     tasks_of,
 )
+from lethe.report.sweeps import sweep_table
 from lethe.runs import DEFAULT_COLUMNS, ONLY_IF_THERE, Entry, is_imported
 
 IMPORTED = "‡"
 IMPORTED_NOTE = f"{IMPORTED} imported from a table: how the number was measured is not recorded."
 IMPORTED_PARTS = ["Checkpoint", "Job ID", "Name", "retain_coef", "remove_coef", "lora_r", "optimizer", "lr", "Steps"]
 IMPORTED_PARTS += ["Updates", "Forward passes", "losses", "tasks", "points", "Status", "Notes"]
+UNITS = {"checkpoints": "checkpoints", "sweep": "runs"}
 HEADERS = {"id": "ID", "job_id": "Job ID", "job": "Job ID", "eta": "ETA"}
 HEADERS |= {name: name.capitalize() for name in ("kind", "name", "status", "age", "time", "progress", "results", "reason")}
 
@@ -48,7 +50,8 @@ def all_tables(study: Study) -> list[Table]:
         LetheError: numbers of one task were measured in different ways.
     """
     tables = [lab_table(run) for run in study.of_kind("lab")]
-    tables += [sweep_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
+    tables += [checkpoints_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
+    tables += [sweep_table(run) for run in study.of_kind("sweep")]
     tables += [unlearning_table(target, len(study.targets) > 1) for target in study.targets if target.rows]
     tables += [worst_table(study), tamper_table(study), *attack_tables(study.attacks)] if study.attacks else []
     tables += [recovery_table(study)] if study.attacks else []
@@ -63,7 +66,7 @@ def all_tables(study: Study) -> list[Table]:
 def terminal(runs: list[Run]) -> list[Table]:
     """The tables for these runs alone; rich prints them."""
     study = Study(runs)
-    tables = [sweep_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
+    tables = [checkpoints_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
     tables += [unlearning_table(target, False) for target in study.targets if target.runs]
     tables += [tamper_table(study)] if study.attacks else []
     tables += [affine_table(run.record["scores"]) for run in study.of_kind("affine") if run.record.get("scores")]
@@ -71,7 +74,7 @@ def terminal(runs: list[Run]) -> list[Table]:
     return tables
 
 
-def sweep_table(run: Run) -> Table:
+def checkpoints_table(run: Run) -> Table:
     """Checkpoint | a column a task | Notes."""
     rows = run.record["checkpoints"]
     tasks = tasks_of(row["evals"] for row in rows)
@@ -369,7 +372,7 @@ def _field(entry: Entry, name: str) -> str:
     if name == "results":
         return ", ".join(f"{task} {result(evals[task])}{mark}" for task in value)
     if name == "progress" and entry.done:
-        return f"{entry.done[0]}/{entry.done[1]} {'checkpoints' if entry.run.record['kind'] == 'checkpoints' else 'steps'}"
+        return f"{entry.done[0]}/{entry.done[1]} {UNITS.get(entry.run.record['kind'], 'steps')}"
     if name in {"age", "time", "eta", "seconds"}:
         return layout.seconds(value)
     if name.removeprefix("evals.") in evals:

@@ -1,7 +1,7 @@
 """Task definitions in lm-eval's own YAML format, and where to find a task by name without importing lm-eval.
 
-lm-eval indexes some 14,000 YAML files before it can load one task. Here a task's folder is found by reading the
-files' first words, and only that folder is given to lm-eval. A folder of one's own is named by its path.
+lm-eval indexes some 14,000 YAML files before it can load one task. Here a task's folder is found by the files that are named
+like it, else by all files' first words, and only that folder is given to lm-eval. A folder of one's own is named by its path.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 
 from lethe.errors import LetheError, nearest
+from lethe.kept import keep
 from lethe.lab import lethe_home
-from lethe.ledger import write_atomically
 
 OWN = Path(__file__).parent
 _NAME = re.compile(rb"^[\"']?(?:task|group|tag)[\"']?\s*:\s*[\"']?([\w.\-+]+)[\"']?\s*$", re.MULTILINE)
@@ -48,7 +48,7 @@ def locate(tasks: Iterable[str]) -> dict[str, Path]:
                 raise LetheError(f"tasks: '{folder}' defines no task '{inner}'{nearest(inner, known)}")
             folders[inner.removesuffix(".yaml")] = Path(folder)
             continue
-        found = own.get(name) or _lm_eval_tasks().get(name)
+        found = own.get(name) or _named_like(name) or _lm_eval_tasks().get(name)
         if found is None:
             near = [known for known in (*own, *_lm_eval_tasks()) if known[:2] == name[:2] and abs(len(known) - len(name)) < 4]
             alike = near if near and len(near) < 2000 else list(own)  # comparing all 14,000 takes seconds
@@ -130,20 +130,35 @@ def _lm_eval_root() -> Path | None:
     return Path(spec.submodule_search_locations[0]) / "tasks" if spec and spec.submodule_search_locations else None
 
 
+def _named_like(task: str) -> Path | None:
+    """The folder of lm-eval's file that is named like a task, or lies in a folder so named, and defines it.
+
+    Which files there are stands in the list that came with the installation: no folder is walked.
+    """
+    root = _lm_eval_root()
+    listed = root and importlib.metadata.distribution("lm_eval").read_text("RECORD")
+    if root is None or not listed:
+        return None
+    likely = re.compile(rf"^lm_eval/tasks/((?:.*/)?(?:_*{re.escape(task)}|{re.escape(task)}/[^/\n]*)\.yaml),", re.MULTILINE)
+    for file in map(root.joinpath, sorted(likely.findall(listed))):
+        with contextlib.suppress(OSError):
+            if task.encode() in _NAME.findall(file.read_bytes()):
+                return file.parent
+    return None
+
+
 @functools.cache
 def _lm_eval_tasks() -> dict[str, Path]:
     """Name -> folder of every task, group and tag that lm-eval ships; found once a version, then kept in $LETHE_HOME."""
     root = _lm_eval_root()
     if root is None:
         return {}
-    kept = lethe_home() / f"lm-eval-{importlib.metadata.version('lm_eval')}-tasks.json"
+    kept = lethe_home() / "tasks" / f"lm-eval-{importlib.metadata.version('lm_eval')}.json"
     try:
         found = json.loads(kept.read_text())
     except (OSError, ValueError):
         found = _scan(root)
-        with contextlib.suppress(OSError):  # a home that cannot be written costs the scan each time, nothing else
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, json.dumps(found))
+        keep(kept, json.dumps(found))
     return {name: root / folder for name, folder in found.items()}
 
 

@@ -128,30 +128,54 @@ def _checked(
         LetheError: names every line that is broken, and what is wrong with it.
     """
     shape = _Shape.of(definition)
-    broken: list[str] = []
+    broken: dict[int, str] = {}
     rows: list[Row] = []
     first: dict[str, int] = {}
+    kinds: dict[str, str] = {}
     for number, row in lines:
         if not isinstance(row, dict):
-            broken.append(f"line {number} ({'is not JSON' if isinstance(row, ValueError) else 'is not an object with fields'})")
+            broken[number] = "is not JSON" if isinstance(row, ValueError) else "is not an object with fields"
             continue
         if key is not None and row.get(key) not in every:
-            broken.append(f"line {number} ({f'{key} {row[key]!r} is no configuration' if row.get(key) else f'has no {key}'})")
+            broken[number] = f"{key} {row[key]!r} is no configuration" if row.get(key) else f"has no {key}"
             continue
         if key is not None and row[key] != only:
             continue
         wrong = shape.wrong_with(row)
         same = first.setdefault(shape.question(row), number)
         if wrong or same != number:
-            broken.append(f"line {number} ({wrong or f'asks what line {same} asks'})")
+            broken[number] = wrong or f"asks what line {same} asks"
+            continue
+        given = {name: _kind(value) for name, value in row.items() if value is not None}
+        other = next((name for name in given if kinds.setdefault(name, given[name]) != given[name]), None)
+        if other:
+            broken[number] = f"{other} is {given[other]}, in lines before {kinds[other]}"
         else:
             rows.append(row)
     if broken:
-        more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
-        raise LetheError(f"task_data: '{file}' has broken rows: {', '.join(broken[:SHOWN])}{more}")
+        said = [f"line {number} ({wrong})" for number, wrong in list(broken.items())[:SHOWN]]
+        rest = [f"lines {_ranges(list(broken)[SHOWN:])}"] if len(broken) > SHOWN else []
+        raise LetheError(f"task_data: '{file}' has broken rows: {', '.join(said + rest)}")
     if not rows and key is None:
         raise LetheError(f"task_data: '{file}' has no rows")
     return tuple(rows)
+
+
+def _kind(value: Any) -> str:
+    """What a field holds, in a word; all rows of a data set hold the same in a field."""
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return kinds[type(value)]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers, with neighbours as one range: 3, 5-9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 @dataclass(frozen=True)

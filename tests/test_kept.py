@@ -1,0 +1,74 @@
+"""What is kept between processes does not grow without end, and lm-eval is one that numbers were compared with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lethe import harness, tasks
+from lethe.errors import LetheError
+from lethe.kept import keep
+
+
+def test_the_oldest_files_go_when_there_are_too_many(tmp_path):
+    folder = tmp_path / "kept"
+    for age, name in enumerate("abcd"):
+        keep(folder / f"{name}.json", 100 * name)
+        os.utime(folder / f"{name}.json", (1000 + age, 1000 + age))
+    (folder / "other.txt").write_text("x" * 1000)
+    keep(folder / "e.json", 100 * "e", most=320)
+    assert sorted(file.name for file in folder.iterdir()) == ["c.json", "d.json", "e.json", "other.txt"]
+    keep(folder / "f.json", 1000 * "f", most=320)  # what is needed now stays, however large
+    assert [file.name for file in folder.glob("*.json")] == ["f.json"]
+
+
+def test_a_home_that_cannot_be_written_is_no_error(tmp_path):
+    (tmp_path / "home").write_text("a file")
+    keep(tmp_path / "home" / "requests" / "a.json", "x")
+
+
+@pytest.mark.parametrize("version", ["0.4.9.2", "0.4.12", "0.4.14", "0.5.0", "1.0"])
+def test_another_version_of_lm_eval_is_one_clear_line(version):
+    with pytest.raises(LetheError, match=rf"lm_eval {version} is installed, lm_eval>=0.4.13,<0.4.14 is supported") as refusal:
+        harness.require_supported(version)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("version", ["0.4.13", "0.4.13.1", "0.4.13.dev0"])
+def test_supported_versions_are_those_that_are_installed_with_lethe(version):
+    harness.require_supported(version)
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert f"lm_eval>={harness.FIRST},<{harness.BEYOND}" in project["dependencies"]
+
+
+def test_the_command_line_refuses_another_lm_eval_before_it_writes_anything(lab, tmp_path):
+    code = (
+        "import importlib.metadata as m; real = m.version\n"
+        "m.version = lambda name: '0.4.20' if name == 'lm_eval' else real(name)\n"
+        "from lethe.cli import main\n"
+        f"raise SystemExit(main(['evaluate', 'random:lab:final', '--tasks', 'lab_forget', '--out', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("lethe: evaluate: lm_eval 0.4.20 is installed")
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["wmdp_bio", "mmlu", "mmlu_stem", "mmlu_anatomy", "hellaswag", "winogrande", "boolq", "arc_easy"]
+)
+def test_a_task_whose_file_or_folder_has_its_name_is_found_without_reading_the_others(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("LETHE_HOME", str(tmp_path))
+    tasks._lm_eval_tasks.cache_clear()
+    everywhere = tasks._lm_eval_tasks()[name]
+    monkeypatch.setattr(tasks, "_lm_eval_tasks", lambda: pytest.fail("all files were read"))
+    assert tasks.locate([name]) == {name: everywhere}
+
+
+def test_a_task_in_a_file_of_another_name_is_found_too():
+    assert tasks._named_like("mmlu_abstract_algebra_generative") is None
+    assert tasks.locate(["mmlu_abstract_algebra_generative"])

@@ -1,0 +1,117 @@
+"""Suites of attacks on the nano lab, through the launcher of sweeps; what they cannot be is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sweeping import TASKS, trials
+
+from lethe import cli
+from lethe.config import SuiteConfig, TamperConfig
+from lethe.errors import LetheError
+from lethe.ledger import find_runs
+from lethe.report.study import Study
+from lethe.settings import build
+from lethe.suite import Suite, spelled_out
+from lethe.sweep import sweep
+
+COMMON = {"eval": {"tasks": TASKS, "every": 4, "limit": 40}, "num_train_examples": 32, "per_device_train_batch_size": 4}
+ATTACKS = {
+    "full": {"max_steps": 8, "lr": 1e-3},
+    "harmless": {"max_steps": 4, "forget": "lab:retain", "save_model": True},
+    "then-forget": {"after": "harmless", "max_steps": 4, "lr": 1e-3},
+}
+
+
+def config(out: Path, **changes) -> SuiteConfig:
+    settings = {"models": ["lab:global_step120"], "attacks": ATTACKS, "common": COMMON, "controls": ["lab:filtered"]}
+    return SuiteConfig(**(settings | {"out": str(out)} | changes))
+
+
+@pytest.mark.slow
+def test_every_attack_runs_on_every_model_with_every_seed_and_chains_go_on_from_what_was_kept(lab, tmp_path):
+    run = sweep(config(tmp_path, seeds=2, jobs=2, general_bound=0.2))
+    found = trials(run)
+    assert sorted(found) == sorted(
+        f"{attack} on {model}, seed {seed}"
+        for attack in ("full", "harmless")
+        for model in ("lab:global_step120", "lab:filtered")
+        for seed in (0, 1)
+    )
+    assert run.record["counts"] == {"complete": 8}
+    runs = {r.id: r for r in find_runs(tmp_path) if r.record["kind"] == "tamper"}
+    assert len(runs) == 12
+    for name, trial in found.items():
+        first, *rest = (runs[i] for i in trial["runs"])
+        assert first.record["suite"]["general_bound"] == 0.2 and first.record["config"]["seed"] == trial["seed"]
+        if name.startswith("harmless"):
+            assert rest[0].record["config"]["model"] == f"run:{first.id}" and rest[0].record["suite"]["attack"] == "then-forget"
+    worst = Study(list(runs.values())).worst_cases()
+    assert len(worst) == 2
+    for said, (_, case) in zip(run.record["conclusions"], worst.values(), strict=True):
+        assert f"worst case {100 * case.point.value:.1f} %" in said and case.bound == 0.2
+
+
+@pytest.mark.slow
+def test_one_attack_with_seeds_is_a_suite_of_one(lab, tmp_path, capsys):
+    words = ["lab:filtered", "--max_steps", "3", "--num_train_examples", "16", "--eval.limit", "20", "--name", "thrice"]
+    assert cli.main(["tamper", *words, "--seeds", "1", "2", "--out", str(tmp_path), "--json"]) == 0
+    made = [run for run in find_runs(tmp_path) if run.record["kind"] == "tamper"]
+    assert sorted((run.record["name"], run.record["config"]["seed"]) for run in made) == [("thrice", 1), ("thrice", 2)]
+    assert {run.record["config"]["max_steps"] for run in made} == {3}
+    (series,) = Study(made).series
+    assert len(series.attacks) == 2
+
+
+def test_the_suite_that_comes_with_lethe_plans_every_attack_and_repeats_only_what_draws(lab, tmp_path):
+    suite = Suite(spelled_out(SuiteConfig(models=["lab:final"], suite="standard", seeds=3, out=str(tmp_path))))
+    plans = suite.plans_of_all()
+    assert suite.models == ["lab:final", "lab:filtered", "random:lab:final"]
+    stages = [settings for plan in plans for _, settings in plan.stages]
+    assert all(build(TamperConfig, settings) for settings in stages)
+    by_attack = {name: [s["seed"] for s in stages if s["name"] == name] for name in suite.config.attacks}
+    assert {name: len(seeds) for name, seeds in by_attack.items()} == {
+        name: 3 if name in {"quantize", "prune"} else 9 for name in suite.config.attacks
+    }
+    assert len({plan.key for plan in plans}) == len(plans)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attacks": {}, "suite": "standrad"}, "did you mean 'standard'"),
+        ({"attacks": {}, "suite": "nowhere.yaml"}, "there is no suite"),
+        ({"attacks": {}}, "suite: name a suite"),
+        ({"models": []}, "models: name the models"),
+        ({"models": ["lab:filtered", "lab:filtered"]}, "twice"),
+        ({"models": ["lab:nothing"]}, "lab:nothing"),
+        ({"attacks": {"full": {"max_stepz": 3}}}, "full: .*max_steps"),
+        ({"attacks": {"full": {"lr": -1}}}, "full: lr"),
+        ({"attacks": {"full": {}, "second": {"after": "fool"}}}, "did you mean 'full'"),
+        ({"attacks": {"full": {}, "second": {"after": "full"}}}, "save_model: true"),
+        ({"general_bound": 1.5}, "general_bound"),
+        ({"attacks": {}, "suite": "standard", "only": ["fw"]}, "did you mean 'few'"),
+    ],
+)
+def test_a_suite_that_cannot_work_is_refused_in_one_line_and_leaves_nothing(lab, tmp_path, changes, words):
+    with pytest.raises(LetheError, match=words) as refused:
+        sweep(config(tmp_path / "runs", **changes))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_that_is_no_suite_is_refused(tmp_path):
+    for text, words in (
+        ("attacks: [", "cannot be read"),
+        ("common: {}", "names no attacks"),
+        ("attacks: {a: {}}\nboundd: 1", "boundd"),
+    ):
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(LetheError, match=words):
+            spelled_out(SuiteConfig(models=["lab:final"], suite=str(tmp_path / "mine.yaml")))
+
+
+def test_a_seed_beside_seeds_is_refused(lab, tmp_path, capsys):
+    assert cli.main(["tamper", "lab:filtered", "--seed", "3", "--seeds", "2", "--out", str(tmp_path)]) == 2
+    assert "seed: 3 has no effect beside seeds" in capsys.readouterr().err
