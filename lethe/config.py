@@ -707,7 +707,7 @@ class SweepConfig(LaunchSettings):
     warm_start: list[str] = field(default_factory=list)
     """With pareto: folders whose complete runs of the same recipe count as known."""
     sampler: Literal["gp", "tpe", "random"] = "gp"
-    """With pareto: how settings are chosen. gp: Gaussian processes (tpe where an axis has a condition, or runs are pruned)."""
+    """With pareto: how settings are chosen. gp: Gaussian processes (tpe, where an axis has a condition)."""
     forget_task: str = ""
     """The task that says what was forgotten; empty: the first known one among unlearn.eval.tasks."""
     retain_task: str = ""

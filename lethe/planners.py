@@ -522,15 +522,9 @@ class Pareto(Planner):
         seed = self.config.seed_list[0]
         if self.config.sampler == "random":
             return RandomSampler(seed=seed)
-        # A Gaussian process of Optuna's draws axes with conditions blindly, and does not see pruned runs.
-        if self.config.sampler == "gp" and not self.pruning and not any(axis.when for axis in self.axes):
+        if self.config.sampler == "gp" and not any(axis.when for axis in self.axes):  # it draws such axes blindly
             return GPSampler(seed=seed, n_startup_trials=2)
         return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=2)
-
-    @property
-    def pruning(self) -> bool:
-        """Whether there is anything to judge runs by before their end."""
-        return self.config.prune and self.recipe["eval"]["every"] > 0
 
     @property
     def startup(self) -> int:
@@ -608,7 +602,7 @@ class Pareto(Planner):
         return point if ours == theirs else None
 
     def watch(self, sweep: Sweep) -> None:
-        if self.pruning:
+        if self.config.prune and self.recipe["eval"]["every"]:  # otherwise nothing to judge by before the end
             self.stop_hopeless(sweep)
 
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:
@@ -625,7 +619,7 @@ class Pareto(Planner):
         warm = sum(bool(task.get("warm")) for task in sweep.tasks())
         filling = self.filling(begun)
         # A sampler knows nothing of a run without numbers, and would propose the like again: another even one in its place.
-        lost = sum(task.status in {"failed", "diverged"} for task in trials)
+        lost = sum(task.status in {"failed", "diverged", "pruned"} for task in trials)
         even = self.startup + lost - warm - sum(task.get("number") is None for task in trials)
         plans: list[Plan] = []
         while len(plans) < min(room, left):
