@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lethe import corpora, saves
+from lethe.allocator import kept_memory
 from lethe.config import EvalSettings, TrainingSettings
 from lethe.evaluate import NotNumbersError, evaluate_model, value_of
 from lethe.ledger import Run
@@ -142,7 +143,7 @@ class RunTrainer(Trainer):
         return batches, count
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with without_walks(self.model):  # type: ignore[arg-type]
+        with kept_memory(), without_walks(self.model):  # type: ignore[arg-type]
             return super().train(*args, **kwargs)
 
     def _clip_grad_norm(self, model):  # type: ignore[no-untyped-def]
