@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lethe import corpora, saves
+from lethe.adapters import one_product
 from lethe.allocator import kept_memory
 from lethe.config import EvalSettings, TrainingSettings
 from lethe.evaluate import NotNumbersError, evaluate_model, value_of
@@ -136,6 +137,7 @@ class RunTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):  # type: ignore[no-untyped-def]
         """The batches of one update; counts its tokens first, so that every token weighs the same."""
+        self.merged.renew()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.tokens = {name: sum(int(b[name]["mask"].sum()) for b in batches) for name in (batches[0] if batches else {})}
         self.documents_in_update = {name: sum(len(b[name]["mask"]) for b in batches) for name in self.tokens}
@@ -143,7 +145,7 @@ class RunTrainer(Trainer):
         return batches, count
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with kept_memory(), without_walks(self.model):  # type: ignore[arg-type]
+        with kept_memory(), without_walks(self.model), one_product(self.model) as self.merged:  # type: ignore[arg-type]
             return super().train(*args, **kwargs)
 
     def _clip_grad_norm(self, model):  # type: ignore[no-untyped-def]
