@@ -13,10 +13,12 @@ pair of weights, and says which.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from lethe import corpora, preflight, refs
 from lethe.config import AffineConfig, AffineScoreConfig, to_dict
 from lethe.errors import LetheError
+from lethe.kept import prune
 from lethe.lab import lethe_home
 from lethe.ledger import Run, building, sha256
 from lethe.maps import CONVENTIONS, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention
@@ -358,6 +361,10 @@ def fit_once(
                 maps.record["weights_sha256"] = sha256(partial / WEIGHTS)
                 (partial / METADATA).write_text(json.dumps(facts_of(partial) | maps.record, indent=2))
                 partial.rename(folder)
+                prune(folder.parent)
+            else:
+                with contextlib.suppress(OSError):  # another user's: `kept.py` sees it as older than it is
+                    os.utime(folder)
     except OSError as error:
         logger.warning("fitted maps cannot be kept in %s (%s)", folder.parent, error.strerror or error)
         maps = fit_on_text(model, source, tokenizer, documents, config, text)
