@@ -103,6 +103,6 @@ class _OneProduct(torch.autograd.Function):
         x, merged, a, b = ctx.saved_tensors
         g, rows = gradient.flatten(0, -2), x.flatten(0, -2)
         of_x = (g @ merged).view(x.shape) if ctx.needs_input_grad[0] else None
-        of_a = (ctx.scale * (g @ b)).T @ rows if ctx.needs_input_grad[3] else None
-        of_b = g.T @ (ctx.scale * (rows @ a.T)) if ctx.needs_input_grad[4] else None
+        of_a = (g @ (ctx.scale * b)).T @ rows if ctx.needs_input_grad[3] else None
+        of_b = ((rows @ (ctx.scale * a).T).T @ g).T if ctx.needs_input_grad[4] else None  # quicker than gᵀ (x Aᵀ)
         return of_x, None, None, of_a, of_b, None

@@ -13,10 +13,12 @@ pair of weights, and says which.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -39,6 +41,7 @@ from lethe.preflight import split
 from lethe.progress import bar
 from lethe.questions import tokenizer_hash
 from lethe.residual import CONVENTION, blocks, residuals
+from lethe.shelves import prune
 
 logger = logging.getLogger(__name__)
 
@@ -358,6 +361,10 @@ def fit_once(
                 maps.record["weights_sha256"] = sha256(partial / WEIGHTS)
                 (partial / METADATA).write_text(json.dumps(facts_of(partial) | maps.record, indent=2))
                 partial.rename(folder)
+                prune(folder.parent)
+            else:
+                with contextlib.suppress(OSError):  # another user's: `shelves.py` sees it as older than it is
+                    os.utime(folder)
     except OSError as error:
         logger.warning("fitted maps cannot be kept in %s (%s)", folder.parent, error.strerror or error)
         maps = fit_on_text(model, source, tokenizer, documents, config, text)

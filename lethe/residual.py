@@ -8,6 +8,7 @@ many models its last entry has gone through the final norm.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from lethe.errors import LetheError
 
 CONVENTION = "block_output"
+_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Where a model's list of blocks was found: looking through all modules takes longer than a small block's pass."""
 
 
 class _Enough(Exception):
@@ -35,18 +38,24 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     """
     config: Any = model.config
     depth: int = config.get_text_config().num_hidden_layers
-    found = [
-        (name.count("."), module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(block) for block in module}) == 1
-    ]
+    if model in _names:
+        with contextlib.suppress(AttributeError):  # the model was changed since: it is searched anew
+            known = model.get_submodule(_names[model])
+            if _are_blocks(known, depth):
+                return known  # type: ignore[return-value]
+    found = [(name.count("."), name) for name, module in model.named_modules() if _are_blocks(module, depth)]
     outermost = min((level for level, _ in found), default=0)
-    lists = [module for level, module in found if level == outermost]
-    if len(lists) != 1:
+    names = [name for level, name in found if level == outermost]
+    if len(names) != 1:
         raise LetheError(
-            f"{type(model).__name__}: {len(lists)} lists of {depth} blocks found, expected 1; architecture not supported"
+            f"{type(model).__name__}: {len(names)} lists of {depth} blocks found, expected 1; architecture not supported"
         )
-    return lists[0]
+    _names[model] = names[0]
+    return model.get_submodule(names[0])  # type: ignore[return-value]
+
+
+def _are_blocks(module: nn.Module, depth: int) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == depth and len({type(block) for block in module}) == 1
 
 
 @contextlib.contextmanager

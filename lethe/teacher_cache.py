@@ -6,7 +6,8 @@
 
 The key is a hash over weights, configuration, maps, layers, types and the token ids themselves, so a cache is never stale.
 One process builds, under a file lock and in a folder of another name, while others wait; a cache is whole or absent, and a
-damaged one is built anew. A batch is read from memory-mapped files by the documents' indices.
+damaged one is built anew; those not used for longest go when all take too much (`shelves.py`). A batch is read from memory-mapped
+files by the documents' indices.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lethe.config import UnlearnConfig
 from lethe.lab import lethe_home
 from lethe.ledger import building, sha256
 from lethe.residual import States
+from lethe.shelves import prune, use
 from lethe.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Cache:
 
     def __init__(self, folder: Path, rows: list[list[int]]):
         self.folder = folder
+        use(folder, self)
         self.lengths = torch.tensor([len(row) for row in rows])
         self.starts = self.lengths.cumsum(0) - self.lengths
         total = int(self.lengths.sum())
@@ -142,9 +145,10 @@ def open_or_build(teacher: Teacher, text: str, rows: list[list[int]], weights: s
                     logger.warning("the teacher cache %s is damaged; building it anew", folder)
                 for rest in (folder, partial):  # whoever left a part was killed: the lock is ours
                     shutil.rmtree(rest, ignore_errors=True)
+                prune(folder.parent, size_of(teacher, text, rows))
                 _build(teacher, text, rows, partial, key)
                 partial.rename(folder)
-        return Cache(folder, rows)
+            return Cache(folder, rows)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         logger.warning("no teacher cache for the %s text (%s); its teacher runs live", text, error.strerror or error)

@@ -8,18 +8,24 @@ Evaluation runs in process. Saves are Lethe's own (`saves.py`): what a resumed r
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lethe import corpora, saves
+from lethe.adapters import one_product
+from lethe.allocator import kept_memory
 from lethe.config import EvalSettings, TrainingSettings
 from lethe.evaluate import NotNumbersError, evaluate_model, value_of
 from lethe.ledger import Run
@@ -59,6 +65,29 @@ class Collate:
             ids, mask = corpora.pad([item[name][1] for item in items], self.pad_id)
             batch[name] = {"input_ids": ids, "mask": mask, "index": torch.tensor([item[name][0] for item in items])}
         return batch
+
+
+@contextlib.contextmanager
+def without_walks(model: nn.Module) -> Iterator[None]:
+    """Inside, `model.train()` and `model.zero_grad()`, which Trainer calls at every update, visit no more than has to change.
+
+    On a small model with adapters, walking over all modules and frozen parameters takes as long as a block's pass.
+    """
+    walk, trained = model.train, [p for p in model.parameters() if p.requires_grad]
+    walk()
+
+    def train(mode: bool = True) -> nn.Module:
+        return model if mode and model.training else walk(mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    model.train, model.zero_grad = train, zero_grad  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.train, model.zero_grad  # the instance's own: the class's are back
 
 
 class RunTrainer(Trainer):
@@ -108,11 +137,22 @@ class RunTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):  # type: ignore[no-untyped-def]
         """The batches of one update; counts its tokens first, so that every token weighs the same."""
+        self.merged.renew()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.tokens = {name: sum(int(b[name]["mask"].sum()) for b in batches) for name in (batches[0] if batches else {})}
         self.documents_in_update = {name: sum(len(b[name]["mask"]) for b in batches) for name in self.tokens}
         self._rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}  # type: ignore[union-attr]
         return batches, count
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with kept_memory(), without_walks(self.model), one_product(self.model) as self.merged:  # type: ignore[arg-type]
+            return super().train(*args, **kwargs)
+
+    def _clip_grad_norm(self, model):  # type: ignore[no-untyped-def]
+        if self.accelerator.distributed_type != DistributedType.NO:
+            return super()._clip_grad_norm(model)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
+        return clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" not in logs:

@@ -139,14 +139,6 @@ class UnlearnTrainer(RunTrainer):
             return objectives.retain_kl_loss(ours, theirs, mask, tokens)  # type: ignore[arg-type]
         return blocked_kl_loss(ours, self.head, theirs, head, mask, tokens)  # type: ignore[arg-type]
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with one_product(self.model) as self.merged:  # type: ignore[arg-type]
-            return super().train(*args, **kwargs)
-
-    def get_batch_samples(self, *args: Any) -> Any:
-        self.merged.renew()
-        return super().get_batch_samples(*args)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             remove, retain = self.coefficients(self.state.global_step - 1)

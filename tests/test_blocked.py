@@ -23,10 +23,11 @@ ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequen
 
 @pytest.fixture
 def tiny_blocks(monkeypatch):
-    """Blocks of at most three tokens, worked on two at a time."""
+    """Blocks of at most three tokens, worked on two at a time, panels of four words."""
     monkeypatch.setattr(blocked, "PLAIN", 1)
     monkeypatch.setattr(blocked, "BLOCK", 1)
     monkeypatch.setattr(blocked, "ROWS", 3)
+    monkeypatch.setattr(blocked, "PANEL", 4 * HIDDEN)
     monkeypatch.setattr(blocked, "SLICE", 2 * WORDS)
 
 

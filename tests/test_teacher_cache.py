@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_resume import assert_same, recipe, start, told, wait_for
 
-from lethe import LoraSettings, corpora, refs, unlearn
+from lethe import LoraSettings, corpora, refs, shelves, unlearn
 from lethe import teacher_cache as caching
 from lethe.affine import AffineMap
 from lethe.blocked import head_of
@@ -142,6 +145,46 @@ def test_a_full_disk_leaves_the_teacher_live_and_nothing_behind(teacher, home, m
     assert [p.suffix for p in (home / "teachers").iterdir()] == [".lock"]
 
 
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Iterator[Callable[[int], Path]]:
+    """small(KIB): a file system of its own, of this size, as the folder of caches."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system of its own needs root")
+    folder = tmp_path / "small"
+
+    def mount(kib: int) -> Path:
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], check=False).returncode:
+            pytest.skip("no file system can be mounted here")
+        monkeypatch.setattr(caching, "lethe_home", lambda: folder)
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_the_teacher_live_and_nothing_behind(teacher, small, warned):
+    rows = [list(range(3, 33))] * 200  # 200 · 30 tokens · 3 · 32 numbers: 2.2 MiB
+    folder = small(1024)
+    assert caching.open_or_build(teacher, "forget", rows, "w") is None
+    assert len(warned) == 1 and "No space left" in warned[0]
+    assert [p.suffix for p in (folder / "teachers").iterdir()] == [".lock"]
+    assert caching.open_or_build(teacher, "forget", ROWS, "w") is not None  # there is room for this one
+
+
+def test_caches_not_used_for_longest_make_room_and_those_in_use_stay(teacher, monkeypatch):
+    size = caching.size_of(teacher, "forget", ROWS)
+    monkeypatch.setattr(kept, "SHARE", 0.5)
+    monkeypatch.setattr(shelves.shutil, "disk_usage", lambda path: SimpleNamespace(total=6 * size))  # for two with manifests
+    used = built(teacher, weights="first")
+    folders = [used.folder, built(teacher, weights="second").folder, built(teacher, weights="third").folder]
+    assert [f.exists() for f in folders] == [True, False, True]
+    again = built(teacher, weights="second")
+    index = torch.tensor([0, 4])
+    assert torch.equal(again.states(index, 30).output, used.states(index, 30).output)
+
+
 BUILDER = """
 import sys, time, torch
 from pathlib import Path
@@ -225,6 +268,25 @@ def test_a_run_has_the_losses_of_live_teachers_without_running_them(lab, tmp_pat
     cached = unlearn(recipe(tmp_path / "runs", teacher_cache="cached", **settings))
     assert all(how == "cached: as asked" for how in cached.record["plan"]["teachers"].values())
     assert told(cached)[:2] == told(live)[:2]  # to the last bit: Teacher.live pads to whole vectors
+
+
+@pytest.mark.slow
+def test_bfloat16_teachers_have_a_bfloat16_cache_that_gives_the_losses_of_live_ones(lab, tmp_path):
+    """On rows of one length, where only the number of rows differs between a batch and the cache's building."""
+    settings = {"dtype": "bfloat16", "affine": "none", "packing": "blocks", "lora": LoraSettings(dropout=0.0), "max_steps": 8}
+    live, cached = (unlearn(recipe(tmp_path / "runs", teacher_cache=how, **settings)) for how in ("live", "cached"))
+    files = list((tmp_path / "home" / "teachers").glob("*/manifest.json"))
+    types = {fact["dtype"] for file in files for fact in json.loads(file.read_text())["files"].values()}
+    assert types == {"bfloat16"} and len(files) == 2
+    assert told(cached)[:2] == told(live)[:2]
+
+
+@pytest.mark.slow
+def test_a_run_whose_cache_does_not_fit_on_the_disk_goes_on_live(lab, tmp_path, small, warned):
+    small(64)
+    run = unlearn(recipe(tmp_path / "runs", teacher_cache="cached", max_steps=8))
+    assert run.status == "complete" and len(warned) == 2 and all("No space left" in text for text in warned)
+    assert run.record["plan"]["teachers"] == dict.fromkeys(("forget", "retain"), "live: a cache could not be written")
 
 
 @pytest.mark.slow
