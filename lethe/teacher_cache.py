@@ -6,7 +6,7 @@
 
 The key is a hash over weights, configuration, maps, layers, types and the token ids themselves, so a cache is never stale.
 One process builds, under a file lock and in a folder of another name, while others wait; a cache is whole or absent, and a
-damaged one is built anew; those not used for longest go when all take too much (`shelves.py`). A batch is read from memory-mapped
+damaged one is built anew; those not used for longest go when all take too much (`shelves.py`). A batch is read from mapped
 files by the documents' indices.
 """
 
