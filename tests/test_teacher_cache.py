@@ -175,7 +175,7 @@ def test_a_disk_that_fills_up_leaves_the_teacher_live_and_nothing_behind(teacher
 
 def test_caches_not_used_for_longest_make_room_and_those_in_use_stay(teacher, monkeypatch):
     size = caching.size_of(teacher, "forget", ROWS)
-    monkeypatch.setattr(kept, "SHARE", 0.5)
+    monkeypatch.setattr(shelves, "SHARE", 0.5)
     monkeypatch.setattr(shelves.shutil, "disk_usage", lambda path: SimpleNamespace(total=6 * size))  # for two with manifests
     used = built(teacher, weights="first")
     folders = [used.folder, built(teacher, weights="second").folder, built(teacher, weights="third").folder]
