@@ -153,7 +153,8 @@ class Sweep:
         settings = self.config
         launcher = launch.make(settings.launcher, self.run.path, settings.jobs, settings.slurm)
         pause = SECONDS_BETWEEN_SLURM_ROUNDS if settings.launcher == "slurm" else SECONDS_BETWEEN_ROUNDS
-        with bar(self.planner.title, self.planner.expected, "runs") as advance:
+        # A request to stop waits for the end of a round: raised inside of one, it would leave Optuna's log half read.
+        with self.run.deferring(), bar(self.planner.title, self.planner.expected, "runs") as advance:
             done = 0
             try:
                 with self.lock:
@@ -161,7 +162,7 @@ class Sweep:
                     self.add(self.planner.references(), self.references)
                     self.planner.begin(self)
                 more = True
-                while more:
+                while more and not self.run.stopping:
                     more = self.round(launcher)
                     every = self.tasks()
                     ended = sum(

@@ -258,6 +258,7 @@ def test_a_sweep_of_four_jobs_outlives_a_killed_one_and_a_requeued_one(cluster: 
     assert all([row["step"] for row in run.rows("metrics.jsonl")] == list(range(1, 151)) for run in runs)
     jobs = {run.id: run.record["job_id"] for run in runs}
     assert len(set(jobs.values())) == 4
+    until(lambda: not any(state.alive for state in slurm.states(jobs.values()).values()))  # a run is complete before its job
     assert {state.word for state in slurm.states(jobs.values()).values()} == {"COMPLETED"}
     assert jobs[killed.id] != killed.record["job_id"] and jobs[requeued.id] == requeued.record["job_id"]
     (made,) = out.glob("sweep-*")
