@@ -47,16 +47,6 @@ def run(command: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-def test_quickstart(here):
-    for command in commands("docs/quickstart.md"):
-        run(command, here)
-    assert (here / "report" / "index.html").exists()
-    for code in blocks("docs/quickstart.md", "python"):
-        (here / "example.py").write_text(code.replace(STANDARD, NANO))
-        assert "lab_forget_robust" not in run("python example.py", here)
-
-
 def test_readmes_two_commands_are_targets_and_its_others_run(here):
     makefile = (ROOT / "Makefile").read_text()
     for command in commands("README.md"):
@@ -64,12 +54,6 @@ def test_readmes_two_commands_are_targets_and_its_others_run(here):
             assert re.search(rf"^{command.removeprefix('make ')}: install$", makefile, re.MULTILINE), command
         else:
             run(command, here)
-
-
-@pytest.mark.slow
-def test_sweeps_page(here):
-    for command in commands("docs/sweeps.md"):
-        run(command, here)
 
 
 def test_the_sweeps_pages_recipe_is_valid(here):
