@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lethe.config import SlurmSettings
+from lethe.errors import LetheError
 from lethe.ledger import LOST_AFTER_SECONDS, Run, Terminated, now, seconds_since
 
 LOCK = "work.lock"
@@ -98,8 +100,11 @@ def work(folders: Sequence[str | Path], job_id: str | None = None) -> None:
                 if run.asked_to_stop():
                     return
                 raise
-            except Exception as error:
+            except Exception as error:  # the next trial goes on; a run that has begun has recorded it already
                 if run.record["status"] not in ENDED:
+                    if not isinstance(error, LetheError):
+                        with (run.path / "log.txt").open("a") as log:
+                            traceback.print_exc(file=log)
                     run.update(status="failed", reason=f"{type(error).__name__}: {error}", finished=now())
                 return
             if run.status != "complete":
@@ -344,7 +349,8 @@ def serve() -> None:
             gc.freeze()
             first = False
         try:
-            print(order["name"], file=done, flush=True)
+            done.write(f"{order['name']}\n")
+            done.flush()
         except BrokenPipeError:
             return
 
