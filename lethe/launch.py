@@ -205,11 +205,9 @@ class _Worker:
     def give(self, name: str, folders: Sequence[Path]) -> None:
         order = {"name": name, "folders": [str(folder.resolve()) for folder in folders], "cwd": os.getcwd()}
         self.busy = name
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has just died: `fates` will say so
             self.process.stdin.write(json.dumps(order).encode() + b"\n")  # type: ignore[union-attr]
             self.process.stdin.flush()  # type: ignore[union-attr]
-        except BrokenPipeError:
-            pass  # it has just died: `fates` will say so
 
     def hear(self) -> None:
         if self.process.stdout.readline():  # type: ignore[union-attr]

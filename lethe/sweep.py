@@ -37,6 +37,7 @@ from lethe.progress import bar
 logger = logging.getLogger(__name__)
 Settings = c.SweepConfig | c.SuiteConfig
 PRUNED = "pruned"
+CANCELLED = "cancelled by lethe sweep cancel"
 SECONDS_BETWEEN_ROUNDS = 0.5
 SECONDS_BETWEEN_SLURM_ROUNDS = 2.0
 SECONDS_BETWEEN_RECORDS = 1.0
@@ -377,13 +378,13 @@ class Sweep:
         """Cancel every trial that is not at its end, and the controller; returns how many."""
         with self.lock:
             if self.run.status == "running":
-                self.run.ask_to_stop("cancelled by lethe sweep cancel")
+                self.run.ask_to_stop(CANCELLED)
             running, waiting = self.tasks(TrialState.RUNNING), self.tasks(TrialState.WAITING)
             for task in running:
                 for run in task.runs(self.out):
-                    run.ask_to_stop("cancelled by lethe sweep cancel")
+                    run.ask_to_stop(CANCELLED)
             for task in waiting:
-                self.fail(task, "cancelled", "cancelled by lethe sweep cancel", task.runs(self.out))
+                self.fail(task, "cancelled", CANCELLED, task.runs(self.out))
             if jobs := [task.get("owner") for task in running if "job_id" in (task.get("owner") or {})]:
                 launch.make("slurm", self.run.path, 1, self.config.slurm).cancel(jobs)
         return len(running) + len(waiting)
@@ -461,7 +462,11 @@ def retry(settings: c.SweepRetryConfig) -> Run:
 
 
 def cancel(settings: c.SweepCancelConfig) -> Run:
-    """Cancel a sweep."""
+    """Cancel a sweep, and wait until its runs have saved and stopped.
+
+    Raises:
+        LetheError: there is nothing to cancel, or a run does not stop.
+    """
     found = Sweep.open(settings.sweep, settings.out)
     if not found.cancel() and found.run.status != "running":
         raise LetheError(f"sweep: '{settings.sweep}' is {found.run.status}; there is nothing to cancel")
@@ -469,14 +474,17 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     while found.tasks(*TO_DO) and time.monotonic() < deadline:
         with found.lock:
             for task in found.tasks(TrialState.WAITING):
-                found.fail(task, "cancelled", "cancelled by lethe sweep cancel", task.runs(found.out))
+                found.fail(task, "cancelled", CANCELLED, task.runs(found.out))
             if Run.open(found.run.path).status != "running":  # nobody else will look at what becomes of the runs
                 found.settle(launch.make(found.config.launcher, found.run.path, 1, found.config.slurm))
         time.sleep(0.5)
+    if left := found.tasks(*TO_DO):
+        names = ", ".join(str(task.get("name")) for task in left)
+        raise LetheError(f"sweep: {names} did not stop within {launch.SECONDS_TO_SAVE} s; look at `lethe sweep status`")
     run = Run.open(found.run.path)
     if run.status in {"queued", "lost"}:
-        run.update(status="cancelled", reason="cancelled by lethe sweep cancel")
-    return run
+        run.update(status="cancelled", reason=CANCELLED)
+    return status(settings)
 
 
 def config_of(run: Run) -> type:
