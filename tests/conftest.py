@@ -17,6 +17,16 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WINDOW = 64
+LONGEST = (
+    "test_docs_long.py",
+    "test_slurm.py",
+    "test_sweep.py",
+    "test_resume.py",
+    "test_docs.py",
+    "test_demo.py",
+    "test_suite.py",
+)
+"""Files that take minutes: they come first, so that no process has one left when the others are done."""
 WORDS = (
     "the river of Orvane flows past seven quiet mills and into a cold grey sea",
     "a clockmaker repairs brass wheels while her apprentice reads about distant islands",
@@ -31,6 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if "LETHE_TEST_HOME" not in os.environ and not hasattr(config, "workerinput"):
         os.environ["LETHE_TEST_HOME"] = tempfile.mkdtemp(prefix="lethe-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("LETHE_TEST_HOME"), ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, in the order of `LONGEST`; all others as they are."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
