@@ -264,12 +264,13 @@ def test_a_hopeless_run_is_pruned_and_has_no_number(lab, tmp_path):
     long = recipe(max_steps=1500, num_train_examples=480, lr=1e-6, eval={"tasks": TASKS, "every": 5})
     sweep(config(tmp_path, unlearn=long | {"max_steps": 5}, vary={"retain_coef": [1, 2]}))
     for run in find_runs(tmp_path):
-        if run.record["kind"] == "unlearn":  # plant what good runs of 1,500 steps would have measured at step 5
+        if run.record["kind"] == "unlearn":  # plant what good runs of 1,500 steps would have measured at every fifth
             run.record["config"]["max_steps"] = run.record["plan"]["steps"] = 1500
             row = run.rows("curve.jsonl")[0]
             for task, value in zip(TASKS, (0.1, 1.0), strict=True):
                 row["evals"][task] |= {"acc": value, "low": value - 0.001, "high": value + 0.001}
-            (run.path / "curve.jsonl").write_text(json.dumps(row) + "\n")
+            lines = [json.dumps(row | {"step": step}) for step in range(5, 1505, 5)]
+            (run.path / "curve.jsonl").write_text("\n".join(lines) + "\n")
             run.update(evals=row["evals"])
     axis = {"retain_coef": {"low": 1, "high": 4}}
     second = config(tmp_path, kind="pareto", unlearn=long, vary=axis, max_runs=1, warm_start=[str(tmp_path)])
