@@ -31,6 +31,7 @@ from lethe.evaluate import NotNumbersError, evaluate_model, value_of
 from lethe.ledger import Run
 from lethe.optimizers import make_optimizer
 from lethe.progress import Advance, bar
+from lethe.rotary import one_operation
 
 FIRST_UPDATES = 20
 LAST_SHARE = 0.05
@@ -145,7 +146,8 @@ class RunTrainer(Trainer):
         return batches, count
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with kept_memory(), without_walks(self.model), one_product(self.model) as self.merged:  # type: ignore[arg-type]
+        model: nn.Module = self.model  # type: ignore[assignment]
+        with kept_memory(), without_walks(model), one_operation(model), one_product(model) as self.merged:
             return super().train(*args, **kwargs)
 
     def _clip_grad_norm(self, model):  # type: ignore[no-untyped-def]

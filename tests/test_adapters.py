@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lethe import refs
+from lethe import adapters, refs
 from lethe.adapters import merged_bytes, one_product
 from lethe.config import LoraSettings
 from lethe.unlearn import add_adapters
@@ -56,6 +56,14 @@ def test_outputs_and_gradients_are_pefts_before_and_after_an_update(architecture
                     m.forward = forwards[n]
             optimizer.step()
             merged.renew()
+
+
+def test_rows_taken_some_at_a_time_give_the_same_gradients(make_model, tmp_path, monkeypatch):
+    model = adapted(make_model, tmp_path)
+    peft = outcome(model)
+    with one_product(model):
+        monkeypatch.setattr(adapters, "ROWS", 16)  # of 40
+        assert_close(outcome(model), peft)
 
 
 def test_no_gradient_as_large_as_a_weight_and_one_merge_an_update(make_model, tmp_path, monkeypatch):
