@@ -34,6 +34,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from lethe.allocator import kept_memory
 from lethe.errors import LetheError
 from lethe.harness import HFLM, has_bos_prefix
 from lethe.progress import bar
@@ -171,16 +172,18 @@ class Scorer(HFLM):
         Raises:
             LetheError: an answer has no tokens or more than the window, or a single row does not fit into memory.
         """
+        window: int = self.max_length  # looked for in the configuration each time
         for _, continuation in requests:
-            if not 0 < len(continuation) <= self.max_length:
+            if not 0 < len(continuation) <= window:
                 answer = self.tokenizer.decode(continuation)[:60]
-                raise LetheError(f"an answer has {len(continuation)} tokens, 1 to {self.max_length} can be scored: {answer!r}")
-        rows = tree_rows(requests, self.max_length, groups or [0] * len(requests))
+                raise LetheError(f"an answer has {len(continuation)} tokens, 1 to {window} can be scored: {answer!r}")
+        rows = tree_rows(requests, window, groups or [0] * len(requests))
         if not self._takes(rows, requests):
-            rows = plain_rows(requests, self.max_length)
+            rows = plain_rows(requests, window)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
         rows.sort(key=lambda row: (row.begins and row.group, row.begins, -len(row.tokens), row.tokens))
         with contextlib.ExitStack() as stack:
+            stack.enter_context(kept_memory())
             advance = stack.enter_context(bar(self._description, len(rows), "rows")) if self._description else None
             for batch, found in self._batches(rows, requests):
                 for number, result in found.items():
