@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from lethe.objectives import retain_ce_loss, retain_kl_loss, wide
 
 ROWS = 128
-"""Tokens of a block; with fewer, products with a large vocabulary lose speed. An eighth of the tokens, if that is less."""
+"""Tokens of a block; with fewer, products with a large vocabulary lose speed. A sixth of the tokens, if that is less."""
 PANEL = 2**20
 """Weights of a head that one product takes, with few tokens faster than all at once, and in less memory."""
 PLAIN = 2**21
@@ -172,7 +172,7 @@ def _walk(
     of_hidden = torch.empty_like(hidden) if needed[0] else None
     of_weight = torch.zeros_like(weight, dtype=losses.dtype) if needed[1] else None
     of_bias = torch.zeros_like(bias, dtype=losses.dtype) if needed[2] else None  # type: ignore[arg-type]
-    for block in _slices(count, max(BLOCK // words, min(ROWS, -(-count // 8)))):
+    for block in _slices(count, max(BLOCK // words, min(ROWS, -(-count // 6)))):
         logits, target = _logits(hidden[block], weight, bias), aim(block)
         for part in _slices(len(logits), SLICE // words if logits.device.type == "cpu" else len(logits)):
             log_q = wide(logits[part]).log_softmax(-1)
