@@ -28,6 +28,12 @@ def commands(page: str) -> list[str]:
     return [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
 
 
+def shortened(command: str) -> str:
+    """As it stands, but for its length: three updates show what three hundred would."""
+    short = {"unlearn": " --epochs 1 --max_steps 3 --warmup_steps 0", "tamper": " --max_steps 3"}
+    return command + ("" if "--attack" in command else short.get(command.split()[1], ""))
+
+
 @pytest.fixture
 def here(lab, tmp_path) -> Path:
     """A folder as the repository's own, so far as the pages need it; recipes name the nano lab's onset."""
@@ -100,11 +106,8 @@ def test_runs_page(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["docs/unlearning.md", "docs/rewinding.md", "docs/tampering.md"])
 def test_pages_about_training(here, page):
-    """As they stand, but for their length: three updates show what three hundred would."""
-    short = {"unlearn": " --epochs 1 --max_steps 3 --warmup_steps 0", "tamper": " --max_steps 3"}
     for command in commands(page):
-        trains = "--attack" not in command
-        run(command + (short.get(command.split()[1], "") if trains else ""), here)
+        run(shortened(command), here)
 
 
 def test_pages_name_files_that_are_there():

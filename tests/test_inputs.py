@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datasets
+import huggingface_hub
 import pytest
 
 from lethe import CheckpointsConfig, EvaluateConfig, TamperConfig, UnlearnConfig, checkpoints, evaluate, tamper, unlearn
@@ -14,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_task_whose_data_cannot_be_loaded_is_refused_before_anything_is_written(lab, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else the client tries for half a minute each time
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     out, source = str(tmp_path / "runs"), f"lab:global_step{active_preset().onset}"
     for function, config in (
         (evaluate, EvaluateConfig("lab:final", ["wmdp_bio"], out=out)),
