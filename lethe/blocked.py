@@ -191,11 +191,9 @@ def _walk(
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """W h + b of some tokens, a panel of W after the other."""
     logits = hidden.new_empty(len(hidden), len(weight))
+    bias = weight.new_zeros(len(weight)) if bias is None else bias  # with one, libraries share few rows better among cores
     for panel in _slices(len(weight), PANEL // weight.shape[1]):
-        if bias is None:
-            torch.mm(hidden, weight[panel].T, out=logits[:, panel])
-        else:
-            torch.addmm(bias[panel], hidden, weight[panel].T, out=logits[:, panel])
+        torch.addmm(bias[panel], hidden, weight[panel].T, out=logits[:, panel])
     return logits
 
 
