@@ -21,6 +21,7 @@ import gc
 import inspect
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ TOKENS_PER_BATCH = 2048  # more are no faster on a CPU, whose caches a block's s
 TOKENS_PER_BATCH_ON_GPU = 16384
 LOGITS_PER_BATCH = 2**27
 LEAST_BEGINNING = 8
+PARALLELISM = "TOKENIZERS_PARALLELISM"
+_tokenising: int | None = None
+"""The process whose tokenizers have threads."""
 _taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool], tuple[bool, int]]] = WeakKeyDictionary()
 _shrunk: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -153,15 +157,11 @@ class Scorer(HFLM):
         rest = sorted(set(texts) - set(bare))
         found: dict[str, list[int]] = {}
         added = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        for some, settings in ((bare, {"add_special_tokens": False}), (rest, added)):
-            if some:
-                found |= dict(
-                    zip(
-                        some,
-                        self.tokenizer(some, return_attention_mask=False, verbose=False, **settings)["input_ids"],
-                        strict=True,
-                    )
-                )
+        with _all_cores():
+            for some, settings in ((bare, {"add_special_tokens": False}), (rest, added)):
+                if some:
+                    ids = self.tokenizer(some, return_attention_mask=False, verbose=False, **settings)["input_ids"]
+                    found |= dict(zip(some, ids, strict=True))
         return found
 
     def score(self, requests: list[Encoded], groups: list[int] | None = None) -> list[tuple[float, bool]]:
@@ -361,6 +361,25 @@ class Scorer(HFLM):
         rounding = 1e-4 if self._forward.dtype == torch.float32 else 2e-2
         pairs = [(apart[i][0], tree[number][0]) for i, number in enumerate(numbers)]
         return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)  # nan is no disagreement
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Inside, tokenizers use all cores, whatever TOKENIZERS_PARALLELISM says; not in a fork, which lacks their threads."""
+    global _tokenising
+    _tokenising = _tokenising or os.getpid()
+    if _tokenising != os.getpid():
+        yield
+        return
+    before = os.environ.get(PARALLELISM)
+    os.environ[PARALLELISM] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PARALLELISM]
+        else:
+            os.environ[PARALLELISM] = before
 
 
 def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:

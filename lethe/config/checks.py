@@ -1,0 +1,104 @@
+"""What a setting may be: types, ranges and Slurm's forms of a time; each refusal is one line that names the setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from typing import Any, Literal
+
+from lethe.errors import LetheError
+
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Refuse a field whose value is not of its declared type: Python, recipes and the command line promise the same."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, kind):
+            raise LetheError(f"{prefix}{name}: expected {spoken(kind)}, got {value!r}")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise LetheError(f"{name}: must be at least {least}, got {value}")
+
+
+def above(name: str, value: float, bound: float) -> None:
+    if not value > bound:
+        raise LetheError(f"{name}: must be above {bound}, got {value}")
+
+
+def fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise LetheError(f"{name}: must be at least 0 and below 1, got {value}")
+
+
+def check_layers(layers: list[int]) -> None:
+    if not layers:
+        raise LetheError("layers: name at least one layer, such as [0, 1, 2]")
+    if min(layers) < 0:
+        raise LetheError(f"layers: {min(layers)} is negative; layer L is the residual stream after block L, from 0")
+    if len(set(layers)) < len(layers):
+        raise LetheError(f"layers: {layers} names a layer twice; name each once")
+
+
+def minutes(time: str | int) -> int:
+    """Slurm's forms of a time in whole minutes, rounded up: 90, "90", "90:00", "1:30:00", "1-12", "1-12:00", "1-12:00:00".
+
+    Raises:
+        LetheError: it is none of them, or no time at all.
+    """
+    if isinstance(time, int) and time > 1440:  # YAML reads 12:00:00 without quotes as the number 43200
+        raise LetheError(f'time: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
+    parts = _TIME.fullmatch(str(time).strip())
+    if parts:
+        days, first, second, third = (int(part) if part else 0 for part in parts.groups())
+        with_hours = parts[1] or parts[4]
+        seconds = 86400 * days + 3600 * first + 60 * second + third if with_hours else 60 * first + second
+        if seconds:
+            return -(-seconds // 60)
+    raise LetheError(f'slurm.time: expected minutes, or one of Slurm\'s forms such as "12:00:00" or "2-00:00:00", got {time!r}')
+
+
+def options(kind: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the type itself."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
+    if len(options(kind)) > 1:
+        return any(_fits(value, option) for option in options(kind))
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+    if typing.get_origin(kind) is dict:
+        inner = typing.get_args(kind)[1]
+        return isinstance(value, dict) and all(isinstance(key, str) and _fits(item, inner) for key, item in value.items())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, type(None) if kind is None else kind)
+
+
+def spoken(kind: Any) -> str:
+    """A type in words."""
+    if len(options(kind)) > 1:
+        return " or ".join(spoken(option) for option in options(kind))
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is list:
+        return f"a list ({spoken(typing.get_args(kind)[0])} each)"
+    if typing.get_origin(kind) is dict:
+        return f"name: value pairs ({spoken(typing.get_args(kind)[1])} each)"
+    if dataclasses.is_dataclass(kind):
+        return "settings " + ", ".join(f.name for f in dataclasses.fields(kind))
+    names = {Any: "any value", int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
