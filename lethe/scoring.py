@@ -47,8 +47,8 @@ TOKENS_PER_BATCH_ON_GPU = 16384
 LOGITS_PER_BATCH = 2**27
 LEAST_BEGINNING = 8
 PARALLELISM = "TOKENIZERS_PARALLELISM"
-_tokenising: int | None = None
-"""The process whose tokenizers have threads."""
+_with_threads: set[int] = set()
+"""Processes whose tokenizers were asked for threads: this one alone, unless it is a fork of another."""
 _taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool], tuple[bool, int]]] = WeakKeyDictionary()
 _shrunk: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -366,9 +366,8 @@ class Scorer(HFLM):
 @contextlib.contextmanager
 def _all_cores() -> Iterator[None]:
     """Inside, tokenizers use all cores, whatever TOKENIZERS_PARALLELISM says; not in a fork, which lacks their threads."""
-    global _tokenising
-    _tokenising = _tokenising or os.getpid()
-    if _tokenising != os.getpid():
+    _with_threads.add(os.getpid())
+    if len(_with_threads) > 1:
         yield
         return
     before = os.environ.get(PARALLELISM)
