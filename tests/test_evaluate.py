@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from scipy.stats import binomtest, norm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lethe import evaluate as evaluate_function
-from lethe import tasks
+from lethe import scoring, tasks
 from lethe.config import EvaluateConfig
 from lethe.errors import LetheError
 from lethe.evaluate import Scorer, evaluate_model, measure, value_of
@@ -760,3 +761,15 @@ def test_an_unknown_model_or_task_is_refused_before_anything_is_written(make_mod
             EvaluateConfig(**({"model": str(folder), "tasks": ["lab_forget"], "out": str(tmp_path / "runs")} | change))
         )
     assert not (tmp_path / "runs").exists()
+
+
+def test_tokenizers_have_all_cores_but_not_in_a_fork(monkeypatch):
+    monkeypatch.setenv(scoring.PARALLELISM, "false")
+    monkeypatch.setattr(scoring, "_with_threads", set())
+    with scoring._all_cores():
+        assert os.environ[scoring.PARALLELISM] == "true"
+    assert os.environ[scoring.PARALLELISM] == "false"
+    parent = os.getpid()
+    monkeypatch.setattr(scoring.os, "getpid", lambda: parent + 1)
+    with scoring._all_cores():
+        assert os.environ[scoring.PARALLELISM] == "false"

@@ -23,21 +23,25 @@ def check_types(config: Any, prefix: str = "") -> None:
 
 
 def at_least(name: str, value: float, least: float) -> None:
+    """Refuse a value below `least`; a value that is no number, too."""
     if not value >= least:
         raise LetheError(f"{name}: must be at least {least}, got {value}")
 
 
 def above(name: str, value: float, bound: float) -> None:
+    """Refuse a value that is not above `bound`."""
     if not value > bound:
         raise LetheError(f"{name}: must be above {bound}, got {value}")
 
 
 def fraction(name: str, value: float) -> None:
+    """Refuse a value outside [0, 1)."""
     if not 0 <= value < 1:
         raise LetheError(f"{name}: must be at least 0 and below 1, got {value}")
 
 
 def check_layers(layers: list[int]) -> None:
+    """Refuse no layers, negative ones, and one that is named twice."""
     if not layers:
         raise LetheError("layers: name at least one layer, such as [0, 1, 2]")
     if min(layers) < 0:
