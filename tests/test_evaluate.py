@@ -161,7 +161,7 @@ def test_log_likelihoods_are_those_of_lm_eval(loaded, tmp_path, cache, delimiter
 
 
 def test_many_rows_in_many_batches(loaded, tmp_path, cache, texts, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("lethe.scoring"), "TOKENS_PER_BATCH", 100)
+    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 100)
     model, tokenizer = loaded
     questions = [{"prompt": t, "choices": texts[i + 1 : i + 3], "answer": 0} for i, t in enumerate(texts[:30])]
     instances = requests(write_task(tmp_path, questions))
@@ -242,7 +242,6 @@ def test_a_model_that_does_not_take_shared_rows_gets_separate_ones(make_model, t
 def test_a_model_that_computes_something_else_for_shared_rows_is_found_out(gpt2, tmp_path, cache, monkeypatch):
     model, tokenizer = gpt2
     instances = requests(write_task(tmp_path, QUESTIONS))
-    scoring = importlib.import_module("lethe.scoring")
     monkeypatch.setattr(scoring, "_taken", {})
     contexts = Scorer._contexts
     wrong = {"attention_mask": None}  # as a model would that ignores the mask
@@ -265,7 +264,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(gpt2, tmp_path,
         return run(self, batch, asked)
 
     monkeypatch.setattr(Scorer, "_run", small)
-    monkeypatch.setattr(importlib.import_module("lethe.scoring"), "_shrunk", {})
+    monkeypatch.setattr(scoring, "_shrunk", {})
     found = Scorer(model, tokenizer).loglikelihood(instances)
     assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
     assert sizes[0] > 2 and sizes[-1] <= 2
@@ -274,7 +273,6 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(gpt2, tmp_path,
 @pytest.mark.parametrize(("device", "cap"), [("cpu", 2048), ("cuda", 16384)])
 def test_a_batch_is_what_free_memory_holds(gpt2, tmp_path, cache, monkeypatch, device, cap):
     """Of 4 blocks of width 32 in float32 a token takes 4 · 32 · 30 bytes."""
-    scoring = importlib.import_module("lethe.scoring")
     free = {"reserved": 300, "allocated": 100}
     monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda: SimpleNamespace(available=free["bytes"]))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free["bytes"] - 200, 10**12))
@@ -288,7 +286,7 @@ def test_a_batch_is_what_free_memory_holds(gpt2, tmp_path, cache, monkeypatch, d
 
 def test_numbers_do_not_hang_on_the_memory_that_is_free(gpt2, tmp_path, cache, monkeypatch):
     model, tokenizer = gpt2
-    scoring, instances = importlib.import_module("lethe.scoring"), requests(write_task(tmp_path, QUESTIONS))
+    instances = requests(write_task(tmp_path, QUESTIONS))
     found = []
     for free in (10**12, 3840 * 400, 3840):
         monkeypatch.setattr(scoring.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
@@ -328,7 +326,7 @@ def test_a_process_that_really_runs_out_of_memory_goes_on_with_smaller_batches(m
 
 def test_one_question_that_does_not_fit_is_a_refusal_and_another_error_is_not_swallowed(gpt2, monkeypatch):
     model, tokenizer = gpt2
-    monkeypatch.setattr(importlib.import_module("lethe.scoring"), "_shrunk", {})
+    monkeypatch.setattr(scoring, "_shrunk", {})
     for error, expected in ((MemoryError(), "does not fit into memory"), (RuntimeError("shapes"), "shapes")):
         monkeypatch.setattr(Scorer, "_run", lambda *_, error=error: (_ for _ in ()).throw(error))
         with pytest.raises((LetheError, RuntimeError), match=expected):
@@ -492,7 +490,7 @@ def test_bfloat16_models_are_scored_with_shared_rows_too(make_model, known, tmp_
     samples: dict[str, list] = {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     evaluate_model(model, tokenizer, [name], samples=samples)
-    assert all(takes for takes, _ in importlib.import_module("lethe.scoring")._taken[model].values())
+    assert all(takes for takes, _ in scoring._taken[model].values())
     exact: dict[str, list] = {}
     evaluate_model(AutoModelForCausalLM.from_pretrained(folder), tokenizer, [name], samples=exact)
     for a, b in zip(samples[name], exact[name], strict=True):
