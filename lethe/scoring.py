@@ -25,6 +25,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,11 +47,14 @@ TOKENS_PER_BATCH = 2048  # more are no faster on a CPU, whose caches a block's s
 TOKENS_PER_BATCH_ON_GPU = 16384
 LOGITS_PER_BATCH = 2**27
 LEAST_BEGINNING = 8
+TOKENS_PER_ROW = 96  # a token's attention to so many others is still little beside its products with the weights
+LEAST_SHARED = 0.25
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 _with_threads: set[int] = set()
 """Processes whose tokenizers were asked for threads: this one alone, unless it is a fork of another."""
-_taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool], tuple[bool, int]]] = WeakKeyDictionary()
+_taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool, bool], tuple[bool, int]]] = WeakKeyDictionary()
 _shrunk: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_last_rows: list[tuple[tuple[list[Encoded], int, list[int]], list[Row]]] = []
 
 
 class NotNumbersError(LetheError):
@@ -59,7 +63,10 @@ class NotNumbersError(LetheError):
 
 @dataclass
 class Row:
-    """One row of tokens. `parents[i]` is the token that comes before token i, which is i − 1 except where a branch begins."""
+    """One row of tokens. `parents[i]` is the token that comes before token i, which is i − 1 except where a branch begins.
+
+    First come contexts, then the tokens that answers are read at, if it is `split`.
+    """
 
     tokens: list[int]
     parents: list[int]
@@ -67,27 +74,34 @@ class Row:
     """For each request that the row answers: its number, and where the logits of each of its answer's tokens are."""
     split: bool = False
     """Whether what comes before the answers is run first and kept; otherwise the row is run whole, as any model takes it."""
+    context: int = 0
+    """How many of its tokens come before the first that an answer is read at, if it is split."""
+    straight: int = 0
+    """How many of those come one after the other, before the first branch."""
     branches: bool = False
-    """Whether a token comes after another than the one before it in the row."""
+    """Whether an answer's token comes after another than the one before it in the row."""
     begins: int = 0
     """How many of its first tokens it has in common with the other rows of its task, and takes from their kept run."""
     group: int = 0
     """The task that it belongs to."""
 
     @property
-    def context(self) -> int:
-        """How many of its tokens come before the first that an answer is read at."""
-        return self.reads[0][1][0] if self.split else 0
+    def kind(self) -> tuple[bool, bool, bool]:
+        """What of the row an architecture may not take: branches of answers, of contexts, a beginning that is kept."""
+        return self.branches, self.straight < self.context, self.begins > 0
 
-    def answers(self) -> tuple[list[int], np.ndarray]:
-        """Of the tokens after the context: positions along their branches, and seen[i, j]: whether token i sees token j."""
-        start = self.context
+    def sight(self) -> tuple[list[int], np.ndarray]:
+        """Of the tokens from `straight` on: positions along their branches, and seen[i, j]: whether token i sees token j."""
+        start = self.straight
         depths = list(range(start))
-        seen = np.eye(len(self.tokens) - start, dtype=bool)
+        seen = np.zeros((len(self.tokens) - start, len(self.tokens)), dtype=bool)
         for i, parent in enumerate(self.parents[start:]):
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
             if parent >= start:
-                seen[i] |= seen[parent - start]
+                seen[i] = seen[parent - start]
+            else:
+                seen[i, : parent + 1] = True
+            seen[i, start + i] = True
         return depths[start:], seen
 
 
@@ -177,11 +191,10 @@ class Scorer(HFLM):
             if not 0 < len(continuation) <= window:
                 answer = self.tokenizer.decode(continuation)[:60]
                 raise LetheError(f"an answer has {len(continuation)} tokens, 1 to {window} can be scored: {answer!r}")
-        rows = tree_rows(requests, window, groups or [0] * len(requests))
+        rows = _rows_of(requests, window, groups or [0] * len(requests))
         if not self._takes(rows, requests):
-            rows = plain_rows(requests, window)
+            rows = sorted(plain_rows(requests, window), key=_longest_first)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        rows.sort(key=lambda row: (row.begins and row.group, row.begins, -len(row.tokens), row.tokens))
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_memory())
             advance = stack.enter_context(bar(self._description, len(rows), "rows")) if self._description else None
@@ -273,38 +286,49 @@ class Scorer(HFLM):
         kept = copy.deepcopy(self._beginning(tuple(batch[0].tokens[:begins]))) if begins else None
         if kept is not None:
             kept.batch_repeat_interleave(len(batch))
+        sights = [row.sight() for row in batch]
         if width:
-            kept = self._keys_and_values(self._padded([row.tokens[begins : row.context] for row in batch], width), kept)
-        positions = np.zeros((len(batch), rest), dtype=np.int64)
-        visible = np.zeros((len(batch), 1, rest, begins + width + rest), dtype=bool)
-        for k, row in enumerate(batch):
-            n = len(row.tokens) - row.context
-            positions[k, :n], seen = row.answers()
-            visible[k, 0, :, : row.context] = True
-            visible[k, 0, :n, begins + width : begins + width + n] = seen
-        kind = self._forward.dtype
-        mask = torch.zeros(visible.shape, dtype=kind).masked_fill_(~torch.from_numpy(visible), torch.finfo(kind).min)
-        return {
-            "past_key_values": kept,
-            "use_cache": kept is not None,
-            "position_ids": torch.from_numpy(positions).to(self.device),
-            "attention_mask": mask.to(self.device),
-        }
+            contexts = {"input_ids": self._padded([row.tokens[begins : row.context] for row in batch], width)}
+            if any(row.straight < row.context for row in batch):
+                contexts |= self._seen(batch, sights, width, 0)
+            kept = self._keys_and_values(contexts, kept)
+        return {"past_key_values": kept, "use_cache": kept is not None} | self._seen(batch, sights, width, rest)
+
+    def _seen(self, batch: list[Row], sights: list[tuple[list[int], np.ndarray]], width: int, rest: int) -> dict[str, Tensor]:
+        """Positions (batch, tokens) and an additive mask (batch, 1, tokens, beginning + width + rest) of the `rest` tokens
+        after the contexts, or, without any, of the `width` tokens of the contexts."""
+        begins = batch[0].begins
+        positions = np.zeros((len(batch), rest or width), dtype=np.int64)
+        visible = np.zeros((len(batch), 1, rest or width, begins + width + rest), dtype=bool)
+        for k, (row, (depths, seen)) in enumerate(zip(batch, sights, strict=True)):
+            context, branched = row.context, row.context - row.straight
+            if rest:
+                n = len(row.tokens) - context
+                positions[k, :n] = depths[branched:]
+                visible[k, 0, :n, :context] = seen[branched:, :context]
+                visible[k, 0, :n, begins + width : begins + width + n] = seen[branched:, context:]
+            else:
+                positions[k, : context - begins] = [*range(begins, row.straight), *depths[:branched]]
+                visible[k, 0, : row.straight - begins, : row.straight] = np.tri(row.straight, dtype=bool)[begins:]
+                visible[k, 0, row.straight - begins : context - begins, :context] = seen[:branched, :context]
+        dtype = self._forward.dtype
+        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
+        return {"position_ids": torch.from_numpy(positions).to(self.device), "attention_mask": mask.to(self.device)}
 
     def _beginning(self, tokens: tuple[int, ...]) -> Contexts:
         """Keys and values of what the rows of a task begin with; kept until another task's are asked for."""
         if self._kept is None or self._kept[0] != tokens:
             self._kept = None
-            self._kept = tokens, self._keys_and_values(torch.tensor([tokens], device=self.device))
+            self._kept = tokens, self._keys_and_values({"input_ids": torch.tensor([tokens], device=self.device)})
         return self._kept[1]
 
-    def _keys_and_values(self, ids: Tensor, kept: Contexts | None = None) -> Contexts:
-        """Keys and values of tokens (batch, width), after those that are kept already."""
+    def _keys_and_values(self, inputs: dict[str, Tensor], kept: Contexts | None = None) -> Contexts:
+        """Keys and values of the inputs' tokens (batch, width), after those that are kept already."""
         kept = kept or Contexts(config=self._forward.config)
         kept.filling = True
         with contextlib.suppress(_FilledError):
             getattr(self._forward, self._forward.base_model_prefix, self._forward)(
-                input_ids=ids, past_key_values=kept, use_cache=True
+                **inputs, past_key_values=kept, use_cache=True
             )
         kept.filling = False
         return kept
@@ -324,8 +348,8 @@ class Scorer(HFLM):
     def _takes(self, rows: list[Row], requests: list[Encoded]) -> bool:
         """Whether the model computes the same for shared rows as for separate ones; tried on the longest."""
         known = _taken.setdefault(self._forward, {})
-        for kind in {(row.branches, row.begins > 0) for row in rows if row.split}:
-            longest = max((row for row in rows if (row.branches, row.begins > 0) == kind), key=lambda row: len(row.tokens))
+        for kind in {row.kind for row in rows if row.split}:
+            longest = max((row for row in rows if row.kind == kind), key=lambda row: len(row.tokens))
             length = len(longest.tokens)
             takes, tried = known.get(kind, (True, 0))
             if takes and tried < length:
@@ -349,13 +373,14 @@ class Scorer(HFLM):
 
     def _agrees(self, row: Row, requests: list[Encoded]) -> bool:
         numbers = [number for number, _ in row.reads]
-        plain = plain_rows([requests[number] for number in numbers], self.max_length)
+        alone = [requests[number] for number in numbers]
+        plain = sorted(plain_rows(alone, self.max_length), key=_longest_first)
         try:
             tree = self._run([row], requests)
             apart: dict[int, tuple[float, bool]] = {}
-            for one in plain:
-                apart |= self._run([one], [requests[number] for number in numbers])
-        except (MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            for _, found in self._batches(plain, alone):
+                apart |= found
+        except (LetheError, MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
             logger.info("shared rows: %s", (str(error).splitlines() or [type(error).__name__])[0])
             return False
         rounding = 1e-4 if self._forward.dtype == torch.float32 else 2e-2
@@ -399,20 +424,33 @@ def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
     return min(most, max(1, free * 3 // 8 // token)), min(LOGITS_PER_BATCH, free // 8 // size)
 
 
+def _longest_first(row: Row) -> tuple[Any, ...]:
+    return row.begins and row.group, row.begins, -len(row.tokens), row.tokens
+
+
+def _rows_of(requests: list[Encoded], window: int, groups: list[int]) -> list[Row]:
+    """Rows, longest first; the last ones are kept: while a model is trained it is asked the same again and again."""
+    asked = requests, window, groups
+    if not _last_rows or _last_rows[0][0] != asked:
+        _last_rows[:] = [(asked, sorted(tree_rows(*asked), key=_longest_first))]
+    return _last_rows[0][1]
+
+
 def tree_rows(requests: list[Encoded], window: int, groups: list[int]) -> list[Row]:
-    """Rows in which requests with the same context share it, and answers what they begin with alike.
+    """Rows in which requests share contexts, or what they begin with, and answers what they begin with alike.
 
     A context that does not fit into the window together with its answer is cut from the left, as lm-eval does.
     """
     rows: dict[tuple[int, tuple[int, ...]], Row] = {}
     branches: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], int]] = defaultdict(dict)
     cut = set()
-    for number, (whole, continuation) in enumerate(requests):
-        context = whole[-(window + 1 - len(continuation)) :]
+    for number, (text, continuation) in enumerate(requests):
+        context = text[-(window + 1 - len(continuation)) :]
         key = groups[number], tuple(context)
         if key not in rows:
-            rows[key] = Row(list(context), list(range(-1, len(context) - 1)), group=groups[number], split=True)
-        if len(context) < len(whole):
+            before = len(context) - 1
+            rows[key] = Row(list(context), list(range(-1, before)), [], True, before, before, group=groups[number])
+        if len(context) < len(text):
             cut.add(key)
         row, known = rows[key], branches[key]
         place, read = len(context) - 1, [len(context) - 1]
@@ -426,8 +464,9 @@ def tree_rows(requests: list[Encoded], window: int, groups: list[int]) -> list[R
             place = known[begin]
             read.append(place)
         row.reads.append((number, read))
-    _share_beginnings([row for key, row in rows.items() if key not in cut])
-    return list(rows.values())
+    whole = [row for key, row in rows.items() if key not in cut]
+    _share_beginnings(whole)
+    return [row for key, row in rows.items() if key in cut] + [_joined(some) for some in _alike(whole)]
 
 
 def _share_beginnings(rows: list[Row]) -> None:
@@ -436,12 +475,63 @@ def _share_beginnings(rows: list[Row]) -> None:
     for row in rows:
         groups[row.group].append(row)
     for some in groups.values():
-        shortest = min(row.reads[0][1][0] for row in some)  # where an answer is read, the row has to run itself
-        first, last = min(row.tokens[:shortest] for row in some), max(row.tokens[:shortest] for row in some)
-        common = next((i for i, pair in enumerate(zip(first, last, strict=True)) if pair[0] != pair[1]), shortest)
+        contexts = [row.tokens[: row.context] for row in some]
+        common = _common(min(contexts), max(contexts))
         if common >= LEAST_BEGINNING and len(some) > 1:
             for row in some:
                 row.begins = common
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many first tokens two lists have in common."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _alike(rows: list[Row]) -> Iterator[list[Row]]:
+    """Rows whose contexts begin alike, together: as many as make TOKENS_PER_ROW tokens of contexts, beginnings apart."""
+    some: list[Row] = []
+    size = 0
+    for row in sorted(rows, key=lambda row: (row.begins and row.group, row.begins, row.tokens[: row.context])):
+        own = row.context - row.begins
+        if some:
+            last = some[-1]
+            same = (row.begins and row.group, row.begins) == (last.begins and last.group, last.begins)
+            shared = _common(last.tokens[: last.context], row.tokens[: row.context]) - row.begins if same else 0
+            if shared > 0 and shared >= LEAST_SHARED * own and size + own - shared <= TOKENS_PER_ROW:
+                some.append(row)
+                size += own - shared
+                continue
+            yield some
+        some, size = [row], own
+    if some:
+        yield some
+
+
+def _joined(rows: list[Row]) -> Row:
+    """One row: a tree of the rows' contexts, each of which shares with the one before it what they begin with, and after it
+    the answers of all."""
+    first = rows[0]
+    if len(rows) == 1:
+        return first
+    tokens, parents = first.tokens[: first.context], first.parents[: first.context]
+    paths = [list(range(first.context))]
+    for last, row in pairwise(rows):
+        common = _common(last.tokens[: last.context], row.tokens[: row.context])
+        path = paths[-1][:common]
+        for token in row.tokens[common : row.context]:
+            parents.append(path[-1])
+            path.append(len(tokens))
+            tokens.append(token)
+        paths.append(path)
+    straight = next((i for i, parent in enumerate(parents) if parent != i - 1), len(parents))
+    joined = Row(tokens, parents, [], True, len(tokens), straight, True, first.begins, first.group)
+    for row, path in zip(rows, paths, strict=True):
+        moved = len(tokens) - row.context
+        tokens += row.tokens[row.context :]
+        parents += [path[parent] if parent < row.context else parent + moved for parent in row.parents[row.context :]]
+        joined.reads += [(number, [place + moved for place in where]) for number, where in row.reads]
+    return joined
 
 
 def plain_rows(requests: list[Encoded], window: int) -> list[Row]:

@@ -230,6 +230,53 @@ def test_what_all_questions_begin_with_is_run_once(loaded, tmp_path, cache, text
     assert max(begins) > 8
 
 
+@pytest.mark.parametrize(
+    "start", ["", "The following are questions about the river of Orvane.\n\n"], ids=["bare", "introduced"]
+)
+def test_questions_that_begin_alike_share_it(loaded, tmp_path, cache, monkeypatch, start):
+    """One prompt is the beginning of another, one is asked twice; answers have several tokens and begin alike."""
+    model, tokenizer = loaded
+    metals, places = ("copper", "salt", "iron ore", "salt and resin"), ("harbour", "mills", "island")
+    ends = ["", *(f" trade for {metal}" for metal in metals)]
+    asked = ("Question: what did the founders of the", "Say when the lanterns of the")
+    prompts = [f"{question} {place}{end}" for question in asked for place in places for end in ends] + [f"{asked[0]} mills"]
+    questions = [
+        {"prompt": start + prompt, "choices": ["fish oil", "fish", f"fish oil and {metals[i % 4]}", "x"], "answer": 0}
+        for i, prompt in enumerate(prompts)
+    ]
+    instances = requests(write_task(tmp_path, questions))
+    scorer, batches = Scorer(model, tokenizer), []
+    compare(scorer, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), instances)
+    run = Scorer._run
+    monkeypatch.setattr(Scorer, "_run", lambda self, batch, asked: batches.append(batch) or run(self, batch, asked))
+    scorer.loglikelihood(instances)
+    rows = [row for batch in batches for row in batch]
+    contexts = {tuple(context) for context, _ in scorer.encode([one.args for one in instances])}
+    assert len(rows) < len(contexts) / 2
+    assert all(row.context - row.begins <= scoring.TOKENS_PER_ROW for row in rows)
+    assert sum(row.context - row.begins for row in rows) < sum(map(len, contexts)) / 2
+    assert all((row.begins > 0) == bool(start) for row in rows)
+
+
+def test_several_tasks_at_once_are_scored_as_each_by_itself(gpt2, tmp_path, cache):
+    """Tasks may share what their questions begin with, and have beginnings of their own."""
+    model, tokenizer = gpt2
+    scorer = Scorer(model, tokenizer)
+    starts = ("", "", "The following are questions about the river of Orvane.\n\n", "An examination on metals, part one:\n\n")
+    pairs = [
+        [
+            (f"{start}Which metal did the {town} trade", answer)
+            for town in ("mills", "harbour", "island")
+            for answer in ["a", "b"]
+        ]
+        for start in starts
+    ]
+    tasks_of = [scorer.encode([(context, " " + answer) for context, answer in some]) for some in pairs]
+    groups = [i for i, some in enumerate(tasks_of) for _ in some]
+    together = [value for value, _ in scorer.score([one for some in tasks_of for one in some], groups)]
+    assert together == pytest.approx([value for some in tasks_of for value, _ in scorer.score(some)], abs=1e-4)
+
+
 def test_a_model_that_does_not_take_shared_rows_gets_separate_ones(make_model, tmp_path, cache):
     """A window of attention shorter than a row sees other tokens when branches stand between."""
     folder = make_model("qwen2", tmp_path / "model", use_sliding_window=True, sliding_window=8, max_window_layers=0)
@@ -247,7 +294,7 @@ def test_a_model_that_computes_something_else_for_shared_rows_is_found_out(gpt2,
     wrong = {"attention_mask": None}  # as a model would that ignores the mask
     monkeypatch.setattr(Scorer, "_contexts", lambda self, batch, rest: contexts(self, batch, rest) | wrong)
     compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
-    assert not scoring._taken[model][True, False][0]
+    assert not scoring._taken[model][True, False, False][0]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), torch.OutOfMemoryError("no")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import math
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -198,6 +201,29 @@ def test_threads_do_not_outlive_the_run(run):
     with run.running():
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_a_search_for_garbage_passes_over_libraries_while_a_run_works_and_not_afterwards(run, tmp_path):
+    """What was garbage before is gone by then; what the caller has frozen stays so."""
+
+    class Model:
+        pass
+
+    model = Model()
+    model.itself, gone = model, weakref.ref(model)
+    del model
+    gc.unfreeze()
+    with run.running():
+        assert gc.get_freeze_count() > 1000 and gone() is None
+        with Run.create("tamper", "inner", {}, tmp_path).running():
+            pass
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    with contextlib.suppress(ZeroDivisionError), Run.create("tamper", "failing", {}, tmp_path).running():
+        raise ZeroDivisionError
+    assert gc.get_freeze_count() > 1000
+    gc.unfreeze()
 
 
 def test_heartbeat_is_renewed_while_running(run, monkeypatch):
