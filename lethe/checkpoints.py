@@ -255,12 +255,8 @@ def _draw(run: Run) -> None:
 
 def _branches(repository: str) -> list[str]:
     from huggingface_hub import list_repo_refs
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with refs.hub(f"checkpoints: the hub's '{repository}' cannot be read"):
         branches = [branch.name for branch in list_repo_refs(repository).branches]
-    except (HfHubHTTPError, OSError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LetheError(f"checkpoints: the hub's '{repository}' cannot be read ({why})") from error
     steps = [name for name in branches if refs.step_of(name) is not None]
     return sorted(steps, key=lambda name: refs.step_of(name) or 0)

@@ -144,6 +144,14 @@ def quiet() -> None:
     logging.getLogger("lethe").setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.ERROR)
+    hub = logging.getLogger("huggingface_hub.utils._http")  # waits half a minute where there is no network
+    if not hub.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("no answer from the hub. %(message)s"))
+        handler.addFilter(lambda record: "etry" in record.getMessage())
+        hub.addHandler(handler)
+    hub.setLevel(logging.WARNING)
+    hub.propagate = False
 
 
 def _print(value: Any) -> None:

@@ -39,13 +39,9 @@ def find_maps(name: str, out: str | Path = "runs") -> Path:
     if name.count("/") != 1:
         raise LetheError(f"affine: '{name}' is neither fit, none, a folder of maps, run:ID nor a hub id")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    with refs.hub(f"affine: no folder '{name}' here, and the hub's cannot be read"):
         return Path(snapshot_download(name, allow_patterns=[WEIGHTS, METADATA]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LetheError(f"affine: no folder '{name}' here, and the hub's cannot be read ({why})") from error
 
 
 def check_maps(

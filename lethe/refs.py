@@ -13,8 +13,10 @@ it. Weights are read from safetensors only (a pickle can run code), and no code 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,8 +121,10 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
     import torch
     from safetensors import SafetensorError
 
+    from_hub = contextlib.nullcontext() if ref.local else hub(f"model '{ref.name}' cannot be read from the hub")
     try:
-        return _load(ref, getattr(torch, dtype))
+        with from_hub:
+            return _load(ref, getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LetheError(f"model '{ref.name}' cannot be loaded ({why}); its folder is damaged, save it again") from error
@@ -312,13 +316,25 @@ def _file(ref: ModelRef, name: str) -> Path:
             raise LetheError(f"model '{ref.name}' has no {name}; it is not the folder of a model")
         return path
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    with hub(f"model reference '{ref.name}': no such folder here, and the hub's cannot be read"):
+        return Path(hf_hub_download(ref.path, name, revision=ref.revision))
+
+
+@contextlib.contextmanager
+def hub(problem: str) -> Iterator[None]:
+    """Inside, what keeps the hub from answering is a refusal: the problem, and why.
+
+    Raises:
+        LetheError: there is no connection or it breaks, the hub does not have it, or does not let it be read.
+    """
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of a connection that breaks, no OSError
 
     try:
-        return Path(hf_hub_download(ref.path, name, revision=ref.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LetheError(f"model reference '{ref.name}': no such folder here, and the hub's cannot be read ({why})") from error
+        yield
+    except (HTTPError, OSError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LetheError(f"{problem} ({why})") from error
 
 
 def _config_value(ref: ModelRef, keys: tuple[str, ...]) -> int:

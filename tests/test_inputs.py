@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
 import datasets
 import huggingface_hub
 import pytest
@@ -28,6 +37,45 @@ def test_a_task_whose_data_cannot_be_loaded_is_refused_before_anything_is_writte
         with pytest.raises(LetheError, match="the data set cais/wmdp of 'wmdp_bio' cannot be loaded"):
             function(config)
     assert not (tmp_path / "runs").exists()
+
+
+WAITING = """
+from lethe.cli import quiet
+quiet()
+from huggingface_hub.utils import http_backoff
+http_backoff("HEAD", "http://127.0.0.1:9", max_retries=1, base_wait_time=0)
+"""
+
+
+def test_why_the_hub_is_waited_for_is_said():
+    """Where nothing listens, the client tries again and again; each time is said in one line."""
+    done = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert done.stderr.splitlines()[0] == "no answer from the hub. Retrying in 0s [Retry 1/1]."
+    assert done.stderr.splitlines()[1].startswith("Traceback")  # this program's own: nothing else was said
+
+
+def test_a_connection_to_the_hub_that_breaks_is_a_refusal(tmp_path):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        home = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        lethe = str(Path(sys.executable).with_name("lethe"))
+        for command in (
+            ["evaluate", "someone/some-model", "--tasks", "lab_retain"],
+            ["checkpoints", "someone/some-model", "--tasks", "lab_retain"],
+        ):
+            done = subprocess.run([lethe, *command], env=os.environ | home, capture_output=True, text=True, check=False)
+            assert done.returncode and "Connection reset" in done.stderr
+            assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("lethe: "), done.stderr
+        server.shutdown()
 
 
 def test_a_task_without_a_chance_level_cannot_tell_ignorance(lab, tmp_path):
