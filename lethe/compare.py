@@ -14,7 +14,7 @@ from lethe import preflight, refs, regimes
 from lethe.config import CompareConfig
 from lethe.errors import LetheError
 from lethe.ledger import Run
-from lethe.report.study import PROVENANCE
+from lethe.regimes import PROVENANCE
 
 DEFAULT_TASKS = ["lab_forget_robust", "lab_retain"]
 Answers = dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]
@@ -34,10 +34,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     runs = [_evaluation(name, config.out) for name in config.models]
     first = next((run for run in runs if run), None)
+    if first:
+        config = _as_asked(config, first)
     if first and not config.tasks:
-        asked = {key: first.record["config"].get(key) for key in ("limit", "task_data", "num_fewshot")}
         shared = [task for task in first.record["evals"] if all(task in run.record["evals"] for run in runs if run)]
-        config = replace(config, tasks=shared, **{key: value for key, value in asked.items() if value is not None})
+        config = replace(config, tasks=shared)
     elif not config.tasks:
         config = replace(config, tasks=list(DEFAULT_TASKS))
     if not config.tasks:
@@ -50,6 +51,19 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     ]
     tasks = [task for task in answers[0] if task in answers[1]]
     return {"models": config.models, "tasks": {task: _compared(task, answers[0][task], answers[1][task]) for task in tasks}}
+
+
+def _as_asked(config: CompareConfig, run: Run) -> CompareConfig:
+    """The settings of the evaluation that is there already: the other model is to be asked the same."""
+    usual = CompareConfig(config.models)
+    asked: dict[str, Any] = {}
+    for key in ("limit", "task_data", "num_fewshot"):
+        given, asked[key] = getattr(config, key), run.record["config"].get(key) or getattr(usual, key)
+        if given not in (getattr(usual, key), asked[key]):
+            raise LetheError(
+                f"{key}: {given} has no effect, since '{run.path}' was made with {asked[key]}; leave it out, or evaluate again"
+            )
+    return replace(config, **asked)
 
 
 def _evaluation(name: str, out: str) -> Run | None:

@@ -116,7 +116,8 @@ class Pareto(Planner):
         return point if ours == theirs else None
 
     def watch(self, sweep: Sweep) -> None:
-        if self.config.prune and self.recipe["eval"]["every"]:  # otherwise nothing to judge by before the end
+        # Nothing to judge by before the end without evaluations, or where an attack after it is one of the objectives.
+        if self.config.prune and self.recipe["eval"]["every"] and self.config.tamper is None:
             self.stop_hopeless(sweep)
 
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:

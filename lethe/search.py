@@ -64,7 +64,7 @@ def bracket(axis: Axis, verdicts: Verdicts, width: float) -> Bracket:
     below, above = agreed[last][0], agreed[first][0]
     monotone = all(said != before for _, said in agreed[first:])
     disagreeing = tuple(x for x, said in agreed[last + 1 : first])
-    sharp = all(_ratio(axis, a, b) <= width for a, b in _gaps([below, *disagreeing, above]))
+    sharp = all(_sharp(axis, a, b, width) for a, b in _gaps([below, *disagreeing, above]))
     return Bracket("found" if sharp else "open", below, above, before, monotone, disagreeing)
 
 
@@ -90,7 +90,7 @@ def next_values(axis: Axis, edges: Iterable[Verdicts], width: float) -> list[flo
 def _between(axis: Axis, known: list[float], verdicts: Verdicts, width: float) -> float | None:
     """The middle of the widest gap; off the middle where that could not be measured; None when no value is left."""
     for below, above in sorted(_gaps(known), key=lambda gap: -_ratio(axis, *gap)):
-        if _ratio(axis, below, above) <= width:
+        if _sharp(axis, below, above, width):
             continue
         for share in (0.5, 0.25, 0.75):
             value = _along(axis, below, above, share)
@@ -106,6 +106,13 @@ def _along(axis: Axis, below: float, above: float, share: float) -> float:
 
 def _gaps(values: Sequence[float]) -> list[tuple[float, float]]:
     return list(itertools.pairwise(values))
+
+
+def _sharp(axis: Axis, below: float, above: float, width: float) -> bool:
+    """Whether no value between the two need be measured; from 0, of which nothing is a multiple, a hundredth of the axis is."""
+    if axis.whole and above - below <= 1:
+        return True
+    return _ratio(axis, below, above) <= width if below > 0 else above - below <= (axis.high - axis.low) / 100
 
 
 def _ratio(axis: Axis, below: float, above: float) -> float:

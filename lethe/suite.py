@@ -14,6 +14,7 @@ Attacks run through the launcher of sweeps, every one on every model and control
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,6 +110,7 @@ class Suite(Planner):
             LetheError: an attack could not work.
         """
         self.config = spelled_out(self.config)
+        self._refuse_unlike()
         for plan in self.plans_of_all():
             for _, settings in plan.stages:
                 if str(settings["model"]).startswith("@"):
@@ -118,6 +120,23 @@ class Suite(Planner):
                 except LetheError as error:
                     raise LetheError(f"{settings['name']} on {settings['model']}: {error}") from error
         return self.config
+
+    def _refuse_unlike(self) -> None:
+        """Refuse attacks that ask questions differently, whose results cannot stand together, and one that is there twice."""
+        first = next(iter(self.config.attacks))
+        known: dict[str, str] = {}
+        for name, own in self.config.attacks.items():
+            settings = c.to_dict(dataclasses.replace(self.attack_named(name), name=""))
+            for key in ("limit", "task_data", "num_fewshot"):
+                values = [self.settings(one, "@0", 0)["eval"][key] for one in (first, name)]
+                if values[0] != values[1]:
+                    raise LetheError(
+                        f"eval.{key}: {first} has {values[0]}, {name} has {values[1]}, and their results could not stand "
+                        f"together; set it for all, in common"
+                    )
+            same = known.setdefault(json.dumps([settings, own.get("after")], sort_keys=True), name)
+            if same != name:
+                raise LetheError(f"attacks: {name} has the settings of {same}; leave one of them out")
 
     def attack_named(self, name: str) -> c.TamperConfig:
         """An attack's settings, on a model yet to be named.
@@ -150,11 +169,11 @@ class Suite(Planner):
                 if name in {later for those in followers.values() for later in those}:
                     continue
                 for i, seed in enumerate(self.config.seed_list):
-                    first = self.settings(name, model, seed)
-                    if i and first.get("seed") != seed:  # it draws nothing at random: once is enough
-                        continue
-                    stages: list[Stage] = [("tamper", first)]
-                    stages += [("tamper", self.settings(later, "@0", seed)) for later in followers.get(name, [])]
+                    later = followers.get(name, [])
+                    if i and not any(self.attack_named(one).draws for one in (name, *later)):
+                        continue  # nothing is drawn at random: once is enough
+                    stages: list[Stage] = [("tamper", self.settings(name, model, seed))]
+                    stages += [("tamper", self.settings(one, "@0", seed)) for one in later]
                     seeded = f", seed {seed}" if len(self.config.seed_list) > 1 else ""
                     facts = {"model": model, "bound": self.config.general_bound}
                     plans.append(Plan(f"{name} on {model}{seeded}", stages, {}, seed, facts=facts))

@@ -147,14 +147,17 @@ def _attacked(model: Any, config: TamperConfig, checked: preflight.CheckedAttack
 
 
 class LostUpdates(TrainerCallback):
-    """Counts, at the first few updates, the weights with a gradient and those of them that the update left as they were."""
+    """Counts, at the first few updates, the weights with a gradient and those of them that the update left as they were.
+
+    The first update of a warm-up has a rate of 0 and is left out.
+    """
 
     def __init__(self, trainer: RunTrainer, updates: int = 5):
         self.trainer, self.updates = trainer, updates
         self._before: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step < self.updates:
+        if 0 <= state.global_step - (args.warmup_steps > 0) < self.updates:
             self._before = [(p, p.detach().clone(), p.grad != 0) for p in model.parameters() if p.grad is not None]
 
     def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+from scipy.stats import binomtest
 
 from lethe.recovery import Point, Trial, excess, measure, over_seeds, worst_case
 
 
 def curve(values, steps=None, tokens_a_step=10, half=0.05) -> list[Point]:
     steps = steps or range(0, 10 * len(values), 10)
-    return [
-        Point(step, tokens_a_step * step, v, v - half, v + half, half / 1.96) for step, v in zip(steps, values, strict=True)
-    ]
+    return [Point(step, tokens_a_step * step, v, v - half, v + half) for step, v in zip(steps, values, strict=True)]
 
 
 def test_a_straight_climb_has_the_measures_of_its_line():
@@ -55,8 +55,16 @@ def test_excess_is_taken_at_equal_tokens():
     assert found.tokens == 200
     assert found.final == pytest.approx(0.7 - 0.6)
     assert found.area == pytest.approx(0.1)
-    error = math.hypot(0.05 / 1.96, 0.05 / 1.96)
-    assert (found.low, found.high) == pytest.approx((0.1 - 1.959964 * error, 0.1 + 1.959964 * error))
+    half = math.hypot(0.05, 0.05)
+    assert (found.low, found.high) == pytest.approx((0.1 - half, 0.1 + half))
+
+
+def test_the_interval_of_a_difference_is_newcombes():
+    """Newcombe 1998, method 10, 56 of 70 less 48 of 80: 0.2, 0.0524 to 0.3339."""
+    attack = [Point(0, 0, 0.2, 0.1, 0.3), Point(1, 9, 56 / 70, *binomtest(56, 70).proportion_ci(method="wilson"))]
+    control = [Point(0, 0, 0.2, 0.1, 0.3), Point(1, 9, 48 / 80, *binomtest(48, 80).proportion_ci(method="wilson"))]
+    found = excess(attack, control)
+    assert (found.final, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
 
 
 def test_excess_between_evaluations_is_linear_and_needs_tokens():
@@ -73,9 +81,16 @@ def test_seeds_add_a_t_interval_to_that_of_the_questions():
     seeds = 4.302653 * 0.1 / math.sqrt(3)
     assert last.value == pytest.approx(0.6)
     assert last.high - last.value == pytest.approx(math.hypot(0.05, seeds), rel=1e-5)
-    assert last.stderr == pytest.approx(math.hypot(0.05 / 1.96, 0.1 / math.sqrt(3)))
     assert last.low == pytest.approx(0.6 - math.hypot(0.05, seeds), rel=1e-5)
     assert over_seeds(curves[:1]) == curves[0]
+
+
+def test_few_seeds_do_not_make_full_recovery_sooner():
+    """Two seeds that differ have an interval from 0 to 1; what the questions leave open is 0.05."""
+    merged = over_seeds([curve([0.2, 0.55, 0.9]), curve([0.2, 0.65, 0.9])])
+    assert merged[1].low == 0.0 and merged[1].high == 1.0
+    found = measure(merged, baseline=0.93)
+    assert (found.full.step, found.half.step) == (20, 10)
 
 
 def test_over_seeds_takes_the_steps_that_all_have_and_stays_between_0_and_1():
@@ -85,10 +100,7 @@ def test_over_seeds_takes_the_steps_that_all_have_and_stays_between_0_and_1():
 
 
 def by_strength(values, strengths) -> list[Point]:
-    return [
-        Point(i, 0, v, v - 0.05, v + 0.05, 0.025, strength)
-        for i, (v, strength) in enumerate(zip(values, strengths, strict=True))
-    ]
+    return [Point(i, 0, v, v - 0.05, v + 0.05, strength) for i, (v, strength) in enumerate(zip(values, strengths, strict=True))]
 
 
 def test_attacks_without_training_are_compared_by_strength_and_say_so():
@@ -115,6 +127,9 @@ def test_the_worst_case_is_the_highest_point_within_the_bound():
     assert found.general_lost == pytest.approx(0.05)
     assert found.recovered == pytest.approx(0.35 / 0.6)
     assert found.above.final == pytest.approx(0.65 - 0.4)
+    assert worst_case(trials, bound=0.2).above.final == pytest.approx(0.95 - 0.9)
+    short = [replace(trials[1], control=trials[1].control[:2])]  # the control was not measured as far as the worst point
+    assert worst_case(short, bound=0.2).above is None and worst_case(short, bound=0.05).above is not None
     assert found.never_within == ["ruin"] and found.not_measured == {} and len(found.counted) == 3
     assert worst_case(trials, bound=0.2).point.value == 0.95
     assert worst_case(trials, bound=0.04).attack == "mild"

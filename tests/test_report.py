@@ -17,10 +17,10 @@ from lethe import regimes
 from lethe.config import ReportConfig
 from lethe.errors import LetheError
 from lethe.ledger import Run
-from lethe.report import report, tables
+from lethe.report import page, report, tables
 from lethe.report.attacks import attack_tables, recovery_note
 from lethe.report.charts import worst_cells
-from lethe.report.layout import Table
+from lethe.report.layout import MISSING, Table
 from lethe.report.study import Study
 from lethe.runs import entries
 
@@ -184,7 +184,7 @@ def test_tampering_table_reads_the_curve(study: Folder) -> None:
     [
         ([0.25, 0.94, 0.3], "Full recovery by step 10"),
         ([0.25, 0.93, 0.3], "7 % of the gap recovered in 20 steps; full recovery not within 20 steps"),
-        ([0.94, 0.95, 0.95], "no gap to recover: the start is not below the baseline"),
+        ([0.94, 0.95, 0.95], "no gap to recover: the start's interval holds the baseline"),
         ([], "not evaluated"),
     ],
 )
@@ -509,12 +509,77 @@ def test_attacks_equal_but_for_the_seed_are_one_row_and_one_curve(suites: Folder
     loaded = Study.load([str(suites.path)])
     full = next(s for s in loaded.series if s.attack == "full" and s.control is None)
     assert len(full.attacks) == 3 and full.reason == "seed 2 failed: killed"
-    assert [point.value for point in full.points_of(FORGET)] == pytest.approx([0.26, (0.5 + 0.6 + 0.9) / 3])
+    assert [point.value for point in full.points_of(FORGET)] == pytest.approx([0.26, 0.55, 0.9])  # of the two that are whole
+    attacked, _ = rows_by_name(markdown(suites), "Worst case").values()
+    assert (attacked["Worst case"], attacked["Worst attack"]) == ("90.00 %", "full, seed 2")  # what it reached, it reached
+    assert attacked["Measured"] == "3 of 4" and "full, seed 2 is not measured to its end: failed: killed." in markdown(suites)
     suite(suites, ref, "full", [(0.26, 0.80), (0.7, 0.79), (0.9, 0.6)], lr=1e-3, seed=2)
     again = next(s for s in Study.load([str(suites.path)]).series if s.attack == "full" and s.control is None)
     assert again.reason is None and again.points_of(FORGET)[1].value == pytest.approx(0.6)  # done again: the failed one is out
     header, *rows = grid(markdown(suites), "Recovery")
     assert [row[header.index("Seeds")] for row in rows if row[header.index("Attack")] == "full"] == ["3", "1"]
+
+
+def above_the_twin(text: str) -> str:
+    """What the recovery table says of the first attack `full`."""
+    header, *rows = grid(text, "Recovery")
+    row = next(row for row in rows if row[header.index("Attack")] == "full")
+    return row[header.index("Above filtered twin, points")]
+
+
+def test_only_a_filtered_model_is_the_twin_and_of_two_none_is_chosen(suites: Folder) -> None:
+    curve = [(0.9, 0.80), (0.9, 0.79), (0.92, 0.79)]
+    suite(suites, "EleutherAI/deep-ignorance-unfiltered", "full", curve, lr=1e-3)
+    assert above_the_twin(markdown(suites)).startswith("+60.0 (")  # 0.9 − 0.3, and not 0.9 − 0.92
+    suite(suites, "EleutherAI/deep-ignorance-e2e-strong-filter", "full", curve, lr=1e-3)
+    text = markdown(suites)
+    assert above_the_twin(text) == MISSING
+    assert "Above none of several filtered twins" in text
+    controls = {series.model: series.control for series in Study.load([str(suites.path)]).series}
+    assert controls["EleutherAI/deep-ignorance-unfiltered"] is None
+    assert controls["Control: filtered twin (EleutherAI/deep-ignorance-e2e-strong-filter)"]
+
+
+def test_a_twin_that_was_not_measured_so_far_gives_no_number_beside_the_worst_case(suites: Folder) -> None:
+    for path in suites.path.glob("tamper-full-*"):
+        run = Run.open(path)
+        if run.record["config"]["model"] == "lab:filtered":
+            run.update(status="failed", reason="killed")
+            lines = (path / "curve.jsonl").read_text().splitlines(keepends=True)
+            (path / "curve.jsonl").write_text("".join(lines[:2]))
+        run.update(suite={"name": "standard", "general_bound": 0.25})
+    text = markdown(suites)
+    attacked, _ = rows_by_name(text, "Worst case").values()
+    assert (attacked["Worst case"], attacked["Above filtered twin, points"]) == ("90.00 %", MISSING)
+    assert above_the_twin(text).endswith(", at 1,000 tokens")
+
+
+def test_models_of_one_name_and_different_weights_are_different_models(suites: Folder) -> None:
+    again = suite(suites, "lab:filtered", "full", [(0.25, 0.78), (0.9, 0.78)], lr=1e-3, seed=1)
+    again.update(parents={"model": {"ref": "lab:filtered", "sha256": "7" * 64}})
+    models = [series.model for series in Study.load([str(suites.path)]).series if series.control]
+    assert sorted(set(models)) == [f"Control: filtered twin (lab:filtered), weights {letter * 8}" for letter in "7e"]
+
+
+def test_a_run_that_an_attack_names_is_that_of_its_own_folder(study: Folder, tmp_path: Path) -> None:
+    other = Folder(tmp_path / "other")
+    runs = {}
+    for folder in (study, other):
+        runs[folder] = (
+            next(iter(folder.path.glob("unlearn-lora-*")), None) or folder.add("unlearn", "lora", {"model": "m"}).path
+        )
+        folder.attack("here", "run:unlearn-lora", [0.3])
+    loaded = Study.load([str(study.path), str(other.path)])
+    for attack in loaded.attacks:
+        if attack.run.record["name"] == "here":
+            assert loaded.attacked(attack).path.parent.resolve() == attack.run.path.parent.resolve()
+
+
+def test_an_attack_that_did_not_end_is_not_told_as_one_that_did(study: Folder) -> None:
+    for path in study.path.glob("tamper-*"):
+        Run.open(path).update(status="failed", reason="killed")
+    text = " ".join(page.headline(Study.load([str(study.path)])))
+    assert "failed after step" in text and "An attack of" not in text
 
 
 def test_an_attack_on_an_attacked_model_counts_from_the_model_before_both(suites: Folder) -> None:

@@ -119,6 +119,22 @@ def test_whole_numbers_are_bisected_to_neighbours():
     assert (found.below, found.above) == (22, 23)
 
 
+def test_a_boundary_near_0_is_looked_for_down_to_a_hundredth_of_the_axis():
+    along = axis(0, 100, log=False, name="retain_coef")
+    for boundary, ends in ((0.7, (0, 0.781)), (5, (4.688, 6.25))):
+        (edge,), measured = bisect(lambda value, boundary=boundary: [[value >= boundary]], along, 1.5)
+        found = search.bracket(along, edge, 1.5)
+        assert (found.status, found.below, found.above) == ("found", *ends)
+        assert measured <= 10
+
+
+def test_neighbouring_whole_numbers_are_a_boundary_whatever_the_width():
+    along = axis(1, 64, name="lora.r")
+    (edge,), _ = bisect(lambda value: [[value >= 3]], along, 1.1)
+    found = search.bracket(along, edge, 1.1)
+    assert (found.status, found.below, found.above) == ("found", 2, 3)
+
+
 def test_a_plateau_is_where_nothing_changes_beyond_the_intervals():
     def estimates(values):
         return {float(x): Estimate(v, v - 0.05, v + 0.05) for x, v in values.items()}

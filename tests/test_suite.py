@@ -77,6 +77,17 @@ def test_the_suite_that_comes_with_lethe_plans_every_attack_and_repeats_only_wha
     assert len({plan.key for plan in plans}) == len(plans)
 
 
+def test_an_attack_that_draws_nothing_is_repeated_where_one_that_follows_it_draws(lab, tmp_path):
+    cut = {"attack": "prune", "strengths": [0.3], "save_model": True}
+    common = {"eval": COMMON["eval"] | {"every": 0}}
+    plans = Suite(
+        config(tmp_path, attacks={"cut": cut, "then": {"after": "cut"}}, seeds=2, controls=[], common=common)
+    ).plans_of_all()
+    assert [[settings["seed"] for _, settings in plan.stages] for plan in plans] == [[0, 0], [0, 1]]
+    alone = config(tmp_path, attacks={"cut": cut}, seeds=2, controls=[], common=common)
+    assert len(Suite(alone).plans_of_all()) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -91,6 +102,8 @@ def test_the_suite_that_comes_with_lethe_plans_every_attack_and_repeats_only_wha
         ({"attacks": {"full": {}, "second": {"after": "fool"}}}, "did you mean 'full'"),
         ({"attacks": {"full": {}, "second": {"after": "full"}}}, "save_model: true"),
         ({"general_bound": 1.5}, "general_bound"),
+        ({"attacks": {"one": {}, "two": {"eval": {"limit": 9}}}}, "eval.limit: one has 40, two has 9"),
+        ({"attacks": {"one": {"lr": 1e-3}, "two": {"lr": 1e-3}}}, "two has the settings of one"),
         ({"attacks": {}, "suite": "standard", "only": ["fw"]}, "did you mean 'few'"),
     ],
 )

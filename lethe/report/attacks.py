@@ -122,7 +122,7 @@ def recovery_note(attack: Attack, task: str) -> str:
     if found is None:
         return "no baseline to compare with" if attack.points(task) else "not evaluated"
     if found.recovered is None:
-        return "no gap to recover: the start is not below the baseline"
+        return "no gap to recover: the start's interval holds the baseline"
     if not trains(attack):
         share = f"{percent(found.recovered, 0)} of the gap recovered at the last strength"
         return f"Full recovery by {found.full}" if found.full.step is not None else f"{share}; full recovery {found.full}"
@@ -192,7 +192,7 @@ def _names(attacks: list[Attack]) -> list[str]:
 
 def _starts(attacks: list[Attack], *tasks: str | None) -> str:
     first: dict[str, Any] = next((attack.curve[0]["evals"] for attack in attacks if attack.curve), {})
-    return "; ".join(f"starting {task}: {result(first[task])}" for task in tasks if task in first).capitalize()
+    return "; ".join(f"Starting {task}: {result(first[task])}" for task in tasks if task in first)
 
 
 def _some(steps: list[int], count: int = 5) -> list[int]:
@@ -207,19 +207,24 @@ def recovery_table(study: Study) -> Table:
     task = judged(study.attacks)[0]
     several = len({series.settings for series in study.series}) > 1
     seeds = any(len(series.attacks) > 1 for series in study.series)
+    twins = dict.fromkeys(series.model for series in study.series if series.control == FILTERED)
+    notes = ["Definitions: docs/tampering.md. Above the twin: accuracy at equal tokens of the attack, with its 95 % interval."]
+    if len(twins) > 1:
+        notes.append(f"Above none of several filtered twins ({'; '.join(twins)}): report them apart.")
     cells = []
     for series in study.series:
         curve = series.points_of(task) if task else []
         if task is None or not curve or curve[0].step or series.baseline is None or task not in series.baseline.evals:
             continue
         found = recovery.measure(curve, value_of(series.baseline.evals[task]))
-        line = [series.model, *([series.attack] if several else []), *([str(len(series.attacks))] if seeds else [])]
+        line = [series.model, *([series.attack] if several else []), *([str(len(series.measured))] if seeds else [])]
         line += [percent(found.recovered, 0), *(_reached(r) for r in (found.half, found.nine_tenths, found.full))]
         over = _over_twin(study, series, task)
-        cells.append([*line, decimal(found.area), _above(over), f"{100 * over.area:+.1f}" if over else MISSING])
+        short = f", at {over.tokens:,} tokens" if over and over.tokens < curve[-1].tokens else ""
+        cells.append([*line, decimal(found.area), _above(over) + short, f"{100 * over.area:+.1f}" if over else MISSING])
+        notes += [f"{series.model}, {series.attack}: {series.reason}."] if series.reason else []
     columns = ["Model", *(["Attack"] if several else []), *(["Seeds"] if seeds else []), "Recovered", "Steps (tokens) to half"]
     columns += ["to nine tenths", "to full", "Area", "Above filtered twin, points", "on average"]
-    notes = ["Definitions: docs/tampering.md. Above the twin: accuracy at equal tokens of the attack, with its 95 % interval."]
     return Table(f"Recovery of {task}", columns, cells, notes)
 
 

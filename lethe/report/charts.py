@@ -194,8 +194,9 @@ def worst_cells(study: Study, forget: str, general: str | None) -> list[dict[str
     for model, (_, worst) in study.worst_cases().items():
         for settings, attack in attacks:
             series = own.get((model, settings))
-            trial = study.trial(series, forget, general) if series else None
-            found = worst_case([trial], study.general_bound) if trial and len(trial.forget) > 1 and trial.general else None
+            trials = study.trials(series, forget, general) if series else []
+            known = any(len(trial.forget) > 1 and trial.general for trial in trials)
+            found = worst_case(trials, study.general_bound) if known else None
             cells.append(_cell(names[model], attack, found))
         cells.append(_cell(names[model], "worst case", worst))
     return cells

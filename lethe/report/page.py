@@ -181,7 +181,9 @@ def _attack_sentence(attack: Attack, study: Study) -> str:
     gap = f", {percent(share, 0)} of what unlearning had removed" if share is not None else ""
     note = recovery_note(attack, task)
     full = f". {note}" if note.startswith("Full") else ""
-    return f"An attack of {steps} steps brought {task} from {percent(start, 1)} to {percent(final, 1)}{gap}{full}."
+    status = attack.run.status
+    what = f"An attack of {steps} steps" if status == "complete" else f"An attack, {status} after step {steps}, so far"
+    return f"{what} brought {task} from {percent(start, 1)} to {percent(final, 1)}{gap}{full}."
 
 
 def _worst_sentence(model: str, study: Study) -> str:
@@ -209,7 +211,8 @@ def _control_sentence(study: Study) -> str:
         ends = _ends(attack) if attack.control else None
         if ends:
             what = attack.control.removeprefix("Control: ") if attack.control else ""
-            parts.append(f"{what} {percent(ends[1], 1)} → {percent(ends[2], 1)} in {ends[3]} steps")
+            status = "" if attack.run.status == "complete" else f" ({attack.run.status})"
+            parts.append(f"{what} {percent(ends[1], 1)} → {percent(ends[2], 1)} in {ends[3]} steps{status}")
     return f"Attacks on the controls, for comparison: {'; '.join(parts)}." if parts else ""
 
 
@@ -235,7 +238,7 @@ def _tiles(study: Study) -> str:
         ]
         judged = judge(evals, target)
         tiles += [(f"{judged[1].value:.2f}", f"selectivity, regime {judged[0]}")] if judged else []
-        attacks = [a for a in study.attacks if study.attacked(a) is run and _ends(a)]
+        attacks = [a for a in study.attacks if study.attacked(a) is run and _ends(a) and a.run.status == "complete"]
         attack = next(iter(attacks), None)
         worst = study.worst_cases()[attacks[0].model][1] if len({a.settings for a in attacks}) > 1 else None
         if worst:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,8 @@ class Attack:
     curve: list[dict[str, Any]]
     before: tuple[Run, ...] = ()
     model: str = ""
+    weights: str = ""
+    """Hash of the model's weights, before the attacks."""
 
     @property
     def settings(self) -> str:
@@ -114,9 +116,14 @@ class Series:
     settings: str
     attacks: list[Attack]
 
+    @property
+    def measured(self) -> list[Attack]:
+        """The seeds that are complete; all of them, where none is."""
+        return [attack for attack in self.attacks if attack.run.status == "complete"] or self.attacks
+
     def points_of(self, task: str) -> list[Point]:
-        """The curve on a task, over seeds where there are several."""
-        curves = [points for attack in self.attacks if (points := attack.points_of(task))]
+        """The curve on a task, over the seeds that are measured to their end; where none is, as far as all are."""
+        curves = [points for attack in self.measured if (points := attack.points_of(task))]
         return recovery.over_seeds(curves) if curves else []
 
     @property
@@ -188,6 +195,13 @@ class Study:
     def attacks(self) -> list[Attack]:
         """Attacks on unlearned models first, then those on controls; oldest first."""
         attacks = [self._attack(run) for run in self.of_kind("tamper")]
+        weights: dict[str, set[str]] = {}
+        for attack in attacks:
+            weights.setdefault(attack.model, set()).add(attack.weights)
+        for i, attack in enumerate(attacks):
+            if len(weights[attack.model]) > 1:  # one name, several models
+                own = f"{attack.model}, weights {attack.weights[:8]}"
+                attacks[i] = replace(attack, model=own, label=own + attack.label.removeprefix(attack.model))
         return sorted(attacks, key=lambda attack: attack.control is not None)
 
     @cached_property
@@ -204,9 +218,10 @@ class Study:
         return [Series(m, own[0].control, own[0].baseline, names[s], s, own) for m, s, own in made]
 
     def twin_of(self, series: Series) -> Series | None:
-        """The filtered twin under the same attack."""
-        twins = (other for other in self.series if other.control == FILTERED and other.settings == series.settings)
-        return next(twins, None)
+        """The filtered twin under the same attack; None where there are several twins, of which none is the one to choose."""
+        twins = [other for other in self.series if other.control == FILTERED]
+        same = (other for other in twins if other.settings == series.settings)
+        return next(same, None) if len({other.model for other in twins}) == 1 else None
 
     @property
     def general_bound(self) -> float:
@@ -227,23 +242,30 @@ class Study:
         for first in models.values():
             own = {series.settings: series for series in self.series if series.model == first.model}
             trials = [
-                self.trial(own[settings], forget, general)
-                if settings in own
-                else recovery.Trial(name, [], [], "not run on this model")
+                trial
                 for settings, name in attacks
+                for trial in (
+                    self.trials(own[settings], forget, general)
+                    if settings in own
+                    else [recovery.Trial(name, [], [], "not run on this model")]
+                )
             ]
             before = first.baseline.evals.get(forget) if first.baseline and forget else None
             baseline = value_of(before) if before else None
             found[first.model] = first, recovery.worst_case(trials, self.general_bound, baseline)
         return found
 
-    def trial(self, series: Series, forget: str | None, general: str | None) -> recovery.Trial:
-        """A series as one attack of a set."""
-        curves = [series.points_of(task) if task else [] for task in (forget, general)]
+    def trials(self, series: Series, forget: str | None, general: str | None) -> list[recovery.Trial]:
+        """A series as one attack of a set; a seed that is not measured to its end beside those that are is one by itself."""
         twin = self.twin_of(series) if series.control != FILTERED else None
-        return recovery.Trial(
-            series.attack, curves[0], curves[1], series.reason, twin.points_of(forget) if twin and forget else []
-        )
+        control = twin.points_of(forget) if twin and forget else []
+        open_ones = [attack for attack in series.attacks if attack not in series.measured]
+        parts: list[tuple[str, Series | Attack, str | None]] = [(series.attack, series, None if open_ones else series.reason)]
+        for attack in open_ones:
+            seed = f"{series.attack}, seed {attack.run.record['config'].get('seed')}"
+            parts.append((seed, attack, replace(series, attacks=[attack]).reason))
+        on = lambda part, task: part.points_of(task) if task else []  # noqa: E731
+        return [recovery.Trial(name, on(part, forget), on(part, general), why, control) for name, part, why in parts]
 
     def run_named(self, ref: str, of: Run) -> Run | None:
         """The run that a model reference (`run:ID`, or a run's folder) of run `of` means: one made before it, among these."""
@@ -251,6 +273,7 @@ class Study:
         made = of.record.get("created") or ""
         holding = [run for run in self.runs if run is not of and run.record["kind"] in {"unlearn", "tamper"}]
         earlier = [run for run in holding if (run.record.get("created") or "") <= made]
+        earlier.sort(key=lambda run: run.path.parent.resolve() != of.path.parent.resolve())  # its own folder's first
         found = [run for run in earlier if name and (name in {run.id, run.path.name})]
         return found[0] if found else next((run for run in earlier if ref.startswith("run:") and name in run.path.name), None)
 
@@ -272,17 +295,20 @@ class Study:
         model = f"{attacked.record['name']} ({attacked.id})" if attacked else f"{control} ({ref})" if control else ref
         label = f"{model}, after {', '.join(each.record['name'] for each in before)}" if before else model
         baseline = target.baseline if target else None
-        return Attack(run, label, control, baseline, run.rows("curve.jsonl"), tuple(before), model)
+        return Attack(run, label, control, baseline, run.rows("curve.jsonl"), tuple(before), model, sha)
 
     def _control(self, ref: str, sha: str) -> str | None:
         if ref.startswith("random:"):
             return "Control: random weights"
-        if "filter" in ref.rsplit("/", 1)[-1]:
-            return FILTERED
         parents = [(role, self._parent(run, role)) for run in self.of_kind("unlearn") for role in ("source", "model")]
         by_ref = [role for role, parent in parents if parent[0] == ref]
         by_weights = [role for role, parent in parents if parent[1] == sha]
-        return {"source": "Control: source", "model": "Control: before unlearning"}.get(next(iter(by_ref + by_weights), ""))
+        role = next(iter(by_ref + by_weights), None)
+        if role:
+            return {"source": "Control: source", "model": "Control: before unlearning"}[role]
+        # The field's names for it: lab:filtered, …-strong-filter; what was not filtered is called unfiltered.
+        twin = re.search(r"(?<!un)filter", ref.rsplit("/", 1)[-1].lower()) and not ref.startswith("run:")
+        return FILTERED if twin else None
 
     def _target_of(self, attacked: Run | None, ref: str) -> Target | None:
         """The model that an attacked one was made from; for a control, the one that the report is about."""
@@ -336,7 +362,6 @@ def _points(run: Run, task: str, steps: int, tokens: int) -> list[Point]:
             r["acc"],
             r["low"],
             r["high"],
-            r["stderr"],
             line.get("strength"),
         )
         for line, r in lines
