@@ -148,6 +148,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
     from lethe import cli, scoring
     from lethe import questions as asked
+    from lethe import rows as rows_module
     from lethe.evaluate import evaluate_model
 
     cli.quiet()
@@ -176,7 +177,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         hflm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=max(1, args.tokens // longest))
 
         def ours(instances: list = instances) -> list:
-            scoring._last_rows.clear()
+            rows_module._last.clear()
             return scoring.Scorer(model, tokenizer).loglikelihood(instances)
 
         def theirs(instances: list = instances, hflm: HFLM = hflm) -> list:

@@ -1,16 +1,14 @@
 """Log-likelihoods of answers, as lm-eval's `hf` model computes them, with less work.
 
-lm-eval runs one row a choice and computes logits at every position. Here the choices of a question are one row: the context
-once, kept as keys and values, then the answers as branches of a tree. An attention mask lets each token of an answer see the
-context and its own branch alone and its position counts along the branch, so that every architecture with ordinary attention
-computes what it would for separate rows. No logits of a context are read, so its pass ends with the last block's keys and
-values. What all questions of a task begin with (description, few-shot examples) is run once too. Rows of like length make a
-batch, and the output layer is applied only where an answer is read.
+lm-eval runs one row a choice and computes logits at every position. Here rows are trees (`rows.py`): contexts, run first and
+kept as keys and values, then answers. An attention mask lets each token see its own branch alone and its position counts along
+the branch, so that every architecture with ordinary attention computes what it would for separate rows. No logits of a context
+are read, so its pass ends with the last block's keys and values. What all questions of a task begin with (description, few-shot
+examples) is run once for all. Rows of like length make a batch, and the output layer is applied only where an answer is read.
 
-Whether a model takes such rows is found out on its longest one, beside separate rows; where it does not, rows are separate. A
-context that is too long for the window is cut for each answer by its own length, as lm-eval does; answers for which it is cut
-alike share it. A batch is as large as the free memory and the model's size allow; one that does not fit after all is halved and
-tried again.
+Whether a model takes such rows is found out on the longest of each kind, beside separate rows; where it does not take those of
+several questions, rows are of one, and where it does not take these, separate. A batch is as large as the free memory and the
+model's size allow; one that does not fit after all is halved and tried again.
 """
 
 from __future__ import annotations
@@ -22,10 +20,7 @@ import inspect
 import logging
 import math
 import os
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,69 +35,21 @@ from lethe.allocator import kept_memory
 from lethe.errors import LetheError
 from lethe.harness import HFLM, has_bos_prefix
 from lethe.progress import bar
+from lethe.rows import Encoded, Row, longest_first, plain_rows, rows_of
 
 logger = logging.getLogger(__name__)
-Encoded = tuple[list[int], list[int]]
 TOKENS_PER_BATCH = 2048  # more are no faster on a CPU, whose caches a block's states leave long before
 TOKENS_PER_BATCH_ON_GPU = 16384
 LOGITS_PER_BATCH = 2**27
-LEAST_BEGINNING = 8
-TOKENS_PER_ROW = 96  # a token's attention to so many others is still little beside its products with the weights
-LEAST_SHARED = 0.25
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 _with_threads: set[int] = set()
 """Processes whose tokenizers were asked for threads: this one alone, unless it is a fork of another."""
 _taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool, bool], tuple[bool, int]]] = WeakKeyDictionary()
 _shrunk: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_last_rows: list[tuple[tuple[list[Encoded], int, list[int]], list[Row]]] = []
 
 
 class NotNumbersError(LetheError):
     """The model answers nothing: there is no accuracy to record, not even that of guessing."""
-
-
-@dataclass
-class Row:
-    """One row of tokens. `parents[i]` is the token that comes before token i, which is i − 1 except where a branch begins.
-
-    First come contexts, then the tokens that answers are read at, if it is `split`.
-    """
-
-    tokens: list[int]
-    parents: list[int]
-    reads: list[tuple[int, list[int]]] = field(default_factory=list)
-    """For each request that the row answers: its number, and where the logits of each of its answer's tokens are."""
-    split: bool = False
-    """Whether what comes before the answers is run first and kept; otherwise the row is run whole, as any model takes it."""
-    context: int = 0
-    """How many of its tokens come before the first that an answer is read at, if it is split."""
-    straight: int = 0
-    """How many of those come one after the other, before the first branch."""
-    branches: bool = False
-    """Whether an answer's token comes after another than the one before it in the row."""
-    begins: int = 0
-    """How many of its first tokens it has in common with the other rows of its task, and takes from their kept run."""
-    group: int = 0
-    """The task that it belongs to."""
-
-    @property
-    def kind(self) -> tuple[bool, bool, bool]:
-        """What of the row an architecture may not take: branches of answers, of contexts, a beginning that is kept."""
-        return self.branches, self.straight < self.context, self.begins > 0
-
-    def sight(self) -> tuple[list[int], np.ndarray]:
-        """Of the tokens from `straight` on: positions along their branches, and seen[i, j]: whether token i sees token j."""
-        start = self.straight
-        depths = list(range(start))
-        seen = np.zeros((len(self.tokens) - start, len(self.tokens)), dtype=bool)
-        for i, parent in enumerate(self.parents[start:]):
-            depths.append(depths[parent] + 1 if parent >= 0 else 0)
-            if parent >= start:
-                seen[i] = seen[parent - start]
-            else:
-                seen[i, : parent + 1] = True
-            seen[i, start + i] = True
-        return depths[start:], seen
 
 
 class _FilledError(Exception):
@@ -191,9 +138,12 @@ class Scorer(HFLM):
             if not 0 < len(continuation) <= window:
                 answer = self.tokenizer.decode(continuation)[:60]
                 raise LetheError(f"an answer has {len(continuation)} tokens, 1 to {window} can be scored: {answer!r}")
-        rows = _rows_of(requests, window, groups or [0] * len(requests))
-        if not self._takes(rows, requests):
-            rows = sorted(plain_rows(requests, window), key=_longest_first)
+        for join in (True, False):
+            rows = rows_of(requests, window, groups or [0] * len(requests), join)
+            if self._takes(rows, requests):
+                break
+        else:
+            rows = sorted(plain_rows(requests, window), key=longest_first)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_memory())
@@ -233,10 +183,11 @@ class Scorer(HFLM):
 
     def _fitting(self, rows: list[Row], start: int) -> int:
         """How many rows from `start` on make a batch; they come longest first."""
-        width, reads, count = len(rows[start].tokens), 0, 0
+        context = rest = reads = count = 0
         for row in rows[start:]:
             reads += sum(len(where) for _, where in row.reads)
-            full = (count + 1) * width > self._tokens or reads > self._reads
+            context, rest = max(context, row.context), max(rest, len(row.tokens) - row.context)
+            full = (count + 1) * (context + rest) > self._tokens or reads > self._reads
             same = row.begins == rows[start].begins and not (row.begins and row.group != rows[start].group)
             if count and (full or not same):
                 break
@@ -307,10 +258,13 @@ class Scorer(HFLM):
                 positions[k, :n] = depths[branched:]
                 visible[k, 0, :n, :context] = seen[branched:, :context]
                 visible[k, 0, :n, begins + width : begins + width + n] = seen[branched:, context:]
+                visible[k, 0, n:] = True  # what sees nothing is no number in a small type, and spreads
             else:
                 positions[k, : context - begins] = [*range(begins, row.straight), *depths[:branched]]
-                visible[k, 0, : row.straight - begins, : row.straight] = np.tri(row.straight, dtype=bool)[begins:]
-                visible[k, 0, row.straight - begins : context - begins, :context] = seen[:branched, :context]
+                straight = row.straight - begins
+                visible[k, 0, :straight, : row.straight] = np.tri(straight, row.straight, begins, dtype=bool)
+                visible[k, 0, straight : context - begins, :context] = seen[:branched, :context]
+                visible[k, 0, context - begins :] = True
         dtype = self._forward.dtype
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
         return {"position_ids": torch.from_numpy(positions).to(self.device), "attention_mask": mask.to(self.device)}
@@ -374,7 +328,7 @@ class Scorer(HFLM):
     def _agrees(self, row: Row, requests: list[Encoded]) -> bool:
         numbers = [number for number, _ in row.reads]
         alone = [requests[number] for number in numbers]
-        plain = sorted(plain_rows(alone, self.max_length), key=_longest_first)
+        plain = sorted(plain_rows(alone, self.max_length), key=longest_first)
         try:
             tree = self._run([row], requests)
             apart: dict[int, tuple[float, bool]] = {}
@@ -422,126 +376,6 @@ def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
     size = plain.dtype.itemsize
     token = size * config.hidden_size * (2 * config.num_hidden_layers + 22)
     return min(most, max(1, free * 3 // 8 // token)), min(LOGITS_PER_BATCH, free // 8 // size)
-
-
-def _longest_first(row: Row) -> tuple[Any, ...]:
-    return row.begins and row.group, row.begins, -len(row.tokens), row.tokens
-
-
-def _rows_of(requests: list[Encoded], window: int, groups: list[int]) -> list[Row]:
-    """Rows, longest first; the last ones are kept: while a model is trained it is asked the same again and again."""
-    asked = requests, window, groups
-    if not _last_rows or _last_rows[0][0] != asked:
-        _last_rows[:] = [(asked, sorted(tree_rows(*asked), key=_longest_first))]
-    return _last_rows[0][1]
-
-
-def tree_rows(requests: list[Encoded], window: int, groups: list[int]) -> list[Row]:
-    """Rows in which requests share contexts, or what they begin with, and answers what they begin with alike.
-
-    A context that does not fit into the window together with its answer is cut from the left, as lm-eval does.
-    """
-    rows: dict[tuple[int, tuple[int, ...]], Row] = {}
-    branches: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], int]] = defaultdict(dict)
-    cut = set()
-    for number, (text, continuation) in enumerate(requests):
-        context = text[-(window + 1 - len(continuation)) :]
-        key = groups[number], tuple(context)
-        if key not in rows:
-            before = len(context) - 1
-            rows[key] = Row(list(context), list(range(-1, before)), [], True, before, before, group=groups[number])
-        if len(context) < len(text):
-            cut.add(key)
-        row, known = rows[key], branches[key]
-        place, read = len(context) - 1, [len(context) - 1]
-        for end in range(1, len(continuation)):
-            begin = tuple(continuation[:end])
-            if begin not in known:
-                known[begin] = len(row.tokens)
-                row.branches |= place != len(row.tokens) - 1
-                row.tokens.append(continuation[end - 1])
-                row.parents.append(place)
-            place = known[begin]
-            read.append(place)
-        row.reads.append((number, read))
-    whole = [row for key, row in rows.items() if key not in cut]
-    _share_beginnings(whole)
-    return [row for key, row in rows.items() if key in cut] + [_joined(some) for some in _alike(whole)]
-
-
-def _share_beginnings(rows: list[Row]) -> None:
-    """Set how many first tokens the rows of each task have in common, where that is worth keeping."""
-    groups: dict[int, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.group].append(row)
-    for some in groups.values():
-        contexts = [row.tokens[: row.context] for row in some]
-        common = _common(min(contexts), max(contexts))
-        if common >= LEAST_BEGINNING and len(some) > 1:
-            for row in some:
-                row.begins = common
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many first tokens two lists have in common."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _alike(rows: list[Row]) -> Iterator[list[Row]]:
-    """Rows whose contexts begin alike, together: as many as make TOKENS_PER_ROW tokens of contexts, beginnings apart."""
-    some: list[Row] = []
-    size = 0
-    for row in sorted(rows, key=lambda row: (row.begins and row.group, row.begins, row.tokens[: row.context])):
-        own = row.context - row.begins
-        if some:
-            last = some[-1]
-            same = (row.begins and row.group, row.begins) == (last.begins and last.group, last.begins)
-            shared = _common(last.tokens[: last.context], row.tokens[: row.context]) - row.begins if same else 0
-            if shared > 0 and shared >= LEAST_SHARED * own and size + own - shared <= TOKENS_PER_ROW:
-                some.append(row)
-                size += own - shared
-                continue
-            yield some
-        some, size = [row], own
-    if some:
-        yield some
-
-
-def _joined(rows: list[Row]) -> Row:
-    """One row: a tree of the rows' contexts, each of which shares with the one before it what they begin with, and after it
-    the answers of all."""
-    first = rows[0]
-    if len(rows) == 1:
-        return first
-    tokens, parents = first.tokens[: first.context], first.parents[: first.context]
-    paths = [list(range(first.context))]
-    for last, row in pairwise(rows):
-        common = _common(last.tokens[: last.context], row.tokens[: row.context])
-        path = paths[-1][:common]
-        for token in row.tokens[common : row.context]:
-            parents.append(path[-1])
-            path.append(len(tokens))
-            tokens.append(token)
-        paths.append(path)
-    straight = next((i for i, parent in enumerate(parents) if parent != i - 1), len(parents))
-    joined = Row(tokens, parents, [], True, len(tokens), straight, True, first.begins, first.group)
-    for row, path in zip(rows, paths, strict=True):
-        moved = len(tokens) - row.context
-        tokens += row.tokens[row.context :]
-        parents += [path[parent] if parent < row.context else parent + moved for parent in row.parents[row.context :]]
-        joined.reads += [(number, [place + moved for place in where]) for number, where in row.reads]
-    return joined
-
-
-def plain_rows(requests: list[Encoded], window: int) -> list[Row]:
-    """One row a distinct input, as lm-eval makes them: cut from the left at the window, without the last token."""
-    rows: dict[tuple[int, ...], Row] = {}
-    for number, (context, continuation) in enumerate(requests):
-        tokens = (context + continuation)[-(window + 1) :][:-1]
-        row = rows.setdefault(tuple(tokens), Row(tokens, list(range(-1, len(tokens) - 1))))
-        row.reads.append((number, list(range(len(tokens) - len(continuation), len(tokens)))))
-    return list(rows.values())
 
 
 def _logsumexp(logits: Tensor) -> Tensor:

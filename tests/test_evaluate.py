@@ -24,7 +24,7 @@ from scipy.stats import binomtest, norm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lethe import evaluate as evaluate_function
-from lethe import scoring, tasks
+from lethe import rows, scoring, tasks
 from lethe.config import EvaluateConfig
 from lethe.errors import LetheError
 from lethe.evaluate import Scorer, evaluate_model, measure, value_of
@@ -178,9 +178,9 @@ def test_choices_of_a_question_are_one_row_on_every_architecture(loaded, tmp_pat
     scorer.loglikelihood(instances)
     batches.clear()  # the first evaluation tries shared rows beside separate ones
     scorer.loglikelihood(instances)
-    rows = [row for batch in batches for row in batch]
-    assert any(row.branches for row in rows)
-    assert len(rows) == sum(len(q["choices"]) if q["prompt"].startswith(LONG) else 1 for q in QUESTIONS)
+    ran = [row for batch in batches for row in batch]
+    assert any(row.branches for row in ran)
+    assert len(ran) == sum(len(q["choices"]) if q["prompt"].startswith(LONG) else 1 for q in QUESTIONS)
 
 
 def test_answers_for_which_a_context_is_cut_alike_share_it(loaded, tmp_path, cache, monkeypatch):
@@ -250,12 +250,78 @@ def test_questions_that_begin_alike_share_it(loaded, tmp_path, cache, monkeypatc
     run = Scorer._run
     monkeypatch.setattr(Scorer, "_run", lambda self, batch, asked: batches.append(batch) or run(self, batch, asked))
     scorer.loglikelihood(instances)
-    rows = [row for batch in batches for row in batch]
+    ran = [row for batch in batches for row in batch]
     contexts = {tuple(context) for context, _ in scorer.encode([one.args for one in instances])}
-    assert len(rows) < len(contexts) / 2
-    assert all(row.context - row.begins <= scoring.TOKENS_PER_ROW for row in rows)
-    assert sum(row.context - row.begins for row in rows) < sum(map(len, contexts)) / 2
-    assert all((row.begins > 0) == bool(start) for row in rows)
+    assert len(ran) < len(contexts) / 2
+    assert sum(row.context - row.begins for row in ran) < sum(map(len, contexts)) / 2
+    assert all((row.begins > 0) == bool(start) for row in ran)
+
+
+def test_a_long_passage_is_run_once_for_its_questions_and_many_answers_to_one_are_several_rows(gpt2, monkeypatch):
+    """What a question does not see of its row stays short, whether that is others' contexts or others' answers."""
+    model, tokenizer = gpt2
+    rng = random.Random(0)
+    words = lambda n: [rng.randrange(3, 300) for _ in range(n)]  # noqa: E731
+    passages = [words(20) for _ in range(2)]
+    monkeypatch.setattr(rows, "UNSEEN", 24)
+    asked = [(passage + words(4), words(2)) for passage in passages for _ in range(6)]
+    asked += [([5], words(rng.randint(4, 9))) for _ in range(30)]
+    made = rows.tree_rows(asked, 64, [0] * len(asked))
+    sizes = [len(row.tokens) for row in made]
+    assert sum(sizes) < sum(len(c) + len(a) - 1 for c, a in asked) / 1.5 and max(sizes) <= 64 + 24
+    assert sorted(number for row in made for number, _ in row.reads) == list(range(len(asked)))
+    for row in made:
+        _, seen = row.sight()
+        for _, where in row.reads:
+            last = where[-1]
+            sees = seen[last - row.straight].sum() if last >= row.straight else last + 1
+            assert len(row.tokens) - sees <= 24 + 24 + 9
+    found = Scorer(model, tokenizer).score(asked)
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    expected = [plain._loglikelihood_tokens([(("", ""), *one)], disable_tqdm=True)[0] for one in asked]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_does_not_make_no_number_of_a_float16_model_with_very_negative_scores(make_model, tmp_path, attention):
+    """Every score of a token with another is below −16, where float16's lowest number less that is minus infinity."""
+    folder = make_model("qwen2", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attend, size = layer.self_attn, layer.self_attn.head_dim
+            for projection, sign in ((attend.q_proj, 1), (attend.k_proj, -1)):
+                projection.bias.zero_()
+                for start in range(0, projection.bias.numel(), size):  # the slowest pair, which positions hardly turn
+                    projection.bias[start + size // 2 - 1] = projection.bias[start + size - 1] = 8.0 * sign
+    rng = random.Random(1)
+    words = lambda n: [rng.randrange(3, 300) for _ in range(n)]  # noqa: E731
+    beginning = words(6)
+    asked = [(beginning + words(rng.randint(1, 9)), words(rng.randint(1, 4))) for _ in range(12)]
+    asked += [(words(30), words(1)), (words(30), words(5))]
+    scorer = Scorer(model, AutoTokenizer.from_pretrained(folder))
+    assert not any(math.isnan(value) for value, _ in scorer.score(asked))
+    assert all(takes for takes, _ in scoring._taken[model].values())
+
+
+def test_a_model_that_takes_rows_of_one_question_alone_gets_those(gpt2, tmp_path, cache, monkeypatch):
+    model, tokenizer = gpt2
+    monkeypatch.setattr(scoring, "_taken", {})
+    agrees, run, batches = Scorer._agrees, Scorer._run, []
+    monkeypatch.setattr(Scorer, "_agrees", lambda self, row, asked: not row.kind[1] and agrees(self, row, asked))
+    monkeypatch.setattr(Scorer, "_run", lambda self, batch, asked: batches.append(batch) or run(self, batch, asked))
+    prompts = [f"the river of Orvane flows past {word} and into" for word in ("mills", "salt", "resin", "copper")]
+    instances = requests(write_task(tmp_path, [{"prompt": p, "choices": ["a b", "b c"], "answer": 0} for p in prompts]))
+    compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
+    assert len(batches[-1]) == len(prompts) and all(row.split and len(row.reads) == 2 for row in batches[-1])
+
+
+def test_requests_changed_in_place_are_asked_anew(gpt2):
+    model, tokenizer = gpt2
+    scorer, asked = Scorer(model, tokenizer), [([5, 6, 7], [8, 9]), ([5, 6, 7], [10])]
+    first = scorer.score(asked)
+    asked[0] = ([11, 12, 13], [14, 15])
+    assert scorer.score(asked)[0][0] != first[0][0]
 
 
 def test_several_tasks_at_once_are_scored_as_each_by_itself(gpt2, tmp_path, cache):
