@@ -35,6 +35,8 @@ from lethe.errors import LetheError
 from lethe.ledger import LOST_AFTER_SECONDS, Run, Terminated, now, seconds_since
 
 LOCK = "work.lock"
+JOBS = "slurm"
+"""Where in a sweep's folder its jobs' files are."""
 ENDED = ("complete", "failed", "diverged", "cancelled")
 SECONDS_TO_SAVE = 120
 SECONDS_TO_BEGIN = 3600
@@ -220,7 +222,7 @@ class SlurmLauncher:
     def __init__(self, folder: Path, jobs: int, settings: SlurmSettings):
         from lethe import slurm
 
-        self.folder, self.jobs, self.settings, self.slurm = folder / "slurm", jobs, settings, slurm
+        self.folder, self.jobs, self.settings, self.slurm = folder / JOBS, jobs, settings, slurm
         self.alive: set[str] = set()
 
     def room(self) -> int:
@@ -290,6 +292,13 @@ def make(kind: str, folder: Path, jobs: int, settings: SlurmSettings) -> Launche
     return SlurmLauncher(folder, jobs, settings) if kind == "slurm" else LocalLauncher(folder, jobs)
 
 
+def job_log(folder: Path, job_id: str) -> Path:
+    """What a Slurm job of the sweep in `folder` has printed."""
+    from lethe import slurm
+
+    return slurm.log_file(folder / JOBS, job_id)
+
+
 def last_lines(file: Path, count: int = 5) -> list[str]:
     """The last lines of a log; none where there is no log."""
     try:
@@ -319,8 +328,8 @@ def _environment(number: int, jobs: int) -> dict[str, str]:
 
 
 def _devices() -> list[str]:
-    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return given.split(",")
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # an empty one hides them all
+        return given.split(",") if given else []
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from lethe.config import SlurmSettings, minutes
 from lethe.errors import LetheError
-from lethe.ledger import TAIL_BYTES, Terminated
+from lethe.ledger import Terminated
 
 WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "STOPPED", "RESV_DEL_HOLD"}
 WORKS = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING"}
@@ -181,16 +181,6 @@ def restarts() -> int:
 def log_file(folder: str | Path, job_id: str) -> Path:
     """Where a job submitted with `folder` writes what it prints, over all its restarts."""
     return Path(folder) / f"{job_id}_0_log.out"
-
-
-def log_tail(folder: str | Path, job_id: str, lines: int = 10) -> list[str]:
-    """The last lines of a job's log; none when it has not written any."""
-    try:
-        with log_file(folder, job_id).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()[-lines:]
-    except OSError:
-        return []
 
 
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:

@@ -338,7 +338,10 @@ class Sweep:
 
     def fail(self, task: Task, status: str, reason: str, runs: list[Run] | None = None) -> None:
         """End a trial without a number: its status, the reason and the log's last lines."""
-        log = [line for run in runs or [] for line in launch.last_lines(run.path / "log.txt")][-5:]
+        files = [run.path / "log.txt" for run in runs or []]
+        log = [line for file in files for line in launch.last_lines(file)][-5:]
+        if not log and (job := (task.get("owner") or {}).get("job_id")):  # it ended before its runs began
+            log = launch.last_lines(launch.job_log(self.run.path, job))
         for run in runs or []:
             if run.record["status"] in {"queued", "running"}:
                 run.update(status="cancelled" if status == "cancelled" else "failed", reason=reason)

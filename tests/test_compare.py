@@ -95,6 +95,16 @@ def test_different_questions_are_refused(runs, lab, tmp_path):
         compare(CompareConfig([runs[0], str(other.path)]))
 
 
+def test_a_model_is_asked_as_the_run_beside_it_was_and_other_settings_are_refused(runs, lab, tmp_path):
+    few = str(evaluate(EvaluateConfig(SOURCE, ["lab_forget_robust"], limit=20, samples=True, out=str(tmp_path))).path)
+    for tasks in ([], ["lab_forget_robust"]):
+        assert compare(CompareConfig([few, "lab:final"], tasks, limit=20))["tasks"]["lab_forget_robust"]["n"] == 20
+        assert compare(CompareConfig(["lab:final", few], tasks))["tasks"]["lab_forget_robust"]["n"] == 20
+    for settings in ({"limit": 30}, {"num_fewshot": 3}):
+        with pytest.raises(LetheError, match=f"{next(iter(settings))}: .* has no effect"):
+            compare(CompareConfig([few, runs[0]], **settings))
+
+
 def test_a_run_without_samples_and_a_third_model_are_refused(runs, lab, tmp_path):
     bare = evaluate(EvaluateConfig(SOURCE, ["lab_forget_robust"], limit=5, out=str(tmp_path)))
     with pytest.raises(LetheError, match="--samples true"):

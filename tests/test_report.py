@@ -284,11 +284,32 @@ def test_a_second_report_replaces_the_first(study: Folder, tmp_path: Path) -> No
     names = {"checkpoints", "losses", "forget-retain", "tamper"}
     assert made["tables"].read_text().endswith(markdown(study))
     assert {path.name for path in made["charts"].iterdir()} == {f"{n}.{kind}" for n in names for kind in ("svg", "png")}
+    (made["charts"] / "my-figure.png").write_bytes(b"mine")
     single = next(study.path.glob("evaluate-base-*"))
     made = report(ReportConfig([str(single)], str(tmp_path / "out")))
-    assert list(made["charts"].iterdir()) == []
+    assert [path.name for path in made["charts"].iterdir()] == ["my-figure.png"]
     assert "Runs\n" not in made["tables"].read_text()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tables.md", "index.html", "charts"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tables.md", "index.html", "charts", ".report.json"}
+
+
+def test_a_page_that_is_no_reports_is_not_replaced(study: Folder, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("my own page")
+    with pytest.raises(LetheError, match=r"holds a file index\.html that no report has written"):
+        report(ReportConfig([str(study.path)], str(tmp_path / "site")))
+    assert [path.name for path in (tmp_path / "site").iterdir()] == ["index.html"]
+    assert (tmp_path / "site" / "index.html").read_text() == "my own page"
+
+
+def test_regimes_are_told_by_the_thresholds_of_the_sweep(study: Folder) -> None:
+    """Of retain 0.8325 a run keeps 0.72, that is (0.72 − 0.25) / (0.8325 − 0.25) = 0.81."""
+    run = study.unlearn("less", evals(0.26, 0.72))
+    assert rows_by_name(markdown(study), "Runs")[run.id]["regime"] == "partial"
+    study.add("sweep", "loose", {"kept_threshold": 0.75, "chance_threshold": 0.1})
+    text = markdown(study)
+    assert rows_by_name(text, "Runs")[run.id]["regime"] == "selective" and "reaches 0.75" in text
+    study.add("sweep", "strict", {"kept_threshold": 0.95, "chance_threshold": 0.1})  # two that differ: the usual ones
+    assert "reaches 0.9," in markdown(study)
 
 
 def test_the_page_loads_nothing_and_leads_with_the_result(study: Folder, tmp_path: Path) -> None:

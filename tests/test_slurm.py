@@ -19,6 +19,7 @@ from sweeping import at_work, recipe, start, trials, until
 from lethe import slurm
 from lethe.config import SweepCancelConfig, SweepStatusConfig
 from lethe.errors import LetheError
+from lethe.launch import last_lines
 from lethe.ledger import Run, find_runs
 from lethe.sweep import cancel, status
 
@@ -173,7 +174,7 @@ def test_a_job_out_of_time_too_often_has_failed(
     job, run = submit(LONG, max_timeouts=0)
     runs_out_of_time(job)
     assert ended(cluster, job).word == "FAILED"
-    assert "timed-out too many times" in "\n".join(slurm.log_tail(tmp_path / "jobs", job))
+    assert "timed-out too many times" in "\n".join(last_lines(slurm.log_file(tmp_path / "jobs", job), 10))
     assert "saved" in Run.open(run.path).record
 
 
@@ -186,7 +187,7 @@ def test_a_killed_job_has_failed_and_its_log_says_so(
         os.kill(process, 9)
     state = ended(cluster, job)
     assert state.word == "FAILED"
-    tail = "\n".join(slurm.log_tail(tmp_path / "jobs", job))
+    tail = "\n".join(last_lines(slurm.log_file(tmp_path / "jobs", job), 10))
     assert "at work" in tail
     assert "Killed" in tail
     assert Run.open(run.path).status == "lost"

@@ -123,7 +123,7 @@ def test_lost_updates_are_few_in_float32_and_most_in_bfloat16(lab, tmp_path):
         for step in range(3):
             model(torch.randn(8, 64, dtype=dtype)).square().mean().backward()
             state = type("State", (), {"global_step": step})
-            counter.on_pre_optimizer_step(None, state, None, model=model)
+            counter.on_pre_optimizer_step(SimpleNamespace(warmup_steps=0), state, None, model=model)
             optimizer.step()
             counter.on_optimizer_step(None, state, None)
             optimizer.zero_grad()
@@ -132,6 +132,8 @@ def test_lost_updates_are_few_in_float32_and_most_in_bfloat16(lab, tmp_path):
     assert shares[torch.float32] < 0.01
     assert shares[torch.bfloat16] > 0.5
     assert tamper(attack(tmp_path, "random:lab:final")).record["losses"]["lost_updates"] < 0.05
+    warmed = tamper(attack(tmp_path, "random:lab:final", warmup_steps=2))  # whose first update has a rate of 0
+    assert warmed.record["losses"]["lost_updates"] < 0.05
 
 
 @pytest.mark.parametrize("settings", [{"lora": LoraSettings(r=2)}, {"adapter": "train"}], ids=["new", "its-own"])

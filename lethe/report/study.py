@@ -49,6 +49,8 @@ class Target:
     runs: list[Run]
     baseline: Row | None
     sources: list[Row]
+    thresholds: tuple[float, float] = (regimes.KEPT_THRESHOLD, regimes.CHANCE_THRESHOLD)
+    """The shares kept from which on, and down to which, accuracy counts as kept and as at chance."""
 
     @property
     def rows(self) -> list[Row]:
@@ -176,8 +178,16 @@ class Study:
             sources = dict.fromkeys(self._parent(run, "source") for run in runs)
             rows = [self._evaluated(f"Source ({re.split('[:@/]', source[0])[-1]})", *source) for source in sources]
             unlearned = [run for run in runs if run.record["kind"] == "unlearn"]
-            targets.append(Target(ref, unlearned, self._evaluated("Baseline", ref, sha), [row for row in rows if row]))
+            baseline = self._evaluated("Baseline", ref, sha)
+            targets.append(Target(ref, unlearned, baseline, [row for row in rows if row], self._thresholds()))
         return targets
+
+    def _thresholds(self) -> tuple[float, float]:
+        """Those of the sweeps among the runs, where they agree; else the usual ones."""
+        names = ("kept_threshold", "chance_threshold")
+        found = {tuple(run.record["config"].get(name) for name in names) for run in self.of_kind("sweep")}
+        found = {pair for pair in found if None not in pair}
+        return found.pop() if len(found) == 1 else (regimes.KEPT_THRESHOLD, regimes.CHANCE_THRESHOLD)  # type: ignore[return-value]
 
     @cached_property
     def other_evaluations(self) -> list[Run]:
@@ -451,7 +461,7 @@ def judge(evals: Evals, target: Target) -> tuple[regimes.Regime, regimes.Estimat
     kept = [regimes.kept(evals[task], before[task]) for task in (forget, retain)]
     if kept[0] is None or kept[1] is None:
         return None
-    return regimes.regime(kept[0], kept[1]), regimes.selectivity(kept[0], kept[1])
+    return regimes.regime(kept[0], kept[1], *target.thresholds), regimes.selectivity(kept[0], kept[1])
 
 
 def attack_rows(attacks: list[Attack]) -> Iterator[Row]:

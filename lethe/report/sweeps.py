@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lethe.ledger import Run
-from lethe.report.layout import MISSING, Table, percent, result, setting
+from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING, Table, percent, result, setting
 
 
 def sweep_table(run: Run) -> Table:
@@ -34,5 +34,6 @@ def sweep_table(run: Run) -> Table:
         if trial["reason"] and trial["status"] != "complete":
             log = f" Its log ends: {' / '.join(trial['log'])}" if trial["log"] else ""
             notes.append(f"{trial['name']} {trial['status']}: {trial['reason']}.{log}")
+    notes += [DEGENERATE_NOTE] if any(cell.endswith(DEGENERATE) for row in rows for cell in row) else []
     title = f"{'Suite' if 'suite' in run.record['config'] else 'Sweep'} {run.record['name']} ({run.id})"
     return Table(title, columns, rows, [*notes, *(run.record.get("conclusions") or [])], run.record.get("goal") or "")

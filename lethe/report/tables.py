@@ -414,8 +414,8 @@ def _regime_notes(target: Target) -> list[str]:
         return [f"No regimes: the baseline itself is at chance on {' and '.join(at_chance)}, so there was nothing to keep."]
     return [
         f"selectivity = kept({retain}) − kept({forget}), where kept = (after − chance) / (baseline − chance).",
-        f"regime: kept when the 95 % interval of kept reaches {regimes.KEPT_THRESHOLD}, at chance when it reaches down to "
-        f"{regimes.CHANCE_THRESHOLD}; selective: forget at chance and retain kept.",
+        f"regime: kept when the 95 % interval of kept reaches {target.thresholds[0]}, at chance when it reaches down to "
+        f"{target.thresholds[1]}; selective: forget at chance and retain kept.",
     ]
 
 
