@@ -16,6 +16,8 @@ import math
 from dataclasses import dataclass, field
 
 GENERAL_BOUND = 0.05
+AS_FAR = 0.99
+"""Of an attack's tokens, where a control counts as measured as far: seeds draw documents of different lengths."""
 SHARES = {"half": 0.5, "nine_tenths": 0.9}
 
 
@@ -238,7 +240,7 @@ def worst_case(trials: list[Trial], bound: float = GENERAL_BOUND, baseline: floa
                 best, attack, lost, by = point, trial.name, _lost(trial, general[point.step]), trial
     gap = None if baseline is None or start.reaches(baseline) else baseline - start.value
     until = [point for point in by.forget if point.step <= best.step]
-    so_far = any(p.strength == best.strength and p.tokens >= best.tokens for p in by.control)
+    so_far = any(p.strength == best.strength and p.tokens >= AS_FAR * best.tokens for p in by.control)
     return Worst(
         best,
         start,

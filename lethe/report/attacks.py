@@ -220,7 +220,7 @@ def recovery_table(study: Study) -> Table:
         line = [series.model, *([series.attack] if several else []), *([str(len(series.measured))] if seeds else [])]
         line += [percent(found.recovered, 0), *(_reached(r) for r in (found.half, found.nine_tenths, found.full))]
         over = _over_twin(study, series, task)
-        short = f", at {over.tokens:,} tokens" if over and over.tokens < curve[-1].tokens else ""
+        short = f", at {over.tokens:,} tokens" if over and over.tokens < recovery.AS_FAR * curve[-1].tokens else ""
         cells.append([*line, decimal(found.area), _above(over) + short, f"{100 * over.area:+.1f}" if over else MISSING])
         notes += [f"{series.model}, {series.attack}: {series.reason}."] if series.reason else []
     columns = ["Model", *(["Attack"] if several else []), *(["Seeds"] if seeds else []), "Recovered", "Steps (tokens) to half"]
