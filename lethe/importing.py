@@ -41,6 +41,7 @@ class Imported:
     """What an import did, and what it could not read."""
 
     file: str
+    path: str
     new: list[Run] = field(default_factory=list)
     updated: list[Run] = field(default_factory=list)
     unchanged: list[Run] = field(default_factory=list)
@@ -84,7 +85,7 @@ def import_log(config: c.ImportConfig) -> Imported:
     tables, prose = read(text)
     tasks = {spaced(name): task for name, task in config.tasks.items()}
     _refuse_unused(tasks, tables)
-    imported = Imported(file.name)
+    imported = Imported(file.name, str(file.resolve()))
     records: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     counts: dict[str, int] = {}
     seen: dict[str, int] = {}
@@ -168,7 +169,7 @@ class _Rows:
         tasks: dict[str, str],
         seen: dict[str, int],
     ):
-        self.file, self.table, self.columns, self.number = imported.file, table, columns, number
+        self.file, self.path, self.table, self.columns, self.number = imported.file, imported.path, table, columns, number
         self.known, self.unreadable, self.seen = TASKS | tasks, imported.unreadable, seen
         self.cells: list[_Cell] = []
         meanings: set[Any] = set()
@@ -383,7 +384,7 @@ class _Rows:
         self.seen[place] = self.seen.get(place, 0) + 1
         digest = hashlib.sha256(f"{place} {self.seen[place]}".encode()).hexdigest()[:8]
         config, plan, extra = _sorted_out(kind, settings)
-        imported = {"file": self.file, "line": line, "group": self.table.group, "table": self.number} | extra
+        imported = {"file": self.file, "path": self.path, "line": line, "group": self.table.group, "table": self.number} | extra
         record: dict[str, Any] = {"id": digest, "kind": kind, "name": name, "status": status, "reason": reason, "job_id": job}
         record |= {"launcher": "imported", "created": None, "started": None, "finished": None, "heartbeat": None}
         return record | {"config": config, "imported": imported} | ({"plan": plan} if plan else {})
@@ -487,6 +488,9 @@ def _write(imported: Imported, records: list[tuple[dict[str, Any], list[dict[str
     """Write what is new or changed. Runs of one import are a microsecond apart, so that they stay in the log's order."""
     before = {run.id: run for run in find_runs(out)} if out.is_dir() else {}
     before = {name: run for name, run in before.items() if (run.record.get("imported") or {}).get("file") == imported.file}
+    for path in {run.record["imported"].get("path", imported.path) for run in before.values()} - {imported.path}:
+        if Path(path).exists():  # otherwise it is the same log in another place
+            raise LetheError(f"out: '{out}' has the runs of another {imported.file}, {path}; choose another folder")
     created = now()
     for number, (made, curve) in enumerate(records):
         old = before.pop(made["id"], None)
@@ -510,4 +514,4 @@ def _write(imported: Imported, records: list[tuple[dict[str, Any], list[dict[str
 
 def _content(record: dict[str, Any]) -> dict[str, Any]:
     """A record without where its row stands: a line more above a table changes no row."""
-    return record | {"imported": {name: value for name, value in record["imported"].items() if name != "line"}}
+    return record | {"imported": {name: value for name, value in record["imported"].items() if name not in {"line", "path"}}}

@@ -275,6 +275,20 @@ def test_a_second_import_changes_nothing_and_a_changed_row_is_updated(take) -> N
     assert len(find_runs(first.new[0].path.parent)) == 3
 
 
+def test_another_log_of_the_same_name_does_not_replace_the_first_but_a_moved_one_does(tmp_path: Path) -> None:
+    settings = [tmp_path / who / "log.md" for who in ("alice", "bob")]
+    for file, value in zip(settings, (0.3, 0.4), strict=True):
+        file.parent.mkdir()
+        file.write_text(HEAD + f"| 1 | 5 | 0.1 | {value} |\n")
+    first = import_log(ImportConfig(str(settings[0]), out=str(tmp_path / "runs")))
+    with pytest.raises(LetheError, match=r"has the runs of another log\.md"):
+        import_log(ImportConfig(str(settings[1]), out=str(tmp_path / "runs")))
+    assert Run.open(first.new[0].path).record["evals"]["mmlu"]["acc"] == 0.3
+    settings[0].rename(tmp_path / "log.md")
+    moved = import_log(ImportConfig(str(tmp_path / "log.md"), out=str(tmp_path / "runs")))
+    assert len(moved.unchanged) == 1 and not moved.new
+
+
 def test_lines_above_a_table_change_no_run_but_where_it_stands(take) -> None:
     take(HEAD + "| 11 | 5 | 0.5 | 40% |\n")
     moved = take("A word before.\n\n" + HEAD + "| 11 | 5 | 0.5 | 40% |\n")
