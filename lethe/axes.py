@@ -194,7 +194,10 @@ def name_at(template: str, settings: Mapping[str, Any], point: Point, seed: int 
         template = "_".join(parts) or "run"
     else:
         fields = fields_of(UnlearnConfig)
-        fields_in = list(string.Formatter().parse(template))
+        try:
+            fields_in = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise LetheError(f"name: a brace in '{template}' is not closed, or not opened ({error})") from error
         if any(spec or conversion for _, _, spec, conversion in fields_in):
             raise LetheError(f"name: '{template}' formats a field; write the field alone, such as {{retain_coef}}")
         asked = [name for _, name, _, _ in fields_in if name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from lethe import config as c
@@ -112,9 +113,12 @@ class Boundary(Planner):
                 )
             return number(evals[task])
         try:
-            return float(given)
+            accuracy = float(given)
         except ValueError:
-            raise LetheError(f"reference: expected baseline, run:ID or a number such as 0.4375, got '{given}'") from None
+            accuracy = math.nan
+        if not 0 <= accuracy <= 1:
+            raise LetheError(f"reference: expected baseline, run:ID or an accuracy such as 0.4375, got '{given}'")
+        return accuracy
 
     def conclusions(self, sweep: Sweep) -> list[str]:
         found, edges = self.findings(sweep), self.edges(sweep)

@@ -130,6 +130,7 @@ def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
     """
     where = config.checkpoints or config.model
     if where.startswith("lab:"):
+        refs.resolve(where, config.out)
         folder = refs.lab_folder() / "checkpoints"
         return {name: refs.resolve(f"lab:{name}", config.out) for name in refs.checkpoint_folders(folder)}
     if Path(where).is_dir():

@@ -79,7 +79,12 @@ def _recorded(run: Run, tasks: list[str]) -> Answers:
     lacking = [task for task in tasks if task not in evals]
     if lacking:
         raise LetheError(f"compare: '{run.path}' did not measure {', '.join(lacking)}; it has {', '.join(evals)}")
-    return {task: (evals[task], [row for row in samples if row["task"] == task]) for task in tasks}
+    found = {task: (evals[task], [row for row in samples if row["task"] == task]) for task in tasks}
+    for task, (result, rows) in found.items():
+        if len(rows) != result["n"]:
+            file = run.path / "samples.jsonl"
+            raise LetheError(f"compare: of the {result['n']} questions of {task}, '{file}' has {len(rows)}; evaluate again")
+    return found
 
 
 def _evaluated(ref: Any, config: CompareConfig) -> Answers:

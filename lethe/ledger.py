@@ -219,9 +219,10 @@ class Run:
         beat = threading.Thread(target=self._beat, args=(stop,), daemon=True)
         beat.start()
         status, reason = "complete", None
-        with self._terminable(), _libraries_frozen():
+        with self._terminable():
             try:
-                yield self
+                with _libraries_frozen():
+                    yield self
             except KeyboardInterrupt as error:
                 late = self.stopping == TIME_LIMIT
                 status, reason = "failed" if late else "cancelled", str(error) or "interrupted from the keyboard"
@@ -319,6 +320,10 @@ def _libraries_frozen() -> Iterator[None]:
             gc.unfreeze()
 
 
+_said: set[str] = set()
+"""Runs that cannot be read, of which this process has spoken."""
+
+
 def find_runs(folder: str | Path) -> list[Run]:
     """Every run in `folder` (or in its `runs/`), oldest first; `folder` may be a run itself, or a sweep, with its runs."""
     folder = Path(folder)
@@ -331,7 +336,9 @@ def find_runs(folder: str | Path) -> list[Run]:
         try:
             runs.append(Run.open(file.parent))
         except LetheError as error:
-            logger.warning("%s; left out", error)
+            if str(error) not in _said:  # an error, since numbers are missing from what is made of these runs
+                logger.error("%s; left out", error)
+            _said.add(str(error))
     return sorted(runs, key=lambda run: (run.record.get("created") or "", run.id))
 
 

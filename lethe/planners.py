@@ -125,6 +125,8 @@ class Planner:
                     f"{name}: '{given}' is not among unlearn.eval.tasks ({', '.join(asked)}){nearest(given, asked)}"
                 )
             found.append(given or known or "")
+        if found[0] == found[1]:
+            raise LetheError(f"retain_task: '{found[1]}' is the forget task; name another")
         return found[0], found[1]
 
     @property

@@ -26,7 +26,7 @@ from lethe.config import (
     as_text_source,
 )
 from lethe.errors import LetheError
-from lethe.ledger import refuse_run_folder
+from lethe.ledger import Run, refuse_run_folder
 from lethe.maps import check_maps, facts_of, find_maps, layers_of
 from lethe.tasks import data
 
@@ -200,8 +200,16 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
 
 
 def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document]) -> set[str] | None:
-    """The documents among `everything` that the attacked run was unlearned with, as forget or as retain text."""
-    run = refs.run_of(config.model, config.out)
+    """The documents among `everything` that the attacked run was unlearned with, as forget or as retain text.
+
+    A model that an attack has saved was unlearned with what the attacked one was; a folder in a run's is that run's.
+    """
+    model, out = config.model, config.out
+    run = refs.run_of(model, out)
+    if run is None and (Path(model).parent / "run.json").exists():
+        run = Run.open(Path(model).parent)
+    while run is not None and run.record["kind"] == "tamper":
+        run = refs.run_of(run.record["config"]["model"], run.path.parent)
     parents = (run.record.get("parents") or {}) if run else {}
     texts = [parents[role] for role in ("forget", "retain") if role in parents]
     fronts = [everything[: text["documents"]] for text in texts]

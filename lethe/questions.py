@@ -82,7 +82,12 @@ class Leaf:
         self.task.set_fewshot_seed(seed=SEED)  # examples are drawn one question after the other: each time the same
         asked = []
         for i, doc in enumerate(docs):
-            context = self.task.fewshot_context(doc, num_fewshot=self.shots, gen_prefix=self.task.doc_to_prefix(doc))
+            try:
+                context = self.task.fewshot_context(doc, num_fewshot=self.shots, gen_prefix=self.task.doc_to_prefix(doc))
+            except ValueError as error:
+                raise LetheError(
+                    f"num_fewshot: '{self.task.config.task}' cannot give {self.shots} examples ({error}); ask for fewer"
+                ) from error
             made = self.task.construct_requests(doc=doc, ctx=context, metadata=(self.task.config.task, i, 1))
             asked.append([tuple(one.args) for one in (made if isinstance(made, list) else [made])])
         encoded = iter(scorer.encode([pair for pairs in asked for pair in pairs]))

@@ -44,6 +44,8 @@ class ModelRef:
     revision: str | None = None
     adapter: str | None = None
     random: bool = False
+    saved: str | None = None
+    """Hash of the weights as a run has saved them."""
 
     @property
     def local(self) -> bool:
@@ -188,8 +190,15 @@ def weight_hash(ref: ModelRef) -> str:
 
 
 def record(ref: ModelRef) -> dict[str, str]:
-    """A reference for run.json: as it was given, and the weights that it meant."""
-    return {"ref": ref.name, "sha256": weight_hash(ref)}
+    """A reference for run.json: as it was given, and the weights that it meant.
+
+    Raises:
+        LetheError: the weights are not those that its run saved.
+    """
+    found = weight_hash(ref)
+    if ref.saved not in {None, found}:
+        raise LetheError(f"model '{ref.name}': its weights in '{ref.path}' have changed since they were saved; make them again")
+    return {"ref": ref.name, "sha256": found}
 
 
 def refuse_mismatch(model: ModelRef, source: ModelRef) -> None:
@@ -264,7 +273,7 @@ def _checkpoint(folder: Path, step: str) -> Path:
 def _of_run(name: str, run: Run) -> ModelRef:
     artifacts = run.record.get("artifacts") or {}
     if "model" in artifacts:
-        return _checked(ModelRef(name, str(run.path / artifacts["model"]["path"])))
+        return _checked(ModelRef(name, str(run.path / artifacts["model"]["path"]), saved=artifacts["model"]["sha256"]))
     if "base" in artifacts:
         return _checked(ModelRef(name, str(run.path / artifacts["base"]["path"]), None, _adapter(name, run)))
     if "adapter" in artifacts:
@@ -284,6 +293,8 @@ def _adapter(name: str, run: Run) -> str:
     folder = run.path / run.record["artifacts"]["adapter"]["path"]
     if not (folder / "adapter_model.safetensors").is_file():
         raise LetheError(f"'{name}': its adapter is gone, there is no adapter_model.safetensors in '{folder}'; run it again")
+    if sha256(*folder.glob("*.safetensors")) != run.record["artifacts"]["adapter"]["sha256"]:
+        raise LetheError(f"'{name}': its adapter in '{folder}' has changed since it was saved; run it again")
     return str(folder)
 
 
@@ -328,11 +339,14 @@ def hub(problem: str) -> Iterator[None]:
     Raises:
         LetheError: there is no connection or it breaks, the hub does not have it, or does not let it be read.
     """
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of a connection that breaks, no OSError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # type: ignore[attr-defined]  # of a connection that breaks, no OSError
+    )
 
     try:
         yield
-    except (HTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LetheError(f"{problem} ({why})") from error
 

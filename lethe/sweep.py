@@ -14,6 +14,7 @@ so it may be killed at any moment, started again, or run twice, and no trial is 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import time
@@ -37,6 +38,7 @@ from lethe.progress import bar
 logger = logging.getLogger(__name__)
 Settings = c.SweepConfig | c.SuiteConfig
 PRUNED = "pruned"
+JOURNAL = "study.journal"
 CANCELLED = "cancelled by lethe sweep cancel"
 SECONDS_BETWEEN_ROUNDS = 0.5
 SECONDS_BETWEEN_SLURM_ROUNDS = 2.0
@@ -114,16 +116,15 @@ class Sweep:
         self.planner: Planner = planner_of(self.config)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage = _storage(config.storage, run.path)
-        self.study = optuna.create_study(
-            storage=storage,
-            study_name=f"{run.record['name']} {run.id}",
-            directions=self.planner.directions,
-            sampler=self.planner.sampler(),
-            load_if_exists=True,
-        )
-        self.references = optuna.create_study(
-            storage=storage, study_name=f"{run.record['name']} {run.id} references", load_if_exists=True
-        )
+        name = f"{run.record['name']} {run.id}"
+        settings: dict[str, Any] = {"directions": self.planner.directions, "sampler": self.planner.sampler()}
+        try:
+            self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, **settings)
+            self.references = optuna.create_study(storage=storage, study_name=f"{name} references", load_if_exists=True)
+            self.tasks()
+        except json.JSONDecodeError as error:
+            file = run.path / JOURNAL
+            raise LetheError(f"sweep: '{file}' is damaged in {_damaged(file)}; take out what is cut short there") from error
 
     @classmethod
     def open(cls, name: str, out: str) -> Sweep:
@@ -236,7 +237,7 @@ class Sweep:
             LetheError: the study that the sweep's trials are in is not there.
         """
         if self.run.record.get("trials") and not self.tasks():
-            where = self.config.storage or self.run.path / "study.journal"
+            where = self.config.storage or self.run.path / JOURNAL
             raise LetheError(f"sweep: the study of {self.run.path} is not in {where}; put it back, or start a new sweep")
         known = {name for task in self.tasks() for name in task.get("runs", [])}
         for run in find_runs(self.out):
@@ -490,6 +491,17 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     return status(settings)
 
 
+def _damaged(journal: Path) -> str:
+    """The lines of a study's journal that cannot be read."""
+    found = []
+    for number, line in enumerate(journal.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            json.loads(line)
+        except ValueError:
+            found.append(str(number))
+    return f"line {', '.join(found)}"
+
+
 def config_of(run: Run) -> type:
     """The kind of configuration that a sweep's record holds."""
     return c.SuiteConfig if "suite" in run.record["config"] else c.SweepConfig
@@ -507,7 +519,7 @@ def _storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
     from sqlalchemy.exc import SQLAlchemyError
 
     if not url:
-        return JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
     try:
         return RDBStorage(url)
     except (SQLAlchemyError, StorageInternalError, ImportError) as error:

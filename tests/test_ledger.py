@@ -284,10 +284,13 @@ def test_find_runs_lists_oldest_first_in_a_folder_its_runs_or_a_run(tmp_path):
     assert find_runs(tmp_path / "nowhere") == []
 
 
-def test_one_damaged_record_does_not_hide_the_other_runs(tmp_path):
+def test_one_damaged_record_does_not_hide_the_other_runs_and_is_named(tmp_path, caplog):
     good, bad = Run.create("unlearn", "good", {}, tmp_path), Run.create("unlearn", "bad", {}, tmp_path)
     (bad.path / "run.json").write_text("")
-    assert good.id in [r.record.get("id") for r in find_runs(tmp_path)]
+    for _ in range(2):
+        assert good.id in [r.record.get("id") for r in find_runs(tmp_path)]
+    (said,) = [record for record in caplog.records if record.levelno == logging.ERROR]  # once
+    assert bad.path.name in said.getMessage()
 
 
 def test_find_run_by_id_by_part_and_by_folder(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lethe import refs
 from lethe.errors import LetheError
 from lethe.ledger import Run, sha256
-from lethe.refs import load, refuse_layers, refuse_mismatch, resolve, weight_hash
+from lethe.refs import load, record, refuse_layers, refuse_mismatch, resolve, weight_hash
 
 IDS = torch.tensor([[5, 9, 40, 41, 7]])
 
@@ -206,6 +206,18 @@ def test_a_run_whose_artifact_was_deleted_is_refused(home, tmp_path, kind):
     run = make_run(tmp_path, home / "plain", kind)
     shutil.rmtree(run.path / kind)
     refusal(resolve, f"run:{run.id}", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_weights_that_have_changed_since_a_run_saved_them_are_refused(home, tmp_path, kind):
+    run = make_run(tmp_path, home / "plain", kind)
+    record(resolve(f"run:{run.id}", tmp_path))
+    (file,) = (run.path / kind).glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 64
+    file.write_bytes(content)
+    with pytest.raises(LetheError, match="changed since"):
+        record(resolve(f"run:{run.id}", tmp_path))
 
 
 # --- random: ---------------------------------------------------------------------------------------------------------

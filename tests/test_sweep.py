@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,8 @@ from lethe.sweep import Sweep, cancel, retry, status, sweep
         ({"tamper": {"eval": {"tasks": ["lab_retain"]}}}, "lacks lab_forget_robust"),
         ({"unlearn": recipe(seed=5)}, r"give seeds: \[5\]"),
         ({"forget_task": "lab_forget"}, "not among unlearn.eval.tasks"),
+        ({"forget_task": "lab_retain"}, "retain_task: 'lab_retain' is the forget task"),
+        ({"name": "ret{"}, "name: .*brace"),
         ({"vary": {"eval.limit": [10, 20]}}, "changes how runs are measured"),
         ({"name": "r{retain_coef:.1f}"}, "write the field alone"),
         ({"kind": "boundary", "vary": {"lr": {"low": 1e-4, "high": 1}}, "max_runs": 3, "seeds": 2}, "too few for both ends"),
@@ -416,6 +419,28 @@ def test_a_missing_study_is_an_error_and_loses_no_run(grid, tmp_path):
         for file in grid.path.glob("study.journal*"):
             file.unlink()
         (tmp_path / "kept").rename(journal)
+
+
+@pytest.mark.slow
+def test_a_journal_that_was_cut_short_is_named_with_its_line(grid, tmp_path):
+    copy = tmp_path / "runs" / grid.path.name
+    shutil.copytree(grid.path.parent, copy.parent)
+    journal = copy / "study.journal"
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-40])
+    last = len(content.splitlines())
+    with pytest.raises(LetheError, match=rf"study\.journal' is damaged in line {last};"):
+        Sweep.open(str(copy), str(copy.parent))
+    whole = [line for line in journal.read_bytes().splitlines(keepends=True) if _is_json(line)]
+    journal.write_bytes(b"".join(whole))
+    assert len(Sweep.open(str(copy), str(copy.parent)).tasks()) == len(Sweep.open(str(grid.path), "runs").tasks())
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return bool(json.loads(line))
+    except ValueError:
+        return False
 
 
 @pytest.mark.slow

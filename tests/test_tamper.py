@@ -165,6 +165,10 @@ def test_retain_text_used_in_unlearning_is_no_attackers_text_unless_allowed(unle
         tamper(attack(tmp_path, str(unlearned.path), **settings))
     run = tamper(attack(tmp_path, str(unlearned.path), overlap="allow", **settings))
     assert run.record["parents"]["forget"]["used_in_unlearning"] == 100
+    kept = tamper(attack(tmp_path, str(unlearned.path), save_model=True))
+    for model in (str(kept.path), str(kept.path / "model")):  # what the attack has saved was unlearned with the same text
+        with pytest.raises(LetheError, match=r"100 of the attack's"):
+            tamper(attack(tmp_path, model, **settings))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 
 from lethe import recovery, regimes
 from lethe.errors import LetheError
-from lethe.ledger import Run, find_runs
+from lethe.ledger import Run, find_run, find_runs
 from lethe.recovery import Point, Recovery
 from lethe.regimes import PROVENANCE, provenance
 from lethe.report.layout import MISSING, setting
@@ -156,6 +156,8 @@ class Study:
         """
         runs: dict[Path, Run] = {}
         for folder in folders:
+            if folder.startswith("run:"):
+                folder = str(find_run(folder.removeprefix("run:")).path)  # noqa: PLW2901
             if not Path(folder).exists():
                 raise LetheError(f"runs: '{folder}' does not exist; give a run or a folder of runs")
             runs |= {run.path.resolve(): run for run in find_runs(folder)}
