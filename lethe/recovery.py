@@ -15,6 +15,8 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+from lethe.regimes import Estimate, difference
+
 GENERAL_BOUND = 0.05
 AS_FAR = 0.99
 """Of an attack's tokens, where a control counts as measured as far: seeds draw documents of different lengths."""
@@ -124,9 +126,9 @@ def measure(curve: list[Point], baseline: float) -> Recovery:
 def excess(curve: list[Point], control: list[Point]) -> Excess | None:
     """An attack's curve above a control's at equal tokens, linear between evaluations; None if one saw no tokens.
 
-    The interval adds the two's own in quadrature, each on its side (Newcombe 1998, doi:10.1002/(SICI)1097-0258), as of
-    independent samples of questions, which is wider than need be when both answered the same. Without training, points of equal
-    strength are compared, and `area` is the mean over the strengths that both have.
+    The interval is Newcombe's (`regimes.difference`), as of independent samples of questions, which is wider than need be
+    when both answered the same. Without training, points of equal strength are compared, and `area` is the mean over the
+    strengths that both have.
     """
     if curve[-1].strength is not None or control[-1].strength is not None:
         return _excess_by_strength(curve, control)
@@ -134,8 +136,9 @@ def excess(curve: list[Point], control: list[Point]) -> Excess | None:
     if tokens == 0:
         return None
     grid = sorted({p.tokens for p in [*curve, *control] if p.tokens <= tokens} | {tokens})
-    above = [_at(curve, t)[0] - _at(control, t)[0] for t in grid]
-    return Excess(tokens, *_difference(_at(curve, tokens), _at(control, tokens)), _mean([float(t) for t in grid], above))
+    above = [_at(curve, t).value - _at(control, t).value for t in grid]
+    last = difference(_at(curve, tokens), _at(control, tokens))
+    return Excess(tokens, last.value, last.low, last.high, _mean([float(t) for t in grid], above))
 
 
 def over_seeds(curves: list[list[Point]]) -> list[Point]:
@@ -275,8 +278,8 @@ def _excess_by_strength(curve: list[Point], control: list[Point]) -> Excess | No
     if not pairs:
         return None
     above = [one.value - other.value for one, other in pairs]
-    ends = [(point.value, point.low, point.high) for point in pairs[-1]]
-    return Excess(pairs[-1][0].tokens, *_difference(*ends), math.fsum(above) / len(above))
+    last = difference(*(Estimate(point.value, point.low, point.high) for point in pairs[-1]))
+    return Excess(pairs[-1][0].tokens, last.value, last.low, last.high, math.fsum(above) / len(above))
 
 
 def _first(curve: list[Point], holds: list[bool]) -> Reached:
@@ -285,22 +288,15 @@ def _first(curve: list[Point], holds: list[bool]) -> Reached:
     return Reached(at.step if point else None, at.tokens if point else None, curve[-1].step, at.strength)
 
 
-def _difference(one: tuple[float, float, float], other: tuple[float, float, float]) -> tuple[float, float, float]:
-    """One value less the other, with the interval that their own (low, high) make."""
-    (a, a_low, a_high), (b, b_low, b_high) = one, other
-    return a - b, a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
-
-
-def _at(curve: list[Point], tokens: float) -> tuple[float, float, float]:
+def _at(curve: list[Point], tokens: float) -> Estimate:
     """Accuracy with the ends of its interval at a number of tokens, each linear between the two evaluations around it."""
     for before, after in itertools.pairwise(curve):
         if before.tokens <= tokens <= after.tokens and after.tokens > before.tokens:
             share = (tokens - before.tokens) / (after.tokens - before.tokens)
             ends = ((before.value, after.value), (before.low, after.low), (before.high, after.high))
-            value, low, high = (first + share * (second - first) for first, second in ends)
-            return value, low, high
+            return Estimate(*(first + share * (second - first) for first, second in ends))
     nearest = min(curve, key=lambda point: abs(point.tokens - tokens))
-    return nearest.value, nearest.low, nearest.high
+    return Estimate(nearest.value, nearest.low, nearest.high)
 
 
 def _mean(at: list[float], values: list[float]) -> float:

@@ -60,16 +60,20 @@ def kept(after: dict[str, Any], before: dict[str, Any]) -> Estimate | None:
     return Estimate(*((after[key] - chance) / gap for key in ("acc", "low", "high")))
 
 
-def selectivity(forget: Estimate, retain: Estimate) -> Estimate:
-    """kept(retain) − kept(forget): 1 is perfect, 0 is "both or neither", below 0 the wrong one fell.
+def difference(one: Estimate, other: Estimate) -> Estimate:
+    """One less the other, with Newcombe's interval for independent estimates (method 10 in Statistics in Medicine 17, 1998).
 
-    The interval is Newcombe's for a difference of two independent estimates (method 10 in Statistics in Medicine 17,
-    1998): each end is the difference, minus or plus the root of the sum of squares of the two distances to the ends.
+    Each end is the difference, minus or plus the root of the sum of squares of the two distances to the ends.
     """
-    value = retain.value - forget.value
-    low = value - math.hypot(retain.value - retain.low, forget.high - forget.value)
-    high = value + math.hypot(retain.high - retain.value, forget.value - forget.low)
+    value = one.value - other.value
+    low = value - math.hypot(one.value - one.low, other.high - other.value)
+    high = value + math.hypot(one.high - one.value, other.value - other.low)
     return Estimate(value, low, high)
+
+
+def selectivity(forget: Estimate, retain: Estimate) -> Estimate:
+    """kept(retain) − kept(forget): 1 is perfect, 0 is "both or neither", below 0 the wrong one fell."""
+    return difference(retain, forget)
 
 
 def verdict(estimate: Estimate, kept_threshold: float = KEPT_THRESHOLD, chance_threshold: float = CHANCE_THRESHOLD) -> Verdict:
