@@ -58,7 +58,8 @@ def _as_asked(config: CompareConfig, run: Run) -> CompareConfig:
     usual = CompareConfig(config.models)
     asked: dict[str, Any] = {}
     for key in ("limit", "task_data", "num_fewshot"):
-        given, asked[key] = getattr(config, key), run.record["config"].get(key) or getattr(usual, key)
+        given, made = getattr(config, key), run.record["config"].get(key)
+        asked[key] = getattr(usual, key) if made is None else made  # no examples are a number of examples
         if given not in (getattr(usual, key), asked[key]):
             raise LetheError(
                 f"{key}: {given} has no effect, since '{run.path}' was made with {asked[key]}; leave it out, or evaluate again"

@@ -96,7 +96,10 @@ def test_different_questions_are_refused(runs, lab, tmp_path):
 
 
 def test_a_model_is_asked_as_the_run_beside_it_was_and_other_settings_are_refused(runs, lab, tmp_path):
-    few = str(evaluate(EvaluateConfig(SOURCE, ["lab_forget_robust"], limit=20, samples=True, out=str(tmp_path))).path)
+    few = str(
+        evaluate(EvaluateConfig(SOURCE, ["lab_forget_robust"], limit=20, samples=True, num_fewshot=0, out=str(tmp_path))).path
+    )
+    assert compare(CompareConfig([few, "lab:final"], num_fewshot=0))["tasks"]["lab_forget_robust"]["n"] == 20
     for tasks in ([], ["lab_forget_robust"]):
         assert compare(CompareConfig([few, "lab:final"], tasks, limit=20))["tasks"]["lab_forget_robust"]["n"] == 20
         assert compare(CompareConfig(["lab:final", few], tasks))["tasks"]["lab_forget_robust"]["n"] == 20
