@@ -31,6 +31,7 @@ from lethe.evaluate import NotNumbersError, evaluate_model, value_of
 from lethe.ledger import Run
 from lethe.optimizers import make_optimizer
 from lethe.progress import Advance, bar
+from lethe.repeats import once_a_token
 from lethe.rotary import one_operation
 
 FIRST_UPDATES = 20
@@ -147,7 +148,7 @@ class RunTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         model: nn.Module = self.model  # type: ignore[assignment]
-        with kept_memory(), without_walks(model), one_operation(model), one_product(model) as self.merged:
+        with kept_memory(), without_walks(model), one_operation(model), one_product(model) as self.merged, once_a_token(model):
             return super().train(*args, **kwargs)
 
     def _clip_grad_norm(self, model):  # type: ignore[no-untyped-def]

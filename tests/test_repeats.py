@@ -1,0 +1,118 @@
+"""Tokens that come more than once, computed once in the first block: outputs and gradients are those of the plain pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lethe import refs, repeats
+from lethe.adapters import one_product
+from lethe.config import LoraSettings
+from lethe.repeats import Places, once_a_token
+from lethe.residual import blocks
+from lethe.unlearn import add_adapters
+
+IDS = torch.randint(3, 20, (6, 40), generator=torch.Generator().manual_seed(0))
+ALONE = {
+    "gpt_neox": ["attention.query_key_value", "mlp"],
+    "gpt_neox_sequential": ["attention.query_key_value"],
+    "llama": [f"self_attn.{name}_proj" for name in "qkv"],
+    "qwen2": [f"self_attn.{name}_proj" for name in "qkv"],
+    "olmo2": [f"self_attn.{name}_proj" for name in "qkv"],
+}
+
+
+def loaded(make_model, folder, architecture: str, lora: bool = False, dropout: float = 0.0, dtype: str = "float32") -> Any:
+    model: Any = refs.load(refs.resolve(str(make_model(architecture, folder / "model", seed=3))), dtype)[0]
+    if lora:
+        model = add_adapters(model, LoraSettings(r=4, alpha=6, dropout=dropout), [2], seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # 0 at first: the gradient of A would be 0, too
+                nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def outcome(model: Any, ids: torch.Tensor = IDS) -> dict[str, torch.Tensor]:
+    """Logits and every gradient of a loss."""
+    model.zero_grad()
+    logits = model(ids, use_cache=False).logits
+    logits.square().mean().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None} | {"logits": logits.detach()}
+
+
+def rows_of(module: nn.Module, model: Any, ids: torch.Tensor = IDS) -> list[int]:
+    """How many rows a module sees in a pass in training."""
+    seen: list[int] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).shape[0]))
+    outcome(model, ids)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("architecture", ALONE)
+def test_outputs_and_gradients_are_those_of_all_rows(architecture, lora, make_model, tmp_path):
+    model = loaded(make_model, tmp_path, architecture, lora)
+    plain = outcome(model)
+    with once_a_token(model) as names, one_product(model):
+        assert names == ALONE[architecture]
+        ours = outcome(model)
+        linear = blocks(model)[0].get_submodule(names[0])
+        assert rows_of(linear, model) == [64]  # 17 distinct tokens, filled up, for 240
+    assert ours.keys() == plain.keys()
+    for name, one in plain.items():
+        torch.testing.assert_close(ours[name], one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+    assert rows_of(linear, model) == [240]
+
+
+def test_places_say_where_each_token_is():
+    places = Places(IDS)
+    distinct = IDS.unique()
+    assert torch.equal(IDS.flatten()[places.first[: len(distinct)]], distinct)
+    assert torch.equal(distinct[places.token].view_as(IDS), IDS)
+    ends = [*places.starts[1 : len(distinct)].tolist(), IDS.numel()]
+    for token, start, end in zip(distinct, places.starts.tolist(), ends, strict=False):
+        assert places.order[start:end].tolist() == (IDS.flatten() == token).nonzero().flatten().tolist()
+    assert len(places.first) == len(places.starts) == repeats.WHOLE
+
+
+def test_a_batch_of_mostly_distinct_tokens_and_an_evaluation_take_all_rows(make_model, tmp_path):
+    model = loaded(make_model, tmp_path, "gpt_neox")
+    with once_a_token(model):
+        mlp: Any = blocks(model)[0].mlp
+        assert rows_of(mlp, model, torch.arange(3, 99).view(4, 24)) == [96]
+        seen: list[int] = []
+        mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).shape[0]))
+        with torch.no_grad():
+            model(IDS)
+        model.eval()
+        outcome(model)
+        assert seen == [240, 240]
+        model.train()
+        embedded = model.get_input_embeddings().weight[IDS]
+        outcome(model)
+        model(inputs_embeds=embedded)  # tokens of which nothing is known
+        assert seen[2:] == [64, 240]
+
+
+def test_gradient_checkpointing_computes_all_rows(make_model, tmp_path):
+    model = loaded(make_model, tmp_path, "llama")
+    plain = outcome(model)
+    with once_a_token(model) as names:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert rows_of(blocks(model)[0].get_submodule(names[0]), model)[0] == 240
+        ours = outcome(model)
+    assert all(torch.equal(ours[name], one) for name, one in plain.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"architecture": "gpt2"}, {"dtype": "bfloat16"}, {"lora": True, "dropout": 0.1}],
+    ids=["learned positions", "bfloat16", "dropout"],
+)
+def test_models_whose_rows_would_differ_are_left_alone(settings, make_model, tmp_path):
+    with once_a_token(loaded(make_model, tmp_path, **{"architecture": "gpt_neox"} | settings)) as names:
+        assert names == []
