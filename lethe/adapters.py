@@ -108,25 +108,24 @@ class _OneProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, merged, a, b = ctx.saved_tensors
         g, rows = gradient.flatten(0, -2), x.flatten(0, -2)
+        size = ROWS if g.device.type == "cpu" else max(1, len(g))
         of_x = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         of_a = of_b = None
-        size = ROWS if g.device.type == "cpu" else max(1, len(g))
         for start in range(0, len(g), size):
             some, inputs = g[start : start + size], rows[start : start + size]
             if of_x is not None:
                 torch.mm(some, merged, out=of_x[start : start + size])
-            if ctx.needs_input_grad[3]:
-                of_a = _plus(of_a, _summed(some @ (ctx.scale * b), inputs))
-            if ctx.needs_input_grad[4]:
-                of_b = _plus(of_b, _summed(inputs @ (ctx.scale * a).T, some))  # ∂/∂Bᵀ, quicker than ∂/∂B
-        return None if of_x is None else of_x.view(x.shape), None, None, of_a, None if of_b is None else of_b.T, None
+            of_a = _plus(of_a, _summed(some @ b, inputs))
+            of_b = _plus(of_b, _summed(inputs @ a.T, some))  # ∂/∂Bᵀ, quicker than ∂/∂B
+        of_a, of_b = (total.mul_(ctx.scale) for total in (of_a, of_b))  # type: ignore[union-attr]
+        return None if of_x is None else of_x.view(x.shape), None, None, of_a, of_b.T, None
 
 
 def _summed(thin: Tensor, rows: Tensor) -> Tensor:
     """thinᵀ · rows, a sum over as many products as both have rows."""
-    if rows.device.type != "cpu" or len(rows) != ROWS:
+    if rows.device.type != "cpu" or len(rows) % (128 * PARTS):
         return thin.T @ rows
-    a, b = (x.reshape(PARTS, ROWS // PARTS, -1) for x in (thin, rows))
+    a, b = (x.view(PARTS, -1, x.shape[1]) for x in (thin, rows))
     return torch.bmm(a.transpose(1, 2), b).sum(0)
 
 
