@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 ROWS = 2048
 """Rows that the backward pass takes at a time on a CPU: those of a product as wide as 512 stay in a core's cache."""
 PARTS = 4
-"""Parts that sums over such rows are taken in: with fewer, products with a short side leave cores idle."""
+"""Parts that a sum over rows is taken in, if each has whole 128: in one part, products with a short side leave cores idle."""
 
 
 class Merged:
@@ -117,8 +117,8 @@ class _OneProduct(torch.autograd.Function):
                 torch.mm(some, merged, out=of_x[start : start + size])
             of_a = _plus(of_a, _summed(some @ b, inputs))
             of_b = _plus(of_b, _summed(inputs @ a.T, some))  # ∂/∂Bᵀ, quicker than ∂/∂B
-        of_a, of_b = (total.mul_(ctx.scale) for total in (of_a, of_b))  # type: ignore[union-attr]
-        return None if of_x is None else of_x.view(x.shape), None, None, of_a, of_b.T, None
+        of_a, of_b = (None if total is None else total.mul_(ctx.scale) for total in (of_a, of_b))
+        return None if of_x is None else of_x.view(x.shape), None, None, of_a, None if of_b is None else of_b.T, None
 
 
 def _summed(thin: Tensor, rows: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 WINDOW_KEYS = ("max_position_embeddings", "n_positions")
-DROPOUTS = ("hidden_dropout", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "activation_dropout", "dropout")
 RANDOM_SEED = 0
 
 
@@ -138,7 +137,7 @@ def _load(ref: ModelRef, kind: Any) -> tuple[PreTrainedModel, PreTrainedTokenize
 
     where = {"revision": ref.revision} if ref.revision else {}
     config = AutoConfig.from_pretrained(ref.path, **where)
-    dropouts = {name: getattr(config, name) for name in DROPOUTS if getattr(config, name, None)}
+    dropouts = {name: rate for name, rate in vars(config).items() if "drop" in name and type(rate) in {int, float}}
     for name in dropouts:
         setattr(config, name, 0.0)
     if ref.random:

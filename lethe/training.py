@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lethe import corpora, saves
-from lethe.adapters import one_product
+from lethe.adapters import Merged, one_product
 from lethe.allocator import kept_memory
 from lethe.config import EvalSettings, TrainingSettings
 from lethe.evaluate import NotNumbersError, evaluate_model, value_of
@@ -92,6 +92,13 @@ def without_walks(model: nn.Module) -> Iterator[None]:
         del model.train, model.zero_grad  # the instance's own: the class's are back
 
 
+@contextlib.contextmanager
+def quick_passes(model: nn.Module) -> Iterator[Merged]:
+    """Inside, passes of `model` in training compute nothing twice; yields what to `renew` once an update."""
+    with one_operation(model), one_product(model) as merged, once_a_token(model):
+        yield merged
+
+
 class RunTrainer(Trainer):
     """A Trainer whose log is the run's metrics.jsonl and batches.jsonl.
 
@@ -148,7 +155,7 @@ class RunTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         model: nn.Module = self.model  # type: ignore[assignment]
-        with kept_memory(), without_walks(model), one_operation(model), one_product(model) as self.merged, once_a_token(model):
+        with kept_memory(), without_walks(model), quick_passes(model) as self.merged:
             return super().train(*args, **kwargs)
 
     def _clip_grad_norm(self, model):  # type: ignore[no-untyped-def]

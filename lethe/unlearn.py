@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lethe import corpora, objectives, preflight, refs, regimes, survey, teacher_cache
-from lethe.adapters import one_product
 from lethe.affine import AffineMap, fit_once, load_maps, mean_r2, score_maps
 from lethe.blocked import blocked_kl_loss, head_of, next_token_loss
 from lethe.checkpoints import checkpoints
@@ -36,7 +35,7 @@ from lethe.maps import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_conve
 from lethe.optimizers import needs_masters, newton_schulz_dtype
 from lethe.residual import States, blocks, read, rows_can_leave
 from lethe.teacher import Teacher, needs
-from lethe.training import Rows, RunTrainer, token_means
+from lethe.training import Rows, RunTrainer, quick_passes, token_means
 
 logger = logging.getLogger(__name__)
 SCORED_DOCUMENTS = 64
@@ -155,7 +154,7 @@ class UnlearnTrainer(RunTrainer):
         batch: Any = self._prepare_inputs(self.data_collator(items))  # type: ignore[arg-type]
         self.tokens = {name: int(text["mask"].sum()) for name, text in batch.items()}
         self.documents_in_update = {name: len(text["mask"]) for name, text in batch.items()}
-        with torch.random.fork_rng(), one_product(self.model):  # type: ignore[arg-type]
+        with torch.random.fork_rng(), quick_passes(self.model):  # type: ignore[arg-type]
             for _ in range(2):
                 started = time.monotonic()
                 terms: Any = self.terms(self.model, batch).values()  # type: ignore[arg-type]

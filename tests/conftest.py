@@ -89,9 +89,9 @@ def make_tokenizer() -> Callable[..., Any]:
 def make_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
     """make_model(architecture, folder, seed=0, tokenizer=None, **overrides): a tiny random model and its tokenizer, saved.
 
-    Architectures: gpt2, llama, qwen2, olmo2, gpt_neox (parallel residual), gpt_neox_sequential. Hidden size 32, four
-    blocks, a window of 64 tokens, weights wide enough that next-token distributions are far from uniform. `overrides`
-    are fields of the transformers configuration.
+    Architectures: gpt2, llama, qwen2, qwen2_moe, olmo2, starcoder2, gpt_neox (parallel residual), gpt_neox_sequential.
+    Hidden size 32, four blocks, a window of 64 tokens, weights wide enough that next-token distributions are far from
+    uniform. `overrides` are fields of the transformers configuration.
     """
 
     def make(architecture: str, folder: Path, seed: int = 0, tokenizer: Any = None, **overrides: Any) -> Path:
@@ -115,7 +115,7 @@ def make_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
 
 
 def _configuration(architecture: str, vocabulary: int, tokenizer: Any, overrides: dict[str, Any]) -> Any:
-    from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config, Qwen2Config
+    from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config, Qwen2Config, Qwen2MoeConfig, Starcoder2Config
 
     common = {
         "vocab_size": vocabulary,
@@ -131,12 +131,15 @@ def _configuration(architecture: str, vocabulary: int, tokenizer: Any, overrides
         "num_attention_heads": 4,
         "max_position_embeddings": WINDOW,
     }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
     neox = {**modern, "rotary_pct": 0.5, "hidden_dropout": 0.0}
     kinds = {
         "gpt2": (GPT2Config, common | {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": WINDOW}),
         "llama": (LlamaConfig, modern | {"num_key_value_heads": 2}),
         "qwen2": (Qwen2Config, modern | {"num_key_value_heads": 2}),
+        "qwen2_moe": (Qwen2MoeConfig, modern | experts | {"num_key_value_heads": 2}),
         "olmo2": (Olmo2Config, modern | {"num_key_value_heads": 4}),
+        "starcoder2": (Starcoder2Config, modern | {"num_key_value_heads": 2}),
         "gpt_neox": (GPTNeoXConfig, neox | {"use_parallel_residual": True}),
         "gpt_neox_sequential": (GPTNeoXConfig, neox | {"use_parallel_residual": False}),
     }

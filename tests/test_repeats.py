@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lethe import refs, repeats
 from lethe.adapters import one_product
@@ -21,6 +22,7 @@ ALONE = {
     "gpt_neox_sequential": ["attention.query_key_value"],
     "llama": [f"self_attn.{name}_proj" for name in "qkv"],
     "qwen2": [f"self_attn.{name}_proj" for name in "qkv"],
+    "qwen2_moe": [f"self_attn.{name}_proj" for name in "qkv"],
     "olmo2": [f"self_attn.{name}_proj" for name in "qkv"],
 }
 
@@ -92,10 +94,12 @@ def test_a_batch_of_mostly_distinct_tokens_and_an_evaluation_take_all_rows(make_
         outcome(model)
         assert seen == [240, 240]
         model.train()
-        embedded = model.get_input_embeddings().weight[IDS]
-        outcome(model)
-        model(inputs_embeds=embedded)  # tokens of which nothing is known
-        assert seen[2:] == [64, 240]
+        embedded = model.get_input_embeddings()(IDS)
+        model(inputs_embeds=embedded)
+        model(inputs_embeds=embedded + torch.randn_like(embedded))  # tokens of which nothing is known
+        model.get_input_embeddings().register_forward_hook(lambda *args: args[-1] + torch.randn_like(args[-1]))
+        model(IDS)
+        assert seen[2:] == [64, 240, 240]
 
 
 def test_gradient_checkpointing_computes_all_rows(make_model, tmp_path):
@@ -108,6 +112,17 @@ def test_gradient_checkpointing_computes_all_rows(make_model, tmp_path):
     assert all(torch.equal(ours[name], one) for name, one in plain.items())
 
 
+def test_attention_that_adds_nothing_as_yet_is_seen(make_model, tmp_path):
+    """The MLP after it is given the same for equal tokens, but has a gradient that differs by place."""
+    model = loaded(make_model, tmp_path, "llama")
+    nn.init.zeros_(blocks(model)[0].self_attn.o_proj.weight)
+    state = torch.get_rng_state()
+    with once_a_token(model) as names:
+        assert names == ALONE["llama"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not blocks(model)[0].self_attn.o_proj.weight.any()
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"architecture": "gpt2"}, {"dtype": "bfloat16"}, {"lora": True, "dropout": 0.1}],
@@ -116,3 +131,11 @@ def test_gradient_checkpointing_computes_all_rows(make_model, tmp_path):
 def test_models_whose_rows_would_differ_are_left_alone(settings, make_model, tmp_path):
     with once_a_token(loaded(make_model, tmp_path, **{"architecture": "gpt_neox"} | settings)) as names:
         assert names == []
+
+
+def test_dropout_that_is_no_module_is_seen(make_model, tmp_path):
+    folder = make_model("starcoder2", tmp_path / "model", embedding_dropout=0.1)
+    with once_a_token(AutoModelForCausalLM.from_pretrained(folder).train()) as names:
+        assert names == []
+    with once_a_token(refs.load(refs.resolve(str(folder)))[0].train()) as names:
+        assert names == ALONE["llama"]

@@ -131,9 +131,9 @@ def test_a_source_that_holds_the_models_own_weights_is_refused_wherever_it_lies(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox", "starcoder2"])
 def test_a_models_own_dropout_is_off_in_training_and_kept_in_its_configuration(make_model, tmp_path, architecture):
-    names = [name for name in refs.DROPOUTS if hasattr(AutoConfigs[architecture](), name)]
+    names = [name for name in vars(AutoConfigs[architecture]()) if "drop" in name and name != "classifier_dropout"]
     folder = make_model(architecture, tmp_path / "model", **dict.fromkeys(names, 0.3))
     model, _ = refs.load(resolve(str(folder)))
     ids = torch.arange(3, 30)[None]
@@ -143,9 +143,9 @@ def test_a_models_own_dropout_is_off_in_training_and_kept_in_its_configuration(m
 
 
 def _configs() -> dict[str, Any]:
-    from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+    from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Starcoder2Config
 
-    return {"gpt2": GPT2Config, "llama": LlamaConfig, "gpt_neox": GPTNeoXConfig}
+    return {"gpt2": GPT2Config, "llama": LlamaConfig, "gpt_neox": GPTNeoXConfig, "starcoder2": Starcoder2Config}
 
 
 AutoConfigs = _configs()
