@@ -8,8 +8,8 @@ case is batch × tokens of each kind and a dropout. Four things take turns in on
 each text, PEFT's own forward); Lethe with live teachers; Lethe with cached ones; and products of float32 matrices,
 1024 × 1024, for the rate (`sizes`: the part of it that products of the model's own sizes reach). The work of a step counts
 two operations per multiplication: forward, and the gradient with respect to the input; the adapters' own products; the head
-on retain text; attention as the causal half. Gradients of frozen weights, teachers, and blocks that a term does not need
-are not counted.
+on retain text; attention as the causal half; all of it for every token, also where Lethe computes it once for a token that
+comes more than once. Gradients of frozen weights, teachers, and blocks that a term does not need are not counted.
 """
 
 from __future__ import annotations
