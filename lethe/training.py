@@ -9,6 +9,7 @@ Evaluation runs in process. Saves are Lethe's own (`saves.py`): what a resumed r
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections import defaultdict
@@ -34,6 +35,7 @@ from lethe.progress import Advance, bar
 from lethe.repeats import once_a_token
 from lethe.rotary import one_operation
 
+logger = logging.getLogger(__name__)
 FIRST_UPDATES = 20
 LAST_SHARE = 0.05
 
@@ -209,6 +211,10 @@ class RunTrainer(Trainer):
         planned = self.planned_steps()
         save = saves.newest(self.run.path / "saves")
         done = int(save.name.removeprefix("step-")) if save else 0
+        reached = max((row["step"] for row in self.run.rows("metrics.jsonl")), default=0)
+        if reached > done:
+            again = f"going on from update {done}, the newest whole save; {reached - done} are done again"
+            logger.warning(again if save else f"beginning anew: of {reached} updates there is no whole save")
         self.run.keep_until(done)
         self._resume_threads()
         self._first_losses = [row["loss"] for row in self.run.rows("metrics.jsonl")[:FIRST_UPDATES]]

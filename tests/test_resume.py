@@ -225,12 +225,14 @@ def test_a_run_whose_newest_save_is_broken_goes_on_from_the_one_before(stopped, 
     (stopped.path / "saves" / "step-8" / "optimizer.pt").unlink()
     (stopped.path / "saves" / ".step-9.1.tmp").mkdir()
     assert_same(resume(ResumeConfig(str(stopped.path))), whole)
+    assert "going on from update 6, the newest whole save; 2 are done again" in (stopped.path / "log.txt").read_text()
 
 
 def test_a_run_without_a_save_begins_again(stopped, tmp_path):
     whole = unlearn(recipe(tmp_path / "whole", max_steps=8, lora=None))
     shutil.rmtree(stopped.path / "saves")
     assert_same(resume(ResumeConfig(str(stopped.path))), whole)
+    assert "beginning anew: of 8 updates there is no whole save" in (stopped.path / "log.txt").read_text()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system of its own needs root")
