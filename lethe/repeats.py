@@ -80,12 +80,12 @@ class _Once:
     places: Places | None = None
 
     def embedded(self, embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.ids = args[0] if embedding.training and torch.is_grad_enabled() else None
+        self.ids = args[0] if args and embedding.training and torch.is_grad_enabled() else None
 
     def enters(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
         ids, self.ids = self.ids, None
         # Checkpointing runs the block again, going back, without what leads to it.
-        if ids is None or getattr(block, "gradient_checkpointing", False) or args[0].shape[:2] != ids.shape:
+        if ids is None or getattr(block, "gradient_checkpointing", False) or not args or args[0].shape[:2] != ids.shape:
             return
         places = Places(ids)
         if len(places.first) <= FEW * ids.numel():
