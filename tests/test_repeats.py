@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from lethe import refs, repeats
 from lethe.adapters import one_product
-from lethe.config import LoraSettings
+from lethe.config import EvalSettings, LoraSettings, UnlearnConfig
+from lethe.lab import active_preset
 from lethe.repeats import Places, once_a_token
 from lethe.residual import blocks
-from lethe.unlearn import add_adapters
+from lethe.unlearn import add_adapters, unlearn
 
 IDS = torch.randint(3, 20, (6, 40), generator=torch.Generator().manual_seed(0))
 ALONE = {
@@ -68,6 +69,25 @@ def test_outputs_and_gradients_are_those_of_all_rows(architecture, lora, make_mo
     for name, one in plain.items():
         torch.testing.assert_close(ours[name], one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
     assert rows_of(linear, model) == [240]
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(r=4, dropout=0.0), None], ids=["lora", "full"])
+def test_runs_compute_tokens_once_and_learn_what_they_learn_from_all_rows(lab, lora, tmp_path, monkeypatch):
+    source, few = f"lab:global_step{active_preset().onset}", EvalSettings(["lab_forget_robust"], limit=4)
+    settings = {"source": source, "num_train_examples": 64, "max_steps": 6, "lora": lora, "eval": few, "out": str(tmp_path)}
+    settings |= {"lr": 1e-3, "schedule": "constant"}
+    calls, apply, rows = [], repeats._Spread.apply, []
+    monkeypatch.setattr(repeats._Spread, "apply", lambda *args: calls.append(torch.is_grad_enabled()) or apply(*args))
+    for share in (repeats.FEW, 0.0):
+        monkeypatch.setattr(repeats, "FEW", share)
+        calls.clear()
+        rows.append(unlearn(UnlearnConfig(**settings)).rows("metrics.jsonl"))
+        assert sum(calls) >= (12 if share else 0)  # two modules an update
+        assert any(calls) == bool(share)
+    for term in ("cb_loss", "retain_kl_loss"):
+        once, plain = ([row[term] for row in run] for run in rows)
+        assert once == pytest.approx(plain, rel=1e-3, abs=1e-6)
+        assert len(set(once)) == 6
 
 
 def test_places_say_where_each_token_is():
