@@ -73,8 +73,9 @@ class Run:
         """A new directory `out/<kind>-<name>-<id>/`, status `queued`.
 
         Raises:
-            LetheError: `out` is itself a run, is a file, or cannot be written.
+            LetheError: `out` is itself a run, is a file, or cannot be written; several processes share the work.
         """
+        refuse_several_processes()
         refuse_run_folder(out)
         run_id = secrets.token_hex(4)
         slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
@@ -425,6 +426,19 @@ def peak_memory() -> int:
     """Highest resident memory of this process so far, in bytes."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if platform.system() == "Darwin" else kilobytes * 1024
+
+
+def refuse_several_processes() -> None:
+    """Refuse a process that is one of several at the same work, as under torchrun: each would write a run of its own.
+
+    Raises:
+        LetheError: there are several.
+    """
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise LetheError(
+            f"WORLD_SIZE is {count}: one of several processes at one run, as torchrun starts them, which Lethe does not do; "
+            f"start it without torchrun (runs beside each other: --jobs, --launcher slurm)"
+        )
 
 
 def environment() -> dict[str, Any]:

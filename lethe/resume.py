@@ -11,7 +11,7 @@ from typing import Any
 
 from lethe import config as c
 from lethe.errors import LetheError
-from lethe.ledger import STOP, Run, find_run
+from lethe.ledger import STOP, Run, find_run, refuse_several_processes
 from lethe.runs import is_imported
 from lethe.settings import build
 
@@ -32,6 +32,7 @@ def resume(config: c.ResumeConfig) -> Run:
     Raises:
         LetheError: there is no such run, it is complete or diverged, it is at work, or what it was made from has changed.
     """
+    refuse_several_processes()
     run = find_run(config.run.removeprefix("run:"), config.out)
     kind = run.record["kind"]
     if is_imported(run):

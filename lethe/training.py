@@ -385,7 +385,7 @@ def token_means(rows: list[dict[str, Any]], weights: dict[str, str]) -> dict[str
 def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
     scheduler = config.lr_scheduler_type
     saving: dict[str, Any] = {"activation_checkpointing": True} if config.gradient_checkpointing else {}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.path),
         run_name=run.record["name"],
         num_train_epochs=config.epochs,
@@ -410,3 +410,5 @@ def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # with several in sight Trainer would wrap the model and multiply the batch
+    return arguments

@@ -19,8 +19,10 @@ from pathlib import Path
 import pytest
 
 from lethe import ledger
+from lethe.config import ResumeConfig
 from lethe.errors import LetheError
 from lethe.ledger import Run, find_run, find_runs, refuse_run_folder, write_atomically
+from lethe.resume import resume
 
 KEYS = {"id", "kind", "name", "status", "reason", "job_id", "launcher", "created", "started", "finished", "heartbeat", "config"}
 
@@ -357,6 +359,23 @@ def test_an_output_folder_that_is_a_run_or_a_file_is_refused(run, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
     refuse_run_folder(tmp_path / "runs")
     refuse_run_folder(tmp_path / "new")
+
+
+@pytest.mark.slow
+def test_several_processes_at_one_run_are_refused_and_leave_nothing(lab, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    attack = [sys.executable, "-m", "lethe.cli", "tamper", "lab:final", "--max_steps", "2", "--out", str(tmp_path / "runs")]
+    ended = subprocess.run(torchrun + attack, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode != 0
+    assert "lethe: WORLD_SIZE is 2" in ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resuming_with_several_processes_is_refused(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LetheError, match="WORLD_SIZE is 2"):
+        resume(ResumeConfig(str(run.path)))
+    assert on_disk(run)["status"] == "queued"
 
 
 def test_sha256_is_of_names_and_contents(tmp_path):

@@ -8,8 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lethe import training
+from lethe.config import EvalSettings, UnlearnConfig
+from lethe.lab import active_preset
 from lethe.residual import blocks
 from lethe.training import without_walks
+from lethe.unlearn import unlearn
 
 IDS = torch.arange(3, 19).view(2, 8)
 
@@ -51,3 +55,20 @@ def test_a_list_of_blocks_that_was_replaced_is_found_again(model):
     model.model.stack = model.model.layers
     del model.model.layers
     assert blocks(model) is model.model.stack
+
+
+def test_a_run_keeps_to_one_device_where_several_are_in_sight(lab, tmp_path, monkeypatch):
+    class Two(training.TrainingArguments):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._n_gpu = 2  # what it counts on a machine with two GPUs; Trainer would wrap the model in DataParallel
+
+    monkeypatch.setattr(training, "TrainingArguments", Two)
+    few = EvalSettings(["lab_forget_robust"], limit=4)
+    config = UnlearnConfig(
+        source=f"lab:global_step{active_preset().onset}", num_train_examples=16, max_steps=2, per_device_train_batch_size=4,
+        schedule="constant", eval=few, out=str(tmp_path),
+    )  # fmt: skip
+    run = unlearn(config)
+    assert run.status == "complete"
+    assert [len(row["forget"]) for row in run.rows("batches.jsonl")] == [4, 4]
