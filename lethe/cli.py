@@ -9,6 +9,7 @@ exit code 2; with `--json` standard output holds JSON alone.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lethe import config as c
+from lethe import garbage
 from lethe.errors import LetheError, nearest
 from lethe.ledger import Terminated
 from lethe.settings import parse
@@ -37,6 +39,15 @@ class Command:
     example: str
     positional: str | None = None
     extra: str = ""
+
+
+def console() -> int:
+    """The command `lethe`: `main` as a process of its own."""
+    garbage.seldom()
+    try:
+        return main()
+    finally:
+        gc.freeze()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -484,4 +495,4 @@ COMMANDS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

@@ -11,7 +11,6 @@ is gone it finishes what it has and ends. `fates` says which trials nobody works
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import selectors
@@ -30,6 +29,7 @@ from typing import Any, Protocol
 import psutil
 from filelock import FileLock, Timeout
 
+from lethe import garbage
 from lethe.config import SlurmSettings
 from lethe.errors import LetheError
 from lethe.ledger import LOST_AFTER_SECONDS, Run, Terminated, now, seconds_since
@@ -341,6 +341,7 @@ def serve() -> None:
     from lethe.cli import quiet
 
     quiet()
+    garbage.seldom()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     done, first = os.fdopen(os.dup(1), "w"), True
     os.dup2(2, 1)  # what libraries print is no answer to the controller
@@ -351,9 +352,8 @@ def serve() -> None:
             work(order["folders"])
         except Terminated:
             sys.exit(143)
-        if first:  # libraries' own objects stay: looking through them is most of what collecting garbage takes
-            gc.collect()
-            gc.freeze()
+        if first:
+            garbage.freeze()
             first = False
         try:
             done.write(f"{order['name']}\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
-import gc
 import hashlib
 import importlib.metadata
 import json
@@ -32,6 +31,7 @@ from typing import Any, Literal
 
 import psutil
 
+from lethe import garbage
 from lethe.errors import LetheError
 
 Status = Literal["queued", "running", "complete", "failed", "diverged", "cancelled", "lost"]
@@ -222,7 +222,7 @@ class Run:
         status, reason = "complete", None
         with self._terminable():
             try:
-                with _libraries_frozen():
+                with garbage.frozen():
                     yield self
             except KeyboardInterrupt as error:
                 late = self.stopping == TIME_LIMIT
@@ -305,20 +305,6 @@ class Run:
             self._deferred = False
         if self.stopping:
             raise Terminated(f"{self.stopping}; go on with: lethe resume {self.path}")
-
-
-@contextlib.contextmanager
-def _libraries_frozen() -> Iterator[None]:
-    """Inside, a search for garbage passes over the objects there are now: libraries', a quarter of a second each time."""
-    own = not gc.get_freeze_count()
-    if own:
-        gc.collect()  # a model that the caller is done with is not kept for the length of a run
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if own:
-            gc.unfreeze()
 
 
 _said: set[str] = set()
