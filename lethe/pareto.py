@@ -62,6 +62,9 @@ class Pareto(Planner):
     def checked(self) -> c.SweepConfig:
         if self.config.warm_start and self.config.tamper is not None:
             raise LetheError("warm_start: has no effect with an attack, which earlier runs do not have; leave it out")
+        for folder in self.config.warm_start:
+            if not find_runs(folder):
+                raise LetheError(f"warm_start: there are no runs in '{folder}'; name a folder of runs, or leave it out")
         return super().checked()
 
     def begin(self, sweep: Sweep) -> None:

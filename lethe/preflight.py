@@ -63,7 +63,7 @@ def check(config: UnlearnConfig) -> Checked:
         )
     if model.adapter:
         raise LetheError(f"model: '{config.model}' is an adapter kept apart from its model; merge it into a model first")
-    _refuse_length(config, model)
+    _refuse_length(config, model, source)
     affine, conventions = _maps(config, model, source)
     forget = corpora.select(config.forget, config.num_train_examples, "front", "forget text")
     retain = corpora.select(config.retain, config.num_train_examples, "front", "retain text")
@@ -104,6 +104,7 @@ def check_affine(config: AffineConfig) -> tuple[refs.ModelRef, refs.ModelRef, li
     """
     refuse_run_folder(config.out)
     model, source = _pair(config.model, config.source, config.layers, config.out)
+    _refuse_length(config, model, source)
     if as_text_source(config.text).source == "lab:forget":
         raise LetheError("text: maps are never fitted on forget text, that would map the topic back in; give retain text")
     documents = corpora.take(corpora.read(config.text), config.num_examples, "front", "text")
@@ -131,6 +132,7 @@ def check_affine_score(config: AffineScoreConfig) -> CheckedScore:
     folder = find_maps(config.affine)
     facts = facts_of(folder)
     model, source = _pair(config.model, config.source, [0], "runs")
+    _refuse_length(config, model, source)
     conventions = check_maps(folder, model, source)
     for convention in conventions:
         refs.refuse_layers(source, layers_of(facts, convention, model.depth))
@@ -270,12 +272,13 @@ def _refuse_types(config: UnlearnConfig) -> None:
         )
 
 
-def _refuse_length(config: TrainingSettings, model: refs.ModelRef) -> None:
-    """Refuse rows that are longer than the model was made for."""
-    if model.window is not None and config.max_length > model.window:
-        raise LetheError(
-            f"max_length: {config.max_length} is beyond the window of '{model.name}', {model.window} tokens; lower it"
-        )
+def _refuse_length(config: TrainingSettings | AffineConfig | AffineScoreConfig, *models: refs.ModelRef) -> None:
+    """Refuse rows that are longer than one of the models was made for."""
+    for model in models:
+        if model.window is not None and config.max_length > model.window:
+            raise LetheError(
+                f"max_length: {config.max_length} is beyond the window of '{model.name}', {model.window} tokens; lower it"
+            )
 
 
 REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX")}

@@ -3,6 +3,7 @@ knows which pair of weights it belongs to."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -421,6 +422,7 @@ def test_fitting_on_forget_text_is_refused(world, tmp_path, text):
         ({"num_examples": 61}, "60 documents, 61 are asked for"),
         ({"num_examples": 1}, "too few"),
         ({"text": "nowhere.jsonl"}, "no such file"),
+        ({"max_length": 65}, "max_length: 65 is beyond the window .* 64 tokens"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_before_anything_is_written(world, tmp_path, changes, message):
@@ -460,12 +462,13 @@ def test_scores_are_of_documents_the_maps_were_not_fitted_on(monkeypatch, world,
 
 def test_asking_for_more_documents_than_were_held_out_is_refused(world, fitted):
     """Six were held out: the seventh would be one that the maps were fitted on."""
-    with pytest.raises(LetheError):
-        score_affine(
-            AffineScoreConfig(
-                str(fitted.path / "affine"), str(world / "target"), str(world / "source"), str(world / "text.jsonl"), 7
-            )
-        )
+    asked = AffineScoreConfig(
+        str(fitted.path / "affine"), str(world / "target"), str(world / "source"), str(world / "text.jsonl"), 7
+    )
+    with pytest.raises(LetheError, match="6 documents, 7 are asked for"):
+        score_affine(asked)
+    with pytest.raises(LetheError, match="max_length: 65 is beyond the window"):
+        score_affine(dataclasses.replace(asked, num_examples=6, max_length=65))
 
 
 def test_other_text_is_scored_whole_but_for_documents_that_were_fitted_on(monkeypatch, world, fitted, tmp_path):

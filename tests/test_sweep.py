@@ -59,6 +59,7 @@ from lethe.sweep import Sweep, cancel, retry, status, sweep
         ({"name": "r{retain_coef:.1f}"}, "write the field alone"),
         ({"kind": "boundary", "vary": {"lr": {"low": 1e-4, "high": 1}}, "max_runs": 3, "seeds": 2}, "too few for both ends"),
         ({"kind": "pareto", "max_runs": 1, "warm_start": ["x"], "tamper": {}}, "warm_start: has no effect with an attack"),
+        ({"kind": "pareto", "max_runs": 1, "warm_start": ["nowhere"]}, "warm_start: there are no runs in 'nowhere'"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_and_leaves_nothing(lab, tmp_path, changes, words):
