@@ -73,6 +73,7 @@ class Pareto(Planner):
         if sweep.study.get_trials(deepcopy=False):
             return
         for folder in self.config.warm_start:
+            known = len(sweep.study.get_trials(deepcopy=False))
             for run in find_runs(folder):
                 point = self.point_of(run)
                 if point is None:
@@ -95,6 +96,10 @@ class Pareto(Planner):
                         distributions=plan.distributions,
                         user_attrs=plan.attributes(),
                     )
+                )
+            if len(sweep.study.get_trials(deepcopy=False)) == known:
+                logger.warning(
+                    "warm_start: no run in '%s' is complete, of this recipe and within the axes", folder
                 )
 
     def point_of(self, run: Run) -> Point | None:

@@ -249,9 +249,14 @@ def test_the_largest_rate_that_keeps_retain_is_found(lab, tmp_path):
 
 
 @pytest.mark.slow
-def test_pareto_spends_its_budget_and_starts_from_what_is_known(grid, tmp_path):
+def test_pareto_spends_its_budget_and_starts_from_what_is_known(grid, tmp_path, caplog):
+    Run.create("evaluate", "another", {}, other := tmp_path / "other")
     axes = {"retain_coef": {"low": 0.5, "high": 100, "log": True}, "remove_coef": {"low": 1, "high": 100, "log": True}}
-    run = sweep(config(tmp_path, kind="pareto", vary=axes, max_runs=4, warm_start=[str(grid.path.parent)], jobs=2))
+    warm = [str(grid.path.parent), str(other)]
+    run = sweep(config(tmp_path / "runs", kind="pareto", vary=axes, max_runs=4, warm_start=warm, jobs=2))
+    assert [r.getMessage() for r in caplog.records if "warm_start" in r.getMessage()] == [
+        f"warm_start: no run in '{other}' is complete, of this recipe and within the axes"
+    ]
     found = [t for t in run.record["trials"] if not t["reference"]]
     known = [t for t in found if t["reused"]]
     assert len(found) - len(known) == 4
