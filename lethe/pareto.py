@@ -98,9 +98,7 @@ class Pareto(Planner):
                     )
                 )
             if len(sweep.study.get_trials(deepcopy=False)) == known:
-                logger.warning(
-                    "warm_start: no run in '%s' is complete, of this recipe and within the axes", folder
-                )
+                logger.warning("warm_start: no run in '%s' is complete, of this recipe and within the axes", folder)
 
     def point_of(self, run: Run) -> Point | None:
         """Where a complete run lies on the axes; None where it is of another recipe or outside of them."""
