@@ -62,10 +62,11 @@ class Pareto(Planner):
     def checked(self) -> c.SweepConfig:
         if self.config.warm_start and self.config.tamper is not None:
             raise LetheError("warm_start: has no effect with an attack, which earlier runs do not have; leave it out")
+        checked = super().checked()
         for folder in self.config.warm_start:
-            if not find_runs(folder):
-                raise LetheError(f"warm_start: there are no runs in '{folder}'; name a folder of runs, or leave it out")
-        return super().checked()
+            if not any(self.known(folder)):
+                raise LetheError(f"warm_start: no run in '{folder}' is complete, of this recipe and on the axes; leave it out")
+        return checked
 
     def begin(self, sweep: Sweep) -> None:
         from optuna.trial import TrialState, create_trial
@@ -73,14 +74,7 @@ class Pareto(Planner):
         if sweep.study.get_trials(deepcopy=False):
             return
         for folder in self.config.warm_start:
-            known = len(sweep.study.get_trials(deepcopy=False))
-            for run in find_runs(folder):
-                point = self.point_of(run)
-                if point is None:
-                    continue
-                values = self.values([run])
-                if any(isinstance(value, str) for value in values):
-                    continue
+            for run, point, values in self.known(folder):
                 plan = Plan(
                     run.record["name"],
                     [("unlearn", run.record["config"])],
@@ -91,14 +85,20 @@ class Pareto(Planner):
                 sweep.study.add_trial(
                     create_trial(
                         state=TrialState.COMPLETE,
-                        values=[float(value) for value in values],
+                        values=values,
                         params=plan.params,
                         distributions=plan.distributions,
                         user_attrs=plan.attributes(),
                     )
                 )
-            if len(sweep.study.get_trials(deepcopy=False)) == known:
-                logger.warning("warm_start: no run in '%s' is complete, of this recipe and within the axes", folder)
+
+    def known(self, folder: str) -> Iterator[tuple[Run, Point, list[float]]]:
+        """Runs in a folder that count as made, each with where it lies and what it measured."""
+        for run in find_runs(folder):
+            point = self.point_of(run)
+            values = [] if point is None else self.values([run])
+            if point is not None and not any(isinstance(value, str) for value in values):
+                yield run, point, [float(value) for value in values]
 
     def point_of(self, run: Run) -> Point | None:
         """Where a complete run lies on the axes; None where it is of another recipe or outside of them."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lethe import garbage
 from lethe.config import SlurmSettings, minutes
 from lethe.errors import LetheError
 from lethe.ledger import Terminated
@@ -126,6 +127,7 @@ class _Requeueable:
     def __call__(self) -> Any:
         from submitit import JobEnvironment
 
+        garbage.seldom()
         job = JobEnvironment()
         soon = signal.Signals[f"SIG{job.USR_SIG}"]
         requeue_and_exit: Any = signal.getsignal(soon)  # submitit's: works only outside of a step of training
@@ -146,7 +148,9 @@ class _Requeueable:
         signal.signal(soon, pass_on)
         signal.signal(signal.SIGTERM, terminate)
         try:
-            return self.work()
+            done = self.work()
+            garbage.freeze()
+            return done
         except Terminated as error:
             for number in (signal.SIGTERM, soon):  # more of them come with the requeue; scontrol must not be ended by them
                 signal.signal(number, signal.SIG_IGN)
