@@ -9,7 +9,6 @@ exit code 2; with `--json` standard output holds JSON alone.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -41,13 +40,10 @@ class Command:
     extra: str = ""
 
 
+@garbage.seldom()
 def console() -> int:
     """The command `lethe`: `main` as a process of its own."""
-    garbage.seldom()
-    try:
-        return main()
-    finally:
-        gc.freeze()
+    return main()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Python's search for garbage, kept off the million objects that torch and transformers consist of.
 
-Importing them sets off hundreds of searches that find nothing: 0.8 s of 4.4. One more at the end of the process, over
-all of them, takes 1.3 s, and every full one in between a quarter of a second.
+Importing them sets off hundreds of searches that find nothing. One more at the end of the process goes over all of them, as
+does every full one in between. `benchmarks/start.py` measures what that takes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from collections.abc import Iterator
 _usual = gc.get_threshold()
 
 
-def seldom() -> None:
-    """For a process of Lethe's own, before it imports libraries: searches are rare until work begins (`frozen`)."""
+@contextlib.contextmanager
+def seldom() -> Iterator[None]:
+    """In a process of Lethe's own, before it imports libraries: searches are rare until work begins, and none is last."""
     gc.set_threshold(100_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.freeze()
 
 
 def freeze() -> None:

@@ -336,12 +336,12 @@ def _devices() -> list[str]:
     return [str(i) for i in range(listed.stdout.count("GPU "))]
 
 
+@garbage.seldom()
 def serve() -> None:
     """A local worker: trials from standard input, one line each; a line on standard output when one is done with."""
     from lethe.cli import quiet
 
     quiet()
-    garbage.seldom()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     done, first = os.fdopen(os.dup(1), "w"), True
     os.dup2(2, 1)  # what libraries print is no answer to the controller

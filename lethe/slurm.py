@@ -124,10 +124,10 @@ class _Requeueable:
     def __init__(self, work: Work):
         self.work = work
 
+    @garbage.seldom()
     def __call__(self) -> Any:
         from submitit import JobEnvironment
 
-        garbage.seldom()
         job = JobEnvironment()
         soon = signal.Signals[f"SIG{job.USR_SIG}"]
         requeue_and_exit: Any = signal.getsignal(soon)  # submitit's: works only outside of a step of training
@@ -148,9 +148,7 @@ class _Requeueable:
         signal.signal(soon, pass_on)
         signal.signal(signal.SIGTERM, terminate)
         try:
-            done = self.work()
-            garbage.freeze()
-            return done
+            return self.work()
         except Terminated as error:
             for number in (signal.SIGTERM, soon):  # more of them come with the requeue; scontrol must not be ended by them
                 signal.signal(number, signal.SIG_IGN)

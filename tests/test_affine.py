@@ -17,9 +17,9 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import affine, corpora, refs
+from lethe import affine, corpora, preflight, refs
 from lethe.affine import AffineMap, RidgeSums, Score, fit_affine, load_maps, score_affine
-from lethe.config import AffineConfig, AffineScoreConfig, TextSource
+from lethe.config import AffineConfig, AffineScoreConfig, TextSource, UnlearnConfig
 from lethe.errors import LetheError
 from lethe.maps import check_maps, find_maps
 from lethe.preflight import split
@@ -437,6 +437,16 @@ def test_a_source_with_fewer_blocks_than_the_last_layer_is_refused_before_anythi
         fit_affine(
             AffineConfig(str(world / "target"), str(shallow), str(world / "text.jsonl"), [0, 3], out=str(tmp_path / "runs"))
         )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rows_beyond_the_sources_window_are_refused(world, make_model, tmp_path):
+    narrow = str(make_model("llama", tmp_path / "narrow", seed=9, max_position_embeddings=32))
+    with pytest.raises(LetheError, match=r"max_length: 64 is beyond the window of .*narrow', 32 tokens"):
+        fit_affine(AffineConfig(str(world / "target"), narrow, str(world / "text.jsonl"), [0], out=str(tmp_path / "runs")))
+    recipe = UnlearnConfig(model=str(world / "target"), source=narrow, layers=[0], max_length=64, out=str(tmp_path / "runs"))
+    with pytest.raises(LetheError, match=r"max_length: 64 is beyond the window of .*narrow', 32 tokens"):
+        preflight.check(recipe)
     assert not (tmp_path / "runs").exists()
 
 

@@ -12,17 +12,19 @@ from lethe import garbage
 def test_inside_searches_are_as_usual_and_the_outermost_thaws():
     before = gc.get_threshold(), gc.get_freeze_count()
     try:
-        garbage.seldom()
-        rare = gc.get_threshold()
-        with garbage.frozen():
-            assert gc.get_threshold() == garbage._usual and gc.get_freeze_count() > 1000
+        with garbage.seldom():
+            rare = gc.get_threshold()
             with garbage.frozen():
-                pass
-            assert gc.get_threshold() == garbage._usual and gc.get_freeze_count() > 1000
-        assert gc.get_threshold() == rare != garbage._usual and gc.get_freeze_count() == 0
+                assert gc.get_threshold() == garbage._usual and gc.get_freeze_count() > 1000
+                with garbage.frozen():
+                    pass
+                assert gc.get_threshold() == garbage._usual and gc.get_freeze_count() > 1000
+            assert gc.get_threshold() == rare != garbage._usual and gc.get_freeze_count() == 0
+        assert gc.get_freeze_count() > 1000
     finally:
         gc.set_threshold(*before[0])
-    assert gc.get_freeze_count() == before[1]
+        gc.unfreeze()
+    assert gc.get_freeze_count() == before[1] == 0
 
 
 def test_the_command_searches_rarely_while_it_imports_torch_and_not_at_its_end():

@@ -69,6 +69,14 @@ def test_a_sweep_that_cannot_work_is_refused_and_leaves_nothing(lab, tmp_path, c
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_warm_start_from_which_nothing_can_be_taken_is_refused(lab, tmp_path):
+    Run.create("evaluate", "another", {}, tmp_path / "others")
+    warm = config(tmp_path / "runs", kind="pareto", max_runs=1, warm_start=[str(tmp_path / "others")])
+    with pytest.raises(LetheError, match=r"warm_start: no run in .*others' is complete, of this recipe and on the axes"):
+        sweep(warm)
+    assert not (tmp_path / "runs").exists()
+
+
 # -- what the kinds do
 
 
@@ -251,8 +259,7 @@ def test_the_largest_rate_that_keeps_retain_is_found(lab, tmp_path):
 @pytest.mark.slow
 def test_pareto_spends_its_budget_and_starts_from_what_is_known(grid, tmp_path):
     axes = {"retain_coef": {"low": 0.5, "high": 100, "log": True}, "remove_coef": {"low": 1, "high": 100, "log": True}}
-    asked = config(tmp_path, kind="pareto", vary=axes, max_runs=4, warm_start=[str(grid.path.parent)], jobs=2)
-    run = sweep(asked)
+    run = sweep(config(tmp_path, kind="pareto", vary=axes, max_runs=4, warm_start=[str(grid.path.parent)], jobs=2))
     found = [t for t in run.record["trials"] if not t["reference"]]
     known = [t for t in found if t["reused"]]
     assert len(found) - len(known) == 4
