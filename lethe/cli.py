@@ -21,7 +21,7 @@ from typing import Any
 
 from lethe import config as c
 from lethe import garbage
-from lethe.errors import LetheError, nearest
+from lethe.errors import LetheError, full_disk, nearest
 from lethe.ledger import Terminated
 from lethe.settings import parse
 
@@ -78,6 +78,11 @@ def main(argv: list[str] | None = None) -> int:
     except _NotComplete as error:
         print(f"lethe: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if not full_disk(error):
+            raise
+        print(f"lethe: a disk is full ({error}); make room and give the command again", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -7,11 +7,18 @@ A message says what was given, what was expected and what to do next.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
 class LetheError(Exception):
     """Something the user gave cannot work. The message is one line and says what to do."""
+
+
+def full_disk(error: BaseException) -> bool:
+    """Whether an error says that a disk, or one's share of it, is full: the system's own, or safetensors' account of it."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

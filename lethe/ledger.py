@@ -32,7 +32,7 @@ from typing import Any, Literal
 import psutil
 
 from lethe import garbage
-from lethe.errors import LetheError
+from lethe.errors import LetheError, full_disk
 
 Status = Literal["queued", "running", "complete", "failed", "diverged", "cancelled", "lost"]
 HEARTBEAT_SECONDS = 20
@@ -229,7 +229,12 @@ class Run:
                 status, reason = "failed" if late else "cancelled", str(error) or "interrupted from the keyboard"
                 raise
             except BaseException as error:
-                status, reason = "failed", f"{type(error).__name__}: {error}"
+                full = full_disk(error) and LetheError(
+                    f"a disk is full ({error}); make room and go on: lethe resume {self.path}"
+                )
+                status, reason = "failed", f"{type(full or error).__name__}: {full or error}"
+                if full:
+                    raise full from error
                 if not isinstance(error, LetheError):
                     logger.error("the run failed", exc_info=error)
                 raise

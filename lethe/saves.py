@@ -1,6 +1,7 @@
 """Saves of a run in training: whole or absent.
 
-    saves/step-100/   weights.safetensors   the trained parameters, under the names that they have in memory
+    saves/begin.safetensors                 the trained parameters as they were before the first update
+    saves/step-100/   weights.safetensors   those after it, under the names that they have in memory
                       optimizer.pt, scheduler.pt, random.pt, trainer_state.json
                       manifest.json         size and SHA-256 of each, written last
 
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,8 +30,30 @@ from lethe.errors import LetheError
 from lethe.ledger import sha256
 
 KEPT = 2
+BEGIN = "begin.safetensors"
 MANIFEST = "manifest.json"
+UNWRITTEN = (OSError, RuntimeError, SafetensorError)
+"""How a full disk shows: Python's way, torch's, safetensors'."""
 FILES = ("weights.safetensors", "optimizer.pt", "scheduler.pt", "random.pt", "trainer_state.json")
+
+
+def begin(folder: Path, model: nn.Module) -> None:
+    """Keep the parameters that are trained as they are before the first update, for a training that diverges before it saves.
+
+    Raises:
+        LetheError: they cannot be written.
+    """
+    temporary = folder / f".{BEGIN}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained(model), temporary)
+        _sync(temporary)
+        temporary.rename(folder / BEGIN)
+    except UNWRITTEN as error:
+        temporary.unlink(missing_ok=True)
+        raise LetheError(
+            f"the weights before the first update could not be written ({str(error).splitlines()[0]}); make room in '{folder}'"
+        ) from error
 
 
 def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: Any, state: Any) -> Path:
@@ -53,7 +77,7 @@ def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: 
         shutil.rmtree(final, ignore_errors=True)  # left over from before a resume
         temporary.rename(final)
         _sync(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except UNWRITTEN as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise LetheError(
             f"the save at step {step} could not be written ({str(error).splitlines()[0]}); earlier saves are whole: "
@@ -101,12 +125,12 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_weights(save: Path, model: nn.Module) -> None:
-    """Put a save's parameters into the model, strictly.
+    """Put a save's parameters (or those of `BEGIN`, a file) into the model, strictly.
 
     Raises:
         LetheError: the save has other parameters than the model trains.
     """
-    saved = load_file(save / "weights.safetensors")
+    saved = load_file(save / "weights.safetensors" if save.is_dir() else save)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if saved.keys() != parameters.keys():
         other = sorted(saved.keys() ^ parameters.keys())

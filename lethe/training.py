@@ -206,7 +206,7 @@ class RunTrainer(Trainer):
     def train_with_bar(self, description: str) -> None:
         """Train from the newest save, or from the start, with a bar that shows the losses and the latest evaluation.
 
-        A run that diverged, and stops there, has the weights of its last save afterwards.
+        A run that diverged, and stops there, has the weights of its last save afterwards, or those before the first update.
         """
         planned = self.planned_steps()
         save = saves.newest(self.run.path / "saves")
@@ -226,6 +226,8 @@ class RunTrainer(Trainer):
                 self.state.global_step = done
             else:
                 began, evaluated = time.monotonic(), _seconds(self.run, "evaluation_seconds")
+                if save is None:
+                    saves.begin(self.run.path / "saves", self.model)  # type: ignore[arg-type]
                 try:
                     with self.run.deferring():
                         self.train(resume_from_checkpoint=str(save) if save else None)
@@ -236,15 +238,15 @@ class RunTrainer(Trainer):
             self._fall_back()
 
     def _fall_back(self) -> None:
-        """Put back the weights of the last save before the divergence."""
+        """Put back the weights of the last save before the divergence, or those before the first update."""
         save = saves.newest(self.run.path / "saves")
-        if save is None:
-            reason = f"{self.run.record['reason']}; there was no save to fall back on"
-            self.run.update(reason=reason, divergence={"weights_of_step": self.state.global_step})
-            return
-        saves.load_weights(save, self.model)  # type: ignore[arg-type]
-        self.state.global_step = int(save.name.removeprefix("step-"))
+        saves.load_weights(save or self.run.path / "saves" / saves.BEGIN, self.model)  # type: ignore[arg-type]
+        self.state.global_step = int(save.name.removeprefix("step-")) if save else 0
         self.run.update(divergence={"weights_of_step": self.state.global_step})
+        if save is None:
+            self.run.update(
+                reason=f"{self.run.record['reason']}; it had no save yet: its weights are those before the first update"
+            )
 
     def clear_saves(self) -> None:
         """Remove the saves of a run that is complete."""
@@ -321,7 +323,13 @@ class Evaluation(TrainerCallback):
                 )
             except NotNumbersError as error:
                 advice = "lower strengths" if facts else "lower lr"
-                self.run.update(status="diverged", reason=f"step {step}: {error}; {advice}")
+                reason, losses = self.run.record["reason"], [row["loss"] for row in self.run.rows("metrics.jsonl")]
+                if self.run.record["status"] != "diverged":
+                    shown = {"first_loss": losses[0], "loss": losses[-1]} if losses else {}
+                    self.run.update(divergence={"step": step} | shown)
+                    reason = None
+                said = f"step {step}: {error}; {advice}"
+                self.run.update(status="diverged", reason=f"{reason}; then {said}" if reason else said)
                 evals = {}
             self.run.append("curve.jsonl", {"step": step} | (facts or {}) | {"evals": evals})
             _add_seconds(self.run, "evaluation_seconds", time.monotonic() - began)

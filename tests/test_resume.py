@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from lethe import (
     AffineConfig,
@@ -26,10 +30,12 @@ from lethe import (
     checkpoints,
     evaluate,
     fit_affine,
+    refs,
     saves,
     tamper,
     unlearn,
 )
+from lethe.cli import main
 from lethe.config import EvalSettings, ResumeConfig, to_dict
 from lethe.errors import LetheError
 from lethe.lab import active_preset
@@ -235,26 +241,67 @@ def test_a_run_without_a_save_begins_again(stopped, tmp_path):
     assert "beginning anew: of 8 updates there is no whole save" in (stopped.path / "log.txt").read_text()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system of its own needs root")
-def test_a_full_disk_is_an_error_that_leaves_earlier_saves_whole(lab, tmp_path):
-    """A save of this run takes about 4 MiB; two fit beside the run, three do not."""
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(small)], check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        config = recipe(small / "runs", lora=None, affine="none", save_every=2)
-        with pytest.raises(LetheError, match=r"save at step \d+ could not be written.*lethe resume"):
-            unlearn(config)
-        run = find_runs(small / "runs")[0]
-        assert run.status == "failed" and "could not be written" in run.record["reason"]
-        assert saves.newest(run.path / "saves") is not None
-        assert not list((run.path / "saves").glob(".*"))
-        home = shutil.copytree(run.path, tmp_path / "roomy" / run.path.name)
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+@pytest.fixture
+def small(tmp_path) -> Iterator[Any]:
+    """Makes a file system of a few KiB, as a folder."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system of its own needs root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def made(kib: int) -> Path:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], check=False).returncode:
+            pytest.skip("no file system can be mounted here")
+        return folder
+
+    yield made
+    subprocess.run(["umount", str(folder)], check=False)
+
+
+@pytest.mark.parametrize("kib", [300, 500, 900])
+def test_a_save_that_finds_the_disk_full_at_any_file_is_refused_and_leaves_nothing(small, kib):
+    """Weights of 256 KiB, AdamW's state of 512: the disk is full within a save's weights, at once or almost, or its state."""
+    folder = small(kib) / "saves"
+    model = torch.nn.Linear(256, 256, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 256)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    saves.begin(folder, model)
+    with pytest.raises(LetheError, match=r"save at step 1 could not be written.*make room"):
+        saves.write(folder, 1, model, optimizer, scheduler, TrainerState())
+    assert [p.name for p in folder.iterdir()] == [saves.BEGIN]
+    if kib < 500:
+        with pytest.raises(LetheError, match=r"before the first update could not be written.*make room"):
+            saves.begin(folder, model)
+        assert [p.name for p in folder.iterdir()] == [saves.BEGIN]
+
+
+@pytest.mark.parametrize("kib", [1000, 8200, 11000])
+def test_a_full_disk_is_an_error_in_one_line_that_leaves_earlier_saves_whole(lab, small, tmp_path, kib, capfd):
+    """Weights take 1.8 MB here, AdamW's state 3.7: room for no weights, for those of one save, for those of two."""
+    config = recipe(small(kib) / "runs", lora=None, affine="none", save_every=2)
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
+    assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and "could not be written" in said and "make room" in said
+    run = find_runs(config.out)[0]
+    assert run.status == "failed" and "could not be written" in run.record["reason"]
+    assert (saves.newest(run.path / "saves") is None) == (kib == 1000)
+    assert not list((run.path / "saves").glob(".*"))
+    home = shutil.copytree(run.path, tmp_path / "roomy" / run.path.name)
     whole = unlearn(recipe(tmp_path / "whole", lora=None, affine="none", save_every=2))
     assert_same(resume(ResumeConfig(str(home))), whole)
+
+
+def test_a_disk_that_is_full_when_the_model_is_written_is_an_error_in_one_line(lab, small, tmp_path, capfd):
+    config = recipe(small(2000) / "runs", lora=None, affine="none", save_every=0)
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
+    assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and "a disk is full" in said and "make room and go on: lethe resume" in said
+    run = find_runs(config.out)[0]
+    assert run.status == "failed" and "a disk is full" in run.record["reason"]
 
 
 # --- what cannot be resumed ------------------------------------------------------------------------------------------
@@ -314,6 +361,22 @@ def test_a_loss_far_above_the_first_ones_is_a_divergence_with_the_weights_of_the
     assert finished.status == "diverged" and len(finished.rows("metrics.jsonl")) == 60
     with pytest.raises(LetheError, match="is diverged"):
         resume(ResumeConfig(str(run.path)))
+
+
+def test_a_loss_that_is_no_number_before_the_first_save_leaves_the_weights_before_the_first_update(lab, tmp_path):
+    settings = {"lora": None, "lr": 1e18, "max_grad_norm": 0, "max_steps": 20, "save_every": 0, "affine": "none"}
+    run = unlearn(recipe(tmp_path, **settings, schedule="constant"))
+    facts = run.record["divergence"]
+    assert run.status == "diverged" and math.isnan(facts["loss"]) and facts["weights_of_step"] == 0
+    assert "no save yet" in run.record["reason"] and math.isnan(run.rows("metrics.jsonl")[-1]["loss"])
+    kept, before = (refs.load(refs.resolve(name))[0].state_dict() for name in (str(run.path), "lab:final"))
+    assert kept.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in kept.items())
+    found = evaluate(EvaluateConfig(str(run.path), tasks=["lab_forget_robust"], limit=4, out=str(tmp_path)))
+    assert found.status == "complete" and Run.open(run.path).status == "diverged"
+    finished = unlearn(recipe(tmp_path, **settings, schedule="constant", on_divergence="finish"))
+    assert finished.status == "diverged" and finished.record["evals"] == {}
+    assert finished.record["divergence"] == pytest.approx({k: facts[k] for k in ("step", "first_loss", "loss")}, nan_ok=True)
+    assert re.search(r"the loss was nan.*; then step 5: .*not numbers", finished.record["reason"])
 
 
 def test_a_run_past_its_time_limit_saves_and_is_failed_with_the_reason(lab, tmp_path):
