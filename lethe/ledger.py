@@ -80,14 +80,15 @@ class Run:
         run_id = secrets.token_hex(4)
         slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
         path = Path(out) / f"{kind}-{slug}-{run_id}"
-        is_new = not Path(out).exists()
+        run = cls(path, {"id": run_id, "kind": kind, "name": name, "status": "queued", "reason": None, "job_id": None})
+        run._made_folder = not Path(out).exists()
         try:
             path.mkdir(parents=True)
+            run.update(launcher="local", created=now(), started=None, finished=None, heartbeat=None, config=config)
         except OSError as error:
+            if path.exists():
+                run.discard()
             raise LetheError(f"out: cannot write to '{out}' ({error.strerror}); choose another folder") from error
-        run = cls(path, {"id": run_id, "kind": kind, "name": name, "status": "queued", "reason": None, "job_id": None})
-        run._made_folder = is_new
-        run.update(launcher="local", created=now(), started=None, finished=None, heartbeat=None, config=config)
         return run
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import logging
@@ -17,6 +18,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from lethe import ledger
 from lethe.config import ResumeConfig
@@ -343,6 +345,32 @@ def test_a_damaged_record_is_refused_in_words(run, content):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(LetheError, match="is not a run"):
         Run.open(tmp_path)
+
+
+def full(where: str) -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device", where)
+
+
+def test_a_run_whose_record_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    def write(path: Path, text: str) -> None:
+        raise full(str(path))
+
+    monkeypatch.setattr(ledger, "write_atomically", write)
+    with pytest.raises(LetheError, match=r"out: cannot write to '.*runs' .No space left"):
+        Run.create("unlearn", "trial", {}, tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [full("curve.jsonl"), SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")],
+    ids=["of the system", "of safetensors"],
+)
+def test_a_disk_that_is_full_is_one_line_that_says_how_to_go_on(run, error):
+    with pytest.raises(LetheError, match=f"a disk is full.*make room and go on: lethe resume {run.path}"), run.running():
+        raise error
+    assert on_disk(run)["status"] == "failed" and "a disk is full" in on_disk(run)["reason"]
+    assert "Traceback" not in (run.path / "log.txt").read_text()
 
 
 def test_an_output_folder_that_is_a_run_or_a_file_is_refused(run, tmp_path):
