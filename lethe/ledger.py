@@ -121,6 +121,11 @@ class Run:
             return "lost"
         return status
 
+    @property
+    def diverged(self) -> bool:
+        """Whether its training or an evaluation on the way found that it diverged; the status says so once its work is done."""
+        return bool(self.record.get("divergence"))
+
     def _process_is_gone(self) -> bool:
         """Whether the run's process, on this machine, has ended; False for another machine's."""
         where = self.record.get("environment") or {}
@@ -211,8 +216,6 @@ class Run:
         """
         self._before = (self.record.get("environment") or {}).get("seconds") or 0.0
         self._began = time.monotonic()
-        started = self.record.get("started") or now()
-        self.update(status="running", reason=None, started=started, finished=None, heartbeat=now(), environment=environment())
         handler = logging.FileHandler(self.path / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
@@ -223,6 +226,8 @@ class Run:
         status, reason = "complete", None
         with self._terminable():
             try:
+                facts = {"started": self.record.get("started") or now(), "finished": None, "heartbeat": now()}
+                self.update(status="running", reason=None, environment=environment(), **facts)
                 with garbage.frozen():
                     yield self
             except KeyboardInterrupt as error:
@@ -242,8 +247,9 @@ class Run:
             finally:
                 stop.set()
                 beat.join()
-                if self.record["status"] == "diverged":
-                    status, reason = "diverged", "; then ".join(filter(None, [self.record["reason"], reason]))
+                if self.diverged:
+                    status = "diverged" if status == "complete" else status
+                    reason = "; then ".join(filter(None, [self.record["divergence"]["reason"], reason]))
                 with contextlib.suppress(OSError):  # a full disk: the error that it has caused is being raised
                     self.beat()
                     self.update(status=status, reason=reason, finished=now(), environment={"peak_memory": peak_memory()})

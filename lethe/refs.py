@@ -283,9 +283,9 @@ def _of_run(name: str, run: Run) -> ModelRef:
                 f"'{name}' is an adapter on '{parent['ref']}', which holds other weights now than when it was trained"
             )
         return ModelRef(name, base.path, base.revision, _adapter(name, run))
-    raise LetheError(
-        f"'{name}' is a run of kind {run.record['kind']}, status {run.status}, that holds no model; name an unlearning run"
-    )
+    ended = run.record["kind"] not in {"unlearn", "tamper"} or run.status in {"complete", "diverged"}
+    advice = "name an unlearning run" if ended else f"finish it first: lethe resume {run.path}"
+    raise LetheError(f"'{name}' is a run of kind {run.record['kind']}, status {run.status}, that holds no model; {advice}")
 
 
 def _adapter(name: str, run: Run) -> str:

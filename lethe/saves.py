@@ -1,6 +1,6 @@
 """Saves of a run in training: whole or absent.
 
-    saves/begin.safetensors                 the trained parameters as they were before the first update
+    saves/begin.safetensors                 the trained parameters before the first update, until there is a save
     saves/step-100/   weights.safetensors   those after it, under the names that they have in memory
                       optimizer.pt, scheduler.pt, random.pt, trainer_state.json
                       manifest.json         size and SHA-256 of each, written last
@@ -77,6 +77,7 @@ def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: 
         shutil.rmtree(final, ignore_errors=True)  # left over from before a resume
         temporary.rename(final)
         _sync(folder)
+        (folder / BEGIN).unlink(missing_ok=True)
     except UNWRITTEN as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise LetheError(

@@ -129,7 +129,7 @@ def _joined(words: list[str], config: type) -> list[str]:
     while i < len(words):
         word = words[i]
         i += 1
-        name = word.removeprefix("--")
+        name = word.removeprefix("--") if word.startswith("--") else ""
         several = name in mixed and sum(1 for _ in itertools.takewhile(lambda w: not w.startswith("--"), words[i:])) != 1
         if name not in lists and name not in pairs and not several:
             bare = word in switches and (i == len(words) or words[i].startswith("--"))

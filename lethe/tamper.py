@@ -25,7 +25,7 @@ from lethe.evaluate import load_tasks
 from lethe.ledger import Run
 from lethe.prompts import prompts, refuse_too_long
 from lethe.residual import blocks, read
-from lethe.training import Evaluation, Rows, RunTrainer, token_means
+from lethe.training import Evaluation, Rows, RunTrainer, keep_threads, token_means
 from lethe.unlearn import add_adapters, save
 
 
@@ -62,6 +62,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
         return _without_training(config, checked, run)
     run = run or Run.create("tamper", config.name, to_dict(config), config.out)
     with run.running():
+        keep_threads(run)
         model: Any
         model, tokenizer = refs.load(checked.model, "float32")
         model = _attacked(model, config, checked)
@@ -94,6 +95,7 @@ def _without_training(config: TamperConfig, checked: preflight.CheckedAttack, ru
         refuse_too_long(before, config.eval, model, tokenizer)
     run = run or Run.create("tamper", config.name, to_dict(config), config.out)
     with run.running():
+        keep_threads(run)
         run.set_parents(**_parents(config, checked))
         run.update(plan=checked.plan | ({} if before else {"scheme": SCHEMES[config.attack]}))
         evaluation = Evaluation(run, tokenizer, config.eval)
@@ -110,10 +112,10 @@ def _without_training(config: TamperConfig, checked: preflight.CheckedAttack, ru
                 tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0
                 title = f"{config.attack} {strength:g} on {config.model}" if step else "Evaluating before the attack"
                 evaluation.at(step, model, title, {"strength": strength, "tokens": tokens}, text)
-            if run.record["status"] == "diverged":
+            if run.diverged and step >= run.record["divergence"]["step"]:
                 break
         run.update(evals=evaluation.last[1] if evaluation.last else {})
-        if config.save_model and run.record["status"] != "diverged":
+        if config.save_model and not run.diverged:
             save(run, "model", model, tokenizer)
     return run
 

@@ -193,13 +193,11 @@ class RunTrainer(Trainer):
         high = factor > 0 and step > FIRST_UPDATES and loss > factor * mean
         if not high and math.isfinite(loss):
             return
-        if self.run.record["status"] != "diverged":
+        if not self.run.diverged:
             why = f"above {factor:g} times {mean:.4g}, the mean of the first" if high else "not a number"
-            self.run.update(
-                status="diverged",
-                reason=f"at step {step} the loss was {loss:.4g}, {why} (first loss {self._first_losses[0]:.4g}); lower lr",
-                divergence={"step": step, "first_loss": self._first_losses[0], "loss": loss},
-            )
+            first = self._first_losses[0]
+            said = f"at step {step} the loss was {loss:.4g}, {why} (first loss {first:.4g}); lower lr"
+            self.run.update(divergence={"step": step, "first_loss": first, "loss": loss, "reason": said})
         if self.config.on_divergence == "stop":
             self.control.should_training_stop = True
 
@@ -216,7 +214,8 @@ class RunTrainer(Trainer):
             again = f"going on from update {done}, the newest whole save; {reached - done} are done again"
             logger.warning(again if save else f"beginning anew: of {reached} updates there is no whole save")
         self.run.keep_until(done)
-        self._resume_threads()
+        if self.run.diverged and self.run.record["divergence"]["step"] > done:  # what led to it is done again
+            self.run.update(divergence=None)
         self._first_losses = [row["loss"] for row in self.run.rows("metrics.jsonl")[:FIRST_UPDATES]]
         with bar(description, planned) as advance:
             advance(done)
@@ -234,7 +233,7 @@ class RunTrainer(Trainer):
                 finally:
                     evaluated = _seconds(self.run, "evaluation_seconds") - evaluated
                     _add_seconds(self.run, "training_seconds", time.monotonic() - began - evaluated)
-        if self.run.record["status"] == "diverged" and self.config.on_divergence == "stop":
+        if self.run.diverged and self.config.on_divergence == "stop":
             self._fall_back()
 
     def _fall_back(self) -> None:
@@ -244,25 +243,16 @@ class RunTrainer(Trainer):
         self.state.global_step = int(save.name.removeprefix("step-")) if save else 0
         self.run.update(divergence={"weights_of_step": self.state.global_step})
         if save is None:
-            self.run.update(
-                reason=f"{self.run.record['reason']}; it had no save yet: its weights are those before the first update"
-            )
+            said = f"{self.run.record['divergence']['reason']}; no save yet: the weights are those before the first update"
+            self.run.update(divergence={"reason": said})
 
     def clear_saves(self) -> None:
         """Remove the saves of a run that is complete."""
         if self.run.status == "complete":
             saves.clear(self.run.path / "saves")
 
-    def _resume_threads(self) -> None:
-        """Use as many threads as the run began with: sums in another order would not be the same bits."""
-        recorded = self.run.record["environment"].get("threads")
-        if recorded is None:
-            self.run.update(environment={"threads": torch.get_num_threads()})
-        else:
-            torch.set_num_threads(recorded)
-
     def _save_checkpoint(self, model, trial):  # type: ignore[no-untyped-def]
-        ending = self.run.record["status"] == "diverged" and self.config.on_divergence == "stop"
+        ending = self.run.diverged and self.config.on_divergence == "stop"
         if not ending and all(bool(p.isfinite().all()) for p in saves.trained(self.model).values()):  # fit to go back to
             folder = self.run.path / "saves"
             saves.write(folder, self.state.global_step, self.model, self.optimizer, self.lr_scheduler, self.state)  # type: ignore
@@ -284,6 +274,16 @@ class RunTrainer(Trainer):
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
 
+def keep_threads(run: Run) -> None:
+    """Work with as many threads as the run began with: sums in another order would not be the same bits."""
+    recorded, given = run.record["environment"].get("threads"), torch.get_num_threads()
+    if recorded is None:
+        run.update(environment={"threads": given})
+    elif recorded != given:
+        logger.warning(f"working with {recorded} threads, as the run began, not {given}: other sums would not be the same bits")
+        torch.set_num_threads(recorded)
+
+
 class Evaluation(TrainerCallback):
     """Evaluates the model in process and writes curve.jsonl, at every `every` steps and when asked."""
 
@@ -293,7 +293,7 @@ class Evaluation(TrainerCallback):
 
     def known(self, step: int) -> bool:
         """Whether there is an evaluation at `step`, of this process or of the one that a resumed run goes on from."""
-        evals = [line["evals"] for line in self.run.rows("curve.jsonl") if line["step"] == step and line["evals"]]
+        evals = [line["evals"] for line in self.run.rows("curve.jsonl") if line["step"] == step]
         if evals:
             self.last = (step, evals[-1])
         return bool(self.last and self.last[0] == step)
@@ -323,13 +323,13 @@ class Evaluation(TrainerCallback):
                 )
             except NotNumbersError as error:
                 advice = "lower strengths" if facts else "lower lr"
-                reason, losses = self.run.record["reason"], [row["loss"] for row in self.run.rows("metrics.jsonl")]
-                if self.run.record["status"] != "diverged":
-                    shown = {"first_loss": losses[0], "loss": losses[-1]} if losses else {}
-                    self.run.update(divergence={"step": step} | shown)
-                    reason = None
                 said = f"step {step}: {error}; {advice}"
-                self.run.update(status="diverged", reason=f"{reason}; then {said}" if reason else said)
+                if self.run.diverged:
+                    self.run.update(divergence={"reason": f"{self.run.record['divergence']['reason']}; then {said}"})
+                else:
+                    losses = [row["loss"] for row in self.run.rows("metrics.jsonl")]
+                    shown = {"first_loss": losses[0], "loss": losses[-1]} if losses else {}
+                    self.run.update(divergence={"step": step, "reason": said} | shown)
                 evals = {}
             self.run.append("curve.jsonl", {"step": step} | (facts or {}) | {"evals": evals})
             _add_seconds(self.run, "evaluation_seconds", time.monotonic() - began)
@@ -339,7 +339,7 @@ class Evaluation(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if self.settings.every and state.global_step % self.settings.every == 0:
             self.at(state.global_step, model)
-            control.should_training_stop |= self.stops and self.run.record["status"] == "diverged"
+            control.should_training_stop |= self.stops and self.run.diverged
 
     def note(self) -> str:
         """The latest evaluation in a few words."""

@@ -35,7 +35,7 @@ from lethe.maps import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_conve
 from lethe.optimizers import needs_masters, newton_schulz_dtype
 from lethe.residual import States, blocks, read, rows_can_leave
 from lethe.teacher import Teacher, needs
-from lethe.training import Rows, RunTrainer, quick_passes, token_means
+from lethe.training import Rows, RunTrainer, keep_threads, quick_passes, token_means
 
 logger = logging.getLogger(__name__)
 SCORED_DOCUMENTS = 64
@@ -190,6 +190,7 @@ def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
     run = run or Run.create("unlearn", config.name, to_dict(config), config.out)
     trainer, tokenizer = _prepared(run, config, checked, resumed)
     with run.running():
+        keep_threads(run)
         for warning in run.record["plan"]["warnings"]:
             logger.warning(warning)
         if config.affine == "fit" and config.forget_loss != "distill":

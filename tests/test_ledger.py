@@ -177,18 +177,19 @@ def test_cancelled_from_the_keyboard(run):
 
 def test_diverged_is_kept_with_its_reason(run):
     with run.running():
-        run.update(status="diverged", reason="the loss was nan at step 3")
+        run.update(divergence={"step": 3, "reason": "the loss was nan at step 3"})
+        assert on_disk(run)["status"] == "running"
     assert (on_disk(run)["status"], on_disk(run)["reason"]) == ("diverged", "the loss was nan at step 3")
     assert on_disk(run)["finished"]
 
 
 def test_work_that_fails_after_diverging_keeps_both_facts(run):
-    """The cause is the divergence; what failed later is a consequence."""
+    """It is not done, and can be gone on with."""
     with pytest.raises(ValueError, match="later"), run.running():
-        run.update(status="diverged", reason="the loss was nan at step 3")
+        run.update(divergence={"step": 3, "reason": "the loss was nan at step 3"})
         raise ValueError("later")
-    assert on_disk(run)["status"] in {"diverged", "failed"}
-    assert "later" in on_disk(run)["reason"] or "nan at step 3" in on_disk(run)["reason"]
+    assert on_disk(run)["status"] == "failed"
+    assert on_disk(run)["reason"] == "the loss was nan at step 3; then ValueError: later"
 
 
 def test_the_log_file_is_closed_and_detached(run):

@@ -135,7 +135,7 @@ def test_one_text_on_the_command_line_is_a_text(field):
     )
 
 
-@pytest.mark.parametrize("value", ["5", "1e3", "true", "null", "a: b", "[x]", "{x}", "it's", "ü 文", "a b " * 40])
+@pytest.mark.parametrize("value", ["5", "layers", "1e3", "true", "null", "a: b", "[x]", "{x}", "it's", "ü 文", "a b " * 40])
 def test_text_is_taken_as_it_is_written(value):
     assert made("--source", "x", "--name", value).name == value
 
