@@ -11,10 +11,12 @@ import torch
 from scipy.stats import norm
 
 from lethe import EvalSettings, EvaluateConfig, TamperConfig, corpora, evaluate, refs, tamper
+from lethe.config import ResumeConfig
 from lethe.disturb import BLOCK, NF4, disturb, int8, nf4, noised, pruned
 from lethe.errors import LetheError
 from lethe.evaluate import evaluate_model
 from lethe.prompts import prompts
+from lethe.resume import resume
 
 TASKS = ["lab_forget_robust", "lab_retain"]
 WEIGHT = torch.randn(7, 50, generator=torch.Generator().manual_seed(1)) * torch.logspace(-2, 1, 7)[:, None]
@@ -118,6 +120,19 @@ def test_each_strength_is_done_to_the_untouched_model(lab, tmp_path, kind):
     assert curve[-1]["evals"] == evaluate_model(model, tokenizer, TASKS, 40)
     kept = evaluate(EvaluateConfig(str(run.path), TASKS, limit=40, out=str(tmp_path)))
     assert kept.record["evals"] == curve[-1]["evals"]
+
+
+@pytest.mark.slow
+def test_a_strength_that_breaks_the_model_ends_the_attack_as_diverged_also_when_it_is_gone_on_with(lab, tmp_path):
+    run = tamper(attack(tmp_path, "noise", strengths=[0.1, 1e38, 2e38], save_model=True))
+    assert run.status == "diverged" and run.record["divergence"]["step"] == 2 and "not numbers" in run.record["reason"]
+    assert [line["step"] for line in run.rows("curve.jsonl")] == [0, 1, 2] and run.record["evals"] == {}
+    assert "artifacts" not in run.record
+    before = (run.path / "curve.jsonl").read_bytes(), run.record["reason"]
+    run.update(status="cancelled")  # as if it had been stopped just after
+    resumed = resume(ResumeConfig(str(run.path)))
+    assert resumed.status == "diverged" and resumed.record["evals"] == {}
+    assert ((run.path / "curve.jsonl").read_bytes(), resumed.record["reason"]) == before
 
 
 @pytest.mark.slow
