@@ -17,6 +17,8 @@ class LetheError(Exception):
 
 def full_disk(error: BaseException) -> bool:
     """Whether an error says that a disk, or one's share of it, is full: the system's own, or safetensors' account of it."""
+    if isinstance(error, LetheError):  # says itself what to do
+        return False
     numbers = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
 

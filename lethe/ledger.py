@@ -23,6 +23,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +48,14 @@ logger = logging.getLogger(__name__)
 
 class Terminated(KeyboardInterrupt):
     """The process was asked to stop; the run can go on later."""
+
+
+class _Log(logging.FileHandler):
+    """A run's log file; a line that a full disk has no room for is left out: what needs room ends the run and says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not full_disk(sys.exc_info()[1] or Exception()):
+            super().handleError(record)
 
 
 class Run:
@@ -216,7 +225,7 @@ class Run:
         """
         self._before = (self.record.get("environment") or {}).get("seconds") or 0.0
         self._began = time.monotonic()
-        handler = logging.FileHandler(self.path / "log.txt")
+        handler = _Log(self.path / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)
@@ -235,30 +244,42 @@ class Run:
                 status, reason = "failed" if late else "cancelled", str(error) or "interrupted from the keyboard"
                 raise
             except BaseException as error:
-                full = full_disk(error) and LetheError(
-                    f"a disk is full ({error}); make room and go on: lethe resume {self.path}"
-                )
-                status, reason = "failed", f"{type(full or error).__name__}: {full or error}"
-                if full:
-                    raise full from error
+                told = self._full(error) if full_disk(error) else error
+                status, reason = "failed", f"{type(told).__name__}: {told}"
+                if told is not error:
+                    raise told from error
                 if not isinstance(error, LetheError):
                     logger.error("the run failed", exc_info=error)
                 raise
             finally:
                 stop.set()
                 beat.join()
+                root.removeHandler(handler)
+                with contextlib.suppress(OSError):  # of a full disk, whose error is told below
+                    handler.close()
                 if self.diverged:
                     status = "diverged" if status == "complete" else status
                     reason = "; then ".join(filter(None, [self.record["divergence"]["reason"], reason]))
-                with contextlib.suppress(OSError):  # a full disk: the error that it has caused is being raised
-                    self.beat()
-                    self.update(status=status, reason=reason, finished=now(), environment={"peak_memory": peak_memory()})
-                root.removeHandler(handler)
-                handler.close()
+                taken = {"peak_memory": peak_memory(), "seconds": self._seconds()}
+                try:
+                    self.update(status=status, reason=reason, finished=now(), heartbeat=now(), environment=taken)
+                except OSError as error:
+                    if status in {"complete", "diverged"}:  # otherwise what happened is being raised
+                        raise self._full(error) from error
+
+    def _full(self, error: BaseException) -> LetheError:
+        return LetheError(f"a disk is full ({error}); make room and go on: {self._again}")
+
+    @property
+    def _again(self) -> str:
+        return "lethe lab build" if self.record["kind"] == "lab" else f"lethe resume {self.path}"
+
+    def _seconds(self) -> float:
+        return round(self._before + time.monotonic() - self._began, 3)
 
     def beat(self) -> None:
         """Renew the heartbeat and the seconds that the run has taken so far, before it was resumed too."""
-        self.update(heartbeat=now(), environment={"seconds": round(self._before + time.monotonic() - self._began, 3)})
+        self.update(heartbeat=now(), environment={"seconds": self._seconds()})
 
     def ask_to_stop(self, reason: str) -> None:
         """Ask the process that works on this run, wherever it is, to save and stop; `reason` becomes the run's."""
@@ -299,7 +320,7 @@ class Run:
         def terminate(number: int, frame: Any) -> None:
             self.stopping = self.stopping or "SIGTERM"
             if not self._deferred:
-                raise Terminated(f"{self.stopping}; go on with: lethe resume {self.path}")
+                raise Terminated(f"{self.stopping}; go on with: {self._again}")
 
         previous = signal.signal(signal.SIGTERM, terminate)
         try:
@@ -316,7 +337,7 @@ class Run:
         finally:
             self._deferred = False
         if self.stopping:
-            raise Terminated(f"{self.stopping}; go on with: lethe resume {self.path}")
+            raise Terminated(f"{self.stopping}; go on with: {self._again}")
 
 
 _said: set[str] = set()

@@ -283,8 +283,10 @@ def _of_run(name: str, run: Run) -> ModelRef:
                 f"'{name}' is an adapter on '{parent['ref']}', which holds other weights now than when it was trained"
             )
         return ModelRef(name, base.path, base.revision, _adapter(name, run))
-    ended = run.record["kind"] not in {"unlearn", "tamper"} or run.status in {"complete", "diverged"}
-    advice = "name an unlearning run" if ended else f"finish it first: lethe resume {run.path}"
+    unfinished = (
+        run.record["kind"] == "unlearn" and run.status in {"failed", "cancelled", "lost"} and "imported" not in run.record
+    )
+    advice = f"finish it first: lethe resume {run.path}" if unfinished else "name an unlearning run"
     raise LetheError(f"'{name}' is a run of kind {run.record['kind']}, status {run.status}, that holds no model; {advice}")
 
 

@@ -1,6 +1,6 @@
 """Saves of a run in training: whole or absent.
 
-    saves/begin.safetensors                 the trained parameters before the first update, until there is a save
+    saves/begin.safetensors                 the trained parameters before the first update, until the first planned save
     saves/step-100/   weights.safetensors   those after it, under the names that they have in memory
                       optimizer.pt, scheduler.pt, random.pt, trainer_state.json
                       manifest.json         size and SHA-256 of each, written last
@@ -32,8 +32,6 @@ from lethe.ledger import sha256
 KEPT = 2
 BEGIN = "begin.safetensors"
 MANIFEST = "manifest.json"
-UNWRITTEN = (OSError, RuntimeError, SafetensorError)
-"""How a full disk shows: Python's way, torch's, safetensors'."""
 FILES = ("weights.safetensors", "optimizer.pt", "scheduler.pt", "random.pt", "trainer_state.json")
 
 
@@ -49,15 +47,17 @@ def begin(folder: Path, model: nn.Module) -> None:
         save_file(trained(model), temporary)
         _sync(temporary)
         temporary.rename(folder / BEGIN)
-    except UNWRITTEN as error:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise LetheError(
             f"the weights before the first update could not be written ({str(error).splitlines()[0]}); make room in '{folder}'"
         ) from error
 
 
-def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: Any, state: Any) -> Path:
-    """Save a training at `step` under `folder`; all but the newest two saves are removed afterwards.
+def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: Any, state: Any, every: int = 0) -> Path:
+    """Save a training at `step` under `folder`.
+
+    All but the newest two saves, and the newest planned one (at a multiple of `every` updates), are removed afterwards.
 
     Raises:
         LetheError: it cannot be written; the saves that were there are untouched.
@@ -77,23 +77,34 @@ def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: 
         shutil.rmtree(final, ignore_errors=True)  # left over from before a resume
         temporary.rename(final)
         _sync(folder)
-        (folder / BEGIN).unlink(missing_ok=True)
-    except UNWRITTEN as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise LetheError(
             f"the save at step {step} could not be written ({str(error).splitlines()[0]}); earlier saves are whole: "
             f"make room and go on with lethe resume"
         ) from error
-    for old in steps(folder)[KEPT:]:
+    planned = [kept for kept in steps(folder) if every and kept % every == 0]
+    for old in set(steps(folder)[KEPT:]) - set(planned[:1]):
         shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
+    if planned:
+        (folder / BEGIN).unlink(missing_ok=True)
     return final
 
 
 def newest(folder: Path) -> Path | None:
     """The newest save that is whole; None if there is none. What is left of interrupted ones is removed."""
-    for rest in folder.glob(".step-*.tmp"):
+    for rest in folder.glob(".*.tmp"):
         shutil.rmtree(rest, ignore_errors=True)
+        rest.unlink(missing_ok=True)
     return next((folder / f"step-{step}" for step in steps(folder) if is_whole(folder / f"step-{step}")), None)
+
+
+def before_divergence(folder: Path, every: int) -> tuple[Path, int]:
+    """What a training that diverged falls back on, and of which step: the newest whole save at a multiple of `every` updates,
+    or the weights before the first update. That it was stopped on the way, and saved for that, makes no difference.
+    """
+    planned = [step for step in steps(folder) if every and step % every == 0]
+    return next(((folder / f"step-{n}", n) for n in planned if is_whole(folder / f"step-{n}")), (folder / BEGIN, 0))
 
 
 def steps(folder: Path) -> list[int]:

@@ -189,6 +189,9 @@ class RunTrainer(Trainer):
         if len(self._first_losses) < FIRST_UPDATES:
             self._first_losses.append(loss)
         mean = math.fsum(self._first_losses) / len(self._first_losses)
+        facts = self.run.record.get("divergence")
+        if facts and facts["step"] == step:  # found by the evaluation at this step, which comes before its losses
+            self.run.update(divergence={"first_loss": self._first_losses[0], "loss": loss})
         factor = self.config.divergence_factor
         high = factor > 0 and step > FIRST_UPDATES and loss > factor * mean
         if not high and math.isfinite(loss):
@@ -225,7 +228,7 @@ class RunTrainer(Trainer):
                 self.state.global_step = done
             else:
                 began, evaluated = time.monotonic(), _seconds(self.run, "evaluation_seconds")
-                if save is None:
+                if save is None and self.config.on_divergence == "stop":
                     saves.begin(self.run.path / "saves", self.model)  # type: ignore[arg-type]
                 try:
                     with self.run.deferring():
@@ -237,14 +240,11 @@ class RunTrainer(Trainer):
             self._fall_back()
 
     def _fall_back(self) -> None:
-        """Put back the weights of the last save before the divergence, or those before the first update."""
-        save = saves.newest(self.run.path / "saves")
-        saves.load_weights(save or self.run.path / "saves" / saves.BEGIN, self.model)  # type: ignore[arg-type]
-        self.state.global_step = int(save.name.removeprefix("step-")) if save else 0
-        self.run.update(divergence={"weights_of_step": self.state.global_step})
-        if save is None:
-            said = f"{self.run.record['divergence']['reason']}; no save yet: the weights are those before the first update"
-            self.run.update(divergence={"reason": said})
+        """Put back the weights of the last planned save before the divergence, or those before the first update."""
+        save, step = saves.before_divergence(self.run.path / "saves", self.config.save_every)
+        saves.load_weights(save, self.model)  # type: ignore[arg-type]
+        self.state.global_step = step
+        self.run.update(divergence={"weights_of_step": step})
 
     def clear_saves(self) -> None:
         """Remove the saves of a run that is complete."""
@@ -255,7 +255,8 @@ class RunTrainer(Trainer):
         ending = self.run.diverged and self.config.on_divergence == "stop"
         if not ending and all(bool(p.isfinite().all()) for p in saves.trained(self.model).values()):  # fit to go back to
             folder = self.run.path / "saves"
-            saves.write(folder, self.state.global_step, self.model, self.optimizer, self.lr_scheduler, self.state)  # type: ignore
+            parts = (self.model, self.optimizer, self.lr_scheduler, self.state)
+            saves.write(folder, self.state.global_step, *parts, every=self.config.save_every)
             self.run.beat()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):  # type: ignore[no-untyped-def]
@@ -323,14 +324,12 @@ class Evaluation(TrainerCallback):
                 )
             except NotNumbersError as error:
                 advice = "lower strengths" if facts else "lower lr"
-                said = f"step {step}: {error}; {advice}"
-                if self.run.diverged:
-                    self.run.update(divergence={"reason": f"{self.run.record['divergence']['reason']}; then {said}"})
-                else:
-                    losses = [row["loss"] for row in self.run.rows("metrics.jsonl")]
-                    shown = {"first_loss": losses[0], "loss": losses[-1]} if losses else {}
-                    self.run.update(divergence={"step": step, "reason": said} | shown)
-                evals = {}
+                if not self.run.diverged:
+                    rows = self.run.rows("metrics.jsonl")
+                    seen = rows and rows[-1]["step"] == step
+                    losses = {"first_loss": rows[0]["loss"], "loss": rows[-1]["loss"]} if seen else {}
+                    self.run.update(divergence={"step": step, "reason": f"step {step}: {error}; {advice}"} | losses)
+                evals, facts = {}, (facts or {}) | {"evals_missing": str(error)}
             self.run.append("curve.jsonl", {"step": step} | (facts or {}) | {"evals": evals})
             _add_seconds(self.run, "evaluation_seconds", time.monotonic() - began)
             self.last = (step, evals)

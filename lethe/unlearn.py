@@ -28,7 +28,7 @@ from lethe.affine import AffineMap, fit_once, load_maps, mean_r2, score_maps
 from lethe.blocked import blocked_kl_loss, head_of, next_token_loss
 from lethe.checkpoints import checkpoints
 from lethe.config import AffineConfig, CheckpointsConfig, LoraSettings, UnlearnConfig, to_dict
-from lethe.errors import LetheError
+from lethe.errors import LetheError, full_disk
 from lethe.evaluate import load_tasks
 from lethe.ledger import Run, sha256
 from lethe.maps import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
@@ -247,8 +247,8 @@ def _prepared(
     """
     try:
         return _prepare(run, config, checked)
-    except LetheError:
-        if not resumed:
+    except Exception as error:
+        if not resumed and (isinstance(error, LetheError) or full_disk(error)):
             run.discard()
         raise
 
