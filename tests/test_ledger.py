@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from lethe import ledger
 from lethe.config import ResumeConfig
 from lethe.errors import LetheError
-from lethe.ledger import Run, find_run, find_runs, refuse_run_folder, write_atomically
+from lethe.ledger import Run, Terminated, find_run, find_runs, refuse_run_folder, write_atomically
 from lethe.resume import resume
 
 KEYS = {"id", "kind", "name", "status", "reason", "job_id", "launcher", "created", "started", "finished", "heartbeat", "config"}
@@ -372,6 +372,32 @@ def test_a_disk_that_is_full_is_one_line_that_says_how_to_go_on(run, error):
         raise error
     assert on_disk(run)["status"] == "failed" and "a disk is full" in on_disk(run)["reason"]
     assert "Traceback" not in (run.path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("kind", ["complete", "stopped", "refused", "full"])
+def test_a_full_disk_does_not_hide_how_the_work_ended(small, capfd, kind):
+    """Not even where there is no room for what is logged."""
+    run = Run.create("unlearn", "trial", {}, small(64) / "runs")
+    raised = {
+        "complete": (LetheError, "a disk is full.*make room and go on: lethe resume"),
+        "stopped": (Terminated, "SIGTERM; go on with: lethe resume"),
+        "refused": (LetheError, r"^the map is too wide .os error 28.$"),
+        "full": (LetheError, "a disk is full.*ballast.*make room and go on: lethe resume"),
+    }[kind]
+    with pytest.raises(raised[0], match=raised[1]), run.running():
+        try:
+            (run.path.parent / "ballast").write_bytes(bytes(10**6))
+        except OSError as error:
+            logging.getLogger("lethe.test").warning("a line " * 10000)
+            if kind == "full":
+                raise OSError(error.errno, error.strerror, "ballast") from None
+        if kind == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        if kind == "refused":
+            raise LetheError("the map is too wide (os error 28)")
+    assert capfd.readouterr().err == ""
+    assert run.record["status"] == {"complete": "complete", "stopped": "cancelled"}.get(kind, "failed")
 
 
 def test_an_output_folder_that_is_a_run_or_a_file_is_refused(run, tmp_path):

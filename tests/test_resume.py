@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,21 +256,21 @@ def test_a_run_without_a_save_begins_again(stopped, undisturbed):
     assert "beginning anew: of 8 updates there is no whole save" in (stopped.path / "log.txt").read_text()
 
 
-@pytest.fixture
-def small(tmp_path) -> Iterator[Any]:
-    """Makes a file system of a few KiB, as a folder."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system of its own needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-
-    def made(kib: int) -> Path:
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], check=False).returncode:
-            pytest.skip("no file system can be mounted here")
-        return folder
-
-    yield made
-    subprocess.run(["umount", str(folder)], check=False)
+def test_a_divergence_falls_back_on_planned_saves_wherever_the_run_was_stopped_on_the_way(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    parts = (model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), TrainerState())
+    saves.begin(tmp_path, model)
+    for step in (3, 4):  # told to stop there
+        saves.write(tmp_path, step, *parts, every=5)
+    assert saves.before_divergence(tmp_path, 5) == (tmp_path / saves.BEGIN, 0)
+    for step in (5, 7, 8):
+        saves.write(tmp_path, step, *parts, every=5)
+    assert saves.before_divergence(tmp_path, 5) == (tmp_path / "step-5", 5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-5", "step-7", "step-8"]
+    saves.write(tmp_path, 10, *parts, every=5)
+    assert saves.before_divergence(tmp_path, 5) == (tmp_path / "step-10", 10)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-8"]
 
 
 @pytest.mark.parametrize("kib", [300, 500, 900])
@@ -317,6 +316,15 @@ def test_a_disk_that_is_full_when_the_model_is_written_is_an_error_in_one_line(l
     assert "Traceback" not in said and "a disk is full" in said and "make room and go on: lethe resume" in said
     run = find_runs(config.out)[0]
     assert run.status == "failed" and "a disk is full" in run.record["reason"]
+
+
+def test_a_disk_that_is_full_before_the_work_begins_leaves_no_run(lab, small, tmp_path, capfd):
+    config = recipe(small(1000) / "runs", rewind=0.5)
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
+    assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and "lethe: a disk is full" in said
+    assert not Path(config.out).exists()
 
 
 # --- what cannot be resumed ------------------------------------------------------------------------------------------
@@ -416,6 +424,15 @@ def test_a_loss_that_is_no_number_before_the_first_save_leaves_the_weights_befor
     assert (
         finished.record["reason"].startswith("at step ") and "not numbers" in finished.rows("curve.jsonl")[-1]["evals_missing"]
     )
+
+
+def test_a_divergence_that_an_evaluation_finds_has_its_losses_too(lab, tmp_path):
+    settings = {"lora": None, "lr": 1e18, "max_grad_norm": 0, "save_every": 0, "affine": "none", "schedule": "constant"}
+    run = unlearn(recipe(tmp_path, **settings, eval=EvalSettings(["lab_forget_robust"], every=1, limit=4)))
+    facts, rows = run.record["divergence"], run.rows("metrics.jsonl")
+    assert run.status == "diverged" and "not numbers" in run.record["reason"]
+    assert (facts["step"], facts["first_loss"], facts["loss"]) == (len(rows), rows[0]["loss"], rows[-1]["loss"])
+    assert facts["weights_of_step"] == 0
 
 
 def test_a_run_past_its_time_limit_saves_and_is_failed_with_the_reason(lab, tmp_path):

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,22 +146,15 @@ def test_a_full_disk_leaves_the_teacher_live_and_nothing_behind(teacher, home, m
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch) -> Iterator[Callable[[int], Path]]:
+def small(small, monkeypatch) -> Callable[[int], Path]:
     """small(KIB): a file system of its own, of this size, as the folder of caches."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system of its own needs root")
-    folder = tmp_path / "small"
 
     def mount(kib: int) -> Path:
-        folder.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], check=False).returncode:
-            pytest.skip("no file system can be mounted here")
+        folder = small(kib)
         monkeypatch.setattr(caching, "lethe_home", lambda: folder)
         return folder
 
-    yield mount
-    if folder.is_mount():
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    return mount
 
 
 def test_a_disk_that_fills_up_leaves_the_teacher_live_and_nothing_behind(teacher, small, warned):
