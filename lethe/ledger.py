@@ -264,8 +264,10 @@ class Run:
                 try:
                     self.update(status=status, reason=reason, finished=now(), heartbeat=now(), environment=taken)
                 except OSError as error:
-                    if status in {"complete", "diverged"}:  # otherwise what happened is being raised
+                    if full_disk(error) and status in {"complete", "diverged"}:  # otherwise what happened is being raised
                         raise self._full(error) from error
+                    if status in {"complete", "diverged"}:
+                        raise
 
     def _full(self, error: BaseException) -> LetheError:
         return LetheError(f"a disk is full ({error}); make room and go on: {self._again}")

@@ -236,7 +236,7 @@ class RunTrainer(Trainer):
                 finally:
                     evaluated = _seconds(self.run, "evaluation_seconds") - evaluated
                     _add_seconds(self.run, "training_seconds", time.monotonic() - began - evaluated)
-        if self.run.diverged and self.config.on_divergence == "stop":
+        if self.run.diverged and self.run.record["divergence"]["step"] > done and self.config.on_divergence == "stop":
             self._fall_back()
 
     def _fall_back(self) -> None:

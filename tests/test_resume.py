@@ -32,11 +32,13 @@ from lethe import (
     refs,
     saves,
     tamper,
+    training,
     unlearn,
 )
 from lethe.cli import main
 from lethe.config import EvalSettings, ResumeConfig, to_dict
 from lethe.errors import LetheError
+from lethe.evaluate import NotNumbersError
 from lethe.lab import active_preset
 from lethe.ledger import Run, find_runs, now
 from lethe.resume import resume
@@ -433,6 +435,19 @@ def test_a_divergence_that_an_evaluation_finds_has_its_losses_too(lab, tmp_path)
     assert run.status == "diverged" and "not numbers" in run.record["reason"]
     assert (facts["step"], facts["first_loss"], facts["loss"]) == (len(rows), rows[0]["loss"], rows[-1]["loss"])
     assert facts["weights_of_step"] == 0
+
+
+def test_a_divergence_that_the_last_evaluation_finds_leaves_the_trained_weights(lab, tmp_path, monkeypatch):
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise NotNumbersError("the model's log-likelihoods are not numbers")
+
+    monkeypatch.setattr(training, "evaluate_model", broken)
+    run = unlearn(recipe(tmp_path, max_steps=8, lora=None, eval=EvalSettings(["lab_forget_robust"], limit=4)))
+    assert run.status == "diverged" and run.record["divergence"]["step"] == 8
+    before = {key: run.record[key] for key in ("divergence", "artifacts", "evals", "reason")}, told(run)
+    run.update(status="failed")  # as if it had been stopped just after
+    resumed = resume(ResumeConfig(str(run.path)))
+    assert ({key: resumed.record[key] for key in before[0]}, told(resumed)) == before and resumed.status == "diverged"
 
 
 def test_a_run_past_its_time_limit_saves_and_is_failed_with_the_reason(lab, tmp_path):
