@@ -8,11 +8,32 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
+
+LONGEST = 1200
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object, most: int | None = None) -> str:
+    """Text of unknown origin as one line that a terminal can show: control characters and lone surrogates are escaped.
+
+    `most`: characters at most; a longer text loses its middle.
+
+    >>> printable("a\\x1b[31m\\nb")
+    'a\\\\x1b[31m\\\\nb'
+    """
+    shown = str(text)
+    if most is not None and len(shown) > most:
+        shown = f"{shown[: most * 2 // 3]} … {shown[-(most // 3) :]}"
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), shown)
 
 
 class LetheError(Exception):
-    """Something the user gave cannot work. The message is one line and says what to do."""
+    """Something the user gave cannot work. The message is one line, whatever was given, and says what to do."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message, LONGEST))
 
 
 def full_disk(error: BaseException) -> bool:

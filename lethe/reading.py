@@ -1,0 +1,92 @@
+"""Reading what somebody else wrote: text, JSON and YAML, each refused in one line that a caller can name its file in.
+
+    text_of(path) -> str        json_of(text) -> Any        yaml_of(text, loader) -> Any
+
+All raise `UnreadableError`, whose message says what is wrong and not where: the caller knows what the file is to the user.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lethe.errors import LetheError
+
+
+class UnreadableError(LetheError):
+    """What is wrong with a text that was to be read, in a few words."""
+
+
+def text_of(path: str | Path) -> str:
+    """The text of a UTF-8 file, with a byte-order mark or without.
+
+    Raises:
+        UnreadableError: there is no such file, it cannot be opened, or it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        target = Path(path)
+        broken = target.is_symlink()
+        raise UnreadableError(f"a broken link to '{target.readlink()}'" if broken else "there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"not UTF-8 text (byte {error.start})") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
+
+
+def json_of(text: str) -> Any:
+    """A JSON value.
+
+    Raises:
+        UnreadableError: not JSON, too deep, a key written twice, or text that is half of a character (a lone surrogate).
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise UnreadableError("nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise UnreadableError("half of a character (a lone surrogate); write the character itself") from error
+    except UnreadableError:
+        raise
+    except ValueError as error:
+        raise UnreadableError(f"not JSON: {error}") from error
+    return value
+
+
+def yaml_of(text: str, loader: type | None = None) -> Any:
+    """A YAML value; `loader` is a subclass of `Loader`.
+
+    Raises:
+        UnreadableError: not YAML, too deep, or a key written twice.
+    """
+    try:
+        return yaml.load(text, loader or Loader)
+    except RecursionError as error:
+        raise UnreadableError("nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+        raise UnreadableError(f"not YAML: {' '.join(str(error).split())}") from error
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice: the first would have no effect."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"'{twice}' is written twice")
+        return super().construct_mapping(node, deep)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise UnreadableError(f"'{next(name for name in names if names.count(name) > 1)}' is written twice")
+    return found
