@@ -155,7 +155,8 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     logging.disable()
     scoring.TOKENS_PER_BATCH = min(args.tokens, scoring.TOKENS_PER_BATCH)
     if args.model:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model).eval(), AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     else:
         model, tokenizer = random_model(args.width, args.vocabulary)
     size = sum(p.numel() for p in model.parameters()) / 1e6

@@ -141,11 +141,12 @@ def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
         raise LetheError(f"checkpoints: '{where}' is neither lab:final, a folder nor a hub repository")
     if not names:
         raise LetheError(
-            f"checkpoints: '{where}' has none (global_step… folders or branches); say where they are: --checkpoints"
+            f"checkpoints: '{where}' has none (folders or branches global_step…, step… or checkpoint-…); "
+            f"say where they are: --checkpoints"
         )
-    if Path(where).is_dir():
-        return {name: refs.resolve(f"{where}@{name}", config.out) for name in names}
-    return {name: refs.ModelRef(f"{where}@{name}", where, name) for name in names}  # fetched only if it is measured
+    if Path(where).is_dir():  # looked at, or fetched, only if it is measured: a damaged one does not hide the others
+        return {name: refs.ModelRef(f"{where}@{name}", str(Path(where) / name)) for name in names}
+    return {name: refs.ModelRef(f"{where}@{name}", where, name) for name in names}
 
 
 def annotate(rows: list[dict[str, Any]], task: str, source: str | None = None) -> dict[str, Any] | None:
@@ -187,7 +188,7 @@ def _measure(
     from lethe.evaluate import evaluate_model
 
     try:
-        record = refs.record(ref)
+        record = refs.record(refs.checked(ref))
         file = _kept(ref, record["sha256"], config, loaded)
         evals = _read(file, list(loaded))
         counts["kept"] += evals is not None

@@ -165,6 +165,7 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
         LetheError: the model or a task is not known; raised before anything is written.
     """
     ref = refs.resolve(config.model, config.out)
+    refs.verify(ref)
     load_tasks(config.tasks, config.task_data, config.num_fewshot)
     run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
     with run.running():

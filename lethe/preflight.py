@@ -1,7 +1,7 @@
 """What a run would do, and what cannot work: found out before any compute is spent and before anything is written.
 
 `check` resolves models, text, maps and tasks of a recipe, refuses what does not fit together and returns the plan.
-It imports no torch, so that a refusal takes less than a second.
+Most is refused without importing torch, in less than a second; whether a model's parts fit together is tried last.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def check(config: UnlearnConfig) -> Checked:
     _refuse_unavailable(config)
     if config.packing == "none":
         plan(config, max(len(forget), len(retain)))
+    _verify(model, source)
     return Checked(model, source, affine, conventions, forget, retain)
 
 
@@ -93,7 +94,9 @@ def check_model(config: EvaluateConfig) -> refs.ModelRef:
     """
     refuse_run_folder(config.out)
     check_tasks(config)
-    return refs.resolve(config.model, config.out)
+    ref = refs.resolve(config.model, config.out)
+    _verify(ref)
+    return ref
 
 
 def check_affine(config: AffineConfig) -> tuple[refs.ModelRef, refs.ModelRef, list[corpora.Document]]:
@@ -109,6 +112,7 @@ def check_affine(config: AffineConfig) -> tuple[refs.ModelRef, refs.ModelRef, li
         raise LetheError("text: maps are never fitted on forget text, that would map the topic back in; give retain text")
     documents = corpora.take(corpora.read(config.text), config.num_examples, "front", "text")
     split(documents, config.held_out)
+    _verify(model, source)
     return model, source, documents
 
 
@@ -141,6 +145,7 @@ def check_affine_score(config: AffineScoreConfig) -> CheckedScore:
     if not unseen:
         raise LetheError("text: the maps were fitted on all of its documents; give other text")
     documents = corpora.take(unseen, config.num_examples, "back", "text the maps were not fitted on")
+    _verify(model, source)
     return CheckedScore(folder, conventions, model, source, documents)
 
 
@@ -151,6 +156,12 @@ def _pair(model: str, source: str, layers: list[int], out: str) -> tuple[refs.Mo
     for ref in pair:
         refs.refuse_layers(ref, layers)
     return pair
+
+
+def _verify(*models: refs.ModelRef) -> None:
+    """Refuse models whose parts do not fit together."""
+    for ref in models:
+        refs.verify(ref)
 
 
 def split(documents: list[corpora.Document], held_out: float) -> tuple[list[corpora.Document], list[corpora.Document]]:
@@ -181,6 +192,7 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
     check_tasks(config.eval)
     ref = refs.resolve(config.model, config.out)
     if not config.reads_text:
+        _verify(ref)
         return CheckedAttack(ref, [], {"steps": len(config.strengths)}, None)
     _refuse_length(config, ref)
     _refuse_unavailable(config)
@@ -197,6 +209,7 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
             f"forget: {shared} of the attack's {len(documents)} documents were used to unlearn '{config.model}'; "
             f"lower num_train_examples to {len(documents) - shared}, give other text, or set overlap to allow"
         )
+    _verify(ref)
     steps = {"steps": len(config.strengths), "unique_examples": len(documents)}
     return CheckedAttack(ref, documents, plan(config, len(documents)) if config.attack == "finetune" else steps, shared)
 

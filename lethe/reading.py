@@ -15,6 +15,10 @@ import yaml
 
 from lethe.errors import LetheError
 
+LFS = "version https://git-lfs.github.com/spec/"
+"""How a pointer of Git LFS begins."""
+LFS_POINTER = "a Git LFS pointer, not the file itself; fetch it: git lfs pull"
+
 
 class UnreadableError(LetheError):
     """What is wrong with a text that was to be read, in a few words."""
@@ -24,10 +28,10 @@ def text_of(path: str | Path) -> str:
     """The text of a UTF-8 file, with a byte-order mark or without.
 
     Raises:
-        UnreadableError: there is no such file, it cannot be opened, or it is not UTF-8.
+        UnreadableError: there is no such file, it cannot be opened, it is not UTF-8, or a pointer of Git LFS in its place.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         target = Path(path)
         broken = target.is_symlink()
@@ -36,6 +40,15 @@ def text_of(path: str | Path) -> str:
         raise UnreadableError(f"not UTF-8 text (byte {error.start})") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
+    if text.startswith(LFS):
+        raise UnreadableError(LFS_POINTER)
+    return text
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of a large one that was not fetched."""
+    with Path(path).open("rb") as file:
+        return file.read(len(LFS)) == LFS.encode()
 
 
 def json_of(text: str) -> Any:

@@ -2,35 +2,36 @@
 
     org/name@revision       a hub repository, optionally at a branch, tag or commit
     FOLDER                  a local folder of a model, or of a run
-    FOLDER@global_step900   a folder of checkpoints, and one of them
+    FOLDER@global_step900   a folder of checkpoints, and one of them (also step900, checkpoint-900)
     run:ID                  what a run produced: a model, or an adapter on the model it was trained from
     lab:final               the lab's last checkpoint; lab:global_step900, lab:filtered likewise
     random:REF              the architecture and tokenizer of REF with fresh weights
 
-`resolve` finds out what a reference means and refuses what cannot be loaded, without importing torch; `load` loads
-it. Weights are read from safetensors only (a pickle can run code), and no code comes from a repository.
+`resolve` finds out what a reference means and refuses what cannot be loaded, without importing torch. `verify` tries whether
+configuration, weights and tokenizer fit together, without reading the weights; `load` loads what has passed. Weights are read
+from safetensors only (a pickle can run code), and no code comes from a repository.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
-from collections.abc import Iterator
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lethe import lab
+from lethe import lab, modelfiles
 from lethe.errors import LetheError, nearest
+from lethe.hub import fetch, fetch_optional, hub
 from lethe.ledger import Run, find_run, sha256
+from lethe.modelfiles import DEPTH_KEYS, WIDTH_KEYS, WINDOW_KEYS
+from lethe.reading import UnreadableError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
-DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-WINDOW_KEYS = ("max_position_embeddings", "n_positions")
 RANDOM_SEED = 0
 
 
@@ -53,13 +54,13 @@ class ModelRef:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
-        try:
-            found = json.loads(_file(self, "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise LetheError(f"model '{self.name}': config.json is damaged ({error}); save the model again") from error
-        if not isinstance(found, dict):
-            raise LetheError(f"model '{self.name}': config.json is damaged (no settings in it); save the model again")
-        return found
+        return modelfiles.part(self.name, _file(self, "config.json"))
+
+    @functools.cached_property
+    def tokenizer_json(self) -> dict[str, Any] | None:
+        """The tokenizer's tokenizer.json; None if it is in another form."""
+        file = _optional(self, "tokenizer.json")
+        return modelfiles.part(self.name, file) if file else None
 
     @property
     def width(self) -> int:
@@ -74,8 +75,14 @@ class ModelRef:
     @property
     def window(self) -> int | None:
         """Longest text in tokens that the model was made for; None if its configuration does not say."""
-        settings = self.config.get("text_config", self.config)
-        return next((int(settings[key]) for key in WINDOW_KEYS if key in settings), None)
+        settings = modelfiles.text_settings(self.config)
+        return next((modelfiles.whole(self.name, settings, key) for key in WINDOW_KEYS if settings.get(key) is not None), None)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the embedding; None if the configuration does not say."""
+        settings = modelfiles.text_settings(self.config)
+        return modelfiles.whole(self.name, settings, "vocab_size") if "vocab_size" in settings else None
 
 
 def resolve(name: str, out: str | Path = "runs") -> ModelRef:
@@ -88,17 +95,19 @@ def resolve(name: str, out: str | Path = "runs") -> ModelRef:
         inner = resolve(name.removeprefix("random:"), out)
         return ModelRef(name, inner.path, inner.revision, None, random=True)
     if name.startswith("lab:"):
-        return _checked(ModelRef(name, str(_lab_folder(name))))
+        return checked(ModelRef(name, str(_lab_folder(name))))
     if run := run_of(name, out):
         return _of_run(name, run)
+    if os.path.isdir(name):
+        return checked(ModelRef(name, str(Path(name))))
+    folder, _, step = name.rpartition("@")  # the folder's own name may have an @
+    if os.path.isdir(folder):
+        return checked(ModelRef(name, str(_checkpoint(Path(folder), step))))
     path, _, revision = name.partition("@")
-    folder = Path(path)
-    if folder.is_dir():
-        if revision:
-            return _checked(ModelRef(name, str(_checkpoint(folder, revision))))
-        return _checked(ModelRef(name, str(folder)))
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.parent.is_dir():
-        return _checked(ModelRef(name, path, revision or "main"))
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not os.path.isdir(os.path.dirname(path)):
+        return checked(ModelRef(name, path, revision or "main"))
+    if os.path.islink(name):
+        raise LetheError(f"model reference '{name}' is a broken link to '{os.readlink(name)}'; name the folder itself")
     raise LetheError(
         f"model reference '{name}' is not a folder and has none of the forms org/name@revision, FOLDER, "
         f"FOLDER@global_stepN, run:ID, lab:final, random:REF"
@@ -109,7 +118,7 @@ def run_of(name: str, out: str | Path = "runs") -> Run | None:
     """The run that a reference names, by run:ID or by its folder; None for any other reference."""
     if name.startswith("run:"):
         return find_run(name.removeprefix("run:"), out)
-    return Run.open(name) if (Path(name) / "run.json").exists() else None
+    return Run.open(name) if os.path.isfile(os.path.join(name, "run.json")) else None
 
 
 def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -120,59 +129,105 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
     them. Its saved configuration keeps them.
     """
     import torch
-    from safetensors import SafetensorError
 
-    from_hub = contextlib.nullcontext() if ref.local else hub(f"model '{ref.name}' cannot be read from the hub")
-    try:
-        with from_hub:
-            return _load(ref, getattr(torch, dtype))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LetheError(f"model '{ref.name}' cannot be loaded ({why}); its folder is damaged, save it again") from error
+    from lethe.modelgate import blamed, refuse_report
+
+    verify(ref)
+    with _readable(ref), blamed(ref.name, "it cannot be loaded", "copy or download it again", ref.config):
+        config, dropouts = _config(ref)
+        kind = getattr(torch, dtype)
+        if ref.random:
+            with torch.random.fork_rng():
+                torch.manual_seed(RANDOM_SEED)
+                model = _auto_model().from_config(config, dtype=kind, trust_remote_code=False)
+        else:
+            loaded: Any = _auto_model().from_pretrained(
+                ref.path, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **_where(ref)
+            )
+            model, report = loaded
+            refuse_report(ref.name, report, ref.depth)
+        for name, value in dropouts.items():
+            setattr(model.config, name, value)
+        if ref.adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, ref.adapter)
+        model.eval()
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer(ref)
 
 
-def _load(ref: ModelRef, kind: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _auto_model() -> Any:
+    from transformers import AutoModelForCausalLM
 
-    where = {"revision": ref.revision} if ref.revision else {}
-    config = AutoConfig.from_pretrained(ref.path, **where)
+    return AutoModelForCausalLM
+
+
+def _config(ref: ModelRef) -> tuple[Any, dict[str, float]]:
+    """The configuration with dropouts at 0, and what they are in it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(ref.path, **_where(ref))
     dropouts = {name: rate for name, rate in vars(config).items() if "drop" in name and type(rate) in {int, float}}
     for name in dropouts:
         setattr(config, name, 0.0)
-    if ref.random:
-        with torch.random.fork_rng():
-            torch.manual_seed(RANDOM_SEED)
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
-    else:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            ref.path, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **where
-        )
-        model, report = loaded
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise LetheError(
-                f"model '{ref.name}' lacks weights ({', '.join(missing[:3])}…); its folder is damaged, save it again"
-            )
-    for name, value in dropouts.items():
-        setattr(model.config, name, value)
-    if ref.adapter:
-        from peft import PeftModel
+    return config, dropouts
 
-        model = PeftModel.from_pretrained(model, ref.adapter)
-    model.eval()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device), tokenizer(ref)
+
+def _where(ref: ModelRef) -> dict[str, Any]:
+    """What every loading is given: the revision, and that no code is run. (Without the latter, transformers asks on stdin.)"""
+    return {"trust_remote_code": False} | ({"revision": ref.revision} if ref.revision else {})
+
+
+def _readable(ref: ModelRef) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if ref.local else hub(f"model '{ref.name}' cannot be read from the hub")
+
+
+def verify(ref: ModelRef) -> None:
+    """Refuse a model whose configuration, weights and tokenizer do not fit together. Reads no weights; a hub model is fetched.
+
+    Raises:
+        LetheError: the model could not be loaded, or only with something left out.
+    """
+    files = [] if ref.random else _weight_files(ref)
+    names = [*files, *(Path(ref.path).glob("*.json") if ref.local else ())]
+    _verified(ref, tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(names) if path.exists()))
+
+
+@functools.lru_cache(maxsize=64)
+def _verified(ref: ModelRef, files: tuple[tuple[str, int, int], ...]) -> None:
+    """`verify`, once for the same `files`."""
+    from lethe.modelgate import blamed, refuse_misfit, refuse_tokens, refuse_unknown_type
+
+    checked(ref)
+    if not (ref.local or ref.random):
+        modelfiles.refuse_adapter(ref.name, [name for name in modelfiles.ADAPTER[:1] if _optional(ref, name)])
+    refuse_unknown_type(ref.name, ref.config)
+    with _readable(ref), blamed(ref.name, "config.json cannot be used", "take the model's own config.json", ref.config):
+        config, _ = _config(ref)
+    refuse_misfit(ref.name, config, None if ref.random else modelfiles.shapes(ref.name, _weight_files(ref)))
+    _ = ref.tokenizer_json  # refused here if it is damaged: transformers would go on to other files
+    file = _optional(ref, "tokenizer_config.json")
+    settings = modelfiles.part(ref.name, file) if file else {}
+    todo = "save it again: tokenizer.save_pretrained(FOLDER)"
+    with _readable(ref), blamed(ref.name, "its tokenizer cannot be loaded", todo, settings):
+        found = tokenizer(ref)
+    refuse_tokens(ref.name, found, ref.vocabulary)
 
 
 def tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right; end-of-text stands in where there is no padding token."""
+    """The tokenizer, padding on the right; where no padding token has an embedding, the first that does stands in.
+
+    Padding is masked, so that any token will do: end-of-text, beginning, unknown, or the token of id 0.
+    """
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(ref.path, **({"revision": ref.revision} if ref.revision else {}))
+    found = AutoTokenizer.from_pretrained(ref.path, **_where(ref))
     found.padding_side = "right"
-    if found.pad_token is None:
-        found.pad_token = found.eos_token
+    rows = ref.vocabulary or len(found)
+    ids = (found.pad_token_id, found.eos_token_id, found.bos_token_id, found.unk_token_id, 0)
+    usable = next(number for number in ids if number is not None and number < rows)
+    if usable != found.pad_token_id:
+        found.pad_token = found.convert_ids_to_tokens(usable)
     return found
 
 
@@ -182,7 +237,7 @@ def weight_hash(ref: ModelRef) -> str:
         return f"random:seed{RANDOM_SEED}:{sha256(_file(ref, 'config.json'))}"
     if ref.revision:
         return f"commit:{_file(ref, 'config.json').parent.name}"
-    files = list(Path(ref.path).glob("*.safetensors"))
+    files = _weight_files(ref)
     if ref.adapter:
         files += Path(ref.adapter).glob("*.safetensors")
     return sha256(*files)
@@ -227,15 +282,15 @@ def refuse_layers(model: ModelRef, layers: list[int]) -> None:
 
 
 def checkpoint_folders(folder: Path) -> dict[str, Path]:
-    """`global_step…` folders by name, in order of step."""
-    steps = {p.name: p for p in folder.glob("global_step*") if p.is_dir() and step_of(p.name) is not None}
-    return dict(sorted(steps.items(), key=lambda item: step_of(item[0]) or 0))
+    """A folder's checkpoints by name (`global_step900`, `step900`, `checkpoint-900`), in order of step."""
+    steps = {p.name: p for p in folder.glob("*") if step_of(p.name) is not None and p.is_dir()}
+    return dict(sorted(steps.items(), key=lambda item: (step_of(item[0]) or 0, item[0])))
 
 
 def step_of(name: str) -> int | None:
-    """The number in `global_step900` or `step900`; None for another name."""
-    digits = name.removeprefix("global_").removeprefix("step")
-    return int(digits) if digits.isdigit() and name != digits else None
+    """The number in `global_step900`, `step900` (as Pythia's) or `checkpoint-900` (as Trainer's); None for another name."""
+    found = re.fullmatch(r"(?:global_step|step|checkpoint-)([0-9]{1,18})", name)
+    return int(found[1]) if found else None
 
 
 def lab_folder() -> Path:
@@ -264,17 +319,18 @@ def _lab_folder(name: str) -> Path:
 
 def _checkpoint(folder: Path, step: str) -> Path:
     known = checkpoint_folders(folder)
-    if step not in known:
+    same = [name for name in known if step_of(name) == step_of(step)]
+    if step not in known and len(same) != 1:
         raise LetheError(f"model reference '{folder}@{step}': there is no such checkpoint{nearest(step, known)}")
-    return known[step]
+    return known[step if step in known else same[0]]
 
 
 def _of_run(name: str, run: Run) -> ModelRef:
     artifacts = run.record.get("artifacts") or {}
     if "model" in artifacts:
-        return _checked(ModelRef(name, str(run.path / artifacts["model"]["path"]), saved=artifacts["model"]["sha256"]))
+        return checked(ModelRef(name, str(run.path / artifacts["model"]["path"]), saved=artifacts["model"]["sha256"]))
     if "base" in artifacts:
-        return _checked(ModelRef(name, str(run.path / artifacts["base"]["path"]), None, _adapter(name, run)))
+        return checked(ModelRef(name, str(run.path / artifacts["base"]["path"]), None, _adapter(name, run)))
     if "adapter" in artifacts:
         parent = run.record["parents"]["model"]
         base = resolve(parent["ref"], run.path.parent)
@@ -299,71 +355,58 @@ def _adapter(name: str, run: Run) -> str:
     return str(folder)
 
 
-def _checked(ref: ModelRef) -> ModelRef:
-    """`ref`, if it can be loaded: configuration, safetensors weights and a tokenizer are there."""
-    config = _file(ref, "config.json")
-    if not ref.local:
-        return ref
-    folder = config.parent
-    if not list(folder.glob("*.safetensors")):
-        pickles = [p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
-        if pickles:
-            raise LetheError(
-                f"model '{ref.name}' has only pickled weights ({pickles[0]}), which can run code when read; "
-                f"save it with safetensors: model.save_pretrained(FOLDER)"
-            )
-        raise LetheError(f"model '{ref.name}' has no weights: no .safetensors file in its folder")
-    if not any(
-        (folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    ):
-        raise LetheError(f"model '{ref.name}' has no tokenizer in its folder; save it there: tokenizer.save_pretrained(FOLDER)")
+def checked(ref: ModelRef) -> ModelRef:
+    """`ref`, if its files do not show already that it cannot be loaded: those of a folder, config.json of a hub repository.
+
+    Raises:
+        LetheError: naming the file, and what to do.
+    """
+    folder = Path(ref.path)
+    if ref.local and not os.path.lexists(folder / "config.json"):
+        modelfiles.refuse_no_config(ref.name, folder, list(checkpoint_folders(folder)))
+    modelfiles.refuse_config(ref.name, ref.config)
+    if ref.local and not ref.random:
+        modelfiles.refuse_weights(ref.name, folder)
+        modelfiles.refuse_tokenizer(ref.name, folder)
     return ref
+
+
+def _weight_files(ref: ModelRef) -> list[Path]:
+    """The files of a model's weights, fetched from the hub if it is not local."""
+    try:
+        if ref.local:
+            return modelfiles.weight_files(Path(ref.path))
+        if whole := _optional(ref, modelfiles.WEIGHTS):
+            return [whole]
+        index = _file(ref, modelfiles.INDEX)
+        return [_file(ref, shard) for shard in sorted(modelfiles.shards(index))]
+    except UnreadableError as error:
+        raise LetheError(f"model '{ref.name}': {error}{modelfiles.advice(error)}") from error
 
 
 def _file(ref: ModelRef, name: str) -> Path:
     """A file of the model, fetched from the hub if it is not local."""
-    if ref.local:
-        path = Path(ref.path) / name
-        if not path.exists():
-            raise LetheError(f"model '{ref.name}' has no {name}; it is not the folder of a model")
-        return path
-    from huggingface_hub import hf_hub_download
-
-    with hub(f"model reference '{ref.name}': no such folder here, and the hub's cannot be read"):
-        return Path(hf_hub_download(ref.path, name, revision=ref.revision))
+    return fetch(ref.path, ref.revision, name) if ref.revision else Path(ref.path) / name
 
 
-@contextlib.contextmanager
-def hub(problem: str) -> Iterator[None]:
-    """Inside, what keeps the hub from answering is a refusal: the problem, and why.
-
-    Raises:
-        LetheError: there is no connection or it breaks, the hub does not have it, or does not let it be read.
-    """
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,  # type: ignore[attr-defined]  # of a connection that breaks, no OSError
-    )
-
-    try:
-        yield
-    except (HTTPError, HFValidationError, OSError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LetheError(f"{problem} ({why})") from error
+def _optional(ref: ModelRef, name: str) -> Path | None:
+    """A file that a model may have, fetched from the hub if it is not local; None if it has none."""
+    if ref.revision:
+        return fetch_optional(ref.path, ref.revision, name)
+    return Path(ref.path) / name if os.path.lexists(Path(ref.path) / name) else None
 
 
 def _config_value(ref: ModelRef, keys: tuple[str, ...]) -> int:
-    config = ref.config.get("text_config", ref.config)
+    settings = modelfiles.text_settings(ref.config)
     for key in keys:
-        if key in config:
-            return int(config[key])
+        if key in settings:
+            return modelfiles.whole(ref.name, settings, key)
     raise LetheError(f"model '{ref.name}': config.json has none of {', '.join(keys)}; the architecture is not supported")
 
 
 def _vocabulary(ref: ModelRef) -> Any:
     """What decides how text becomes tokens: the tokenizer's vocabulary and merges."""
-    try:
-        found = json.loads(_file(ref, "tokenizer.json").read_text())
-    except LetheError:
+    found = ref.tokenizer_json
+    if found is None:
         return tokenizer(ref).get_vocab()
     return found.get("model"), found.get("added_tokens"), found.get("pre_tokenizer"), found.get("normalizer")

@@ -105,6 +105,11 @@ class Scorer(HFLM):
         for context, rest in split:
             if context:
                 encoded.append((whole[context], whole[context + rest][len(whole[context]) :]))
+            elif self.prefix_token_id is None:
+                raise LetheError(
+                    f"the tokenizer has no BOS and no EOS token, and a question without a context needs one: {rest[:60]!r}; "
+                    f"set tokenizer.eos_token and save it again, or leave the task out"
+                )
             elif alone[rest][:1] == [self.prefix_token_id]:
                 encoded.append((alone[rest][:1], alone[rest][1:]))
             else:
@@ -113,8 +118,8 @@ class Scorer(HFLM):
 
     def _tokenise(self, texts: list[str], special: bool | None = None) -> dict[str, list[int]]:
         """As `tok_encode`, many at once: a first token is added as the tokenizer does, unless the text begins with it."""
-        first = self.tokenizer.decode(self.prefix_token_id)
-        bare = [text for text in texts if special is False or has_bos_prefix(text, first)]
+        first = "" if self.prefix_token_id is None else self.tokenizer.decode(self.prefix_token_id)
+        bare = [text for text in texts if special is False or (first and has_bos_prefix(text, first))]
         rest = sorted(set(texts) - set(bare))
         found: dict[str, list[int]] = {}
         added = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}

@@ -23,9 +23,9 @@ class CheckpointsConfig(AskedSettings):
     """Evaluate a model's pretraining checkpoints and name the latest that is still ignorant of the topic."""
 
     model: str
-    """The final model, such as lab:final; a folder that holds global_step… folders will do as well."""
+    """The final model, such as lab:final; a folder that holds global_step…, step… or checkpoint-… folders will do as well."""
     checkpoints: str | None = None
-    """Where the checkpoints are, if elsewhere: a folder with global_step… folders, or a hub repository with such branches."""
+    """Where the checkpoints are, if elsewhere: a folder with such folders, or a hub repository with such branches."""
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
     """lm-eval tasks or groups, folders of task files, or suites; the first task decides about ignorance."""
     search: Literal["bisect", "all"] = "bisect"
