@@ -46,6 +46,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     if not all(runs):
         preflight.check_tasks(config)
     models = [None if run else refs.resolve(name, config.out) for name, run in zip(config.models, runs, strict=True)]
+    for ref in models:
+        if ref is not None:
+            refs.verify(ref)
     answers = [
         _recorded(run, config.tasks) if run else _evaluated(model, config) for run, model in zip(runs, models, strict=True)
     ]

@@ -1,7 +1,7 @@
 """The files of a model's folder, and what is wrong with them: read without torch and without loading a weight.
 
 `refuse_config` looks at what config.json says, `refuse_weights` at the safetensors files and what lies beside them,
-`tokenizer_of` at tokenizer.json. `weight_files` are the files that transformers would load, `shapes` the tensors in them.
+`refuse_tokenizer` at the tokenizer's. `weight_files` are the files that transformers would load, `shapes` the tensors in them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 WINDOW_KEYS = ("max_position_embeddings", "n_positions")
-SIZE_KEYS = (*WIDTH_KEYS, *DEPTH_KEYS, "vocab_size")
-OTHER_SIZE_KEYS = (*WINDOW_KEYS, "num_attention_heads", "n_head", "num_key_value_heads", "head_dim")
-"""Sizes that may be null, or one for each block."""
+NEEDED_KEYS = (WIDTH_KEYS, DEPTH_KEYS, ("vocab_size",))
+"""Sizes that a model cannot do without, by the names that architectures give them."""
+HEAD_KEYS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim")
+"""Sizes of which there may be one for each block."""
 OTHER_HEADS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining")
 
 
@@ -81,12 +82,13 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
             f"model '{name}': config.json names the file of its weights (transformers_weights), which Lethe does not follow; "
             f"rename that file {WEIGHTS} and take the setting out"
         )
-    for key in SIZE_KEYS:
-        if key in settings:
+    for key in (*WIDTH_KEYS, *DEPTH_KEYS, "vocab_size", *WINDOW_KEYS, *HEAD_KEYS):
+        if settings.get(key) is not None and not (key in HEAD_KEYS and isinstance(settings[key], list)):
             whole(name, settings, key)
-    for key in OTHER_SIZE_KEYS:
-        if settings.get(key) is not None and not isinstance(settings[key], list):
-            whole(name, settings, key)
+    for keys in NEEDED_KEYS:
+        given = [key for key in keys if key in settings]
+        if given and all(settings[key] is None for key in given):
+            whole(name, settings, given[0])
 
 
 def text_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +235,10 @@ def missing(file: Path) -> str | None:
         return "it is a folder"
     if not file.stat().st_size:
         return "it is empty"
-    return LFS_POINTER if is_lfs_pointer(file) else None
+    try:
+        return LFS_POINTER if is_lfs_pointer(file) else None
+    except OSError as error:
+        return error.strerror
 
 
 def advice(why: object) -> str:

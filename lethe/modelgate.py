@@ -21,6 +21,8 @@ LEFT_OVER = re.compile(
     r"|(^|\.)(mtp|v_head|(embed_)?(vision|visual|image|audio|speech)|multi_modal|mm_projector|talker|token2wav|code2wav)\w*(\.|$)"
 )
 """Tensors that a causal language model does without: tables that old checkpoints saved, heads and towers beside it."""
+OTHER_INPUT = re.compile("image|audio|video|vision|pad|mask", re.IGNORECASE)
+"""Special tokens that no text is made of."""
 EXTRA_HEAD = re.compile(r"^(.*\.\d+\.)(eh_proj|enorm|hnorm)\.")
 """A tensor that only a block for predicting further tokens has, which follows the model's own blocks."""
 
@@ -85,10 +87,13 @@ def refuse_unknown_type(name: str, settings: dict[str, Any]) -> None:
         )
 
 
-def refuse_misfit(name: str, config: PreTrainedConfig, tensors: dict[str, tuple[str, list[int]]] | None) -> None:
+def refuse_misfit(
+    name: str, config: PreTrainedConfig, settings: dict[str, Any], tensors: dict[str, tuple[str, list[int]]] | None
+) -> None:
     """Refuse a configuration that describes no causal language model, or another than the weights are of.
 
     Args:
+        settings: what config.json says.
         tensors: type and shape of those in the files; None if the weights do not matter.
 
     Raises:
@@ -97,15 +102,15 @@ def refuse_misfit(name: str, config: PreTrainedConfig, tensors: dict[str, tuple[
     import torch
     from transformers import AutoModelForCausalLM
 
-    depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if tensors is not None and depth > len(tensors):
-        raise LetheError(
-            f"model '{name}': config.json describes {depth} blocks, and the weights are {len(tensors)} tensors in all; "
-            f"take the model's own config.json"
-        )
-    if type(config) not in AutoModelForCausalLM._model_mapping and not getattr(config, "auto_map", None):
+    todo = "take the model's own config.json"
+    if type(config) not in AutoModelForCausalLM._model_mapping and not settings.get("auto_map"):
         raise LetheError(f"model '{name}' is no causal language model (model_type {config.model_type}); give another")
-    with blamed(name, "no model can be built from config.json", "take the model's own config.json", config.to_dict()):
+    with blamed(name, "no model can be built from config.json", todo, settings):
+        depth = depth_of(config)
+        if tensors is not None and depth > len(tensors):
+            raise LetheError(
+                f"model '{name}': config.json describes {depth} blocks, the weights are {len(tensors)} tensors in all; {todo}"
+            )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if tensors is None:
@@ -127,6 +132,11 @@ def refuse_misfit(name: str, config: PreTrainedConfig, tensors: dict[str, tuple[
         )
 
 
+def depth_of(config: PreTrainedConfig) -> int:
+    """Blocks of the language model; 0 if the configuration does not say."""
+    return getattr(config.get_text_config(), "num_hidden_layers", 0)
+
+
 def refuse_report(name: str, report: dict[str, Any], depth: int) -> None:
     """Refuse weights of which transformers reports that they are not those of a config.json with `depth` blocks.
 
@@ -146,7 +156,8 @@ def refuse_report(name: str, report: dict[str, Any], depth: int) -> None:
     extra = tuple({found[1] for key in unexpected if (found := EXTRA_HEAD.match(key))})
     if unexpected := {key for key in unexpected if not key.startswith(extra)}:
         raise LetheError(
-            f"model '{name}': the weights hold what config.json ({depth} blocks) has no place for: {_some(sorted(unexpected))}; {todo}"
+            f"model '{name}': the weights hold what config.json ({depth} blocks) has no place for: "
+            f"{_some(sorted(unexpected))}; {todo}"
         )
 
 
@@ -158,7 +169,8 @@ def _some(keys: list[str]) -> str:
 def refuse_tokens(name: str, tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
     """Refuse a tokenizer that has no tokens, or makes ids that the model has no embedding for.
 
-    A special token of another kind of input (an image's) may lie beyond; a text does not hold it.
+    Gemma 3's tokenizer has a token for images beyond the embedding of the models for text, and many add one for padding.
+    These may stay: no text holds the former, and another token pads.
 
     Raises:
         LetheError: naming the first token beyond.
@@ -169,11 +181,11 @@ def refuse_tokens(name: str, tokenizer: PreTrainedTokenizerBase, rows: int | Non
         raise LetheError(f"model '{name}': its tokenizer has no tokens; save it there: tokenizer.save_pretrained(FOLDER)")
     if rows is None:
         return
-    used = {tokenizer.bos_token, tokenizer.eos_token}
-    beyond = sorted((i, token) for token, i in vocabulary.items() if i >= rows and (token not in special or token in used))
-    if beyond:
+    spared = {token for token in special if OTHER_INPUT.search(token)} - {tokenizer.bos_token, tokenizer.eos_token}
+    spared |= {tokenizer.unk_token} if tokenizer.unk_token in special else set()  # some classes add one, unused
+    if beyond := sorted((i, token) for token, i in vocabulary.items() if i >= rows and token not in spared):
         raise LetheError(
-            f"model '{name}': its tokenizer makes {len(beyond)} ids that the model has no embedding for, such as {beyond[0][0]} for "
-            f"{printable(beyond[0][1], 40)!r} (vocab_size is {rows}); give the tokenizer that the model was trained with, "
-            f"or resize its embedding: model.resize_token_embeddings(len(tokenizer))"
+            f"model '{name}': its tokenizer makes {len(beyond)} ids that the model has no embedding for, such as "
+            f"{beyond[0][0]} for {printable(beyond[0][1], 40)!r} (vocab_size {rows}); give the tokenizer that the model was "
+            f"trained with, or resize its embedding: model.resize_token_embeddings(len(tokenizer))"
         )

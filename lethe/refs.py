@@ -82,7 +82,7 @@ class ModelRef:
     def vocabulary(self) -> int | None:
         """Rows of the embedding; None if the configuration does not say."""
         settings = modelfiles.text_settings(self.config)
-        return modelfiles.whole(self.name, settings, "vocab_size") if "vocab_size" in settings else None
+        return modelfiles.whole(self.name, settings, "vocab_size") if settings.get("vocab_size") is not None else None
 
 
 def resolve(name: str, out: str | Path = "runs") -> ModelRef:
@@ -130,7 +130,7 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
     """
     import torch
 
-    from lethe.modelgate import blamed, refuse_report
+    from lethe.modelgate import blamed, depth_of, refuse_report
 
     verify(ref)
     with _readable(ref), blamed(ref.name, "it cannot be loaded", "copy or download it again", ref.config):
@@ -145,7 +145,7 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
                 ref.path, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **_where(ref)
             )
             model, report = loaded
-            refuse_report(ref.name, report, ref.depth)
+            refuse_report(ref.name, report, depth_of(config))
         for name, value in dropouts.items():
             setattr(model.config, name, value)
         if ref.adapter:
@@ -204,7 +204,7 @@ def _verified(ref: ModelRef, files: tuple[tuple[str, int, int], ...]) -> None:
     refuse_unknown_type(ref.name, ref.config)
     with _readable(ref), blamed(ref.name, "config.json cannot be used", "take the model's own config.json", ref.config):
         config, _ = _config(ref)
-    refuse_misfit(ref.name, config, None if ref.random else modelfiles.shapes(ref.name, _weight_files(ref)))
+    refuse_misfit(ref.name, config, ref.config, None if ref.random else modelfiles.shapes(ref.name, _weight_files(ref)))
     _ = ref.tokenizer_json  # refused here if it is damaged: transformers would go on to other files
     file = _optional(ref, "tokenizer_config.json")
     settings = modelfiles.part(ref.name, file) if file else {}
@@ -378,7 +378,9 @@ def _weight_files(ref: ModelRef) -> list[Path]:
             return modelfiles.weight_files(Path(ref.path))
         if whole := _optional(ref, modelfiles.WEIGHTS):
             return [whole]
-        index = _file(ref, modelfiles.INDEX)
+        index = _optional(ref, modelfiles.INDEX)
+        if index is None:
+            raise UnreadableError(f"there is no {modelfiles.WEIGHTS} or {modelfiles.INDEX}, and pickled weights are not read")
         return [_file(ref, shard) for shard in sorted(modelfiles.shards(index))]
     except UnreadableError as error:
         raise LetheError(f"model '{ref.name}': {error}{modelfiles.advice(error)}") from error
@@ -399,7 +401,7 @@ def _optional(ref: ModelRef, name: str) -> Path | None:
 def _config_value(ref: ModelRef, keys: tuple[str, ...]) -> int:
     settings = modelfiles.text_settings(ref.config)
     for key in keys:
-        if key in settings:
+        if settings.get(key) is not None:
             return modelfiles.whole(ref.name, settings, key)
     raise LetheError(f"model '{ref.name}': config.json has none of {', '.join(keys)}; the architecture is not supported")
 
