@@ -25,7 +25,8 @@ DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 WINDOW_KEYS = ("max_position_embeddings", "n_positions")
 NEEDED_KEYS = (WIDTH_KEYS, DEPTH_KEYS, ("vocab_size",))
 """Sizes that a model cannot do without, by the names that architectures give them."""
-HEAD_KEYS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+PART_KEYS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_experts_per_tok", *EXPERT_KEYS)
 """Sizes of which there may be one for each block."""
 OTHER_HEADS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining")
 
@@ -82,13 +83,19 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
             f"model '{name}': config.json names the file of its weights (transformers_weights), which Lethe does not follow; "
             f"rename that file {WEIGHTS} and take the setting out"
         )
-    for key in (*WIDTH_KEYS, *DEPTH_KEYS, "vocab_size", *WINDOW_KEYS, *HEAD_KEYS):
-        if settings.get(key) is not None and not (key in HEAD_KEYS and isinstance(settings[key], list)):
+    for key in (*WIDTH_KEYS, *DEPTH_KEYS, "vocab_size", *WINDOW_KEYS, *PART_KEYS):
+        if settings.get(key) is not None and not (key in PART_KEYS and isinstance(settings[key], list)):
             whole(name, settings, key)
     for keys in NEEDED_KEYS:
         given = [key for key in keys if key in settings]
         if given and all(settings[key] is None for key in given):
             whole(name, settings, given[0])
+    experts = next((settings[key] for key in EXPERT_KEYS if type(settings.get(key)) is int), None)
+    used = settings.get("num_experts_per_tok")
+    if experts is not None and type(used) is int and used > experts:
+        raise LetheError(
+            f"model '{name}': num_experts_per_tok is {used} in config.json, of {experts} experts; take the model's own"
+        )
 
 
 def text_settings(config: dict[str, Any]) -> dict[str, Any]:

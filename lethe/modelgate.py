@@ -63,7 +63,7 @@ def cause(error: Exception, settings: dict[str, Any] | None = None) -> str:
     """
     words = " ".join(str(error).split())
     if type(error).__name__.startswith("StrictDataclass"):  # its first line says only that there is a second
-        return printable(words.rpartition("Error: ")[2], 300)
+        return printable(words.rpartition("Error: ")[2].partition(". Errors: ")[0], 300)
     if isinstance(error, KeyError) and error.args:
         parts = [settings or {}, *(value for value in (settings or {}).values() if isinstance(value, dict))]
         keys = [key for part in parts for key, value in part.items() if value == error.args[0]]
@@ -105,7 +105,7 @@ def refuse_misfit(
     todo = "take the model's own config.json"
     if type(config) not in AutoModelForCausalLM._model_mapping and not settings.get("auto_map"):
         raise LetheError(f"model '{name}' is no causal language model (model_type {config.model_type}); give another")
-    with blamed(name, "no model can be built from config.json", todo, settings):
+    with blamed(name, "no model can be built from config.json", todo, settings), _silent():
         depth = depth_of(config)
         if tensors is not None and depth > len(tensors):
             raise LetheError(
@@ -130,6 +130,22 @@ def refuse_misfit(
             f"model '{name}': {printable(other[0], 120)} is of type {tensors[other[0]][0]} in the weights, not floating point; "
             f"use the model before it was quantised"
         )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """transformers without bars and without its table of what does not fit: it is told here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def depth_of(config: PreTrainedConfig) -> int:

@@ -184,7 +184,9 @@ def test_a_damaged_checkpoint_has_a_reason_and_no_number(lab, tmp_path, kept_now
     run = sweep(planted(tmp_path / "c", lab, "iiixkkkx"), tmp_path)
     assert run.record["latest_ignorant"].endswith("@global_step30")
     row = run.record["checkpoints"][7]
-    assert row["evals"] == {} and "cannot be loaded" in row["reason"] and row["note"].startswith("not measured: ")
+    assert (
+        row["evals"] == {} and "model.safetensors cannot be read" in row["reason"] and row["note"].startswith("not measured: ")
+    )
 
 
 def test_a_sweep_that_can_measure_nothing_gives_up(lab, tmp_path, kept_nowhere_else):
