@@ -56,12 +56,6 @@ class ModelRef:
         """The model's config.json."""
         return modelfiles.part(self.name, _file(self, "config.json"))
 
-    @functools.cached_property
-    def tokenizer_json(self) -> dict[str, Any] | None:
-        """The tokenizer's tokenizer.json; None if it is in another form."""
-        file = _optional(self, "tokenizer.json")
-        return modelfiles.part(self.name, file) if file else None
-
     @property
     def width(self) -> int:
         """Size of the residual stream."""
@@ -205,9 +199,8 @@ def _verified(ref: ModelRef, files: tuple[tuple[str, int, int], ...]) -> None:
     with _readable(ref), blamed(ref.name, "config.json cannot be used", "take the model's own config.json", ref.config):
         config, _ = _config(ref)
     refuse_misfit(ref.name, config, ref.config, None if ref.random else modelfiles.shapes(ref.name, _weight_files(ref)))
-    _ = ref.tokenizer_json  # refused here if it is damaged: transformers would go on to other files
-    file = _optional(ref, "tokenizer_config.json")
-    settings = modelfiles.part(ref.name, file) if file else {}
+    _part(ref, "tokenizer.json")  # refused here if it is damaged: transformers would go on to other files
+    settings = _part(ref, "tokenizer_config.json") or {}
     todo = "save it again: tokenizer.save_pretrained(FOLDER)"
     with _readable(ref), blamed(ref.name, "its tokenizer cannot be loaded", todo, settings):
         found = tokenizer(ref)
@@ -239,7 +232,7 @@ def weight_hash(ref: ModelRef) -> str:
         return f"commit:{_file(ref, 'config.json').parent.name}"
     files = _weight_files(ref)
     if ref.adapter:
-        files += Path(ref.adapter).glob("*.safetensors")
+        files = [*files, Path(ref.adapter) / modelfiles.ADAPTER[1]]
     return sha256(*files)
 
 
@@ -348,9 +341,10 @@ def _of_run(name: str, run: Run) -> ModelRef:
 
 def _adapter(name: str, run: Run) -> str:
     folder = run.path / run.record["artifacts"]["adapter"]["path"]
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise LetheError(f"'{name}': its adapter is gone, there is no adapter_model.safetensors in '{folder}'; run it again")
-    if sha256(*folder.glob("*.safetensors")) != run.record["artifacts"]["adapter"]["sha256"]:
+    weights = folder / modelfiles.ADAPTER[1]
+    if not weights.is_file():
+        raise LetheError(f"'{name}': its adapter is gone, there is no {weights.name} in '{folder}'; run it again")
+    if sha256(weights) != run.record["artifacts"]["adapter"]["sha256"]:
         raise LetheError(f"'{name}': its adapter in '{folder}' has changed since it was saved; run it again")
     return str(folder)
 
@@ -398,6 +392,12 @@ def _optional(ref: ModelRef, name: str) -> Path | None:
     return Path(ref.path) / name if os.path.lexists(Path(ref.path) / name) else None
 
 
+def _part(ref: ModelRef, name: str) -> dict[str, Any] | None:
+    """What a JSON file says that a model may have; None if it has none."""
+    file = _optional(ref, name)
+    return modelfiles.part(ref.name, file) if file else None
+
+
 def _config_value(ref: ModelRef, keys: tuple[str, ...]) -> int:
     settings = modelfiles.text_settings(ref.config)
     for key in keys:
@@ -408,7 +408,7 @@ def _config_value(ref: ModelRef, keys: tuple[str, ...]) -> int:
 
 def _vocabulary(ref: ModelRef) -> Any:
     """What decides how text becomes tokens: the tokenizer's vocabulary and merges."""
-    found = ref.tokenizer_json
+    found = _part(ref, "tokenizer.json")
     if found is None:
         return tokenizer(ref).get_vocab()
     return found.get("model"), found.get("added_tokens"), found.get("pre_tokenizer"), found.get("normalizer")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from transformers.utils import logging
 from lethe import refs
 from lethe.cli import main
 from lethe.errors import LetheError
+from lethe.reading import UnreadableError, text_of
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa\nsize 610\n"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -202,7 +205,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a tensor gone": (tensors(lambda t: t.pop("model.norm.weight")), "model.norm.weight"),
     "no tensors": (tensors(lambda t: t.clear()), "0 tensors"),
     "whole numbers": (added(model__norm__weight=torch.ones(32).long()), "model.norm.weight is of type I64"),
-    "mean beyond the head": (tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight"),
+    "the head gone": (tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight"),
     # weights
     "weights of a pointer": (text(WEIGHTS, POINTER), "a Git LFS pointer, not the file itself; fetch it: git lfs pull"),
     "weights empty": (text(WEIGHTS, ""), "model.safetensors cannot be read (it is empty)"),
@@ -358,6 +361,56 @@ def test_the_hash_is_of_the_files_that_are_loaded(folder, plain):
     assert refs.weight_hash(refs.resolve(str(folder))) == before
 
 
+REPOSITORIES = """
+import json, os, shutil, sys
+from pathlib import Path
+
+plain, home = map(Path, sys.argv[1:])
+os.environ |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+
+
+def repository(name, change):
+    folder = home / "hub" / f"models--org--{name}"
+    shutil.copytree(plain, folder / "snapshots" / ("a" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    change(folder / "snapshots" / ("a" * 40))
+
+
+def fewer(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+repository("good", lambda folder: None)
+repository("fewer", fewer)
+repository("adapter", lambda folder: (folder / "adapter_config.json").write_text("{}"))
+repository("pickled", lambda folder: (folder / "model.safetensors").unlink())
+from lethe import refs
+from lethe.errors import LetheError
+
+for name in ("good", "fewer", "adapter", "pickled"):
+    try:
+        refs.verify(refs.resolve(f"org/{name}"))
+        refs.load(refs.resolve(f"org/{name}@main"))
+        print("loaded")
+    except LetheError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_repositories_of_the_hub_are_looked_at_as_folders_are(plain, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", REPOSITORIES, str(plain), str(tmp_path / "home")], capture_output=True, text=True, check=False
+    )
+    good, fewer, adapter, pickled = done.stdout.splitlines()
+    assert good == "loaded", done.stderr
+    assert "model 'org/fewer': the weights hold what config.json (3 blocks) has no place for" in fewer
+    assert "model 'org/adapter' holds whole weights and an adapter beside them" in adapter
+    assert "model 'org/pickled': there is no model.safetensors" in pickled
+
+
 # --- tokens that begin and end a text --------------------------------------------------------------------------------
 
 
@@ -452,3 +505,9 @@ def test_an_adapter_in_a_run_names_its_run(folder, capsys, lab):
     both(adapter, gone("config.json", WEIGHTS))(folder)
     (folder.parent / "run.json").write_text("{}")
     assert f"name its run: '{folder.parent}'" in evaluated(capsys, folder)
+
+
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path):
+    (tmp_path / "text.jsonl").write_text(POINTER)
+    with pytest.raises(UnreadableError, match="git lfs pull"):
+        text_of(tmp_path / "text.jsonl")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lethe import refs
@@ -258,20 +256,6 @@ def test_pickled_weights_beside_safetensors_are_not_read(copy):
     load(resolve(str(copy)))
 
 
-@pytest.mark.parametrize(
-    ("files", "word"),
-    [
-        (["model.safetensors"], "has no weights"),
-        (["config.json"], "has no config.json"),
-        (["tokenizer.json", "tokenizer_config.json"], "has no tokenizer"),
-    ],
-)
-def test_a_folder_that_lacks_a_part_is_refused(copy, files, word):
-    for name in files:
-        (copy / name).unlink()
-    assert word in refusal(resolve, str(copy))
-
-
 def test_random_of_a_folder_without_weights_is_refused_or_loads(copy):
     """random: needs the configuration and the tokenizer alone; if it is refused then in words."""
     (copy / "model.safetensors").unlink()
@@ -281,57 +265,6 @@ def test_random_of_a_folder_without_weights_is_refused_or_loads(copy):
 
 def test_a_file_is_no_model(copy):
     refusal(resolve, str(copy / "config.json"))
-
-
-@pytest.mark.parametrize("content", ["{half", "", "[]", "{}"])
-def test_a_damaged_configuration_is_refused(copy, content):
-    (copy / "config.json").write_text(content)
-    assert "config.json" in refusal(lambda: resolve(str(copy)).width)
-
-
-def test_weights_with_a_tensor_missing_are_refused(copy):
-    tensors = load_file(copy / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    message = refusal(load, resolve(str(copy)))
-    assert "model.layers.1.mlp.up_proj.weight" in message
-    assert str(copy) in message
-
-
-def test_weights_of_another_shape_are_refused(copy):
-    tensors = load_file(copy / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(7, 7)
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    assert str(copy) in refusal(load, resolve(str(copy)))
-
-
-@pytest.mark.parametrize("keep", [0, 10, 5000])
-def test_a_weights_file_cut_short_is_refused(copy, keep):
-    whole = (copy / "model.safetensors").read_bytes()
-    (copy / "model.safetensors").write_bytes(whole[:keep])
-    assert str(copy) in refusal(lambda: load(resolve(str(copy))))
-
-
-def test_a_missing_shard_is_refused(home, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(home / "plain")
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(home / "plain" / name, tmp_path / "sharded")
-    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
-    assert len(shards) > 1
-    assert equal(weights(load(resolve(str(tmp_path / "sharded")))[0]), weights(model))
-    shards[0].unlink()
-    refusal(lambda: load(resolve(str(tmp_path / "sharded"))))
-
-
-def test_code_of_a_repository_is_not_run(copy, tmp_path):
-    """A configuration that asks for code of its own is refused, and the code does not run."""
-    (copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
-    config = json.loads((copy / "config.json").read_text())
-    config |= {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"}, "model_type": "evil"}
-    (copy / "config.json").write_text(json.dumps(config))
-    refusal(lambda: load(resolve(str(copy))))
-    assert not (tmp_path / "ran").exists()
 
 
 # --- what does not fit together --------------------------------------------------------------------------------------
