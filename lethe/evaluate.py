@@ -63,7 +63,7 @@ def evaluate_model(
     Returns:
         by task name: `acc` (or `correct_prob`), `stderr`, `low` and `high` (95 %), `n`, `chance`, `num_fewshot`,
         `version`, `fingerprint` (of all prompts and answers), `tokenizer` (hash), `answers` (how often each position was
-        chosen) and `degenerate` (one position chosen nearly always).
+        chosen) and `degenerate` (one position chosen nearly always, although right answers stand in others too).
 
     Raises:
         LetheError: a task is not known, or its data cannot be loaded.
@@ -116,6 +116,7 @@ def _answered(leaf: Leaf, question: Question, responses: list[tuple[float, bool]
         "arguments": question.arguments,
         "filtered_resps": responses,
         "choices": choices if leaf.multiple_choice else None,
+        "right": question.right,
     } | metrics
 
 
@@ -123,7 +124,9 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
     """One result from lm-eval's per-question samples of a multiple-choice or log-likelihood task.
 
     `stderr` is the sample standard deviation of the per-question values over √n; the interval of an accuracy is
-    Wilson's at 95 %, that of a mean probability is the normal one.
+    Wilson's at 95 %, that of a mean probability is the normal one. `chance` is the accuracy of answers drawn at random: the
+    mean over the questions of right answers / choices. `degenerate`: a position was chosen for more than `DEGENERATE_SHARE` of
+    the questions, and is right for no more than that.
     """
     n = len(questions)
     key = "correct_prob" if "correct_prob" in questions[0] else "acc"
@@ -132,13 +135,12 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
     variance = math.fsum((v - mean) ** 2 for v in values) / max(1, n - 1)
     stderr = math.sqrt(variance / n)
     result: dict[str, Any] = {key: mean, "stderr": stderr}
-    offered = [q.get("choices", len(q["arguments"])) for q in questions]
-    choosing = None not in offered
+    choosing = all(q["choices"] for q in questions)
     if key == "acc":
         interval = binomtest(round(math.fsum(values)), n).proportion_ci(0.95, method="wilson")
         result |= {"low": float(interval.low), "high": float(interval.high)}
         if choosing:
-            result["chance"] = math.fsum(1 / count for count in offered) / n
+            result["chance"] = math.fsum(len(q["right"]) / q["choices"] for q in questions) / n
     else:
         result |= {"low": mean - 1.959964 * stderr, "high": mean + 1.959964 * stderr}
     if "acc_norm" in questions[0]:
@@ -146,8 +148,10 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
     result["n"] = n
     if choosing:
         chosen = Counter(_chosen(q) for q in questions)
+        right = Counter(position for q in questions for position in q["right"])
         result["answers"] = {str(position): chosen[position] for position in sorted(chosen)}
-        result["degenerate"] = n >= 20 and max(chosen.values()) > DEGENERATE_SHARE * n
+        most = DEGENERATE_SHARE * n
+        result["degenerate"] = n >= 20 and any(count > most >= right[position] for position, count in chosen.items())
     prompts = json.dumps([[q["arguments"], q.get("target")] for q in questions], ensure_ascii=False, default=str)
     result["fingerprint"] = hashlib.sha256(prompts.encode()).hexdigest()[:16]
     return result
@@ -165,7 +169,7 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
         LetheError: the model or a task is not known; raised before anything is written.
     """
     ref = refs.resolve(config.model, config.out)
-    load_tasks(config.tasks, config.task_data, config.num_fewshot)
+    load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
     run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
     with run.running():
         run.set_parents(model=refs.record(ref))
@@ -200,7 +204,7 @@ def _likelihoods(question: dict[str, Any]) -> list[float]:
 
 
 def _chosen(question: dict[str, Any]) -> int:
-    values = _likelihoods(question)[: question.get("choices")]
+    values = _likelihoods(question)[: question["choices"]]
     return values.index(max(values))
 
 

@@ -182,7 +182,7 @@ def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
         LetheError: the recipe cannot work; nothing is left behind.
     """
     checked = preflight.check(config)
-    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot)
+    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
     if config.finds_source:
         config = with_source(config)
         checked = preflight.check(config)
@@ -228,6 +228,7 @@ def inspect(config: UnlearnConfig) -> dict[str, Any]:
         LetheError: the recipe cannot work.
     """
     checked = preflight.check(config)
+    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
     if config.finds_source:
         config = with_source(config)
         checked = preflight.check(config)

@@ -717,9 +717,10 @@ def test_a_peft_model_scores_as_the_merged_one(make_model, known, tmp_path):
 # --- what is computed from the answers -------------------------------------------------------------------------------
 
 
-def question(acc: float, chosen: int = 0, choices: int = 4) -> dict:
+def question(acc: float, chosen: int = 0, choices: int = 4, right: tuple[int, ...] = (0,)) -> dict:
     responses = [(-1.0 if i == chosen else -2.0, False) for i in range(choices)]
-    return {"acc": acc, "arguments": [("prompt", f" {i}") for i in range(choices)], "filtered_resps": responses}
+    arguments = [("prompt", f" {i}") for i in range(choices)]
+    return {"acc": acc, "arguments": arguments, "filtered_resps": responses, "choices": choices, "right": right}
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (7, 25), (250, 1000), (1, 1)])
@@ -764,7 +765,7 @@ def test_a_probability_has_the_normal_interval_and_no_chance():
 
 def test_one_answer_nearly_always_is_degenerate():
     def share(same: int, n: int = 100) -> dict:
-        return measure([question(0.25, 0 if i < same else 1 + i % 3) for i in range(n)])
+        return measure([question(0.25, 0 if i < same else 1 + i % 3, right=(i % 4,)) for i in range(n)])
 
     assert share(100)["degenerate"]
     assert share(100)["answers"] == {"0": 100}

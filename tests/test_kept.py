@@ -18,12 +18,12 @@ from lethe.kept import keep
 def test_the_oldest_files_go_when_there_are_too_many(tmp_path):
     folder = tmp_path / "kept"
     for age, name in enumerate("abcd"):
-        keep(folder / f"{name}.json", 100 * name)
+        keep(folder / f"{name}.json", 1000 * name)
         os.utime(folder / f"{name}.json", (1000 + age, 1000 + age))
     (folder / "other.txt").write_text("x" * 1000)
-    keep(folder / "e.json", 100 * "e", most=320)
+    keep(folder / "e.json", 1000 * "e", most=3200)
     assert sorted(file.name for file in folder.iterdir()) == ["c.json", "d.json", "e.json", "other.txt"]
-    keep(folder / "f.json", 1000 * "f", most=320)  # what is needed now stays, however large
+    keep(folder / "f.json", 10000 * "f", most=3200)  # what is needed now stays, however large
     assert [file.name for file in folder.glob("*.json")] == ["f.json"]
 
 
