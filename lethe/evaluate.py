@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lethe import refs
-from lethe.config import EvaluateConfig, to_dict
+from lethe.config import EvalSettings, EvaluateConfig, to_dict
 from lethe.ledger import Run
 from lethe.questions import Leaf, Question, load_tasks, tokenizer_hash
 from lethe.scoring import Encoded, NotNumbersError, Scorer
@@ -96,6 +96,19 @@ def evaluate_model(
     return results
 
 
+def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings) -> None:
+    """Make the requests of an evaluation that is to come (they are kept), so that what is wrong with them is found before.
+
+    Raises:
+        LetheError: an answer cannot be scored by this model.
+    """
+    with _evaluation_mode(model):
+        scorer = Scorer(model, tokenizer)
+        for leaves in load_tasks(settings.tasks, settings.task_data, settings.num_fewshot).values():
+            for leaf in leaves:
+                scorer.refuse_unscorable([pair for q in leaf.questions(scorer, settings.limit) for pair in q.encoded])
+
+
 def _encoded(questions: list[Question], scorer: Scorer, before: str) -> list[Encoded]:
     """The tokens of all questions' requests; with text before each question, they are made anew."""
     if not before:
@@ -105,7 +118,7 @@ def _encoded(questions: list[Question], scorer: Scorer, before: str) -> list[Enc
 
 def _answered(leaf: Leaf, question: Question, responses: list[tuple[float, bool]]) -> dict[str, Any]:
     """A question with the model's answers and the metrics that its task makes of them, in the form of lm-eval's samples."""
-    choices = len(responses) // (2 if "acc_mutual_info" in leaf.task._metric_fn_list else 1)
+    choices = len(responses) // leaf.requests_a_choice
     broken = any(math.isnan(value) for value, _ in responses)
     metrics = {} if broken else leaf.task.process_results(leaf.docs[question.doc_id], responses)
     return {
@@ -210,7 +223,14 @@ def _chosen(question: dict[str, Any]) -> int:
 
 def _sample(question: dict[str, Any]) -> dict[str, Any]:
     """A line of samples.jsonl. `subtask` is the task that asked; `task` may be a group."""
-    kept = ("doc_id", "doc_hash", "target", *(key for key in ("acc", "correct_prob", "acc_norm") if key in question))
+    kept = (
+        "doc_id",
+        "doc_hash",
+        "target",
+        "choices",
+        "right",
+        *(key for key in ("acc", "correct_prob", "acc_norm") if key in question),
+    )
     return {"subtask": question["task"]} | {key: question[key] for key in kept} | {"log_likelihoods": _likelihoods(question)}
 
 

@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import re
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,11 @@ class Leaf:
     def multiple_choice(self) -> bool:
         return self.task.OUTPUT_TYPE == "multiple_choice"
 
+    @property
+    def requests_a_choice(self) -> int:
+        """Mutual information asks for each choice without the question, too."""
+        return 2 if "acc_mutual_info" in self.task._metric_fn_list else 1
+
     def questions(self, scorer: Scorer, limit: int) -> list[Question]:
         """The first `limit` questions (0: all), tokenised; from memory or disk where they are there."""
         limit = self._known(limit)
@@ -119,18 +125,19 @@ class Leaf:
             pairs = [tuple(one.args) for one in (made if isinstance(made, list) else [made])]
             if not all(isinstance(text, str) for pair in pairs for text in pair):
                 raise TypeError("a prompt or an answer is not text")
-            right = self._right(doc, len(pairs)) if self.multiple_choice else None
-            return Prompt(i, _doc_hash(doc), task.doc_to_target(doc), pairs, right)
+            if not all(pair[-1] for pair in pairs):
+                raise ValueError("an answer is empty")
+            return Prompt(i, _doc_hash(doc), task.doc_to_target(doc), pairs, self._right(doc, len(pairs)))
         except Exception as error:  # rows and functions do wrong in many ways
             name = task.config.task
             if self.shots and context is None and self._asks_without_examples(doc):
                 there = len(getattr(getattr(task, "sampler", None), "df", []))
                 raise LetheError(
-                    f"num_fewshot: '{name}' cannot give {self.shots} examples, it has {there} to draw from ({reason(error)}); "
-                    "ask for fewer"
+                    f"num_fewshot: '{name}' cannot give {self.shots} examples, it has {there} to draw from "
+                    f"({reason(error)}); ask for fewer"
                 ) from error
             raise LetheError(
-                f"tasks: '{name}' cannot ask row {i + 1} of {self.source} ({reason(error)}): {printable(doc, 120)}; mend the row"
+                f"tasks: '{name}' cannot ask row {i + 1} of {self.source} ({reason(error)}): {printable(doc, 120)}; mend it"
             ) from error
 
     def _asks_without_examples(self, doc: dict[str, Any]) -> bool:
@@ -139,23 +146,33 @@ class Leaf:
             return True
         return False
 
-    def _right(self, doc: dict[str, Any], answers: int) -> list[int]:
-        """The positions whose choice the task counts as right: it is asked with a model that is sure of each in turn."""
-        twice = "acc_mutual_info" in self.task._metric_fn_list
-        choices = answers // 2 if twice else answers
-        if not callable(self.task.config.process_results):  # lm-eval's own: told by the target, without trying each
-            self.task.process_results(doc, [(0.0, False)] * answers)
-            gold = self.task.doc_to_text(doc) if self.task.multiple_input else self.task.doc_to_target(doc)
-            if isinstance(gold, str):
-                options = self.task.doc_to_choice(doc)
-                gold = options.index(gold) if gold in options else -1
-            return [i for i in range(choices) if (i in gold if isinstance(gold, list) else i == gold)]
-        found = []
-        for i in range(choices):
-            sure = [(0.0 if j == i else -SURE, j == i) for j in range(choices)]
-            results = self.task.process_results(doc, sure + [(-1.0, False)] * (answers - choices))
-            found += [i for key in MEASURED if key in results and results[key] > 0.5]
-        return found
+    def _right(self, doc: dict[str, Any], answers: int) -> list[int] | None:
+        """The positions whose choice the task counts as right; None: it offers no choices.
+
+        lm-eval's own metrics go by the target. A task's own function is asked what it makes of a model that is sure of each
+        choice in turn. Either is tried once, so that one that does not work is found before a model is trained.
+        """
+        self._value(doc, [(0.0, False)] * answers)
+        if not self.multiple_choice:
+            return None
+        choices = answers // self.requests_a_choice
+        if callable(self.task.config.process_results):
+            rest = [(-1.0, False)] * (answers - choices)
+            sure = [[(0.0 if j == i else -SURE, j == i) for j in range(choices)] for i in range(choices)]
+            return [i for i in range(choices) if self._value(doc, sure[i] + rest) > 0.5]
+        gold = self.task.doc_to_text(doc) if self.task.multiple_input else self.task.doc_to_target(doc)
+        if isinstance(gold, str):
+            options = self.task.doc_to_choice(doc)
+            gold = options.index(gold) if gold in options else -1
+        return [i for i in range(choices) if (i in gold if isinstance(gold, list) else i == gold)]
+
+    def _value(self, doc: dict[str, Any], responses: list[tuple[float, bool]]) -> float:
+        """What a question counts for with these log-likelihoods."""
+        results = self.task.process_results(doc, responses)
+        key = next((key for key in MEASURED if key in results), None)
+        if key is None:
+            raise ValueError(f"it gives {', '.join(results) or 'nothing'}, and neither acc nor correct_prob")
+        return float(results[key])
 
     def _encoded(self, scorer: Scorer, limit: int) -> list[Question]:
         asked = self.prompts(limit)
@@ -170,7 +187,7 @@ def _file_name(task: str) -> str:
 
 def reason(error: BaseException) -> str:
     """The first line of an error that a library raised, in words for a user."""
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and " " not in str(error):
         return f"there is no {error}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -233,6 +250,39 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
     import datasets
 
     datasets.disable_progress_bars()
+    known = tasks.definitions(folder)
+    members = {name, *tasks.leaves(name, known)}
+    files = sorted({f"'{one.file}'" for task, one in local.items() if task in members})
+    source = ", ".join(files) or _data_sets([known[task] for task in members if task in known])
+    try:
+        manager = _manager(name, folder, local, num_fewshot)
+        loaded: Any = manager.load([name])
+        found = list(loaded["tasks"].values())
+        if not found:
+            raise LetheError(f"tasks: '{name}' stands for no task; list some under task")
+        leaves = [_leaf(task, loaded["groups"].get(name), num_fewshot, source) for task in found]
+        if len({"correct_prob" in leaf.task._metric_fn_list for leaf in leaves}) > 1:
+            raise LetheError(f"tasks: of '{name}' some tasks measure correct_prob and some acc; name the tasks one by one")
+        return leaves
+    except LetheError:
+        raise
+    except Exception as error:  # data sets, their scripts and the network fail in a dozen ways, and definitions in more
+        why = reason(error)
+        if files:
+            raise LetheError(f"task_data: {source} cannot be used for '{name}' ({why}); mend its rows") from error
+        if any(frame.name == "download" for frame in traceback.extract_tb(error.__traceback__)):
+            raise LetheError(
+                f"tasks: {source} of '{name}' cannot be loaded ({why}); "
+                f"give its rows in a local file: --task_data {name}=FILE.jsonl"
+            ) from error
+        part = "a template" if isinstance(error, TemplateError) else "the definition"
+        raise LetheError(
+            f"tasks: {part} of '{name}' does not work with {source} ({why}); mend the file in '{folder}' that defines it"
+        ) from error
+
+
+def _manager(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot: int | None) -> TaskManager:
+    """lm-eval's index of a folder, in which local files take the place of data sets."""
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     index = manager.task_index
     for one in local.values():
@@ -246,38 +296,20 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
     if local and name in index and name not in local:
         _leave_out_empty(name, folder, local, index)
     if name not in index:  # lm-eval would take the name for a path
-        raise LetheError(f"tasks: lm-eval finds no task '{name}' in '{folder}'; it reads no folder named __pycache__")
-    source = _source(name, folder, local)
-    try:
-        loaded: Any = manager.load([name])
-        found = list(loaded["tasks"].values())
-        if not found:
-            raise LetheError(f"tasks: '{name}' stands for no task; list some under task")
-        return [_leaf(task, loaded["groups"].get(name), num_fewshot, source) for task in found]
-    except LetheError:
-        raise
-    except Exception as error:  # data sets, their scripts and the network fail in a dozen ways; each means the same here
-        why = reason(error)
-        if source.startswith("'"):
-            raise LetheError(f"task_data: {source} cannot be used for '{name}' ({why}); mend its rows") from error
-        if isinstance(error, TemplateError):
-            raise LetheError(f"tasks: a template of '{name}' cannot be rendered ({why}); mend it") from error
         raise LetheError(
-            f"tasks: {source} of '{name}' cannot be loaded ({why}); "
-            f"give its rows in a local file: --task_data {name}=FILE.jsonl"
-        ) from error
+            f"tasks: lm-eval cannot read the file of '{name}' in '{folder}'; compare it with lm-eval's own "
+            "(tag: a name or a list of names), and put it into no folder named __pycache__"
+        )
+    return manager
 
 
-def _source(name: str, folder: Path, local: dict[str, data.LocalData]) -> str:
-    """What a task's rows come from, in words: local files, or data sets with the files that the task names."""
-    known = tasks.definitions(folder)
-    members = {name, *tasks.leaves(name, known)}
-    if files := sorted({repr(one.file) for task, one in local.items() if task in members}):
-        return ", ".join(files)
-    found = {task: known[task].get("dataset_path") for task in members if known.get(task, {}).get("dataset_path")}
-    files = sorted({text for task in found for text in _texts((known[task].get("dataset_kwargs") or {}).get("data_files"))})
-    what = ", ".join(sorted(set(map(str, found.values())))) + (f" ({', '.join(files[:5])})" if files else "")
-    return f"the data set {what}" if found else "the data"
+def _data_sets(definitions: list[dict[str, Any]]) -> str:
+    """The data sets that tasks name, and the files that these are made of, in words."""
+    paths = sorted({str(one["dataset_path"]) for one in definitions if one.get("dataset_path")})
+    options = [one.get("dataset_kwargs") for one in definitions]
+    files = sorted({text for given in options if isinstance(given, dict) for text in _texts(given.get("data_files"))})
+    shown = f" ({', '.join(files[:5])})" if files else ""
+    return f"the data set {', '.join(paths)}{shown}" if paths else "the data"
 
 
 def _local_source(one: data.LocalData) -> dict[str, Any]:

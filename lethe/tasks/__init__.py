@@ -55,7 +55,7 @@ def locate(tasks: Iterable[str]) -> dict[str, Path]:
             folders[inner.removesuffix(".yaml")] = Path(folder)
             continue
         found = own.get(name) or _named_like(name) or _lm_eval_tasks().get(name)
-        if found is None:
+        if found is None or not _is_trusted(found):
             near = [known for known in (*own, *_lm_eval_tasks()) if known[:2] == name[:2] and abs(len(known) - len(name)) < 4]
             alike = near if near and len(near) < 2000 else list(own)  # comparing all 14,000 takes seconds
             raise LetheError(f"tasks: there is no task '{printable(name, 80)}'{nearest(name, alike)}")
@@ -71,20 +71,29 @@ def is_lm_evals(folder: Path) -> bool:
     return root is not None and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root))
 
 
+def _is_trusted(folder: Path) -> bool:
+    return is_lm_evals(folder) or os.path.realpath(folder) == os.path.realpath(OWN)
+
+
 def definitions(folder: Path) -> dict[str, dict[str, Any]]:
     """What the YAML files below a folder define, by name of task or group; functions stay as text, includes are merged.
 
     Raises:
         LetheError: a file cannot be read, would run Python without consent, or defines what cannot be used.
     """
-    trusted = is_lm_evals(folder) or Path(os.path.realpath(folder)) == Path(os.path.realpath(OWN))
+    trusted = _is_trusted(folder)
     found: dict[str, dict[str, Any]] = {}
-    for file in sorted(folder.glob("**/*.yaml")):
+    try:
+        files = sorted(folder.glob("**/*.yaml"))
+    except OSError as error:
+        raise LetheError(f"tasks: '{folder}' cannot be read ({error}); name a folder of task files alone") from error
+    for file in files:
         content = _definition(file, trusted, set()) or {}
-        for kind in ("group", "task"):
-            if isinstance(content.get(kind), str):
-                found.setdefault(content[kind], content)
-                break
+        name = content.get("group", content.get("task"))
+        if isinstance(name, str):
+            found.setdefault(name, content)
+        elif name is not None and not trusted:
+            raise LetheError(f"tasks: '{file}' names {printable(repr(name), 80)}; the name of a task is text")
     for name in () if trusted else found:
         if name != printable(name) or len(name) > LONGEST_NAME or set(name) & set("/\\"):
             raise LetheError(f"tasks: '{folder}' names a task '{printable(name, 80)}'; use letters, digits, '_', '-' and '.'")
@@ -112,9 +121,13 @@ def leaves(name: str, known: dict[str, dict[str, Any]], above: tuple[str, ...] =
         if isinstance(child, dict):
             inner = child.get("group") or child.get("task")
             known = {child["group"]: child, **known} if "group" in child else known
-        if not isinstance(inner, str):
-            raise LetheError(f"tasks: the group '{name}' has {printable(child, 80)} among its tasks; list names of tasks there")
-        found += leaves(inner, known, (*above, name))
+        below = leaves(inner, known, (*above, name)) if isinstance(inner, str) else []
+        if not isinstance(inner, str) or (child == inner and not below):
+            raise LetheError(
+                f"tasks: the group '{name}' has {printable(repr(child), 80)} among its tasks, which no file here defines; list "
+                "names of tasks there"
+            )
+        found += below
         if len(found) > MOST_TASKS:
             raise LetheError(f"tasks: the group '{name}' holds more than {MOST_TASKS:,} tasks; name each group once")
     return found
@@ -163,7 +176,7 @@ def _definition(file: Path, trusted: bool, seen: set[str]) -> dict[str, Any] | N
         )
     if not isinstance(content, dict):
         return None
-    included = content.pop("include", None) or []
+    included = content.pop("include", [])
     base: dict[str, Any] = {}
     for path in included if isinstance(included, list) else [included]:
         inner = _definition(Path(real).parent / os.path.expanduser(path), trusted, seen) if isinstance(path, str) else None

@@ -92,8 +92,9 @@ def _python_named(settings: dict[Any, Any]) -> str | None:
     """Settings of a task that are plain text and yet make lm-eval run Python, or read a file that was not looked into."""
     metrics = settings.get("metric_list")
     for one in metrics if isinstance(metrics, list) else ():
-        if isinstance(one, dict) and (one.get("hf_evaluate") or one.get("metric", "acc") not in METRICS):
-            return f"metric: {one.get('metric')}, a script of the evaluate library"
+        name = one.get("metric", "acc") if isinstance(one, dict) else "acc"
+        if not isinstance(name, str) or name not in METRICS or (isinstance(one, dict) and one.get("hf_evaluate")):
+            return f"metric: {name}, a script of the evaluate library"
     path, options = settings.get("dataset_path"), settings.get("dataset_kwargs")
     if isinstance(path, str) and (path in BUILDERS or path.endswith(".py")):
         return f"dataset_path: {path}, which {BUILDERS.get(path, 'is a script')}"

@@ -72,7 +72,7 @@ def _assigned(name: str, file: str, tasks: list[str], known: dict[str, Row], who
     lines = list(_lines(file))
     rows = [row for _, row in lines if isinstance(row, dict)]
     every = {str(definition.get("dataset_name")) for definition in known.values()}
-    key = next((key for key in CONFIGURATION if any(row.get(key) in every for row in rows)), None)
+    key = next((key for key in CONFIGURATION if any(_named(row, key) in every for row in rows)), None)
     names = {str(known[task].get("dataset_name")): task for task in tasks}
     grouped = len(tasks) > 1 or known.get(name, {}).get("group") == name
     if key is None and grouped:
@@ -94,6 +94,11 @@ def _assigned(name: str, file: str, tasks: list[str], known: dict[str, Row], who
             + (f": no {key} is one of {', '.join(sorted(names)[:SHOWN])}" if key else "")
         )
     return found
+
+
+def _named(row: Row, key: str) -> str | None:
+    """The configuration that a row names; a field that is no text names none."""
+    return row[key] if isinstance(row.get(key), str) else None
 
 
 def _asked(definition: Row) -> str:
@@ -137,7 +142,7 @@ def _checked(
         if not isinstance(row, dict):
             broken[number] = _unreadable(row) if isinstance(row, UnreadableError) else "is not an object with fields"
             continue
-        if key is not None and row.get(key) not in every:
+        if key is not None and _named(row, key) not in every:
             broken[number] = f"{key} {printable(repr(row[key]), 60)} is no configuration" if row.get(key) else f"has no {key}"
             continue
         if key is not None and row[key] != only:
