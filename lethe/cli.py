@@ -29,7 +29,7 @@ from lethe.tasks.consent import trust_task_code
 MANY_ROWS = 200
 SUITE_WORDS = {"--suite", "--seeds", "--launcher", "--jobs"}
 TRUST = "--trust_task_code"
-TRUST_HELP = f"    {TRUST} true lets task folders run the Python that they name: read it first."
+TRUST_HELP = f".    {TRUST} true lets task folders run the Python that they name: read it first."
 TASK_RUNNERS = {
     c.CheckpointsConfig,
     c.CompareConfig,

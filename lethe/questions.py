@@ -10,7 +10,6 @@ so that a task that cannot give them is refused then.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import hashlib
 import importlib.metadata
@@ -29,11 +28,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lethe import tasks
 from lethe.errors import LetheError, printable
-from lethe.harness import TaskManager, handle_non_serializable, hash_string, load_yaml
+from lethe.harness import handle_non_serializable, hash_string
 from lethe.kept import keep, kept
 from lethe.lab import active_preset, lethe_home
 from lethe.scoring import Encoded, Scorer
 from lethe.tasks import data
+from lethe.tasks.manager import data_sets, manager_of, reason, texts_in
 
 FORMAT = 2
 SEED = 1234
@@ -185,13 +185,6 @@ def _file_name(task: str) -> str:
     return re.sub(r"[^\w.-]+", "-", task)[:80]
 
 
-def reason(error: BaseException) -> str:
-    """The first line of an error that a library raised, in words for a user."""
-    if isinstance(error, KeyError) and " " not in str(error):
-        return f"there is no {error}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def load_tasks(
     task_names: list[str],
     task_data: dict[str, str] | None = None,
@@ -253,9 +246,9 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
     known = tasks.definitions(folder)
     members = {name, *tasks.leaves(name, known)}
     files = sorted({f"'{one.file}'" for task, one in local.items() if task in members})
-    source = ", ".join(files) or _data_sets([known[task] for task in members if task in known])
+    source = ", ".join(files) or data_sets([known[task] for task in members if task in known])
     try:
-        manager = _manager(name, folder, local, num_fewshot)
+        manager = manager_of(name, folder, local, num_fewshot)
         loaded: Any = manager.load([name])
         found = list(loaded["tasks"].values())
         if not found:
@@ -279,76 +272,6 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
         raise LetheError(
             f"tasks: {part} of '{name}' does not work with {source} ({why}); mend the file in '{folder}' that defines it"
         ) from error
-
-
-def _manager(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot: int | None) -> TaskManager:
-    """lm-eval's index of a folder, in which local files take the place of data sets."""
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    index = manager.task_index
-    for one in local.values():
-        if one.like in index:
-            entry = index[one.like]
-            definition = load_yaml(entry.yaml_path, resolve_func=True) | _local_source(one)
-            if num_fewshot is not None:
-                definition["num_fewshot"] = num_fewshot
-            _refuse_missing_examples(one, definition)
-            index[one.task] = dataclasses.replace(entry, name=one.task, yaml_path=None, cfg=definition)
-    if local and name in index and name not in local:
-        _leave_out_empty(name, folder, local, index)
-    if name not in index:  # lm-eval would take the name for a path
-        raise LetheError(
-            f"tasks: lm-eval cannot read the file of '{name}' in '{folder}'; compare it with lm-eval's own "
-            "(tag: a name or a list of names), and put it into no folder named __pycache__"
-        )
-    return manager
-
-
-def _data_sets(definitions: list[dict[str, Any]]) -> str:
-    """The data sets that tasks name, and the files that these are made of, in words."""
-    paths = sorted({str(one["dataset_path"]) for one in definitions if one.get("dataset_path")})
-    options = [one.get("dataset_kwargs") for one in definitions]
-    files = sorted({text for given in options if isinstance(given, dict) for text in _texts(given.get("data_files"))})
-    shown = f" ({', '.join(files[:5])})" if files else ""
-    return f"the data set {', '.join(paths)}{shown}" if paths else "the data"
-
-
-def _local_source(one: data.LocalData) -> dict[str, Any]:
-    """The fields of a definition that take a task's rows from a local file."""
-    from datasets import Dataset
-
-    splits = one.splits
-
-    def rows(**_: Any) -> dict[str, Any]:
-        return {split: Dataset.from_list(some) for split, some in splits.items() if some}
-
-    settings: dict[str, Any] = {"task": one.task, "custom_dataset": rows, "dataset_path": None, "dataset_kwargs": None}
-    return settings | {"test_split": one.asked, "validation_split": None, "training_split": None}
-
-
-def _refuse_missing_examples(one: data.LocalData, definition: dict[str, Any]) -> None:
-    """Refuse few-shot prompts whose examples a local file lacks; without examples their split is never read."""
-    split = (definition.get("fewshot_config") or {}).get("split") or definition.get("fewshot_split")
-    if split is None or one.splits.get(split):
-        return
-    if definition.get("num_fewshot"):
-        raise LetheError(
-            f"task_data: '{one.task}' takes its {definition['num_fewshot']} examples from the split {split}, "
-            f'of which \'{one.file}\' has no rows; mark some with "split": "{split}", or set num_fewshot to 0'
-        )
-    definition["fewshot_split"] = one.asked
-    if definition.get("fewshot_config"):
-        definition["fewshot_config"] = definition["fewshot_config"] | {"split": one.asked}
-
-
-def _leave_out_empty(name: str, folder: Path, local: dict[str, data.LocalData], index: dict[str, Any]) -> None:
-    """Take those tasks out of a group that its local file has no rows for: their data set is not to be fetched."""
-    known = tasks.definitions(folder)
-    members = tasks.leaves(name, known)
-    with_rows = [leaf for leaf in members if leaf in local]
-    if with_rows and known.get(name, {}).get("group") == name:
-        index[name] = dataclasses.replace(
-            index[name], yaml_path=None, cfg={**known[name], "task": with_rows, "metadata": known[name].get("metadata") or {}}
-        )
 
 
 def _leaf(task: Any, group: Any, num_fewshot: int | None, source: str) -> Leaf:
@@ -397,14 +320,8 @@ def _doc_hash(doc: dict[str, Any]) -> str:
 def _data_files(found: dict[str, list[Leaf]]) -> list[str]:
     """Local files that tasks' own definitions name as their data."""
     configs = [leaf.task.config for leaves in found.values() for leaf in leaves]
-    named = [text for config in configs for text in _texts([config.dataset_path, config.dataset_kwargs])]
+    named = [text for config in configs for text in texts_in([config.dataset_path, config.dataset_kwargs])]
     return sorted({file for text in named for file in glob.glob(text)})
-
-
-def _texts(value: Any) -> list[str]:
-    """All texts in a value of YAML."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [value] if isinstance(value, str) else [text for one in inner for text in _texts(one)]
 
 
 def _contents(files: list[str]) -> str:
