@@ -124,8 +124,8 @@ def leaves(name: str, known: dict[str, dict[str, Any]], above: tuple[str, ...] =
         below = leaves(inner, known, (*above, name)) if isinstance(inner, str) else []
         if not isinstance(inner, str) or (child == inner and not below):
             raise LetheError(
-                f"tasks: the group '{name}' has {printable(repr(child), 80)} among its tasks, which no file here defines; list "
-                "names of tasks there"
+                f"tasks: the group '{name}' has {printable(repr(child), 80)} among its tasks, which no file of its folder defines; "
+                "name tasks one by one instead of the group, or mend it"
             )
         found += below
         if len(found) > MOST_TASKS:
