@@ -124,7 +124,7 @@ def leaves(name: str, known: dict[str, dict[str, Any]], above: tuple[str, ...] =
         below = leaves(inner, known, (*above, name)) if isinstance(inner, str) else []
         if not isinstance(inner, str) or (child == inner and not below):
             raise LetheError(
-                f"tasks: the group '{name}' has {printable(repr(child), 80)} among its tasks, which no file of its folder defines; "
+                f"tasks: the group '{name}' has {printable(repr(child), 80)} among its tasks, which no file there defines; "
                 "name tasks one by one instead of the group, or mend it"
             )
         found += below
