@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lethe.ledger import Run, find_runs
     from lethe.sweep import sweep
     from lethe.tamper import tamper
+    from lethe.tasks.consent import trust_task_code
     from lethe.unlearn import unlearn
 
 _HOME = {
@@ -59,6 +60,7 @@ _HOME = {
     "ledger": ["Run", "find_runs"],
     "sweep": ["sweep"],
     "tamper": ["tamper"],
+    "tasks.consent": ["trust_task_code"],
     "unlearn": ["unlearn"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

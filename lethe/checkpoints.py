@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lethe import preflight, refs
 from lethe.config import CheckpointsConfig, to_dict
 from lethe.errors import LetheError, nearest
-from lethe.kept import keep
+from lethe.kept import keep, kept
 from lethe.lab import lethe_home
 from lethe.ledger import Run, refuse_run_folder
 from lethe.progress import bar
@@ -56,7 +56,7 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
     source = _source(config.source, rows)
     from lethe.questions import load_tasks
 
-    loaded = load_tasks(config.tasks, config.task_data, config.num_fewshot)
+    loaded = load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
     first = next(iter(loaded))
     if any(not leaf.multiple_choice or "acc" not in leaf.task._metric_fn_list for leaf in loaded[first]):
         raise LetheError(f"tasks: '{first}' has no chance level, so it cannot tell ignorance; name another first")
@@ -217,11 +217,9 @@ def _kept(ref: refs.ModelRef, weights: str, config: CheckpointsConfig, loaded: d
 
 
 def _read(file: Path, tasks: list[str]) -> dict[str, Any] | None:
-    try:
-        evals = json.loads(file.read_text(encoding="utf-8"))["evals"]
-        return evals if list(evals) == tasks and all("fingerprint" in result for result in evals.values()) else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    text = kept(file)
+    evals = {} if text is None else json.loads(text)["evals"]
+    return evals if list(evals) == tasks else None
 
 
 def _refuse_hopeless(rows: list[dict[str, Any]]) -> None:

@@ -24,9 +24,23 @@ from lethe import garbage
 from lethe.errors import LetheError, full_disk, nearest
 from lethe.ledger import Terminated
 from lethe.settings import parse
+from lethe.tasks.consent import trust_task_code
 
 MANY_ROWS = 200
 SUITE_WORDS = {"--suite", "--seeds", "--launcher", "--jobs"}
+TRUST = "--trust_task_code"
+TRUST_HELP = f".    {TRUST} true lets task folders run the Python that they name: read it first."
+TASK_RUNNERS = {
+    c.CheckpointsConfig,
+    c.CompareConfig,
+    c.EvaluateConfig,
+    c.ResumeConfig,
+    c.SuiteConfig,
+    c.SweepConfig,
+    c.SweepRetryConfig,
+    c.TamperConfig,
+    c.UnlearnConfig,
+}
 
 
 @dataclass
@@ -37,7 +51,11 @@ class Command:
     config: type
     example: str
     positional: str | None = None
-    extra: str = ""
+
+    @property
+    def runs_tasks(self) -> bool:
+        """Whether it evaluates on tasks, or has workers that do: then it takes --trust_task_code."""
+        return self.config in TASK_RUNNERS
 
 
 @garbage.seldom()
@@ -58,12 +76,15 @@ def main(argv: list[str] | None = None) -> int:
         command = COMMANDS[name]
         as_json = "--json" in rest
         rest = [word for word in rest if word != "--json"]
+        rest, trusts = _consent(rest) if command.runs_tasks else (rest, False)
         if name == "tamper" and any(word.split("=")[0] in SUITE_WORDS for word in rest):
             name, rest = "tamper --suite", _as_suite(rest)
             command = COMMANDS[name]
-        settings = parse(name, command.config, rest, command.example, command.positional)
+        example = command.example + (TRUST_HELP if command.runs_tasks else "")
+        settings = parse(name, command.config, rest, example, command.positional)
         if settings is not None:
-            command.run(settings, as_json)
+            with trust_task_code(trusts):
+                command.run(settings, as_json)
     except LetheError as error:
         print(f"lethe: {error}", file=sys.stderr)
         return 2
@@ -84,6 +105,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lethe: a disk is full ({error}); make room and give the command again", file=sys.stderr)
         return 2
     return 0
+
+
+def _consent(words: list[str]) -> tuple[list[str], bool]:
+    """The words without --trust_task_code, and what it says. It is no setting, so that no recipe or record can give it."""
+    rest, given = list(words), False
+    while any(word.split("=")[0] == TRUST for word in rest):
+        at = next(i for i, word in enumerate(rest) if word.split("=")[0] == TRUST)
+        _, equals, value = rest.pop(at).partition("=")
+        if not equals:
+            value = rest.pop(at) if at < len(rest) and not rest[at].startswith("-") else "true"
+        if value not in {"true", "false"}:
+            raise LetheError(f"trust_task_code: expected true or false, got '{value}'")
+        given = value == "true"
+    return rest, given
 
 
 def _as_suite(words: list[str]) -> list[str]:

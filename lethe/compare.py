@@ -137,5 +137,6 @@ def _compared(
 
 
 def _flip(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    chosen = [row["log_likelihoods"].index(max(row["log_likelihoods"])) for row in (a, b)]
+    offered = [row["log_likelihoods"][: row.get("choices")] for row in (a, b)]  # mutual information has more of them
+    chosen = [values.index(max(values)) for values in offered]
     return {"subtask": a["subtask"], "doc_id": a["doc_id"], "target": a["target"], "a": chosen[0], "b": chosen[1]}

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lethe import refs
-from lethe.config import EvaluateConfig, to_dict
+from lethe.config import EvalSettings, EvaluateConfig, to_dict
 from lethe.ledger import Run
 from lethe.questions import Leaf, Question, load_tasks, tokenizer_hash
 from lethe.scoring import Encoded, NotNumbersError, Scorer
@@ -63,7 +63,7 @@ def evaluate_model(
     Returns:
         by task name: `acc` (or `correct_prob`), `stderr`, `low` and `high` (95 %), `n`, `chance`, `num_fewshot`,
         `version`, `fingerprint` (of all prompts and answers), `tokenizer` (hash), `answers` (how often each position was
-        chosen) and `degenerate` (one position chosen nearly always).
+        chosen) and `degenerate` (one position chosen nearly always, although right answers stand in others too).
 
     Raises:
         LetheError: a task is not known, or its data cannot be loaded.
@@ -96,6 +96,19 @@ def evaluate_model(
     return results
 
 
+def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings) -> None:
+    """Make the requests of an evaluation that is to come (they are kept), so that what is wrong with them is found before.
+
+    Raises:
+        LetheError: an answer cannot be scored by this model.
+    """
+    with _evaluation_mode(model):
+        scorer = Scorer(model, tokenizer)
+        for leaves in load_tasks(settings.tasks, settings.task_data, settings.num_fewshot).values():
+            for leaf in leaves:
+                scorer.refuse_unscorable([pair for q in leaf.questions(scorer, settings.limit) for pair in q.encoded])
+
+
 def _encoded(questions: list[Question], scorer: Scorer, before: str) -> list[Encoded]:
     """The tokens of all questions' requests; with text before each question, they are made anew."""
     if not before:
@@ -105,7 +118,7 @@ def _encoded(questions: list[Question], scorer: Scorer, before: str) -> list[Enc
 
 def _answered(leaf: Leaf, question: Question, responses: list[tuple[float, bool]]) -> dict[str, Any]:
     """A question with the model's answers and the metrics that its task makes of them, in the form of lm-eval's samples."""
-    choices = len(responses) // (2 if "acc_mutual_info" in leaf.task._metric_fn_list else 1)
+    choices = len(responses) // leaf.requests_a_choice
     broken = any(math.isnan(value) for value, _ in responses)
     metrics = {} if broken else leaf.task.process_results(leaf.docs[question.doc_id], responses)
     return {
@@ -116,6 +129,7 @@ def _answered(leaf: Leaf, question: Question, responses: list[tuple[float, bool]
         "arguments": question.arguments,
         "filtered_resps": responses,
         "choices": choices if leaf.multiple_choice else None,
+        "right": question.right,
     } | metrics
 
 
@@ -123,7 +137,9 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
     """One result from lm-eval's per-question samples of a multiple-choice or log-likelihood task.
 
     `stderr` is the sample standard deviation of the per-question values over √n; the interval of an accuracy is
-    Wilson's at 95 %, that of a mean probability is the normal one.
+    Wilson's at 95 %, that of a mean probability is the normal one. `chance` is the accuracy of answers drawn at random: the
+    mean over the questions of right answers / choices. `degenerate`: a position was chosen for more than `DEGENERATE_SHARE` of
+    the questions, and is right for no more than that.
     """
     n = len(questions)
     key = "correct_prob" if "correct_prob" in questions[0] else "acc"
@@ -132,13 +148,12 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
     variance = math.fsum((v - mean) ** 2 for v in values) / max(1, n - 1)
     stderr = math.sqrt(variance / n)
     result: dict[str, Any] = {key: mean, "stderr": stderr}
-    offered = [q.get("choices", len(q["arguments"])) for q in questions]
-    choosing = None not in offered
+    choosing = all(q["choices"] for q in questions)
     if key == "acc":
         interval = binomtest(round(math.fsum(values)), n).proportion_ci(0.95, method="wilson")
         result |= {"low": float(interval.low), "high": float(interval.high)}
         if choosing:
-            result["chance"] = math.fsum(1 / count for count in offered) / n
+            result["chance"] = math.fsum(len(q["right"]) / q["choices"] for q in questions) / n
     else:
         result |= {"low": mean - 1.959964 * stderr, "high": mean + 1.959964 * stderr}
     if "acc_norm" in questions[0]:
@@ -146,8 +161,10 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
     result["n"] = n
     if choosing:
         chosen = Counter(_chosen(q) for q in questions)
+        right = Counter(position for q in questions for position in q["right"])
         result["answers"] = {str(position): chosen[position] for position in sorted(chosen)}
-        result["degenerate"] = n >= 20 and max(chosen.values()) > DEGENERATE_SHARE * n
+        most = DEGENERATE_SHARE * n
+        result["degenerate"] = n >= 20 and any(count > most >= right[position] for position, count in chosen.items())
     prompts = json.dumps([[q["arguments"], q.get("target")] for q in questions], ensure_ascii=False, default=str)
     result["fingerprint"] = hashlib.sha256(prompts.encode()).hexdigest()[:16]
     return result
@@ -166,7 +183,7 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
     """
     ref = refs.resolve(config.model, config.out)
     refs.verify(ref)
-    load_tasks(config.tasks, config.task_data, config.num_fewshot)
+    load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
     run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
     with run.running():
         run.set_parents(model=refs.record(ref))
@@ -201,13 +218,20 @@ def _likelihoods(question: dict[str, Any]) -> list[float]:
 
 
 def _chosen(question: dict[str, Any]) -> int:
-    values = _likelihoods(question)[: question.get("choices")]
+    values = _likelihoods(question)[: question["choices"]]
     return values.index(max(values))
 
 
 def _sample(question: dict[str, Any]) -> dict[str, Any]:
     """A line of samples.jsonl. `subtask` is the task that asked; `task` may be a group."""
-    kept = ("doc_id", "doc_hash", "target", *(key for key in ("acc", "correct_prob", "acc_norm") if key in question))
+    kept = (
+        "doc_id",
+        "doc_hash",
+        "target",
+        "choices",
+        "right",
+        *(key for key in ("acc", "correct_prob", "acc_norm") if key in question),
+    )
     return {"subtask": question["task"]} | {key: question[key] for key in kept} | {"log_likelihoods": _likelihoods(question)}
 
 

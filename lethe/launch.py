@@ -33,6 +33,7 @@ from lethe import garbage
 from lethe.config import SlurmSettings
 from lethe.errors import LetheError
 from lethe.ledger import LOST_AFTER_SECONDS, Run, Terminated, now, seconds_since
+from lethe.tasks.consent import trust_task_code, trusts_task_code
 
 LOCK = "work.lock"
 JOBS = "slurm"
@@ -205,7 +206,8 @@ class _Worker:
         self.born = psutil.Process(self.process.pid).create_time()
 
     def give(self, name: str, folders: Sequence[Path]) -> None:
-        order = {"name": name, "folders": [str(folder.resolve()) for folder in folders], "cwd": os.getcwd()}
+        paths = [str(folder.resolve()) for folder in folders]
+        order = {"name": name, "folders": paths, "cwd": os.getcwd(), "trust_task_code": trusts_task_code()}
         self.busy = name
         with contextlib.suppress(BrokenPipeError):  # it has just died: `fates` will say so
             self.process.stdin.write(json.dumps(order).encode() + b"\n")  # type: ignore[union-attr]
@@ -230,7 +232,7 @@ class SlurmLauncher:
 
     def start(self, name: str, folders: Sequence[Path]) -> Owner:
         paths = [str(folder.resolve()) for folder in folders]
-        job_id = self.slurm.submit(Work(paths), self.folder, self.settings, name)
+        job_id = self.slurm.submit(Work(paths, trusts_task_code()), self.folder, self.settings, name)
         self.alive.add(job_id)
         for path in paths:
             run = Run.open(path)
@@ -264,9 +266,10 @@ class SlurmLauncher:
 
 @dataclass(frozen=True)
 class Work:
-    """What a Slurm job does: `work` on a trial's folders."""
+    """What a Slurm job does: `work` on a trial's folders, with the consent of the command that submitted it."""
 
     folders: list[str]
+    trusts: bool = False
 
     def __call__(self) -> None:
         from lethe import slurm
@@ -277,7 +280,8 @@ class Work:
         deadline = time.monotonic() + SECONDS_TO_NAME_JOB  # the controller writes the job's id, unless it was killed
         while Run.open(self.folders[0]).record["job_id"] != job_id and time.monotonic() < deadline:
             time.sleep(0.2)
-        work(self.folders, job_id)
+        with trust_task_code(self.trusts):
+            work(self.folders, job_id)
 
     def before_requeue(self, reason: str) -> None:
         """The runs that have saved wait again, under the same job."""
@@ -349,7 +353,8 @@ def serve() -> None:
         order = json.loads(line)
         os.chdir(order["cwd"])
         try:
-            work(order["folders"])
+            with trust_task_code(order["trust_task_code"]):
+                work(order["folders"])
         except Terminated:
             sys.exit(143)
         if first:

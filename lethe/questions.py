@@ -3,49 +3,62 @@
 Rendering prompts and tokenising them takes longer than scoring a small model, and is the same for every model with the same
 tokenizer. So the requests of a task are kept in $LETHE_HOME, under a name made of everything they depend on: the
 task's definition and documents, shots, limit, tokenizer and versions. Within a process task objects are kept too, and are
-loaded again only when a file that they come from has changed.
+loaded again only when a file that they come from has changed. Commands that train have the prompts made before they begin,
+so that a task that cannot give them is refused then.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import os
+import re
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lethe import tasks
-from lethe.errors import LetheError
-from lethe.harness import TaskManager, handle_non_serializable, hash_string, load_yaml
-from lethe.kept import keep
+from lethe.errors import LetheError, printable
+from lethe.harness import handle_non_serializable, hash_string
+from lethe.kept import keep, kept
 from lethe.lab import active_preset, lethe_home
 from lethe.scoring import Encoded, Scorer
 from lethe.tasks import data
+from lethe.tasks.manager import data_sets, manager_of, reason, texts_in
 
-FORMAT = 1
+FORMAT = 2
 SEED = 1234
 MEASURED = ("acc", "correct_prob")
+SURE = 1000.0
+"""Log-likelihood by which an answer is ahead of all others where a task is tried with an answer of our own."""
 _loaded: dict[str, tuple[str, dict[str, list[Leaf]]]] = {}
 _tokenizers: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question: what is asked, in words and in tokens, one of each a choice."""
+class Prompt:
+    """One question in words: context and answer of each choice. `right`: positions of right choices; None: it has none."""
 
     doc_id: int
     doc_hash: str
     target: Any
     arguments: list[tuple[str, str]]
+    right: list[int] | None
+
+
+@dataclass(frozen=True)
+class Question(Prompt):
+    """One question, in words and in tokens."""
+
     encoded: list[Encoded]
 
 
@@ -59,46 +72,124 @@ class Leaf:
     definition: str
     """Hash of the task's definition."""
     docs: list[dict[str, Any]]
+    source: str = ""
+    """What its documents come from, in words."""
+    worded: dict[int, list[Prompt]] = field(default_factory=dict)
     built: dict[str, list[Question]] = field(default_factory=dict)
 
     @property
     def multiple_choice(self) -> bool:
         return self.task.OUTPUT_TYPE == "multiple_choice"
 
+    @property
+    def requests_a_choice(self) -> int:
+        """Mutual information asks for each choice without the question, too."""
+        return 2 if "acc_mutual_info" in self.task._metric_fn_list else 1
+
     def questions(self, scorer: Scorer, limit: int) -> list[Question]:
         """The first `limit` questions (0: all), tokenised; from memory or disk where they are there."""
-        docs = self.docs[:limit] if limit else self.docs
-        known = [limit if limit < len(self.docs) else 0, tokenizer_hash(scorer.tokenizer), scorer.prefix_token_id]
+        limit = self._known(limit)
+        known = [limit, tokenizer_hash(scorer.tokenizer), scorer.prefix_token_id]
         key = hashlib.sha256(json.dumps([self.definition, *known, scorer.add_bos_token]).encode()).hexdigest()[:32]
         if key not in self.built:
-            file = lethe_home() / "requests" / f"{self.task.config.task}-{key}.json"
-            kept = _read(file, len(docs))
-            self.built[key] = kept or self._build(scorer, docs)
-            if kept is None:
+            file = lethe_home() / "requests" / f"{_file_name(self.task.config.task)}-{key}.json"
+            text = kept(file)
+            if text is None:
+                self.built[key] = self._encoded(scorer, limit)
                 keep(file, _written(self.built[key]))
+            else:
+                self.built[key] = _read(text)
         return self.built[key]
 
-    def _build(self, scorer: Scorer, docs: list[dict[str, Any]]) -> list[Question]:
-        self.task.set_fewshot_seed(seed=SEED)  # examples are drawn one question after the other: each time the same
-        asked = []
-        for i, doc in enumerate(docs):
-            try:
-                context = self.task.fewshot_context(doc, num_fewshot=self.shots, gen_prefix=self.task.doc_to_prefix(doc))
-            except ValueError as error:
+    def prompts(self, limit: int) -> list[Prompt]:
+        """The first `limit` questions (0: all) in words.
+
+        Raises:
+            LetheError: the task cannot ask one of them, or has too few examples for its prompt.
+        """
+        limit = self._known(limit)
+        if limit not in self.worded:
+            self.task.set_fewshot_seed(seed=SEED)  # examples are drawn one question after the other: each time the same
+            docs = self.docs[:limit] if limit else self.docs
+            self.worded[limit] = [self._prompt(i, doc) for i, doc in enumerate(docs)]
+        return self.worded[limit]
+
+    def _known(self, limit: int) -> int:
+        return limit if limit < len(self.docs) else 0
+
+    def _prompt(self, i: int, doc: dict[str, Any]) -> Prompt:
+        task, context = self.task, None
+        try:
+            context = task.fewshot_context(doc, num_fewshot=self.shots, gen_prefix=task.doc_to_prefix(doc))
+            made = task.construct_requests(doc=doc, ctx=context, metadata=(task.config.task, i, 1))
+            pairs = [tuple(one.args) for one in (made if isinstance(made, list) else [made])]
+            if not all(isinstance(text, str) for pair in pairs for text in pair):
+                raise TypeError("a prompt or an answer is not text")
+            if not all(pair[-1] for pair in pairs):
+                raise ValueError("an answer is empty")
+            return Prompt(i, _doc_hash(doc), task.doc_to_target(doc), pairs, self._right(doc, len(pairs)))
+        except Exception as error:  # rows and functions do wrong in many ways
+            name = task.config.task
+            if self.shots and context is None and self._asks_without_examples(doc):
+                there = len(getattr(getattr(task, "sampler", None), "df", []))
                 raise LetheError(
-                    f"num_fewshot: '{self.task.config.task}' cannot give {self.shots} examples ({error}); ask for fewer"
+                    f"num_fewshot: '{name}' cannot give {self.shots} examples, it has {there} to draw from "
+                    f"({reason(error)}); ask for fewer"
                 ) from error
-            made = self.task.construct_requests(doc=doc, ctx=context, metadata=(self.task.config.task, i, 1))
-            asked.append([tuple(one.args) for one in (made if isinstance(made, list) else [made])])
-        encoded = iter(scorer.encode([pair for pairs in asked for pair in pairs]))
-        return [
-            Question(i, _doc_hash(doc), self.task.doc_to_target(doc), pairs, [next(encoded) for _ in pairs])
-            for i, (doc, pairs) in enumerate(zip(docs, asked, strict=True))
-        ]
+            raise LetheError(
+                f"tasks: '{name}' cannot ask row {i + 1} of {self.source} ({reason(error)}): {printable(doc, 120)}; mend it"
+            ) from error
+
+    def _asks_without_examples(self, doc: dict[str, Any]) -> bool:
+        with contextlib.suppress(Exception):
+            self.task.fewshot_context(doc, num_fewshot=0)
+            return True
+        return False
+
+    def _right(self, doc: dict[str, Any], answers: int) -> list[int] | None:
+        """The positions whose choice the task counts as right; None: it offers no choices.
+
+        lm-eval's own metrics go by the target. A task's own function is asked what it makes of a model that is sure of each
+        choice in turn. Either is tried once, so that one that does not work is found before a model is trained.
+        """
+        self._value(doc, [(0.0, False)] * answers)
+        if not self.multiple_choice:
+            return None
+        choices = answers // self.requests_a_choice
+        if callable(self.task.config.process_results):
+            rest = [(-1.0, False)] * (answers - choices)
+            sure = [[(0.0 if j == i else -SURE, j == i) for j in range(choices)] for i in range(choices)]
+            return [i for i in range(choices) if self._value(doc, sure[i] + rest) > 0.5]
+        gold = self.task.doc_to_text(doc) if self.task.multiple_input else self.task.doc_to_target(doc)
+        if isinstance(gold, str):
+            options = self.task.doc_to_choice(doc)
+            gold = options.index(gold) if gold in options else -1
+        return [i for i in range(choices) if (i in gold if isinstance(gold, list) else i == gold)]
+
+    def _value(self, doc: dict[str, Any], responses: list[tuple[float, bool]]) -> float:
+        """What a question counts for with these log-likelihoods."""
+        results = self.task.process_results(doc, responses)
+        key = next((key for key in MEASURED if key in results), None)
+        if key is None:
+            raise ValueError(f"it gives {', '.join(results) or 'nothing'}, and neither acc nor correct_prob")
+        return float(results[key])
+
+    def _encoded(self, scorer: Scorer, limit: int) -> list[Question]:
+        asked = self.prompts(limit)
+        encoded = iter(scorer.encode([pair for one in asked for pair in one.arguments]))
+        return [Question(**vars(one), encoded=[next(encoded) for _ in one.arguments]) for one in asked]
+
+
+def _file_name(task: str) -> str:
+    """A task's name as part of a file's: names may be anything in somebody's YAML."""
+    return re.sub(r"[^\w.-]+", "-", task)[:80]
 
 
 def load_tasks(
-    task_names: list[str], task_data: dict[str, str] | None = None, num_fewshot: int | None = None
+    task_names: list[str],
+    task_data: dict[str, str] | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
 ) -> dict[str, list[Leaf]]:
     """The tasks that each name stands for: one, or all of a group. Loaded once a process, unless their files change.
 
@@ -106,6 +197,8 @@ def load_tasks(
         task_names: lm-eval tasks, groups or tags; or folders (see `tasks.locate`).
         task_data: local files instead of data sets, by task or group (see `tasks.data`).
         num_fewshot: examples in each prompt; None leaves it to the task.
+        limit: make the prompts of the first so many questions of each task at once (0: of all), to find out what is wrong with
+            them; None: not before they are needed.
 
     Raises:
         LetheError: a task is not known, cannot be measured here, or its data cannot be loaded.
@@ -123,9 +216,13 @@ def load_tasks(
     files += [one.file for one in local.values()]
     known = _loaded.get(asked)
     if known and known[0] == _contents(files + _data_files(known[1])):
-        return known[1]
-    found = {name: _load(name, folder, local, num_fewshot) for name, folder in folders.items()}
-    _loaded[asked] = _contents(files + _data_files(found)), found
+        found = known[1]
+    else:
+        found = {name: _load(name, folder, local, num_fewshot) for name, folder in folders.items()}
+        _loaded[asked] = _contents(files + _data_files(found)), found
+    if limit is not None:
+        for leaf in (leaf for leaves in found.values() for leaf in leaves):
+            leaf.prompts(limit)
     return found
 
 
@@ -146,74 +243,38 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
     import datasets
 
     datasets.disable_progress_bars()
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    index = manager.task_index
-    for one in local.values():
-        if one.like in index:
-            entry = index[one.like]
-            definition = load_yaml(entry.yaml_path, resolve_func=True) | _local_source(one)
-            if num_fewshot is not None:
-                definition["num_fewshot"] = num_fewshot
-            _refuse_missing_examples(one, definition)
-            index[one.task] = dataclasses.replace(entry, name=one.task, yaml_path=None, cfg=definition)
-    if local and name in index and name not in local:
-        _leave_out_empty(name, folder, local, index)
+    known = tasks.definitions(folder)
+    members = {name, *tasks.leaves(name, known)}
+    files = sorted({f"'{one.file}'" for task, one in local.items() if task in members})
+    source = ", ".join(files) or data_sets([known[task] for task in members if task in known])
     try:
+        manager = manager_of(name, folder, local, num_fewshot)
         loaded: Any = manager.load([name])
         found = list(loaded["tasks"].values())
-        return [_leaf(task, loaded["groups"].get(name), num_fewshot) for task in found]
+        if not found:
+            raise LetheError(f"tasks: '{name}' stands for no task; list some under task")
+        leaves = [_leaf(task, loaded["groups"].get(name), num_fewshot, source) for task in found]
+        if len({"correct_prob" in leaf.task._metric_fn_list for leaf in leaves}) > 1:
+            raise LetheError(f"tasks: of '{name}' some tasks measure correct_prob and some acc; name the tasks one by one")
+        return leaves
     except LetheError:
         raise
-    except Exception as error:  # data sets, their scripts and the network fail in a dozen ways; each means the same here
-        known = tasks.definitions(folder)
-        paths = {str(known[leaf].get("dataset_path")) for leaf in tasks.leaves(name, known) if leaf not in local} - {"None"}
-        what = f"the data set {', '.join(sorted(paths))}" if paths else "the data"
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # data sets, their scripts and the network fail in a dozen ways, and definitions in more
+        why = reason(error)
+        if files:
+            raise LetheError(f"task_data: {source} cannot be used for '{name}' ({why}); mend its rows") from error
+        if any(frame.name == "download" for frame in traceback.extract_tb(error.__traceback__)):
+            raise LetheError(
+                f"tasks: {source} of '{name}' cannot be loaded ({why}); "
+                f"give its rows in a local file: --task_data {name}=FILE.jsonl"
+            ) from error
+        part = "a template" if isinstance(error, TemplateError) else "the definition"
         raise LetheError(
-            f"tasks: {what} of '{name}' cannot be loaded ({why}); give its rows in a local file: --task_data {name}=FILE.jsonl"
+            f"tasks: {part} of '{name}' does not work with {source} ({why}); mend the file in '{folder}' that defines it"
         ) from error
 
 
-def _local_source(one: data.LocalData) -> dict[str, Any]:
-    """The fields of a definition that take a task's rows from a local file."""
-    from datasets import Dataset
-
-    splits = one.splits
-
-    def rows(**_: Any) -> dict[str, Any]:
-        return {split: Dataset.from_list(some) for split, some in splits.items() if some}
-
-    settings: dict[str, Any] = {"task": one.task, "custom_dataset": rows, "dataset_path": None, "dataset_kwargs": None}
-    return settings | {"test_split": one.asked, "validation_split": None, "training_split": None}
-
-
-def _refuse_missing_examples(one: data.LocalData, definition: dict[str, Any]) -> None:
-    """Refuse few-shot prompts whose examples a local file lacks; without examples their split is never read."""
-    split = (definition.get("fewshot_config") or {}).get("split") or definition.get("fewshot_split")
-    if split is None or one.splits.get(split):
-        return
-    if definition.get("num_fewshot"):
-        raise LetheError(
-            f"task_data: '{one.task}' takes its {definition['num_fewshot']} examples from the split {split}, "
-            f'of which \'{one.file}\' has no rows; mark some with "split": "{split}", or set num_fewshot to 0'
-        )
-    definition["fewshot_split"] = one.asked
-    if definition.get("fewshot_config"):
-        definition["fewshot_config"] = definition["fewshot_config"] | {"split": one.asked}
-
-
-def _leave_out_empty(name: str, folder: Path, local: dict[str, data.LocalData], index: dict[str, Any]) -> None:
-    """Take those tasks out of a group that its local file has no rows for: their data set is not to be fetched."""
-    known = tasks.definitions(folder)
-    members = tasks.leaves(name, known)
-    with_rows = [leaf for leaf in members if leaf in local]
-    if with_rows and known.get(name, {}).get("group") == name:
-        index[name] = dataclasses.replace(
-            index[name], yaml_path=None, cfg={**known[name], "task": with_rows, "metadata": known[name].get("metadata") or {}}
-        )
-
-
-def _leaf(task: Any, group: Any, num_fewshot: int | None) -> Leaf:
+def _leaf(task: Any, group: Any, num_fewshot: int | None, source: str) -> Leaf:
     name, config = task.config.task, task.config
     if task.OUTPUT_TYPE not in {"multiple_choice", "loglikelihood"}:
         raise LetheError(
@@ -228,7 +289,7 @@ def _leaf(task: Any, group: Any, num_fewshot: int | None) -> Leaf:
     docs = [doc for _, doc in task.doc_iterator()]
     if not docs:
         raise LetheError(f"tasks: '{name}' has no questions")
-    return Leaf(task, version, shots, _definition_hash(task, docs, shots), docs)
+    return Leaf(task, version, shots, _definition_hash(task, docs, shots), docs, source)
 
 
 def _definition_hash(task: Any, docs: list[dict[str, Any]], shots: int) -> str:
@@ -258,13 +319,8 @@ def _doc_hash(doc: dict[str, Any]) -> str:
 
 def _data_files(found: dict[str, list[Leaf]]) -> list[str]:
     """Local files that tasks' own definitions name as their data."""
-
-    def texts(value: Any) -> list[str]:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        return [value] if isinstance(value, str) else [text for one in inner for text in texts(one)]
-
     configs = [leaf.task.config for leaves in found.values() for leaf in leaves]
-    named = [text for config in configs for text in texts([config.dataset_path, config.dataset_kwargs])]
+    named = [text for config in configs for text in texts_in([config.dataset_path, config.dataset_kwargs])]
     return sorted({file for text in named for file in glob.glob(text)})
 
 
@@ -292,24 +348,20 @@ def _written(questions: list[Question]) -> str:
             [order[json.dumps([text, tokens[0]])], rest, tokens[1]]
             for (text, rest), tokens in zip(q.arguments, q.encoded, strict=True)
         ]
-        lines.append([q.doc_id, q.doc_hash, q.target, [json.loads(context) for context in contexts], asked])
+        lines.append([q.doc_id, q.doc_hash, q.target, q.right, [json.loads(context) for context in contexts], asked])
     return json.dumps(lines, default=handle_non_serializable)
 
 
-def _read(file: Path, count: int) -> list[Question] | None:
-    """Questions that were kept; None where there are none, or a file that is damaged."""
-    try:
-        lines = json.loads(file.read_text(encoding="utf-8"))
-        found = [
-            Question(
-                doc_id,
-                doc_hash,
-                target,
-                [(contexts[i][0], rest) for i, rest, _ in asked],
-                [(contexts[i][1], tokens) for i, _, tokens in asked],
-            )
-            for doc_id, doc_hash, target, contexts, asked in lines
-        ]
-    except (OSError, ValueError, TypeError, IndexError):
-        return None
-    return found if len(found) == count else None
+def _read(text: str) -> list[Question]:
+    """Questions from the JSON of `_written`."""
+    return [
+        Question(
+            doc_id,
+            doc_hash,
+            target,
+            [(contexts[i][0], rest) for i, rest, _ in asked],
+            right,
+            [(contexts[i][1], tokens) for i, _, tokens in asked],
+        )
+        for doc_id, doc_hash, target, right, contexts, asked in json.loads(text)
+    ]

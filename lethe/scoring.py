@@ -130,6 +130,19 @@ class Scorer(HFLM):
                     found |= dict(zip(some, ids, strict=True))
         return found
 
+    def refuse_unscorable(self, requests: list[Encoded]) -> int:
+        """The model's window.
+
+        Raises:
+            LetheError: an answer has no tokens, or more than the window.
+        """
+        window: int = self.max_length  # looked for in the configuration each time
+        for _, continuation in requests:
+            if not 0 < len(continuation) <= window:
+                answer = self.tokenizer.decode(continuation)[:60]
+                raise LetheError(f"tasks: an answer has {len(continuation)} tokens, 1 to {window} can be scored: {answer!r}")
+        return window
+
     def score(self, requests: list[Encoded], groups: list[int] | None = None) -> list[tuple[float, bool]]:
         """For each context and continuation: the log-likelihood, and whether each of its tokens is the most likely one.
 
@@ -138,11 +151,7 @@ class Scorer(HFLM):
         Raises:
             LetheError: an answer has no tokens or more than the window, or a single row does not fit into memory.
         """
-        window: int = self.max_length  # looked for in the configuration each time
-        for _, continuation in requests:
-            if not 0 < len(continuation) <= window:
-                answer = self.tokenizer.decode(continuation)[:60]
-                raise LetheError(f"an answer has {len(continuation)} tokens, 1 to {window} can be scored: {answer!r}")
+        window = self.refuse_unscorable(requests)
         for join in (True, False):
             rows = rows_of(requests, window, groups or [0] * len(requests), join)
             if self._takes(rows, requests):

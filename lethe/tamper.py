@@ -57,7 +57,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
         LetheError: the attack cannot work; raised before anything is written.
     """
     checked = preflight.check_tamper(config)
-    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot)
+    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
     if config.attack != "finetune":
         return _without_training(config, checked, run)
     run = run or Run.create("tamper", config.name, to_dict(config), config.out)

@@ -29,7 +29,7 @@ from lethe.blocked import blocked_kl_loss, head_of, next_token_loss
 from lethe.checkpoints import checkpoints
 from lethe.config import AffineConfig, CheckpointsConfig, LoraSettings, UnlearnConfig, to_dict
 from lethe.errors import LetheError, full_disk
-from lethe.evaluate import load_tasks
+from lethe.evaluate import load_tasks, refuse_unscorable
 from lethe.ledger import Run, sha256
 from lethe.maps import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
 from lethe.optimizers import needs_masters, newton_schulz_dtype
@@ -182,7 +182,7 @@ def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
         LetheError: the recipe cannot work; nothing is left behind.
     """
     checked = preflight.check(config)
-    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot)
+    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
     if config.finds_source:
         config = with_source(config)
         checked = preflight.check(config)
@@ -228,6 +228,7 @@ def inspect(config: UnlearnConfig) -> dict[str, Any]:
         LetheError: the recipe cannot work.
     """
     checked = preflight.check(config)
+    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
     if config.finds_source:
         config = with_source(config)
         checked = preflight.check(config)
@@ -255,6 +256,7 @@ def _prepared(
 
 def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
     model, tokenizer = refs.load(checked.model, config.dtype)
+    refuse_unscorable(model, tokenizer, config.eval)
     teacher_dtype = config.teacher_dtype or config.dtype
     reference, _ = refs.load(checked.model, teacher_dtype)
     source, _ = refs.load(checked.source, teacher_dtype)

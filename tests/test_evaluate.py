@@ -29,6 +29,7 @@ from lethe.config import EvaluateConfig
 from lethe.errors import LetheError
 from lethe.evaluate import Scorer, evaluate_model, measure, value_of
 from lethe.ledger import Run
+from lethe.tasks.consent import trust_task_code
 
 MODELS = [
     ("gpt2", False),
@@ -610,12 +611,13 @@ def test_bfloat16_models_are_scored_with_shared_rows_too(make_model, known, tmp_
         assert a["log_likelihoods"] == pytest.approx(b["log_likelihoods"], rel=0.05, abs=0.5)
 
 
-def test_a_damaged_file_of_requests_is_made_again(gpt2, known, building, home):
+@pytest.mark.parametrize("damage", [lambda text: text[:100], lambda text: text[:-9] + "[]", lambda text: "[]", lambda text: ""])
+def test_a_damaged_file_of_requests_is_made_again(gpt2, known, building, home, damage):
     model, tokenizer = gpt2
     (built, forget), name = building, known()
     results = evaluate_model(model, tokenizer, [name])
     (file,) = (home / "requests").glob("*.json")
-    file.write_text(file.read_text()[:100])
+    file.write_text(damage(file.read_text()))
     forget()
     assert evaluate_model(model, tokenizer, [name]) == results
     assert len(built) == 2 * len(QUESTIONS)
@@ -717,9 +719,10 @@ def test_a_peft_model_scores_as_the_merged_one(make_model, known, tmp_path):
 # --- what is computed from the answers -------------------------------------------------------------------------------
 
 
-def question(acc: float, chosen: int = 0, choices: int = 4) -> dict:
+def question(acc: float, chosen: int = 0, choices: int = 4, right: tuple[int, ...] = (0,)) -> dict:
     responses = [(-1.0 if i == chosen else -2.0, False) for i in range(choices)]
-    return {"acc": acc, "arguments": [("prompt", f" {i}") for i in range(choices)], "filtered_resps": responses}
+    arguments = [("prompt", f" {i}") for i in range(choices)]
+    return {"acc": acc, "arguments": arguments, "filtered_resps": responses, "choices": choices, "right": right}
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (7, 25), (250, 1000), (1, 1)])
@@ -764,7 +767,7 @@ def test_a_probability_has_the_normal_interval_and_no_chance():
 
 def test_one_answer_nearly_always_is_degenerate():
     def share(same: int, n: int = 100) -> dict:
-        return measure([question(0.25, 0 if i < same else 1 + i % 3) for i in range(n)])
+        return measure([question(0.25, 0 if i < same else 1 + i % 3, right=(i % 4,)) for i in range(n)])
 
     assert share(100)["degenerate"]
     assert share(100)["answers"] == {"0": 100}
@@ -772,6 +775,71 @@ def test_one_answer_nearly_always_is_degenerate():
     assert not share(40)["degenerate"]
     assert sum(share(40)["answers"].values()) == 100
     assert not share(5, 5)["degenerate"]  # too few to say
+
+
+@pytest.mark.parametrize("right", [0, 3])
+def test_a_perfect_model_is_not_degenerate_where_all_right_answers_stand_in_one_place(right):
+    """As in BLiMP and TruthfulQA MC1. One that says the same although right answers are spread is."""
+    assert not measure([question(1.0, right, right=(right,)) for _ in range(100)])["degenerate"]
+    assert measure([question(0.0, right, right=(1 + i % 2,)) for i in range(100)])["degenerate"]
+    mostly = [question(1.0, right, right=(right,) if i < 95 else (1,)) for i in range(100)]
+    assert not measure(mostly)["degenerate"]
+    half = [question(0.5, right, right=(right,) if i < 50 else (1, 2)) for i in range(100)]
+    assert measure(half)["degenerate"]
+
+
+GOLDS = {
+    "numbers": ("doc_to_target: golds", [[0], [1, 2], [3, 0], [0, 1, 2, 3], [2, 2]]),
+    "a list in a template": ("doc_to_target: '{{golds}}'", [[0, 1], [1, 2], [3, 0], [2], [0, 1, 2]]),
+    "one number": ("doc_to_target: golds", [0, 1, 2, 3, 1]),
+    "one text": ("doc_to_target: golds", ["a0", "b1", "c2", "a3", "b4"]),
+    "a number in a template": ("doc_to_target: '{{golds}}'", [0, 1, 2, 1, 0]),
+    "out of range": ("doc_to_target: golds", [[0], [7], [1, 9], [-1], [2]]),
+    "one out of range": ("doc_to_target: golds", [0, 7, -1, 2, 1]),
+    "none of the texts": ("doc_to_target: golds", ["a0", "nothing", "c2", "a3", "b4"]),
+}
+
+
+@pytest.mark.parametrize("mutual", [False, True], ids=["", "mutual information"])
+@pytest.mark.parametrize(("target", "golds"), GOLDS.values(), ids=GOLDS)
+def test_chance_is_the_accuracy_of_answers_drawn_at_random(gpt2, known, tmp_path, target, golds, mutual):
+    """As lm-eval itself marks each answer: one question after the other is asked with every choice as the winner."""
+    counts = [4, 3, 4, 4, 3]
+    questions = [
+        {"prompt": f"Q{i}", "choices": [f"{c}{i}" for c in "abcd"[:n]], "answer": golds[i]} for i, n in enumerate(counts)
+    ]
+    name = known(questions)
+    file = tmp_path / "task" / "made_up.yaml"
+    text = file.read_text().replace("doc_to_target: answer", target.replace("golds", "answer"))
+    file.write_text(text.replace("  - metric: acc\n", "  - metric: acc_mutual_info\n  - metric: acc\n") if mutual else text)
+    if mutual and isinstance(golds[0], list):  # lm-eval has no mutual information of several right answers
+        with pytest.raises(LetheError, match="cannot ask row"):
+            evaluate_model(*gpt2, [name])
+        return
+    task = TaskManager(include_path=str(file.parent), include_defaults=False).load([name])["tasks"][name]
+    expected = []
+    for doc, n in zip(task.test_docs(), counts, strict=True):
+        answers = [[(float(j == i), False) for j in range(n)] + [(-1.0, False)] * n * mutual for i in range(n)]
+        expected.append(sum(task.process_results(doc, some)["acc"] for some in answers) / n)
+    result = evaluate_model(*gpt2, [name])[name]
+    assert result["chance"] == pytest.approx(sum(expected) / len(expected))
+    assert 0 < result["chance"] < 1
+
+
+def test_chance_of_a_function_of_the_tasks_own_is_what_it_makes_of_each_choice(gpt2, known, tmp_path):
+    """TruthfulQA MC2: the share of probability on true answers, of which there are several; its target says nothing of them."""
+    name = known([q | {"answer": 0} for q in QUESTIONS[:3]])
+    file = tmp_path / "task" / "made_up.yaml"
+    file.write_text(file.read_text() + "process_results: !function mc2.results\n")
+    (file.parent / "mc2.py").write_text(
+        "import math\n"
+        "def results(doc, answers):\n"
+        "    p = [math.exp(value) for value, _ in answers]\n"
+        "    return {'acc': sum(p[:2]) / sum(p)}\n"
+    )
+    with trust_task_code():
+        result = evaluate_model(*gpt2, [name])[name]
+    assert result["chance"] == pytest.approx((2 / 4 + 2 / 4 + 2 / 3) / 3)
 
 
 def test_degenerate_is_marked_on_a_real_model_that_always_says_the_same(gpt2, known):

@@ -12,19 +12,42 @@ import pytest
 
 from lethe import harness, tasks
 from lethe.errors import LetheError
-from lethe.kept import keep
+from lethe.kept import keep, kept
 
 
 def test_the_oldest_files_go_when_there_are_too_many(tmp_path):
     folder = tmp_path / "kept"
     for age, name in enumerate("abcd"):
-        keep(folder / f"{name}.json", 100 * name)
+        keep(folder / f"{name}.json", 1000 * name)
         os.utime(folder / f"{name}.json", (1000 + age, 1000 + age))
     (folder / "other.txt").write_text("x" * 1000)
-    keep(folder / "e.json", 100 * "e", most=320)
+    keep(folder / "e.json", 1000 * "e", most=3200)
     assert sorted(file.name for file in folder.iterdir()) == ["c.json", "d.json", "e.json", "other.txt"]
-    keep(folder / "f.json", 1000 * "f", most=320)  # what is needed now stays, however large
+    keep(folder / "f.json", 10000 * "f", most=3200)  # what is needed now stays, however large
     assert [file.name for file in folder.glob("*.json")] == ["f.json"]
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "null", "{}", "\0", "\ud800", "[" * 100_000, '{"mmlu": 5}', '["mmlu"]'])
+def test_where_tasks_are_is_found_again_when_the_file_is_damaged(monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("LETHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tasks, "_scan", lambda root: {"mmlu": "mmlu/default"})
+    for content in (None, damage):
+        tasks._lm_eval_tasks.cache_clear()
+        if content is not None:
+            (file,) = (tmp_path / "tasks").iterdir()
+            file.write_text(content, errors="surrogatepass")
+        assert [folder.name for folder in tasks._lm_eval_tasks().values()] == ["default"]
+    tasks._lm_eval_tasks.cache_clear()
+
+
+def test_what_was_kept_is_read_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.json"
+    assert kept(file) is None and kept(tmp_path) is None
+    keep(file, '{"é": 1}\n')
+    assert kept(file) == '{"é": 1}\n'
+    for text in (file.read_text()[:-2], file.read_text() + " ", file.read_text().replace("1", "2"), ""):
+        file.write_text(text)
+        assert kept(file) is None
 
 
 def test_a_home_that_cannot_be_written_is_no_error(tmp_path):

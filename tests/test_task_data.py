@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -264,6 +265,20 @@ GOOD = rows(3)
         ({"question": "Q?", "choices": list("abcd"), "answer": -1}, "line 4 (answer -1 is out of range"),
         ({"question": "Q?", "choices": list("abcd"), "answer": True}, "line 4 (answer True is not the number of a choice"),
         ({"question": "Q?", "choices": list("abcd"), "answer": None}, "line 4 (has no answer)"),
+        ("null", "line 4 (is not an object with fields)"),
+        ('{"question": "\\ud800?", "choices": ["a", "b", "c", "d"], "answer": 1}', "line 4 (half of a character"),
+        ('{"question": ' + "[" * 5000 + "]" * 5000 + "}", "line 4 (nested too deeply)"),
+        ('{"question": "Q?", "question": "R?"}', "line 4 ('question' is written twice)"),
+        ('{"question": "Q?", "number": ' + "9" * 5000 + "}", "line 4 (is not JSON)"),
+        (GOOD[1] | {"question": "Q?", "id": 2**63}, "line 4 (id is larger than 64 bits; write it as text)"),
+        (GOOD[1] | {"question": "Q?", "meta": {"ids": [-(2**64)]}}, "line 4 (meta.ids[] is larger than 64 bits"),
+        (GOOD[1] | {"question": "Q?", "meta": [{"a": 1}, {"a": "x"}]}, "line 4 (meta[].a is text here and a number there)"),
+        (GOOD[1] | {"question": math.nan}, "line 4 (question is a number, in lines before text)"),
+        (GOOD[1] | {"question": "Q?", "answer": math.nan}, "line 4 (answer nan is not the number of a choice"),
+        (GOOD[1] | {"question": "Q?", "answer": []}, "line 4 (answer [] is not the number of a choice"),
+        (GOOD[1] | {"question": "Q?", "answer": [1, 4]}, "line 4 (answer 4 is out of range"),
+        (GOOD[1] | {"question": "Q?", "split": 3}, "line 4 (split 3 is not text)"),
+        (GOOD[1] | {"question": "Q?", "split": ["test"]}, "line 4 (split ['test'] is not text)"),
         (GOOD[1] | {"answer": 0}, "line 4 (asks what line 2 asks)"),
         (GOOD[1] | {"choices": GOOD[1]["choices"][::-1]}, "line 4 (asks what line 2 asks)"),
     ],
@@ -301,6 +316,52 @@ def test_a_field_that_holds_something_else_than_before_is_broken(tmp_path, row, 
     with pytest.raises(LetheError) as refusal:
         data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))
     assert says in str(refusal.value)
+
+
+def test_an_inner_field_has_one_kind_in_all_lines(tmp_path):
+    some = [row | {"meta": {"a": [1]}} for row in GOOD] + [rows(4)[3] | {"meta": {"a": ["x"]}}]
+    with pytest.raises(LetheError, match=r"line 4 \(meta\.a\[\] is text, in lines before a number\)"):
+        data.read({"wmdp_bio": write(tmp_path / "d.jsonl", some)}, tasks.locate(["wmdp_bio"]))
+
+
+def test_rows_of_another_split_alone_are_refused(tmp_path):
+    file = write(tmp_path / "d.jsonl", [row | {"split": "train"} for row in GOOD])
+    with pytest.raises(LetheError, match=r"no row of wmdp-bio in the split test, only in train; leave out the field split"):
+        data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"number": 0.5}, {"question": 7}, {"question": ["Q?"]}, {"self": 1}, {"deep": json.loads("[" * 90 + "]" * 90)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_only_shows_later_still_names_the_file_and_not_the_data_set_that_it_replaces(tmp_path, change):
+    some = [
+        row | (change if "question" not in change else {"question": change["question"] * (i + 1)}) for i, row in enumerate(GOOD)
+    ]
+    file = write(tmp_path / "d.jsonl", [*some[:-1], some[-1] | ({"number": 2**62 + 1} if "number" in change else {})])
+    with pytest.raises(LetheError) as refusal:
+        load_tasks(["wmdp_bio"], {"wmdp_bio": file}, limit=0)
+    assert f"'{file}'" in str(refusal.value) and "cais" not in str(refusal.value) and "hub" not in str(refusal.value)
+
+
+def test_rows_may_name_several_right_answers(loaded, tmp_path):
+    file = write(tmp_path / "d.jsonl", [row | {"answer": [0, i % 3 + 1]} for i, row in enumerate(rows(6))])
+    assert evaluate_model(*loaded, ["wmdp_bio"], task_data={"wmdp_bio": file})["wmdp_bio"]["chance"] == 0.5
+
+
+@pytest.mark.parametrize("value", [["x"], {"a": 1}, 5])
+def test_a_field_named_subject_that_is_no_text_is_only_a_field(tmp_path, value):
+    file = write(tmp_path / "d.jsonl", [row | {"subject": value} for row in GOOD])
+    assert len(data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))["wmdp_bio"].rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "says"), [("", "directory"), ("none.jsonl", "no such file"), ("a\0b", "null byte"), ("x" * 5000, "too long")]
+)
+def test_a_file_that_cannot_be_read_is_one_line(file, says):
+    with pytest.raises(LetheError, match=f"task_data: .*cannot be read.*{says}"):
+        data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))
 
 
 def test_a_row_of_no_configuration_is_broken(tmp_path):

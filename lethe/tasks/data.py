@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lethe.errors import LetheError, nearest
+from lethe.errors import LetheError, nearest, printable
+from lethe.reading import UnreadableError, json_of, text_of
 from lethe.tasks import definitions, leaves
 
 CONFIGURATION = ("configuration", "subject")
@@ -71,7 +72,7 @@ def _assigned(name: str, file: str, tasks: list[str], known: dict[str, Row], who
     lines = list(_lines(file))
     rows = [row for _, row in lines if isinstance(row, dict)]
     every = {str(definition.get("dataset_name")) for definition in known.values()}
-    key = next((key for key in CONFIGURATION if any(row.get(key) in every for row in rows)), None)
+    key = next((key for key in CONFIGURATION if any(_named(row, key) in every for row in rows)), None)
     names = {str(known[task].get("dataset_name")): task for task in tasks}
     grouped = len(tasks) > 1 or known.get(name, {}).get("group") == name
     if key is None and grouped:
@@ -95,6 +96,11 @@ def _assigned(name: str, file: str, tasks: list[str], known: dict[str, Row], who
     return found
 
 
+def _named(row: Row, key: str) -> str | None:
+    """The configuration that a row names; a field that is no text names none."""
+    return row[key] if isinstance(row.get(key), str) else None
+
+
 def _asked(definition: Row) -> str:
     return definition.get("test_split") or definition.get("validation_split") or definition.get("training_split") or "test"
 
@@ -106,16 +112,16 @@ def _alike(some: list[Row]) -> bool:
 
 
 def _lines(file: str) -> Iterator[tuple[int, Any]]:
-    """Line numbers from 1 and parsed lines; a line that is not JSON gives the error."""
+    """Line numbers from 1 and parsed lines; a line that cannot be read gives the error."""
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LetheError(f"task_data: '{file}' cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        text = text_of(file)
+    except UnreadableError as error:
+        raise LetheError(f"task_data: '{file}' cannot be read ({error})") from error
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except ValueError as error:
+                yield number, json_of(line)
+            except UnreadableError as error:
                 yield number, error
 
 
@@ -134,10 +140,10 @@ def _checked(
     kinds: dict[str, str] = {}
     for number, row in lines:
         if not isinstance(row, dict):
-            broken[number] = "is not JSON" if isinstance(row, ValueError) else "is not an object with fields"
+            broken[number] = _unreadable(row) if isinstance(row, UnreadableError) else "is not an object with fields"
             continue
-        if key is not None and row.get(key) not in every:
-            broken[number] = f"{key} {row[key]!r} is no configuration" if row.get(key) else f"has no {key}"
+        if key is not None and _named(row, key) not in every:
+            broken[number] = f"{key} {printable(repr(row[key]), 60)} is no configuration" if row.get(key) else f"has no {key}"
             continue
         if key is not None and row[key] != only:
             continue
@@ -146,10 +152,14 @@ def _checked(
         if wrong or same != number:
             broken[number] = wrong or f"asks what line {same} asks"
             continue
-        given = {name: _kind(value) for name, value in row.items() if value is not None}
+        try:
+            given = dict(_kinds("", row))
+        except ValueError as error:
+            broken[number] = str(error)
+            continue
         other = next((name for name in given if kinds.setdefault(name, given[name]) != given[name]), None)
-        if other:
-            broken[number] = f"{other} is {given[other]}, in lines before {kinds[other]}"
+        if other is not None:
+            broken[number] = f"{printable(other, 60)} is {given[other]}, in lines before {kinds[other]}"
         else:
             rows.append(row)
     if broken:
@@ -158,13 +168,46 @@ def _checked(
         raise LetheError(f"task_data: '{file}' has broken rows: {', '.join(said + rest)}")
     if not rows and key is None:
         raise LetheError(f"task_data: '{file}' has no rows")
+    asked = _asked(definition)
+    if rows and not any(row.get("split") in {None, "", asked} for row in rows):
+        splits = printable(", ".join(sorted({row["split"] for row in rows})), 80)
+        whose = f" of {only}" if only else ""
+        raise LetheError(
+            f"task_data: '{file}' has no row{whose} in the split {asked}, only in {splits}; leave out the field split"
+        )
     return tuple(rows)
 
 
-def _kind(value: Any) -> str:
-    """What a field holds, in a word; all rows of a data set hold the same in a field."""
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return kinds[type(value)]
+def _unreadable(error: UnreadableError) -> str:
+    """What is wrong with a line; where in it a parser stopped is left out, since it calls each line its line 1."""
+    return "is not JSON" if str(error).startswith("not JSON") else str(error)
+
+
+KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+
+
+def _kinds(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """What each field of a row holds, in a word, inner fields too; all rows of a data set hold the same in a field.
+
+    Raises:
+        ValueError: a number is larger than a data set can hold, or a list has values of two kinds.
+    """
+    if value is None:
+        return
+    if path:
+        yield path, KINDS[type(value)]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{path} is larger than 64 bits; write it as text")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _kinds(f"{path}.{name}" if path else name, inner)
+    if isinstance(value, list):
+        found: dict[str, str] = {}
+        for inner in value:
+            for name, kind in _kinds(f"{path}[]", inner):
+                if found.setdefault(name, kind) != kind:
+                    raise ValueError(f"{name} is {kind} here and {found[name]} there")
+        yield from found.items()
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -201,6 +244,8 @@ class _Shape:
         for name in sorted(self.fields):
             if row.get(name) is None or (isinstance(row[name], str) and not row[name].strip()):
                 return f"{'has no' if row.get(name) is None else 'has an empty'} {name}"
+        if not isinstance(row.get("split") or "", str):
+            return f"split {printable(repr(row['split']), 60)} is not text"
         offered: Any = row[self.choices] if self.choices else self.letters or None
         if self.choices:
             if not isinstance(offered, list) or not all(isinstance(one, str) and one.strip() for one in offered):
@@ -210,12 +255,15 @@ class _Shape:
         return self._wrong_answer(row[self.answer], offered) if self.answer and offered else None
 
     def _wrong_answer(self, answer: Any, offered: Any) -> str | None:
+        if isinstance(answer, list) and answer:  # several are right
+            return next((wrong for one in answer if (wrong := self._wrong_answer(one, offered))), None)
         if isinstance(answer, str) and answer in (self.letters or offered):
             return None
         if isinstance(answer, bool) or not isinstance(answer, int):
-            return f"{self.answer} {answer!r} is not the number of a choice, from 0"
+            return f"{self.answer} {printable(repr(answer), 60)} is not the number of a choice, from 0"
         if not 0 <= answer < len(offered):
-            return f"{self.answer} {answer} is out of range: there are {len(offered)} choices, 0 to {len(offered) - 1}"
+            given = printable(answer, 60)
+            return f"{self.answer} {given} is out of range: there are {len(offered)} choices, 0 to {len(offered) - 1}"
         return None
 
     def question(self, row: Row) -> str:
@@ -233,9 +281,10 @@ def _fields(template: Any) -> set[str]:
         return set()
     if re.fullmatch(r"\w+", template):
         return {template}
-    from jinja2 import Environment, TemplateError, meta
+    from jinja2 import TemplateError, meta
+    from jinja2.sandbox import SandboxedEnvironment
 
     try:
-        return meta.find_undeclared_variables(Environment().parse(template))
-    except TemplateError:
+        return meta.find_undeclared_variables(SandboxedEnvironment().parse(template))
+    except (TemplateError, RecursionError):  # lm-eval refuses it too, and the refusal names the template
         return set()
