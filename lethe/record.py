@@ -208,6 +208,26 @@ _trial = _fields(
     evals=_evals,
 )
 _parent = _fields("sha256", sha256=_text, ref=_text, documents=_whole)
+_stage = _is(
+    "a kind of run and its settings",
+    lambda value: (
+        type(value) is list
+        and [type(part) for part in value] == [str, dict]
+        and is_folder_name(value[0])
+        and type(value[1].get("name")) is str
+    ),
+)
+TRIAL = _fields(
+    **dict.fromkeys(("name", "status", "reason", "key"), _text),
+    **dict.fromkeys(("reference", "reused"), _switch),
+    **dict.fromkeys(("seed", "lost", "retry_of"), _whole),
+    stages=_list(_stage),
+    point=_object,
+    runs=_list(_name),
+    log=_list(_text),
+    owner=_fields(host=_text, pid=_whole, job_id=_text),
+)
+"""What a sweep's study keeps of a trial."""
 RECORD = _fields(
     *("id", "kind", "name", "status", "config"),
     **dict.fromkeys(("id", "kind"), _name),
