@@ -125,7 +125,7 @@ def _list(check: Check) -> Check:
 
 
 def _fields(*required: str, **checks: Check) -> Check:
-    """Name: value pairs. A field that is not required may be absent or null."""
+    """Name: value pairs. A field that is not required may be absent."""
 
     def checked(value: Any) -> str | None:
         if type(value) is not dict:
@@ -134,8 +134,7 @@ def _fields(*required: str, **checks: Check) -> Check:
             if name not in value:
                 return f".{name} is missing"
         for name, check in checks.items():
-            item = value.get(name)
-            if (item is not None or name in required) and (wrong := check(item)) is not None:
+            if name in value and (wrong := check(value[name])) is not None:
                 return f".{name}{wrong}"
         return None
 
@@ -192,22 +191,48 @@ _timestamp = _is("a time such as 2026-01-31T12:00:00+00:00", _is_timestamp)
 _name = _is("a name without '/' and control characters", is_folder_name)
 _inside = _is("a path within the run's folder", _is_inside)
 _scores = dict.fromkeys(("acc", "correct_prob", "acc_norm", "stderr", "low", "high", "chance"), _number)
-_result = _fields(**_scores, n=_whole, degenerate=_switch, fingerprint=_text)
+_measured_result = _fields(
+    *("low", "high", "n"),
+    **_scores,
+    **dict.fromkeys(("fingerprint", "tokenizer"), _text),
+    n=_whole,
+    degenerate=_switch,
+    num_fewshot=_maybe(_whole),
+    version=_is("a number or text", lambda value: value is None or type(value) in (int, float, str)),
+    answers=_object,
+)
+_imported_result = _fields(**_scores)
+
+
+def _result(value: Any) -> str | None:
+    """A task's result: one that was measured has an interval, one from a table may have nothing but its number."""
+    if type(value) is dict and not {"acc", "correct_prob"} & value.keys():
+        return ".acc is missing"
+    measured = type(value) is dict and {"n", "low", "stderr", "fingerprint"} & value.keys()
+    return (_measured_result if measured else _imported_result)(value)
+
+
+def _parent(value: Any) -> str | None:
+    """What a run was made from: a model or maps by reference, or text, which may be a file's instead."""
+    model = type(value) is dict and "documents" not in value
+    return _fields("sha256", *(["ref"] if model else []), sha256=_text, ref=_text, documents=_whole)(value)
+
+
 _evals = _map(_result)
 _checkpoint = _fields(
     "name", "evals", name=_text, evals=_evals, step=_whole, ref=_text, note=_text, reason=_text, tokens=_whole
 )
 _trial = _fields(
-    *("name", "reference", "status"),
-    **dict.fromkeys(("name", "status", "reason", "job_id", "regime", "model", "attack"), _text),
+    *("name", "reference", "status", "point", "seed", "reason", "runs", "reused", "evals"),
+    **dict.fromkeys(("name", "status"), _text),
+    **dict.fromkeys(("reason", "job_id", "regime"), _maybe(_text)),
     **dict.fromkeys(("reference", "reused"), _switch),
-    **dict.fromkeys(("point", "kept"), _object),
     **dict.fromkeys(("log", "runs"), _list(_text)),
-    seed=_whole,
+    point=_object,
+    seed=_maybe(_whole),
     lost=_whole,
     evals=_evals,
 )
-_parent = _fields("sha256", sha256=_text, ref=_text, documents=_whole)
 _stage = _is(
     "a kind of run and its settings",
     lambda value: (
@@ -220,23 +245,31 @@ _stage = _is(
 TRIAL = _fields(
     **dict.fromkeys(("name", "status", "reason", "key"), _text),
     **dict.fromkeys(("reference", "reused"), _switch),
-    **dict.fromkeys(("seed", "lost", "retry_of"), _whole),
+    **dict.fromkeys(("lost", "retry_of"), _whole),
+    seed=_maybe(_whole),
     stages=_list(_stage),
     point=_object,
     runs=_list(_name),
     log=_list(_text),
-    owner=_fields(host=_text, pid=_whole, job_id=_text),
+    owner=_maybe(_fields(host=_text, pid=_whole, job_id=_text)),
 )
 """What a sweep's study keeps of a trial."""
+_FIT = ("mse", "r2", "no_map_mse", "no_map_r2")
 RECORD = _fields(
     *("id", "kind", "name", "status", "config"),
     **dict.fromkeys(("id", "kind"), _name),
-    **dict.fromkeys(("name", "reason", "job_id", "launcher", "goal", "latest_ignorant"), _text),
-    **dict.fromkeys(("created", "started", "finished", "heartbeat"), _timestamp),
+    **dict.fromkeys(("name", "launcher", "goal"), _text),
+    **dict.fromkeys(("reason", "job_id", "latest_ignorant"), _maybe(_text)),
+    **dict.fromkeys(("created", "started", "finished", "heartbeat"), _maybe(_timestamp)),
     **dict.fromkeys(("conclusions", "not_monotone"), _list(_text)),
     **dict.fromkeys(("inputs", "teachers", "evals_missing"), _map(_text)),
     status=_status,
-    config=_object,
+    config=_fields(
+        **dict.fromkeys(("model", "name", "out"), _text),
+        **dict.fromkeys(("kept_threshold", "chance_threshold", "retain_coef", "remove_coef"), _number),
+        lora=_maybe(_object),
+        seed=_whole,
+    ),
     environment=_fields(
         **dict.fromkeys(("host", "python", "device", "born"), _text),
         **dict.fromkeys(("pid", "threads"), _whole),
@@ -252,7 +285,7 @@ RECORD = _fields(
     evals=_evals,
     losses=_map(_maybe(_measured)),
     agreement=_map(_maybe(_measured)),
-    scores=_map(_map(_maybe(_measured))),
+    scores=_map(_fields(*_FIT, **dict.fromkeys(_FIT, _measured))),
     update_by_layer=_map(_fields("distance", distance=_measured, stable_rank=_measured)),
     divergence=_fields("step", "reason", step=_whole, reason=_text),
     checkpoints=_list(_checkpoint),
