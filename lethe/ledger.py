@@ -162,7 +162,7 @@ class Run:
         ours = alive is False or (alive and (self.lock.sure or where["pid"] == os.getpid()))
         if self.record["status"] == "running" and not ours and not self.silent:
             raise HeldError(
-                f"run: '{self.path}' is at work on {where.get('host')} (process {where.get('pid')}), which wrote to it "
+                f"'{self.path}' is at work on {where.get('host')} (process {where.get('pid')}), which wrote to it "
                 f"{self.seconds_since_heartbeat:.0f} s ago; stop it there, or try again in {LOST_AFTER_SECONDS} s if it is gone"
             )
 

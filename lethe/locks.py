@@ -70,7 +70,7 @@ class FolderLock:
             file.seek(0)
             who = file.read(200).strip() or "a machine that is not named"
             file.close()
-            raise HeldError(f"run: '{self.folder}' is at work on {who}; wait until it is done, or stop it first") from error
+            raise HeldError(f"'{self.folder}' is at work on {who}; wait until it is done, or stop it first") from error
         except OSError as error:
             self.sure = False
             logger.warning("no locks in %s (%s): start nothing there from two machines at once", self.folder, error.strerror)

@@ -208,6 +208,8 @@ def _result(value: Any) -> str | None:
     """A task's result: one that was measured has an interval, one from a table may have nothing but its number."""
     if type(value) is dict and not {"acc", "correct_prob"} & value.keys():
         return ".acc is missing"
+    if type(value) is dict and "chance" not in value and {"acc", "answers"} <= value.keys():
+        return ".chance is missing"
     measured = type(value) is dict and {"n", "low", "stderr", "fingerprint"} & value.keys()
     return (_measured_result if measured else _imported_result)(value)
 
@@ -254,6 +256,7 @@ TRIAL = _fields(
     owner=_maybe(_fields(host=_text, pid=_whole, job_id=_text)),
 )
 """What a sweep's study keeps of a trial."""
+_AGREEMENT = ("forget_with_source", "retain_with_reference")
 _FIT = ("mse", "r2", "no_map_mse", "no_map_r2")
 RECORD = _fields(
     *("id", "kind", "name", "status", "config"),
@@ -284,7 +287,7 @@ RECORD = _fields(
     artifacts=_map(_fields("path", path=_inside, sha256=_text)),
     evals=_evals,
     losses=_map(_maybe(_measured)),
-    agreement=_map(_maybe(_measured)),
+    agreement=_fields(*_AGREEMENT, **dict.fromkeys(_AGREEMENT, _measured)),
     scores=_map(_fields(*_FIT, **dict.fromkeys(_FIT, _measured))),
     update_by_layer=_map(_fields("distance", distance=_measured, stable_rank=_measured)),
     divergence=_fields("step", "reason", step=_whole, reason=_text),
