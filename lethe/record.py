@@ -210,7 +210,7 @@ def _result(value: Any) -> str | None:
         return ".acc is missing"
     if type(value) is dict and "chance" not in value and {"acc", "answers"} <= value.keys():
         return ".chance is missing"
-    measured = type(value) is dict and {"n", "low", "stderr", "fingerprint"} & value.keys()
+    measured = type(value) is dict and {"n", "low", "stderr"} & value.keys()
     return (_measured_result if measured else _imported_result)(value)
 
 
