@@ -156,10 +156,10 @@ class Run:
             raise
 
     def _refuse_held(self) -> None:
-        """Refuse a run that a process, which this lock does not keep away, works on by its own record: another machine's."""
+        """Refuse a run that a process is at by its record, though the lock was free: another machine's, or one without locks."""
         where = self.record.get("environment") or {}
         alive = lives(where)
-        ours = alive is False or (alive and (self.lock.sure or where["pid"] == os.getpid()))
+        ours = alive is False or (alive and where["pid"] == os.getpid())
         if self.record["status"] == "running" and not ours and not self.silent:
             raise HeldError(
                 f"'{self.path}' is at work on {where.get('host')} (process {where.get('pid')}), which wrote to it "

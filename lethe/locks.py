@@ -43,8 +43,6 @@ class FolderLock:
 
     def __init__(self, folder: Path, shared: bool = False):
         self.folder, self.shared = folder, shared
-        self.sure = True
-        """Whether the file system has locks: without, this one keeps nobody away."""
         self._file: IO[str] | None = None
 
     @property
@@ -72,7 +70,6 @@ class FolderLock:
             file.close()
             raise HeldError(f"'{self.folder}' is at work on {who}; wait until it is done, or stop it first") from error
         except OSError as error:
-            self.sure = False
             logger.warning("no locks in %s (%s): start nothing there from two machines at once", self.folder, error.strerror)
         self._file = file
         with contextlib.suppress(OSError):  # of a full disk

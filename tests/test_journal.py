@@ -21,7 +21,9 @@ def journal(tmp_path) -> Path:
     """Of a sweep with two trials."""
     study, _ = studies(None, tmp_path, NAME, directions=["minimize", "maximize"])
     for number in range(2):
-        study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"name": f"t{number}", "runs": [f"unlearn-t{number}"]}))
+        study.add_trial(
+            create_trial(state=TrialState.WAITING, user_attrs={"name": f"t{number}", "runs": [f"unlearn-t{number}"]})
+        )
     return tmp_path / JOURNAL
 
 
@@ -59,7 +61,9 @@ def test_two_records_that_a_crash_joined_are_told_apart(journal, caplog):
     assert names(journal) == ["t0", "t1"]
 
 
-@pytest.mark.parametrize("line", ["garbage", "[1]", '{"op_code": 4}', "[" * 5000, "\ufffd", '{"op_code":4,"worker_id":"w","study_'])
+@pytest.mark.parametrize(
+    "line", ["garbage", "[1]", '{"op_code": 4}', "[" * 5000, "\ufffd", '{"op_code":4,"worker_id":"w","study_']
+)
 def test_any_other_damage_is_refused_with_its_line(journal, line):
     lines = journal.read_text().splitlines()
     damaged = "\n".join([lines[0], line, *lines[1:]]) + "\n"
@@ -76,7 +80,10 @@ def test_any_other_damage_is_refused_with_its_line(journal, line):
         ({"op_code": 4}, "does not hold together"),
         ({"op_code": 8, "trial_id": 0, "user_attr": {"runs": ["../../home"]}}, "trial 0.runs.0: expected a name without '/'"),
         ({"op_code": 8, "trial_id": 0, "user_attr": {"runs": "all"}}, "trial 0.runs: expected a list"),
-        ({"op_code": 8, "trial_id": 0, "user_attr": {"stages": [["../x", {"name": "n"}]]}}, "trial 0.stages.0: expected a kind"),
+        (
+            {"op_code": 8, "trial_id": 0, "user_attr": {"stages": [["../x", {"name": "n"}]]}},
+            "trial 0.stages.0: expected a kind",
+        ),
     ],
 )
 def test_records_that_are_not_of_a_sweep_are_refused(journal, record, said):

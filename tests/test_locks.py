@@ -89,9 +89,8 @@ def test_a_process_that_is_stopped_for_long_is_not_lost(run):
 
 
 def test_one_object_of_a_process_works_on_a_run_at_a_time(run):
-    with run.running():
-        with pytest.raises(HeldError):
-            Run.open(run.path).hold()
+    with run.running(), pytest.raises(HeldError):
+        Run.open(run.path).hold()
     Run.open(run.path).hold()
 
 
@@ -132,6 +131,19 @@ def test_a_slurm_job_that_is_requeued_does_not_wait_for_its_own_earlier_process(
     with pytest.raises(HeldError):
         Run.open(run.path).hold("8")
     Run.open(run.path).hold("7")
+
+
+def test_a_living_process_keeps_a_run_that_it_has_no_lock_on(run):
+    """As one of an earlier version, or on a file system without locks, has none."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    run.update(status="running", heartbeat="2001-01-01T00:00:00+00:00", environment=identity(process.pid))
+    clock_set(run.path, -TWO_DAYS)
+    assert Run.open(run.path).status == "running"
+    with pytest.raises(HeldError, match=f"process {process.pid}"):
+        Run.open(run.path).hold()
+    process.communicate(b"\n")
+    assert Run.open(run.path).status == "lost"
+    Run.open(run.path).hold()
 
 
 def test_the_controllers_of_a_sweep_share_it(tmp_path):

@@ -135,7 +135,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["--json"], ["--where", "status=complete", "lr<1"], ["--sort", "name", "--reverse"], ["--columns", "id", "config.eval"]],
+    [
+        [],
+        ["--json"],
+        ["--where", "status=complete", "lr<1"],
+        ["--sort", "name", "--reverse"],
+        ["--columns", "id", "config.eval"],
+    ],
     ids=lambda words: " ".join(words) or "plain",
 )
 def test_runs_lists_the_others_and_names_the_damaged_ones(folder, words, capsys, caplog):
@@ -161,7 +167,9 @@ def test_every_command_that_takes_a_damaged_run_refuses_it_in_one_line(folder, c
 def test_a_line_that_is_no_row_is_left_out_and_named(file, line, tmp_path, caplog):
     run = Run.open(stored(tmp_path, "tamper"))
     row = {"step": 1, "evals": {}, "task": "t"}
-    (run.path / file).write_bytes(json.dumps(row).encode() + b"\n" + line + b"\n" + json.dumps(row | {"step": 2}).encode() + b"\n")
+    (run.path / file).write_bytes(
+        json.dumps(row).encode() + b"\n" + line + b"\n" + json.dumps(row | {"step": 2}).encode() + b"\n"
+    )
     assert [row["step"] for row in run.rows(file)] == [1, 2]
     assert run.last_row(file)["step"] == 2
     assert "line 2 cannot be read; left out" in caplog.text
