@@ -156,7 +156,7 @@ class Run:
             raise
 
     def _refuse_held(self) -> None:
-        """Refuse a run that a process is at by its record, though the lock was free: another machine's, or one without locks."""
+        """Refuse a run that a process is at by its record, though the lock was free: another machine's, or one with no lock."""
         where = self.record.get("environment") or {}
         alive = lives(where)
         ours = alive is False or (alive and where["pid"] == os.getpid())

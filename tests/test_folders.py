@@ -73,7 +73,7 @@ def test_an_output_folder_that_cannot_be_one_is_refused_first(which, words, tmp_
 
 def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)  # tests may run as root, whom nothing is refused
-    with pytest.raises(LetheError, match="out: cannot write to .*no permission, or read-only"):
+    with pytest.raises(LetheError, match=r"out: cannot write to .*no permission, or read-only"):
         refuse_run_folder(tmp_path / "runs")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -81,10 +82,8 @@ def test_an_edited_record_is_refused_in_one_line_or_can_be_listed(kind, tmp_path
                 ordered(listed, field)
             json.dumps(_listed(listed[0], [])).encode()
             shown = [runs_table(listed, []), runs_table(listed, ["lr", "config", "evals", "plan.steps", "parents", "results"])]
-            try:
+            with contextlib.suppress(LetheError):
                 shown += all_tables(Study([run]))
-            except LetheError:
-                pass
             for table in shown:
                 assert not {"\x1b", "\x00", "\u202e", "\ud800"} & set(table.text())
     assert refused > 100 and accepted > 100
@@ -183,7 +182,7 @@ def test_an_artifact_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
     (run.path / "adapter").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(LetheError, match="adapter is a link to"):
         run.artifact("adapter")
-    with pytest.raises(LetheError, match="is a link to .*, out of the run's folder"):
+    with pytest.raises(LetheError, match=r"is a link to .*, out of the run's folder"):
         run.hold()
     (run.path / "adapter").unlink()
     shutil.copytree(tmp_path / "elsewhere", run.path / "adapter")
