@@ -35,7 +35,8 @@ from lethe import corpora, preflight, refs
 from lethe.config import AffineConfig, AffineScoreConfig, to_dict
 from lethe.errors import LetheError
 from lethe.lab import lethe_home
-from lethe.ledger import Run, building, sha256
+from lethe.ledger import Run, sha256
+from lethe.locks import building
 from lethe.maps import CONVENTIONS, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention
 from lethe.preflight import split
 from lethe.progress import bar

@@ -21,7 +21,7 @@ from typing import Any
 
 from lethe import config as c
 from lethe import garbage
-from lethe.errors import LetheError, full_disk, nearest
+from lethe.errors import LONGEST, LetheError, PlainFormatter, full_disk, nearest, printable
 from lethe.ledger import Terminated
 from lethe.settings import parse
 from lethe.tasks.consent import trust_task_code
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lethe: {error}", file=sys.stderr)
         return 2
     except Terminated as error:
-        print(f"lethe: {error}", file=sys.stderr)
+        print(f"lethe: {printable(error)}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         print("lethe: interrupted", file=sys.stderr)
@@ -97,12 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except _NotComplete as error:
-        print(f"lethe: {error}", file=sys.stderr)
+        print(f"lethe: {printable(error, LONGEST)}", file=sys.stderr)
         return 1
     except Exception as error:
         if not full_disk(error):
             raise
-        print(f"lethe: a disk is full ({error}); make room and give the command again", file=sys.stderr)
+        print(f"lethe: a disk is full ({printable(error)}); make room and give the command again", file=sys.stderr)
         return 2
     return 0
 
@@ -187,14 +187,16 @@ def quiet() -> None:
     for name, value in (quiet | {"DATASETS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}).items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
-    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    console = logging.StreamHandler()
+    console.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.ERROR, handlers=[console])
     logging.getLogger("lethe").setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.ERROR)
     hub = logging.getLogger("huggingface_hub.utils._http")  # waits half a minute where there is no network
     if not hub.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("no answer from the hub. %(message)s"))
+        handler.setFormatter(PlainFormatter("no answer from the hub. %(message)s"))
         handler.addFilter(lambda record: "etry" in record.getMessage())
         hub.addHandler(handler)
     hub.setLevel(logging.WARNING)
@@ -218,7 +220,7 @@ def _answer(run: Any, as_json: bool, *tables: Any) -> None:
     else:
         for table in tables:
             _print(table)
-        print(f"{run.status}: {run.path}")
+        print(f"{run.status}: {printable(run.path)}")
     if run.status != "complete":
         raise _NotComplete(f"the run is {run.status}: {run.record['reason']}")
 
@@ -241,7 +243,7 @@ def _lab_show(settings: c.LabConfig, as_json: bool) -> None:
         _dump({"path": str(run.path)} | run.record)
     else:
         _print(lab_table(run))
-        print(run.path)
+        print(printable(run.path))
 
 
 def _checkpoints(settings: c.CheckpointsConfig, as_json: bool) -> None:
@@ -392,7 +394,7 @@ def _answer_sweep(run: Any, as_json: bool, done: bool = True) -> None:
         _dump(run.record | {"path": str(run.path)})
     else:
         _print(sweep_table(run))
-        print(f"{run.status}: {run.path}")
+        print(f"{run.status}: {printable(run.path)}")
     if done and run.status not in {"complete", "running"}:
         raise _NotComplete(f"the sweep is {run.status}: {run.record['reason']}")
 
@@ -419,7 +421,7 @@ def _runs(settings: c.RunsConfig, as_json: bool) -> None:
     def shown() -> Any:
         found = chosen()
         such = " such" if settings.where else ""
-        return runs_table(found, settings.columns) if found else f"no{such} runs in '{settings.folder}'"
+        return runs_table(found, settings.columns) if found else f"no{such} runs in '{printable(settings.folder)}'"
 
     if as_json:
         lines = [json.dumps(_listed(entry, settings.columns), default=str) for entry in chosen()]
@@ -480,7 +482,7 @@ def _runs_import(settings: c.ImportConfig, as_json: bool) -> None:
     if as_json:
         _dump(imported.answer())
     else:
-        print(imported.text())
+        print("\n".join(map(printable, imported.text().split("\n"))))
 
 
 def _report(settings: c.ReportConfig, as_json: bool) -> None:
@@ -490,7 +492,7 @@ def _report(settings: c.ReportConfig, as_json: bool) -> None:
     if as_json:
         _dump({name: str(path) for name, path in made.items()})
     else:
-        print(made["page"])
+        print(printable(made["page"]))
 
 
 def _demo(settings: c.DemoConfig, as_json: bool) -> None:
@@ -501,7 +503,7 @@ def _demo(settings: c.DemoConfig, as_json: bool) -> None:
         _dump({name: str(path) for name, path in made.items()})
     else:
         print(made["tables"].read_text())
-        print(f"page: {made['page']}")
+        print(f"page: {printable(made['page'])}")
 
 
 COMMANDS = {

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from lethe import lab, refs
 from lethe.config import (
     LAB_TASKS,
@@ -26,8 +28,9 @@ from lethe.config import (
     UnlearnConfig,
     to_dict,
 )
-from lethe.errors import LetheError
+from lethe.errors import LetheError, full_disk, printable
 from lethe.ledger import Run, find_runs, refuse_run_folder
+from lethe.locks import FolderLock
 from lethe.progress import bar, console
 from lethe.report import report
 
@@ -39,9 +42,23 @@ def demo(config: DemoConfig) -> dict[str, Path]:
     """Run the demo and return the paths of its report: `tables`, `page`, `charts`.
 
     Raises:
-        LetheError: `out` is itself a run, or no checkpoint of the lab is ignorant.
+        LetheError: `out` is itself a run, or another demo works in it; or no checkpoint of the lab is ignorant.
     """
     refuse_run_folder(config.out)
+    lock = FolderLock(Path(config.out))
+    try:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        return _demo(config)
+    except OSError as error:
+        if full_disk(error):
+            raise
+        raise LetheError(f"out: cannot write to '{config.out}' ({error.strerror}); choose another folder") from error
+    finally:
+        lock.release()
+
+
+def _demo(config: DemoConfig) -> dict[str, Path]:
     console.rule("The lab: pretraining a tiny model family (once; kept in the cache)")
     lab.build(bar)
     steps = _Steps(Path(config.out) / "runs")
@@ -98,13 +115,13 @@ class _Steps:
         self._before = find_runs(folder) if folder.is_dir() else []
 
     def do(self, title: str, function: Callable[[Any], Run], config: Any) -> Run:
-        console.rule(title)
+        console.rule(escape(title))
         settings = to_dict(config)
-        same = [run for run in self._before if run.status == "complete" and run.record["config"] == settings]
+        same = [run for run in self._before if run.record["status"] == "complete" and run.record["config"] == settings]
         done = [run for run in same if _weights_unchanged(run)]
         run = done[-1] if done else function(config)
         if done:
-            console.print(f"already there: {run.path}")
+            console.print(f"already there: {printable(run.path)}", markup=False)
         if run.status != "complete":
             raise LetheError(f"demo: the step '{title}' is {run.status} ({run.record['reason']}); see {run.path / 'log.txt'}")
         self.runs.append(run)
@@ -113,5 +130,5 @@ class _Steps:
 
 def _weights_unchanged(run: Run) -> bool:
     """Whether the models that a run was made from still hold the weights that it recorded."""
-    models = [p for role, p in run.record["parents"].items() if role != "affine" and "documents" not in p]
-    return all(refs.record(refs.resolve(p["ref"], run.path.parent)) == p for p in models)
+    models = [p for role, p in (run.record.get("parents") or {}).items() if role != "affine" and "documents" not in p]
+    return all("ref" in p and refs.record(refs.resolve(p["ref"], run.path.parent)) == p for p in models)

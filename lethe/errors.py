@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import errno
+import logging
 import re
 from collections.abc import Iterable
+from typing import Any
 
 LONGEST = 1200
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -34,6 +36,16 @@ class LetheError(Exception):
 
     def __init__(self, message: str = ""):
         super().__init__(printable(message, LONGEST))
+
+
+class PlainFormatter(logging.Formatter):
+    """A message is one line without control characters, so that none can pass for another or reach a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 (logging's name)
+        return "\n".join(map(printable, super().formatException(ei).splitlines()))
 
 
 def full_disk(error: BaseException) -> bool:

@@ -2,7 +2,7 @@
 
 A trial is a list of run folders that were made beforehand, `queued`, each with its configuration; working on it is going on
 with each run that is not complete, in order. So whatever happened before (nothing, a kill, a preemption) the same call does
-what is left, and a run that another process has at work is not touched: a lock in its folder is held by whoever works on it.
+what is left, and a run that another process has at work is not touched: whoever works on it holds it (`Run.hold`).
 
 A local worker imports once and takes trial after trial, one line of JSON each, from the controller's pipe; when the controller
 is gone it finishes what it has and ends. `fates` says which trials nobody works on any more, and why.
@@ -16,7 +16,6 @@ import os
 import selectors
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,16 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-from filelock import FileLock, Timeout
-
 from lethe import garbage
 from lethe.config import SlurmSettings
-from lethe.errors import LetheError
-from lethe.ledger import LOST_AFTER_SECONDS, Run, Terminated, now, seconds_since
+from lethe.errors import LetheError, printable
+from lethe.ledger import LOST_AFTER_SECONDS, Run, Terminated, now
+from lethe.locks import HeldError, identity, lives
 from lethe.tasks.consent import trust_task_code, trusts_task_code
 
-LOCK = "work.lock"
 JOBS = "slurm"
 """Where in a sweep's folder its jobs' files are."""
 ENDED = ("complete", "failed", "diverged", "cancelled")
@@ -80,40 +76,47 @@ def work(folders: Sequence[str | Path], job_id: str | None = None) -> None:
 
     A run that is refused, or raises, is `failed` with its reason. Returns at once where another process has the work.
     """
+    for folder in folders:
+        run = Run.open(folder)
+        if run.status == "complete":
+            continue
+        try:
+            run.hold(job_id)
+        except HeldError:
+            return
+        try:
+            if not _done(run, job_id):
+                return
+        finally:
+            run.lock.release()
+
+
+def _done(run: Run, job_id: str | None) -> bool:
+    """Go on with a run that this process holds; whether it is complete then.
+
+    Raises:
+        Terminated: this process was asked to stop, and not the run.
+    """
     from lethe.resume import go_on
 
-    lock = FileLock(Path(folders[0]) / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return
-    try:
-        for folder in folders:
-            run = Run.open(folder)
-            if job_id is not None and run.record["job_id"] != job_id:
-                run.update(job_id=job_id)
-            if run.status == "complete":
-                continue
-            if asked := run.asked_to_stop():
-                run.update(status="cancelled", reason=asked, finished=now())
-                return
-            try:
-                run = go_on(run)
-            except Terminated:
-                if run.asked_to_stop():
-                    return
+    if job_id is not None and run.record["job_id"] != job_id:
+        run.update(job_id=job_id)
+    if run.status != "complete" and (asked := run.asked_to_stop()):
+        run.update(status="cancelled", reason=asked, finished=now())
+    elif run.status != "complete":
+        try:
+            run = go_on(run)
+        except Terminated:
+            if not run.asked_to_stop():
                 raise
-            except Exception as error:  # the next trial goes on; a run that has begun has recorded it already
-                if run.record["status"] not in ENDED:
-                    if not isinstance(error, LetheError):
-                        with (run.path / "log.txt").open("a") as log:
-                            traceback.print_exc(file=log)
-                    run.update(status="failed", reason=f"{type(error).__name__}: {error}", finished=now())
-                return
-            if run.status != "complete":
-                return
-    finally:
-        lock.release()
+        except Exception as error:  # the next trial goes on; a run that has begun has recorded it already
+            ended = run.record["status"] in ENDED
+            if not ended and not isinstance(error, LetheError):
+                with (run.path / "log.txt").open("a") as log:
+                    log.writelines(f"{printable(line)}\n" for line in traceback.format_exc().splitlines())
+            # Written again, for a full disk may have kept it from being so: that ends this process, and the run is lost.
+            run.update(**{} if ended else {"status": "failed", "reason": f"{type(error).__name__}: {error}", "finished": now()})
+    return run.status == "complete"
 
 
 class LocalLauncher:
@@ -131,17 +134,18 @@ class LocalLauncher:
     def start(self, name: str, folders: Sequence[Path]) -> Owner:
         worker = next((w for w in self.workers if w.busy is None), None) or self._new_worker()
         worker.give(name, folders)
-        return {"host": socket.gethostname(), "pid": worker.process.pid, "born": worker.born, "since": now()}
+        return worker.identity
 
     def fates(self, owners: Sequence[tuple[Owner, Sequence[Run]]]) -> list[Fate | None]:
         self._drop_ended()
         return [self._fate(owner, runs) for owner, runs in owners]
 
     def _fate(self, owner: Owner, runs: Sequence[Run]) -> Fate | None:
-        if owner["host"] != socket.gethostname():
+        alive = lives(owner)
+        if alive is None:
             # Before a run begins, its models are loaded without a heartbeat.
             begun = any(run.record["status"] == "running" for run in runs)
-            heard = min([seconds_since(owner["since"]), *(seconds_since(run.record.get("heartbeat")) for run in runs)])
+            heard = _seconds_since_written(runs)
             return (
                 None
                 if heard < (LOST_AFTER_SECONDS if begun else SECONDS_TO_BEGIN)
@@ -149,7 +153,7 @@ class LocalLauncher:
             )
         if worker := next((w for w in self.workers if w.process.pid == owner["pid"]), None):
             return None if worker.busy else Fate(f"the worker (process {owner['pid']}) is done with it, and it is not complete")
-        return None if _lives(owner) else Fate(f"the worker (process {owner['pid']}) has ended")
+        return None if alive else Fate(f"the worker (process {owner['pid']}) has ended")
 
     def cancel(self, owners: Sequence[Owner]) -> None:
         pass
@@ -203,7 +207,7 @@ class _Worker:
                 env=environment,
                 start_new_session=True,  # Ctrl-C is the controller's; it tells its workers itself
             )
-        self.born = psutil.Process(self.process.pid).create_time()
+        self.identity = identity(self.process.pid)
 
     def give(self, name: str, folders: Sequence[Path]) -> None:
         paths = [str(folder.resolve()) for folder in folders]
@@ -238,19 +242,19 @@ class SlurmLauncher:
             run = Run.open(path)
             if run.record["status"] == "queued":
                 run.update(job_id=job_id)
-        return {"job_id": job_id, "since": now()}
+        return {"job_id": job_id}
 
     def fates(self, owners: Sequence[tuple[Owner, Sequence[Run]]]) -> list[Fate | None]:
         states = self.slurm.states([owner["job_id"] for owner, _ in owners])
-        found = [self._fate(owner["job_id"], states[owner["job_id"]], owner) for owner, _ in owners]
+        found = [self._fate(owner["job_id"], states[owner["job_id"]], runs) for owner, runs in owners]
         self.alive = {owner["job_id"] for (owner, _), fate in zip(owners, found, strict=True) if fate is None}
         return found
 
-    def _fate(self, job_id: str, state: Any, owner: Owner) -> Fate | None:
+    def _fate(self, job_id: str, state: Any, runs: Sequence[Run]) -> Fate | None:
         if state.alive is not False:  # None: Slurm does not answer, which says nothing about the job
             return None
         if state.word == self.slurm.UNKNOWN:
-            young = seconds_since(owner["since"]) < SECONDS_TO_NAME_JOB
+            young = _seconds_since_written(runs) < SECONDS_TO_NAME_JOB
             return None if young else Fate(f"Slurm does not know job {job_id} any more")
         return Fate(f"Slurm: job {job_id} is {state.word}, {state.reason}", cancelled=state.word == "CANCELLED")
 
@@ -308,17 +312,14 @@ def last_lines(file: Path, count: int = 5) -> list[str]:
     try:
         with file.open("rb") as log:
             log.seek(max(0, file.stat().st_size - 4096))
-            return log.read().decode(errors="replace").splitlines()[-count:]
+            return [printable(line, 400) for line in log.read().decode(errors="replace").splitlines()[-count:]]
     except OSError:
         return []
 
 
-def _lives(owner: Owner) -> bool:
-    try:
-        process = psutil.Process(owner["pid"])
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["born"]) < 1
-    except psutil.Error:
-        return False
+def _seconds_since_written(runs: Sequence[Run]) -> float:
+    """Since anybody wrote the record of one of a trial's runs: whoever handed it out, or works on it."""
+    return min((run.seconds_since_heartbeat for run in runs), default=float("inf"))
 
 
 def _environment(number: int, jobs: int) -> dict[str, str]:

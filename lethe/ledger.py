@@ -2,27 +2,22 @@
 logging step), curve.jsonl (one line an evaluation) and log.txt. Everything that reads results reads these files, so
 a run needs no server and no database, and works on a shared file system.
 
-run.json is replaced whole (temporary file, fsync, rename): a reader never sees half of it. While a run is `running`
-a heartbeat is renewed in it; one that is found `running` with an old heartbeat was lost. Nothing here imports torch.
+run.json is replaced whole (temporary file, fsync, rename): a reader never sees half of it. `record.py` says what it may hold.
+Whoever works on a run holds the lock of its folder and renews run.json; a run that is found `running`, whose process is gone
+or, on another machine, has not renewed it for two minutes, was lost. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import platform
-import resource
 import secrets
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -30,10 +25,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from lethe import garbage
-from lethe.errors import LetheError, full_disk
+from lethe.errors import LetheError, PlainFormatter, full_disk, printable
+from lethe.folders import RUN, refuse_links, refuse_name, refuse_run_folder, slug
+from lethe.locks import FolderLock, HeldError, lives, seconds_since_written
+from lethe.machine import environment, peak_memory, refuse_several_processes
+from lethe.record import last_row_of, record_of, rows_of
 
 Status = Literal["queued", "running", "complete", "failed", "diverged", "cancelled", "lost"]
 HEARTBEAT_SECONDS = 20
@@ -41,7 +38,6 @@ LOST_AFTER_SECONDS = 120
 GRACE_SECONDS = 120
 POLL_SECONDS = 1
 STOP = "stop"
-TAIL_BYTES = 8192
 TIME_LIMIT = "time limit reached"
 logger = logging.getLogger(__name__)
 
@@ -70,12 +66,13 @@ class Run:
 
     def __init__(self, path: Path, record: dict[str, Any]):
         self.path = path
+        self.lock = FolderLock(path, shared=record.get("kind") == "sweep")
         self.record = record
         self.stopping: str | None = None
         self._deferred = False
         self._began = self._before = 0.0
         self._made_folder = False
-        self._lock = threading.Lock()
+        self._writing = threading.Lock()
 
     @classmethod
     def create(cls, kind: str, name: str, config: dict[str, Any], out: str | Path) -> Run:
@@ -86,16 +83,18 @@ class Run:
         """
         refuse_several_processes()
         refuse_run_folder(out)
+        refuse_name(name)
         run_id = secrets.token_hex(4)
-        slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
-        path = Path(out) / f"{kind}-{slug}-{run_id}"
+        path = Path(out) / f"{kind}-{slug(name)}-{run_id}"
         run = cls(path, {"id": run_id, "kind": kind, "name": name, "status": "queued", "reason": None, "job_id": None})
         run._made_folder = not Path(out).exists()
+        made = False
         try:
             path.mkdir(parents=True)
+            made = True
             run.update(launcher="local", created=now(), started=None, finished=None, heartbeat=None, config=config)
         except OSError as error:
-            if path.exists():
+            if made:
                 run.discard()
             raise LetheError(f"out: cannot write to '{out}' ({error.strerror}); choose another folder") from error
         return run
@@ -105,16 +104,9 @@ class Run:
         """The run at `path`.
 
         Raises:
-            LetheError: there is no readable run.json.
+            LetheError: there is no readable run.json, or it is not a run's record.
         """
-        file = Path(path) / "run.json"
-        try:
-            record = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise LetheError(f"'{path}' is not a run: {file} cannot be read ({error})") from error
-        if not isinstance(record, dict) or "status" not in record:
-            raise LetheError(f"'{path}' is not a run: {file} is not a run's record")
-        return cls(Path(path), record)
+        return cls(Path(path), record_of(Path(path)))
 
     @property
     def id(self) -> str:
@@ -122,31 +114,61 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """The recorded status; `lost` for one `running` whose process is gone, or whose heartbeat is older than two minutes."""
+        """The recorded status; `lost` for one `running` that nobody works on: see `silent`."""
         status = self.record["status"]
-        if status == "running" and (
-            seconds_since(self.record.get("heartbeat")) > LOST_AFTER_SECONDS or self._process_is_gone()
-        ):
-            return "lost"
-        return status
+        return "lost" if status == "running" and self.silent else status
+
+    @property
+    def silent(self) -> bool:
+        """Whether the process that the record names is gone; another machine's is after two minutes without a sign of life."""
+        alive = lives(self.record.get("environment") or {}) if self.record.get("heartbeat") else False
+        return self.seconds_since_heartbeat > LOST_AFTER_SECONDS if alive is None else not alive
+
+    @property
+    def seconds_since_heartbeat(self) -> float:
+        """Seconds since the record was renewed: whoever works on the run does so, whatever its machine's clock shows."""
+        return seconds_since_written(self.path / RUN)
 
     @property
     def diverged(self) -> bool:
         """Whether its training or an evaluation on the way found that it diverged; the status says so once its work is done."""
         return bool(self.record.get("divergence"))
 
-    def _process_is_gone(self) -> bool:
-        """Whether the run's process, on this machine, has ended; False for another machine's."""
-        where = self.record.get("environment") or {}
-        if where.get("host") != socket.gethostname() or "pid" not in where:
-            return False
+    def hold(self, job_id: str | None = None) -> None:
+        """Take the run for this process, until it has run or `lock` is released; its record is read again.
+
+        `job_id`: the Slurm job of this process, of which an earlier process of the same job cannot be left.
+
+        Raises:
+            HeldError: another process works on it.
+            LetheError: its folder cannot be written, or has links out of it.
+        """
+        if self.lock.held:
+            return
+        refuse_links(self.path)
+        self.lock.acquire()
         try:
-            return psutil.Process(where["pid"]).status() == psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return True
+            self.record = record_of(self.path)
+            if not self.lock.shared and not (job_id and self.record["job_id"] == job_id):
+                self._refuse_held()
+        except LetheError:
+            self.lock.release()
+            raise
+
+    def _refuse_held(self) -> None:
+        """Refuse a run that a process is at by its record, though the lock was free: another machine's, or one with no lock."""
+        where = self.record.get("environment") or {}
+        alive = lives(where)
+        ours = alive is False or (alive and where["pid"] == os.getpid())
+        if self.record["status"] == "running" and not ours and not self.silent:
+            raise HeldError(
+                f"'{self.path}' is at work on {where.get('host')} (process {where.get('pid')}), which wrote to it "
+                f"{self.seconds_since_heartbeat:.0f} s ago; stop it there, or try again in {LOST_AFTER_SECONDS} s if it is gone"
+            )
 
     def discard(self) -> None:
         """Remove the directory of a run that was refused before it did anything."""
+        self.lock.release()
         shutil.rmtree(self.path)
         if self._made_folder:
             with contextlib.suppress(OSError):  # other runs have come into it since
@@ -154,11 +176,11 @@ class Run:
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json and write it whole. A field that is a dict is merged into the dict that is there."""
-        with self._lock:
+        with self._writing:
             for key, value in fields.items():
                 old = self.record.get(key)
                 self.record[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-            write_atomically(self.path / "run.json", json.dumps(self.record, indent=2, default=str))
+            write_atomically(self.path / RUN, json.dumps(self.record, indent=2, default=str))
 
     def set_parents(self, **parents: dict[str, Any]) -> None:
         """Record what the run is made from.
@@ -184,31 +206,30 @@ class Run:
             lines.write(json.dumps(row, default=str).encode() + b"\n")
 
     def rows(self, file: str) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl` or `curve.jsonl`; a last line cut short by a crash is left out."""
-        path = self.path / file
-        rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+        """The lines of `metrics.jsonl` or `curve.jsonl`, without the one that a crash cut short and any other that is none."""
+        rows, wrong = rows_of(self.path / file)
+        if wrong:
+            lines = ", ".join(map(str, wrong[:5])) + " …" * (len(wrong) > 5)
+            _say_once(f"{self.path / file}: line {lines} cannot be read; left out")
         return rows
 
     def last_row(self, file: str) -> dict[str, Any] | None:
         """The last whole line of `metrics.jsonl` or `curve.jsonl`, read from the file's end; None if there is none."""
-        try:
-            with (self.path / file).open("rb") as lines:
-                end = lines.seek(0, os.SEEK_END)
-                size = TAIL_BYTES
-                while True:
-                    lines.seek(max(0, end - size))
-                    tail = lines.read(size).splitlines()
-                    for line in reversed(tail if size >= end else tail[1:]):  # the first of them may be cut
-                        with contextlib.suppress(ValueError):
-                            return json.loads(line)
-                    if size >= end:
-                        return None
-                    size *= 8
-        except OSError:
+        return last_row_of(self.path / file)
+
+    def artifact(self, kind: str) -> Path | None:
+        """Where the artifact of that kind lies, within the run's folder; None if the run has none.
+
+        Raises:
+            LetheError: a link leads out of the folder.
+        """
+        facts = (self.record.get("artifacts") or {}).get(kind)
+        if facts is None:
             return None
+        path = self.path / facts["path"]
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise LetheError(f"'{self.path}': its {kind} is a link to '{path.resolve()}'; put the files there themselves")
+        return path
 
     def keep_until(self, step: int) -> None:
         """Drop lines of metrics, batches and curve that come after `step`: a resumed run writes them again."""
@@ -222,11 +243,23 @@ class Run:
         """Run the work inside as this run: keeps status, times, heartbeat and log file; a failure is recorded and raised.
 
         SIGTERM, and the end of `time_limit`, raise `Terminated`; inside `deferring` they only set `stopping`.
+
+        Raises:
+            HeldError: another process works on it.
         """
+        self.hold()
+        try:
+            with self._at_work():
+                yield self
+        finally:
+            self.lock.release()
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
         self._before = (self.record.get("environment") or {}).get("seconds") or 0.0
         self._began = time.monotonic()
         handler = _Log(self.path / "log.txt")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)
         stop = threading.Event()
@@ -238,7 +271,7 @@ class Run:
                 facts = {"started": self.record.get("started") or now(), "finished": None, "heartbeat": now()}
                 self.update(status="running", reason=None, environment=environment(), **facts)
                 with garbage.frozen():
-                    yield self
+                    yield
             except KeyboardInterrupt as error:
                 late = self.stopping == TIME_LIMIT
                 status, reason = "failed" if late else "cancelled", str(error) or "interrupted from the keyboard"
@@ -290,7 +323,7 @@ class Run:
     def asked_to_stop(self) -> str | None:
         """The reason why the run was asked to stop; None when it was not."""
         try:
-            return (self.path / STOP).read_text()
+            return printable((self.path / STOP).read_text(errors="replace"), 200)
         except OSError:
             return None
 
@@ -343,7 +376,13 @@ class Run:
 
 
 _said: set[str] = set()
-"""Runs that cannot be read, of which this process has spoken."""
+
+
+def _say_once(what: str) -> None:
+    """An error, since numbers are missing from what is made of these runs."""
+    if what not in _said:
+        logger.error("%s", what)
+    _said.add(what)
 
 
 def find_runs(folder: str | Path) -> list[Run]:
@@ -358,9 +397,7 @@ def find_runs(folder: str | Path) -> list[Run]:
         try:
             runs.append(Run.open(file.parent))
         except LetheError as error:
-            if str(error) not in _said:  # an error, since numbers are missing from what is made of these runs
-                logger.error("%s; left out", error)
-            _said.add(str(error))
+            _say_once(f"{error}; left out")
     return sorted(runs, key=lambda run: (run.record.get("created") or "", run.id))
 
 
@@ -387,14 +424,6 @@ def find_run(run_id: str, out: str | Path = "runs") -> Run:
     raise LetheError(f"run:{run_id} is not in '{out}', runs/ or */runs/; `lethe runs FOLDER` lists the runs of a folder")
 
 
-def refuse_run_folder(out: str | Path) -> None:
-    """Refuse an output folder that is itself a run, or a file: its content would be mixed up or lost."""
-    if (Path(out) / "run.json").exists():
-        raise LetheError(f"out: '{out}' already holds a run; give the folder that runs are to be put in")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise LetheError(f"out: '{out}' is a file; give a folder")
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -406,18 +435,6 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def building(folder: Path) -> Iterator[None]:
-    """Inside, no other process builds what is kept in `folder`; a killed one lets go by itself."""
-    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process is building %s; waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def sha256(*paths: Path) -> str:
@@ -437,53 +454,12 @@ def now() -> str:
 
 
 def seconds_since(timestamp: str | None) -> float:
-    """Seconds from `timestamp` (as `now` writes it) until now; infinity for None."""
+    """Seconds from `timestamp` (as `now` writes it) until now, by this machine's clock: to be shown, not to judge by.
+
+    Infinity for None; 0 for a time to come; a time without a zone is in UTC.
+    """
     if timestamp is None:
         return float("inf")
-    return (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(timestamp)).total_seconds()
-
-
-def peak_memory() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if platform.system() == "Darwin" else kilobytes * 1024
-
-
-def refuse_several_processes() -> None:
-    """Refuse a process that is one of several at the same work, as under torchrun: each would write a run of its own.
-
-    Raises:
-        LetheError: there are several.
-    """
-    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise LetheError(
-            f"WORLD_SIZE is {count}: one of several processes at one run, as torchrun starts them, which Lethe does not do; "
-            f"start it without torchrun (runs beside each other: --jobs, --launcher slurm)"
-        )
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine that a run's numbers depend on."""
-    packages = ["lethe-lm", "torch", "transformers", "peft", "lm_eval", "datasets", "safetensors"]
-    return {
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "git_commit": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of Lethe's own checkout; None when it is installed as a package or git is missing."""
-    here = Path(__file__).parent
-    if not (here.parent / ".git").exists():
-        return None
-    try:
-        out = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.stdout.strip() if out.returncode == 0 else None
+    then = datetime.datetime.fromisoformat(timestamp)
+    then = then if then.tzinfo else then.replace(tzinfo=datetime.UTC)
+    return max(0.0, (datetime.datetime.now(datetime.UTC) - then).total_seconds())

@@ -28,10 +28,10 @@ def find_maps(name: str, out: str | Path = "runs") -> Path:
     """
     if name.startswith("run:") or (Path(name) / "run.json").exists():
         run = find_run(name.removeprefix("run:"), out)
-        artifact = (run.record.get("artifacts") or {}).get("affine")
-        if artifact is None:
+        folder = run.artifact("affine")
+        if folder is None:
             raise LetheError(f"affine: '{name}' is a run of kind {run.record['kind']}, status {run.status}, that holds no maps")
-        return run.path / artifact["path"]
+        return folder
     if Path(name).is_dir():
         if not (Path(name) / WEIGHTS).exists():
             raise LetheError(f"affine: '{name}' has no {WEIGHTS}; give a folder that `lethe affine fit` wrote")

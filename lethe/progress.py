@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lethe.errors import printable
+
 console = Console(stderr=True, highlight=False)
 Advance = Callable[..., None]
 
@@ -28,20 +30,20 @@ class _Rate(TextColumn):
 def bar(description: str, total: float, unit: str = "steps") -> Iterator[Advance]:
     """A bar over `total` units of work; call what it yields with the work done: `advance(n)`, `advance(n, "a note")`."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=console.is_terminal) as progress:
-        task = progress.add_task(description, total=total, unit=unit, note="")
+        task = progress.add_task(printable(description), total=total, unit=unit, note="")
 
         def advance(work: float = 1, note: str | None = None) -> None:
-            fields: dict[str, Any] = {} if note is None else {"note": note}
+            fields: dict[str, Any] = {} if note is None else {"note": printable(note)}
             progress.update(task, advance=work, **fields)
 
         yield advance

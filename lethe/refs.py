@@ -321,11 +321,13 @@ def _checkpoint(folder: Path, step: str) -> Path:
 def _of_run(name: str, run: Run) -> ModelRef:
     artifacts = run.record.get("artifacts") or {}
     if "model" in artifacts:
-        return checked(ModelRef(name, str(run.path / artifacts["model"]["path"]), saved=artifacts["model"]["sha256"]))
+        return checked(ModelRef(name, str(run.artifact("model")), saved=artifacts["model"].get("sha256")))
     if "base" in artifacts:
-        return checked(ModelRef(name, str(run.path / artifacts["base"]["path"]), None, _adapter(name, run)))
+        return checked(ModelRef(name, str(run.artifact("base")), None, _adapter(name, run)))
     if "adapter" in artifacts:
-        parent = run.record["parents"]["model"]
+        parent = (run.record.get("parents") or {}).get("model") or {}
+        if "ref" not in parent:
+            raise LetheError(f"'{name}' is an adapter, and its record does not name its model (parents.model.ref)")
         base = resolve(parent["ref"], run.path.parent)
         if weight_hash(base) != parent["sha256"]:
             raise LetheError(
@@ -340,11 +342,13 @@ def _of_run(name: str, run: Run) -> ModelRef:
 
 
 def _adapter(name: str, run: Run) -> str:
-    folder = run.path / run.record["artifacts"]["adapter"]["path"]
+    folder = run.artifact("adapter")
+    if folder is None:
+        raise LetheError(f"'{name}' has a base and no adapter on it (artifacts.adapter); run it again")
     weights = folder / modelfiles.ADAPTER[1]
     if not weights.is_file():
         raise LetheError(f"'{name}': its adapter is gone, there is no {weights.name} in '{folder}'; run it again")
-    if sha256(weights) != run.record["artifacts"]["adapter"]["sha256"]:
+    if sha256(weights) != run.record["artifacts"]["adapter"].get("sha256"):
         raise LetheError(f"'{name}': its adapter in '{folder}' has changed since it was saved; run it again")
     return str(folder)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from lethe import config as c
 from lethe.errors import LetheError
-from lethe.ledger import STOP, Run, find_run, refuse_several_processes
+from lethe.ledger import STOP, Run, find_run
+from lethe.machine import refuse_several_processes
 from lethe.runs import is_imported
 from lethe.settings import build
 
@@ -34,28 +35,36 @@ def resume(config: c.ResumeConfig) -> Run:
     """
     refuse_several_processes()
     run = find_run(config.run.removeprefix("run:"), config.out)
-    kind = run.record["kind"]
     if is_imported(run):
         raise LetheError(
             f"run: '{config.run}' was imported from {run.record['imported']['file']}; there is nothing to go on from"
         )
-    if kind not in KINDS:
-        raise LetheError(f"run: '{config.run}' is of kind {kind}; what can be resumed: {', '.join(KINDS)}")
+    _refuse_ended(run)
+    run.hold()
+    try:
+        _refuse_ended(run)  # since it was read
+        (run.path / STOP).unlink(missing_ok=True)
+        return go_on(run)
+    finally:
+        run.lock.release()
+
+
+def _refuse_ended(run: Run) -> None:
     if run.status in {"complete", "diverged"}:
-        raise LetheError(f"run: '{config.run}' is {run.status}, there is nothing to go on with; start a new run")
-    if run.status == "running" and run.record["kind"] != "sweep":  # a sweep's controllers share its work
-        where = run.record["environment"]
-        raise LetheError(f"run: '{config.run}' is at work on {where.get('host')} (process {where.get('pid')}); stop it first")
-    (run.path / STOP).unlink(missing_ok=True)
-    return go_on(run)
+        raise LetheError(f"run: '{run.path}' is {run.status}, there is nothing to go on with; start a new run")
 
 
 def go_on(run: Run) -> Run:
-    """Do what is left of a run that was queued or interrupted, with the function that makes runs of its kind."""
+    """Do what is left of a run that was queued or interrupted, with the function that makes runs of its kind.
+
+    Runs are looked for, and made, beside it: its record may come from another machine.
+    """
+    if run.record["kind"] not in KINDS:
+        raise LetheError(f"run: '{run.path}' is of kind {run.record['kind']}; what can be resumed: {', '.join(KINDS)}")
     settings, module = KINDS[run.record["kind"]]
     if run.record["kind"] == "sweep":
         from lethe.sweep import config_of
 
         settings = config_of(run)
-    made: Any = build(settings, run.record["config"])
+    made: Any = build(settings, run.record["config"] | {"out": str(run.path.parent)})
     return getattr(importlib.import_module(f"lethe.{module}"), FUNCTIONS.get(module, module))(made, run)

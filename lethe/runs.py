@@ -75,7 +75,7 @@ class Entry:
         record = self.run.record
         took = (record.get("environment") or {}).get("seconds")
         if record["status"] == "running" and record.get("heartbeat") and self.status == "running":
-            return (took or 0.0) + seconds_since(record["heartbeat"]) if took else seconds_since(record.get("started"))
+            return took + self.run.seconds_since_heartbeat if took else seconds_since(record.get("started"))
         return took
 
     @cached_property

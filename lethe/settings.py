@@ -87,10 +87,17 @@ def _made(config: type, values: Callable[[], Any]) -> Any:
 
 
 def build(kind: Any, value: Any) -> Any:
-    """Plain data, such as a run's `config`, as the dataclasses that `kind` declares."""
+    """Plain data, such as a run's `config`, as the dataclasses that `kind` declares.
+
+    Raises:
+        LetheError: a setting that has no default is missing, or one cannot be what it is.
+    """
     for option in options(kind):
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
             hints = typing.get_type_hints(option)
+            for f in dataclasses.fields(option):
+                if f.default is f.default_factory is dataclasses.MISSING and f.name not in value:
+                    raise LetheError(f"{f.name}: this setting is required")
             return option(**{name: build(hints[name], item) for name, item in value.items() if name in hints})  # type: ignore[operator]
         if typing.get_origin(option) is list and isinstance(value, list):
             return [build(typing.get_args(option)[0], item) for item in value]

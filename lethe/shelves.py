@@ -1,7 +1,7 @@
 """Folders that are kept for later runs (teachers' states, fitted maps), and what of them goes when they would take too much.
 
 $LETHE_HOME/teachers/<key>/    used last when its time says; locked (flock, shared) by each process that reads it
-$LETHE_HOME/teachers/<key>.lock    held by the process that builds or removes it: `ledger.building`
+$LETHE_HOME/teachers/<key>.lock    held by the process that builds or removes it: `locks.building`
 """
 
 from __future__ import annotations

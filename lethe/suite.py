@@ -126,7 +126,7 @@ class Suite(Planner):
         first = next(iter(self.config.attacks))
         known: dict[str, str] = {}
         for name, own in self.config.attacks.items():
-            settings = c.to_dict(dataclasses.replace(self.attack_named(name), name=""))
+            settings = c.to_dict(dataclasses.replace(self.attack_named(name), name="attack"))
             for key in ("limit", "task_data", "num_fewshot"):
                 values = [self.settings(one, "@0", 0)["eval"][key] for one in (first, name)]
                 if values[0] != values[1]:

@@ -14,7 +14,6 @@ so it may be killed at any moment, started again, or run twice, and no trial is 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -28,7 +27,7 @@ from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lethe import config as c
-from lethe import launch
+from lethe import journal, launch
 from lethe.errors import LetheError
 from lethe.launch import Launcher
 from lethe.ledger import STOP, Run, find_run, find_runs, refuse_run_folder
@@ -38,7 +37,6 @@ from lethe.progress import bar
 logger = logging.getLogger(__name__)
 Settings = c.SweepConfig | c.SuiteConfig
 PRUNED = "pruned"
-JOURNAL = "study.journal"
 CANCELLED = "cancelled by lethe sweep cancel"
 SECONDS_BETWEEN_ROUNDS = 0.5
 SECONDS_BETWEEN_SLURM_ROUNDS = 2.0
@@ -114,17 +112,13 @@ class Sweep:
         self.ended: dict[int, list[Run]] = {}
         self.recorded = -math.inf
         self.planner: Planner = planner_of(self.config)
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = _storage(config.storage, run.path)
-        name = f"{run.record['name']} {run.id}"
-        settings: dict[str, Any] = {"directions": self.planner.directions, "sampler": self.planner.sampler()}
-        try:
-            self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, **settings)
-            self.references = optuna.create_study(storage=storage, study_name=f"{name} references", load_if_exists=True)
-            self.tasks()
-        except json.JSONDecodeError as error:
-            file = run.path / JOURNAL
-            raise LetheError(f"sweep: '{file}' is damaged in {_damaged(file)}; take out what is cut short there") from error
+        self.study, self.references = journal.studies(
+            config.storage,
+            run.path,
+            f"{run.record['name']} {run.id}",
+            directions=self.planner.directions,
+            sampler=self.planner.sampler(),
+        )
 
     @classmethod
     def open(cls, name: str, out: str) -> Sweep:
@@ -237,7 +231,7 @@ class Sweep:
             LetheError: the study that the sweep's trials are in is not there.
         """
         if self.run.record.get("trials") and not self.tasks():
-            where = self.config.storage or self.run.path / JOURNAL
+            where = self.config.storage or self.run.path / journal.JOURNAL
             raise LetheError(f"sweep: the study of {self.run.path} is not in {where}; put it back, or start a new sweep")
         known = {name for task in self.tasks() for name in task.get("runs", [])}
         for run in find_runs(self.out):
@@ -431,7 +425,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
     if run is None:
         config = planner_of(config).checked()
         if config.storage:
-            _storage(config.storage, Path(config.out))
+            journal.storage_of(config.storage, Path(config.out))
         run = Run.create("sweep", planner_of(config).title, c.to_dict(config), config.out)
         run.update(goal=config.goal, plan={"runs": planner_of(config).expected})
     with run.running():
@@ -491,41 +485,9 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     return status(settings)
 
 
-def _damaged(journal: Path) -> str:
-    """The lines of a study's journal that cannot be read."""
-    found = []
-    for number, line in enumerate(journal.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        try:
-            json.loads(line)
-        except ValueError:
-            found.append(str(number))
-    return f"line {', '.join(found)}"
-
-
 def config_of(run: Run) -> type:
     """The kind of configuration that a sweep's record holds."""
     return c.SuiteConfig if "suite" in run.record["config"] else c.SweepConfig
-
-
-def _storage(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
-    """Where the study is kept.
-
-    Raises:
-        LetheError: the database cannot be opened.
-    """
-    from optuna.exceptions import StorageInternalError
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
-    from sqlalchemy.exc import SQLAlchemyError
-
-    if not url:
-        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-    try:
-        return RDBStorage(url)
-    except (SQLAlchemyError, StorageInternalError, ImportError) as error:
-        raise LetheError(
-            f"storage: '{url}' cannot be opened ({str(error).splitlines()[0]}); give another URL, or null"
-        ) from error
 
 
 def _on(settings: dict[str, Any], runs: list[Run]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from torch import Tensor
 from lethe import corpora
 from lethe.config import UnlearnConfig
 from lethe.lab import lethe_home
-from lethe.ledger import building, sha256
+from lethe.ledger import sha256
+from lethe.locks import building
 from lethe.residual import States
 from lethe.shelves import prune, use
 from lethe.teacher import Teacher

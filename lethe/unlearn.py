@@ -247,8 +247,10 @@ def _prepared(
         LetheError: what only the loaded models show cannot work, or differs from what a resumed run began with.
     """
     try:
+        run.hold()
         return _prepare(run, config, checked)
     except Exception as error:
+        run.lock.release()
         if not resumed and (isinstance(error, LetheError) or full_disk(error)):
             run.discard()
         raise

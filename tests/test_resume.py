@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -40,7 +39,7 @@ from lethe.config import EvalSettings, ResumeConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluate import NotNumbersError
 from lethe.lab import active_preset
-from lethe.ledger import Run, find_runs, now
+from lethe.ledger import Run, find_runs
 from lethe.resume import resume
 
 pytestmark = pytest.mark.slow
@@ -336,9 +335,11 @@ def test_what_cannot_be_resumed_is_refused(stopped, tmp_path):
     run = unlearn(recipe(tmp_path / "whole", max_steps=1))
     with pytest.raises(LetheError, match="is complete"):
         resume(ResumeConfig(str(run.path)))
-    stopped.update(status="running", heartbeat=now(), environment={"pid": os.getpid()})
+    worker = Run.open(stopped.path)
+    worker.hold()
     with pytest.raises(LetheError, match="is at work"):
         resume(ResumeConfig(str(stopped.path)))
+    worker.lock.release()
     stopped.update(status="failed", parents={"forget": stopped.record["parents"]["forget"] | {"sha256": "other"}})
     before = sorted(stopped.path.rglob("*"))
     with pytest.raises(LetheError, match="has changed since the run began"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -172,6 +173,7 @@ def running(folder: Path, steps: int, planned: int = 100, seconds: float = 50.0)
 
 def test_time_left_is_the_mean_speed_times_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = running(tmp_path, steps=20)
+    monkeypatch.setattr(Run, "seconds_since_heartbeat", 10.0)
     monkeypatch.setattr(runs, "seconds_since", lambda timestamp: 10.0)
     entry = Entry(run)
     assert entry.value("progress") == 0.2
@@ -267,7 +269,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def submitted(folder: Path, job: str, status: str = "running", age: str | None = None) -> Entry:
-    make(folder, f"job-{job}", status=status, launcher="slurm", job_id=job, heartbeat=age or ledger.now())
+    run = make(folder, f"job-{job}", status=status, launcher="slurm", job_id=job, heartbeat=age or ledger.now())
+    if age == OLD:
+        os.utime(run.path / "run.json", (978307200,) * 2)
     return next(entry for entry in listed(folder) if entry.run.record["job_id"] == job)
 
 

@@ -149,7 +149,7 @@ def test_text_is_taken_as_it_is_written(value):
         {"name": "true"},
         {"name": "a: b"},
         {"name": "ü 文"},
-        {"name": "a long name " * 20 + "x"},
+        {"name": "a long name " * 19 + "x"},
         {"model": "run:abc", "retain": "text.jsonl"},
         {"forget": TextSource("a.jsonl", template="{t}\n\n{b}")},
         {"retain": [TextSource("a.jsonl"), TextSource("b.jsonl", weight=2.0)]},

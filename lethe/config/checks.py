@@ -10,6 +10,7 @@ import typing
 from typing import Any, Literal
 
 from lethe.errors import LetheError
+from lethe.folders import refuse_name
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
@@ -20,6 +21,16 @@ def check_types(config: Any, prefix: str = "") -> None:
         value = getattr(config, name)
         if not _fits(value, kind):
             raise LetheError(f"{prefix}{name}: expected {spoken(kind)}, got {value!r}")
+        if _has_nul(value):
+            raise LetheError(f"{prefix}{name}: holds a NUL character, which no file's name can have; take it out")
+        if name == "name" and value != getattr(type(config), name, None):
+            refuse_name(value)
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return any(map(_has_nul, [*value, *value.values()] if isinstance(value, dict) else value))
+    return isinstance(value, str) and "\0" in value
 
 
 def at_least(name: str, value: float, least: float) -> None:

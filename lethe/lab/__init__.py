@@ -113,7 +113,21 @@ def _key(preset: LabPreset) -> str:
 
 
 def lethe_home() -> Path:
-    return Path(os.environ.get("LETHE_HOME") or Path.home() / ".cache" / "lethe").expanduser()
+    """Where labs and what saves time are kept.
+
+    Raises:
+        LetheError: it is a file, or can be no folder.
+    """
+    home = Path(os.environ.get("LETHE_HOME") or Path.home() / ".cache" / "lethe")
+    try:
+        home = home.expanduser().absolute()
+        there = next(path for path in (home, *home.parents) if path.exists())
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LetheError(f"LETHE_HOME: '{home}' cannot be a folder ({why}); set it to another") from error
+    if not there.is_dir():
+        raise LetheError(f"LETHE_HOME: '{home}' cannot be a folder, since '{there}' is a file; set it to another")
+    return home
 
 
 def lab_path(preset: LabPreset | None = None) -> Path:

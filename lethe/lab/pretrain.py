@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import json
 import logging
 import shutil
@@ -30,10 +29,12 @@ from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from lethe.errors import LetheError, full_disk
 from lethe.lab import TASKS, LabPreset, ProgressFactory, active_preset, is_built, lab_path
 from lethe.lab.corpus import DOMAINS, FORGET, GENERAL, NEIGHBOUR, PROMPT, documents, forget_text, make_world, retain_text
 from lethe.lab.questions import questions
 from lethe.ledger import Run, sha256
+from lethe.locks import building
 
 logger = logging.getLogger(__name__)
 END = "<|endoftext|>"
@@ -202,26 +203,22 @@ def build(progress: ProgressFactory | None = None) -> Path:
         progress: called as `lethe.progress.bar`; None shows nothing.
     """
     preset, path = active_preset(), lab_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f"{path.name}.lock").open("w") as lock:
-        _wait_for(lock, path)
-        if not is_built():
-            partial = path.with_name(f"{path.name}.partial")
-            # Whoever left one was killed: the lock is ours.
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            with _fixed(preset):
-                _build(preset, partial, progress or _silent)
-            partial.replace(path)
-    return path
-
-
-def _wait_for(lock: Any, path: Path) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        logger.warning("another process is building %s; waiting for it", path)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with building(path):
+            if not is_built():
+                partial = path.with_name(f"{path.name}.partial")
+                # Whoever left one was killed: the lock is ours.
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                with _fixed(preset):
+                    _build(preset, partial, progress or _silent)
+                partial.replace(path)
+    except OSError as error:
+        if full_disk(error):
+            raise
+        raise LetheError(f"LETHE_HOME: cannot write to '{path.parent}' ({error.strerror}); set it to another folder") from error
+    return path
 
 
 @contextlib.contextmanager

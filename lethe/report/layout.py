@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lethe.errors import printable
+
 if TYPE_CHECKING:
     import rich.table
 
@@ -21,6 +23,7 @@ DEGENERATE_NOTE = f"{DEGENERATE} degenerate: one answer position was chosen near
 STATUSES = ("queued", "running", "failed", "diverged", "cancelled", "lost")
 WORDS = {*STATUSES, "nan", "full"}
 LONG = 44
+_BREAKS = re.compile(r"[\t\n\r]+")
 _NUMBER = re.compile(rf"~?[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(strength [\d.]+\)| \(\d+ steps\))?{DEGENERATE}?")
 
 
@@ -33,6 +36,12 @@ class Table:
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     lead: str = ""
+
+    def __post_init__(self) -> None:
+        """What runs are called is somebody else's text: no control character of it reaches a terminal or a page."""
+        self.title, self.lead = _plain(self.title), _plain(self.lead)
+        self.columns, self.notes = [*map(_plain, self.columns)], [*map(_plain, self.notes)]
+        self.rows = [[*map(_plain, row)] for row in self.rows]
 
     def is_numeric(self, column: int) -> bool:
         """Whether a column holds numbers (or statuses in their place), and is set flush right."""
@@ -159,6 +168,10 @@ def seconds(duration: float) -> str:
 
 def _class(number: bool, cell: str) -> str:
     return ' class="number"' if number else ' class="long"' if len(cell) > LONG else ""
+
+
+def _plain(text: str) -> str:
+    return printable(_BREAKS.sub(" ", text))
 
 
 def _flat(cell: str) -> str:

@@ -234,7 +234,7 @@ def _missing_notes(missing: dict[str, str] | None) -> list[str]:
 
 def evaluations_table(runs: list[Run]) -> Table:
     """Evaluation runs side by side: Model | Job ID | a column a task."""
-    rows = [row_of(run, run.record["config"]["model"]) for run in runs]
+    rows = [row_of(run, run.record["config"].get("model", "?")) for run in runs]
     refuse_mixed(rows)
     tasks = tasks_of(row.evals for row in rows)
     cells = []

@@ -1,0 +1,157 @@
+"""Who works in a folder: one process at a time, and how anybody else can tell that it still does.
+
+    FolderLock(folder).acquire()    refused while another process has it; gone with the process that has it
+    lives(environment)              whether the process that a run's record names is still there: by its number and its start
+    seconds_since_written(file)     its age by the clock of its own file system
+
+The lock is flock's, on a file in the folder: the kernel lets go of it when the process dies, however it dies. Other machines
+see it where the file system has locks for all of them (NFS from version 4 on, Lustre with `flock`). Where it has none, what is
+left is the record, whose file the process renews; nothing here reads the clock of a machine to judge another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from lethe.errors import LetheError
+
+LOCK = "work.lock"
+CLOCK_SECONDS = 60
+"""How long the difference between a file system's clock and this machine's is taken for the same."""
+logger = logging.getLogger(__name__)
+_clocks: dict[int, tuple[float, float]] = {}
+
+
+class HeldError(LetheError):
+    """Another process works in the folder."""
+
+
+class FolderLock:
+    """The right to work in a folder. `shared`: with all others that want it shared, as a sweep's controllers do."""
+
+    def __init__(self, folder: Path, shared: bool = False):
+        self.folder, self.shared = folder, shared
+        self._file: IO[str] | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._file is not None
+
+    def acquire(self) -> None:
+        """Take it, or do nothing if this object has it.
+
+        Raises:
+            HeldError: another process, or another object of this one, has it.
+            LetheError: the folder cannot be written.
+        """
+        if self.held:
+            return
+        try:
+            file = (self.folder / LOCK).open("a+")
+        except OSError as error:
+            raise LetheError(f"out: cannot write in '{self.folder}' ({error.strerror}); choose another folder") from error
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            who = file.read(200).strip() or "a machine that is not named"
+            file.close()
+            raise HeldError(f"'{self.folder}' is at work on {who}; wait until it is done, or stop it first") from error
+        except OSError as error:
+            logger.warning("no locks in %s (%s): start nothing there from two machines at once", self.folder, error.strerror)
+        self._file = file
+        with contextlib.suppress(OSError):  # of a full disk
+            file.truncate(0)
+            file.write(f"{socket.gethostname()} (process {os.getpid()})\n")
+            file.flush()
+
+    def release(self) -> None:
+        """Let go of it; the file stays, for another process may be opening it."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Inside, no other process builds what is kept in `folder`; a killed one lets go by itself."""
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process is building %s; waiting for it", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def identity(pid: int | None = None) -> dict[str, Any]:
+    """What tells a process (this one) from all others: machine, number, and when it began."""
+    pid = os.getpid() if pid is None else pid
+    return {"host": socket.gethostname(), "pid": pid, "born": _born(pid)}
+
+
+def lives(process: dict[str, Any]) -> bool | None:
+    """Whether the process of that `identity` is there; None if it is another machine's, or none is named."""
+    if process.get("host") != socket.gethostname() or process.get("pid") is None:
+        return None
+    try:
+        if psutil.Process(process["pid"]).status() == psutil.STATUS_ZOMBIE:
+            return False
+    except (psutil.Error, ValueError, OverflowError):
+        return False
+    return process.get("born") in {None, _born(process["pid"])}
+
+
+def _born(pid: int) -> str | None:
+    """When a process began, in ticks since the machine did and not by its clock, which may be set; None if it is gone."""
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+        return f"{_boot()}:{ticks}"
+    except OSError:  # no Linux, or no such process
+        with contextlib.suppress(psutil.Error):
+            return str(round(psutil.Process(pid).create_time(), 1))
+        return None
+
+
+@cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+    except OSError:
+        return ""
+
+
+def seconds_since_written(file: Path) -> float:
+    """Seconds since `file` was written, by the clock of its file system; infinity if there is none."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return float("inf")
+    return max(0.0, time.monotonic() + _ahead(facts.st_dev, file.parent) - facts.st_mtime)
+
+
+def _ahead(device: int, folder: Path) -> float:
+    """What a file system's clock shows beyond `time.monotonic()`: told from a new file, where one can be written."""
+    ahead, measured = _clocks.get(device, (0.0, float("-inf")))
+    if time.monotonic() - measured > CLOCK_SECONDS:
+        measured = time.monotonic()
+        try:
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                ahead = os.fstat(probe.fileno()).st_mtime - measured
+        except OSError:  # somebody else's folder: this machine's clock has to do
+            ahead = time.time() - measured
+        _clocks[device] = ahead, measured
+    return ahead
