@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lethe.config.checks import above, at_least, check_layers, check_types
+from lethe.config.checks import above, at_least, check_layers, check_seed, check_types
 from lethe.config.training import LAB_TASKS, LAYERS, AskedSettings, Dtype, TextSource
 from lethe.errors import LetheError
 
@@ -243,3 +243,4 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_seed(self.seed)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lethe.config.checks import above, at_least, check_layers, check_types, fraction
+from lethe.config.checks import above, at_least, check_layers, check_seed, check_types, fraction
 from lethe.errors import LetheError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -171,9 +171,7 @@ class TrainingSettings:
         at_least("time_limit", self.time_limit, 0)
         if self.divergence_factor != 0 and not self.divergence_factor > 1:
             raise LetheError(f"divergence_factor: must be above 1, or 0, got {self.divergence_factor}")
-        at_least("seed", self.seed, 0)
-        if self.seed >= 2**32:
-            raise LetheError(f"seed: must be below 2**32, which is as far as libraries take one, got {self.seed}")
+        check_seed(self.seed)
         if self.max_steps > 0 and self.epochs != 1:
             raise LetheError(f"epochs: {self.epochs} has no effect while max_steps is {self.max_steps}; set max_steps to -1")
         if self.optimizer != "muon" and self.newton_schulz_dtype != "auto":
