@@ -25,7 +25,7 @@ from lethe.config import (
     UnlearnConfig,
     as_text_source,
 )
-from lethe.errors import LetheError
+from lethe.errors import LetheError, nearest, printable
 from lethe.ledger import Run, refuse_run_folder
 from lethe.maps import check_maps, facts_of, find_maps, layers_of
 from lethe.tasks import data
@@ -281,8 +281,12 @@ def _refuse_length(config: TrainingSettings | AffineConfig | AffineScoreConfig, 
             )
 
 
-REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX")}
-"""The packages of a `report_to` that are not of its own name."""
+REPORTERS = {
+    name: (name,) for name in ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab")
+}
+REPORTERS |= {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
+REPORTERS |= {name: (name,) for name in ("trackio", "wandb")}
+"""What transformers can log to, and the packages of which each needs one."""
 
 
 def _refuse_unavailable(config: TrainingSettings) -> None:
@@ -294,8 +298,12 @@ def _refuse_unavailable(config: TrainingSettings) -> None:
     if config.optimizer == "adamw_8bit" and missing("torchao", "bitsandbytes"):
         raise LetheError("optimizer: adamw_8bit needs torchao or bitsandbytes, and neither is installed; pip install torchao")
     for name in config.report_to:
-        if not name.isidentifier() or missing(*REPORTERS.get(name, (name,))):
-            raise LetheError(f"report_to: '{name}' is not installed; pip install {name}, or leave it out")
+        if name not in REPORTERS:
+            raise LetheError(
+                f"report_to: '{printable(name, 80)}' is nothing that transformers logs to{nearest(name, REPORTERS)}"
+            )
+        if missing(*REPORTERS[name]):
+            raise LetheError(f"report_to: '{name}' is not installed; pip install {REPORTERS[name][0]}, or leave it out")
 
 
 def _maps(config: UnlearnConfig, model: refs.ModelRef, source: refs.ModelRef) -> tuple[Path | None, list[str]]:

@@ -252,8 +252,10 @@ def _refuse_unknown_in_recipe(file: str, known: dict[str, Any]) -> None:
     for name in _dotted(content, known):
         if name not in known:
             raise LetheError(f"config: '{shown}' has an unknown field '{printable(name, 80)}'{_nearest_field(name, known)}")
-    for name, value in content.items():
-        refuse_unusable(name, value)
+    try:
+        refuse_unusable("", content)
+    except LetheError as error:
+        raise LetheError(f"config: '{shown}': {error}") from error
 
 
 def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
@@ -282,6 +284,9 @@ def _one_line(message: str, config: type) -> str:
     missing = re.search(r'(?<![\w.])([\w.]+)"? is required', message)
     if missing or not name:
         field = missing.group(1) if missing else ""
+        stray = message.partition("unrecognized arguments: ")[2]
+        if stray:
+            return f"'{printable(stray, 80)}' belongs to no setting; one that is no list takes one value, as --name value"
         return f"{field}: this setting is required" if field else " ".join(message.split())
     got = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)
     given = printable(got[0].strip(), 80) if got else "something else"

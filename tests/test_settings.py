@@ -367,8 +367,8 @@ def test_a_number_that_is_not_finite_is_refused(recipe, field, value):
         ("", "holds no settings"),
         ("- a\n- b\n", "holds no settings"),
         ("just words", "holds no settings"),
-        ("lr: [", "is not YAML"),
-        ("\tlr: 3", "is not YAML"),
+        ("lr: [", "not YAML"),
+        ("\tlr: 3", "not YAML"),
         ("lr: 1\nlr: 2\nsource: x", "lr"),
     ],
 )

@@ -44,8 +44,8 @@ def refuse_unusable(name: str, value: Any) -> None:
         if seen > MOST:
             raise LetheError(f"{name}: more than {MOST} values; a setting has fewer")
         if isinstance(value, dict):
-            if odd := next((key for key in value if not isinstance(key, str)), None):
-                raise LetheError(f"{name}: {printable(repr(odd), 80)} is no name; write it in quotes")
+            if odd := [key for key in value if not isinstance(key, str)]:
+                raise LetheError(f"{name}: {printable(repr(odd[0]), 80)} is no name; write it in quotes")
             for key in value:
                 refuse_text(f"{name}: the name '{printable(key, 80)}'", key, free=False)
             left += [(f"{name}.{key}" if name else key, inner, depth + 1) for key, inner in value.items()]
@@ -66,7 +66,9 @@ def refuse_text(name: str, text: str, free: bool) -> None:
         raise LetheError(f"{name}: has {len(text)} characters, {LONGEST} at most are taken")
     longest = max((len(part.encode()) for part in text.split("/")), default=0)
     if longest > LONGEST_PART and not free:
-        raise LetheError(f"{name}: has {longest} bytes in one piece; names have {LONGEST_PART} at most, which is what file systems take")
+        raise LetheError(
+            f"{name}: has {longest} bytes in one piece; names have {LONGEST_PART} at most, which is what file systems take"
+        )
 
 
 def at_least(name: str, value: float, least: float) -> None:
@@ -75,11 +77,11 @@ def at_least(name: str, value: float, least: float) -> None:
         raise LetheError(f"{name}: must be at least {least}, got {value}")
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, name: str = "seed") -> None:
     """Refuse a seed that a library would not take."""
-    at_least("seed", seed, 0)
+    at_least(name, seed, 0)
     if seed >= 2**32:
-        raise LetheError(f"seed: must be below 2**32, which is as far as libraries take one, got {seed}")
+        raise LetheError(f"{name}: must be below 2**32, which is as far as libraries take one, got {seed}")
 
 
 def above(name: str, value: float, bound: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lethe.config.checks import above, at_least, check_layers, check_seed, check_types
+from lethe.config.checks import at_least, check_layers, check_seed, check_types
 from lethe.config.training import LAB_TASKS, LAYERS, AskedSettings, Dtype, TextSource
 from lethe.errors import LetheError
 
@@ -197,7 +197,8 @@ class RunsConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        above("every", self.every, 0)
+        if not 0 < self.every <= 86400:
+            raise LetheError(f"every: must be above 0 and at most a day (86400 seconds), got {self.every:g}")
         if self.every != 5.0 and not self.watch:
             raise LetheError(f"every: {self.every} has no effect without watch; leave it out")
 
