@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lethe.sweep import Sweep, Task
 
 Stage = tuple[str, dict[str, Any]]
-SECTIONS: dict[str, type] = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig}
+SECTIONS: dict[str, type[c.UnlearnConfig] | type[c.TamperConfig]] = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig}
 logger = logging.getLogger(__name__)
 MOST_RUNS = 10_000
 CONFIGS: dict[str, type] = SECTIONS | {"evaluate": c.EvaluateConfig}

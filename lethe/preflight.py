@@ -71,6 +71,7 @@ def check(config: UnlearnConfig) -> Checked:
         raise LetheError("forget and retain text share documents; the retain term would hold what the forget term removes")
     _refuse_types(config)
     _refuse_unavailable(config)
+    _refuse_rank(config, model)
     if config.packing == "none":
         plan(config, max(len(forget), len(retain)))
     return Checked(model, source, affine, conventions, forget, retain)
@@ -184,6 +185,7 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
         return CheckedAttack(ref, [], {"steps": len(config.strengths)}, None)
     _refuse_length(config, ref)
     _refuse_unavailable(config)
+    _refuse_rank(config, ref)
     everything = corpora.read(config.forget)
     documents = corpora.take(everything, config.num_train_examples, "back", "forget text")
     if config.attack == "prompt" and max(config.strengths) > len(documents):
@@ -281,11 +283,29 @@ def _refuse_length(config: TrainingSettings | AffineConfig | AffineScoreConfig, 
             )
 
 
-REPORTERS = {
-    name: (name,) for name in ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab")
+def _refuse_rank(config: UnlearnConfig | TamperConfig, model: refs.ModelRef) -> None:
+    """Refuse adapters of a higher rank than the model's activations can have; a huge one would fail when it is made."""
+    if config.lora is not None and config.lora.r > model.width:
+        raise LetheError(
+            f"lora.r: {config.lora.r} is above the width of '{model.name}', {model.width}, which no rank exceeds; lower it"
+        )
+
+
+REPORTERS: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
 }
-REPORTERS |= {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
-REPORTERS |= {name: (name,) for name in ("trackio", "wandb")}
 """What transformers can log to, and the packages of which each needs one."""
 
 

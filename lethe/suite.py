@@ -74,15 +74,18 @@ def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
         if name not in attacks:
             raise LetheError(f"only: the suite has no attack '{name}'{nearest(name, attacks)}")
     chosen = {name: own for name, own in attacks.items() if not config.only or name in config.only}
-    return dataclasses.replace(
-        config,
-        attacks=chosen,
-        only=[],
-        common=_over(suite.get("common") or {}, config.common),
-        controls=(suite.get("controls") or []) if config.controls is None else config.controls,
-        general_bound=suite.get("general_bound") if config.general_bound is None else config.general_bound,
-        goal=config.goal or suite.get("goal") or "",
-    )
+    try:
+        return dataclasses.replace(
+            config,
+            attacks=chosen,
+            only=[],
+            common=_over(suite.get("common") or {}, config.common),
+            controls=(suite.get("controls") or []) if config.controls is None else config.controls,
+            general_bound=suite.get("general_bound") if config.general_bound is None else config.general_bound,
+            goal=config.goal or suite.get("goal") or "",
+        )
+    except LetheError as error:
+        raise LetheError(f"suite: '{config.suite}': {error}") from error
 
 
 def _named(attacks: dict[str, Any]) -> dict[str, dict[str, Any]]:
