@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
 from lethe import reading
@@ -35,7 +34,7 @@ def parse(command: str, config: type, words: list[str], example: str, positional
         LetheError: a field is unknown or ill-typed, or a recipe cannot be read.
     """
     words = _named(words, config, positional)
-    _refuse_unusable(words)
+    _refuse_unusable(words, config)
     _refuse_unknown(words, config)
     parser = _parser(command, config, example)
     return _made(config, lambda: parser.parse_args(_joined(words, config)))
@@ -173,10 +172,9 @@ def _pairs(name: str, words: list[str], typed: bool) -> str:
 def _yaml(name: str, text: str) -> Any:
     """A value on the command line as it would be in a recipe; numbers such as 1e-3 are numbers there, too."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise LetheError(f"{name}: '{text}' is not YAML ({' '.join(str(error).split())})") from error
-    return numbers(value)
+        return numbers(reading.yaml_of(text))
+    except reading.UnreadableError as error:
+        raise LetheError(f"{name}: '{printable(text, 80)}' cannot be read ({error})") from error
 
 
 def numbers(value: Any) -> Any:
@@ -215,9 +213,9 @@ def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _refuse_unusable(words: list[str]) -> None:
-    """Refuse words that jsonargparse, which reads them as YAML, would fail on."""
-    name = ""
+def _refuse_unusable(words: list[str], config: type) -> None:
+    """Refuse words that jsonargparse, which reads them as YAML, would fail on, or where it would drop a key written twice."""
+    kinds, name = fields_of(config), ""
     for word in words:
         name = word.partition("=")[0] if word.startswith("--") else name
         shown = printable(name.removeprefix("--"), 80)
@@ -225,6 +223,9 @@ def _refuse_unusable(words: list[str]) -> None:
         depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
         if max(depths, default=0) > DEEPEST:
             raise LetheError(f"{shown}: nested too deeply; a setting has {DEEPEST} levels at most")
+        value = word.partition("=")[2] if word.startswith("--") else word
+        if value.startswith("{") and str not in options(kinds.get(name.removeprefix("--"), str)):
+            _yaml(shown, value)
 
 
 def _refuse_unknown(words: list[str], config: type) -> None:

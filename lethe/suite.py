@@ -132,7 +132,8 @@ class Suite(Planner):
         if self.config.attacks and (self.config.suite or self.config.only):
             raise LetheError("suite, only: have no effect beside attacks; leave them out, or attacks")
         self.config = spelled_out(self.config)
-        if (count := len(self.plans_of_all())) > MOST_RUNS:
+        seeds = [len(self.config.seed_list) if self.attack_named(name).draws else 1 for name in self.config.attacks]
+        if (count := len(self.models) * sum(seeds)) > MOST_RUNS:
             raise LetheError(f"attacks: {count} runs, {MOST_RUNS} at most; take fewer seeds, models or attacks")
         self._refuse_unlike()
         for plan in self.plans_of_all():

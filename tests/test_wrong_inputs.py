@@ -462,6 +462,7 @@ WORDS = [
 ]
 VALUES_OF_WORDS = ["a\0b", "\x1b[31m", LONG, "9" * 5000, "[" * DEEP, "[" * 40 + "]" * 40, "half \udcff", "n" * 300 + "."]
 VARIED = [
+    '{"lr": [1], "lr": [2]}',
     "",
     "{",
     "lr",

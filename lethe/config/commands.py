@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lethe.config.checks import at_least, check_layers, check_seed, check_types
-from lethe.config.training import LAB_TASKS, LAYERS, AskedSettings, Dtype, TextSource
+from lethe.config.training import LAB_TASKS, LAYERS, AskedSettings, Dtype, TextSource, refuse_weight
 from lethe.errors import LetheError
 
 
@@ -82,6 +82,7 @@ class AffineConfig:
         check_types(self)
         at_least("time_limit", self.time_limit, 0)
         check_layers(self.layers)
+        refuse_weight("text", self.text)
         at_least("num_examples", self.num_examples, 0)
         at_least("max_length", self.max_length, 2)
         at_least("batch_size", self.batch_size, 1)
@@ -113,6 +114,7 @@ class AffineScoreConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        refuse_weight("text", self.text)
         at_least("num_examples", self.num_examples, 0)
         at_least("max_length", self.max_length, 2)
         at_least("batch_size", self.batch_size, 1)

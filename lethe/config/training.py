@@ -42,6 +42,12 @@ class TextSource:
             raise LetheError(f"split: {self.split} has no effect on '{self.source}', which is no hub data set; leave it out")
 
 
+def refuse_weight(name: str, text: str | TextSource | list[TextSource]) -> None:
+    """Refuse a weight where there is nothing to weigh the text against."""
+    if isinstance(text, TextSource) and text.weight != 1:
+        raise LetheError(f"{name}.weight: {text.weight} has no effect on a text alone; it is for mixtures of retain text")
+
+
 def as_text_source(text: str | TextSource) -> TextSource:
     """`text` as a `TextSource`; a bare string is its `source`."""
     return TextSource(text) if isinstance(text, str) else text
@@ -254,11 +260,7 @@ class UnlearnConfig(TrainingSettings):
         """Refuse settings that nothing would read."""
         given = self.affine not in {"fit", "none"}
         for name in ("forget", "retain"):
-            text = getattr(self, name)
-            if isinstance(text, TextSource) and text.weight != 1:
-                raise LetheError(
-                    f"{name}.weight: {text.weight} has no effect on a text alone; it is for mixtures of retain text"
-                )
+            refuse_weight(name, getattr(self, name))
         nobody = self.remove_coef == 0 and self.retain_loss == "ce"
         idle = {
             "teacher_cache": nobody and self.teacher_cache != "auto" and "on a recipe whose terms ask no teacher",
@@ -329,6 +331,7 @@ class TamperConfig(TrainingSettings):
         if self.attack != "finetune":
             self._refuse_training()
         super().__post_init__()
+        refuse_weight("forget", self.forget)
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
         if self.adapter == "train" and self.lora is not None:
