@@ -184,7 +184,7 @@ def wrong_settings(command: str, file: Path) -> Iterator[Case]:
             inner[last] = value
             file.write_text(yaml.safe_dump(settings))
             must = not fits(value, kind, last in PROSE)
-            known_by = [last] if must else [*name.split("."), *echoes(value)]
+            known_by = [last] if must else [*name.split("."), *echoes(value), "run:"]
             yield Case(f"{command}: {name}: {shown(value)}", [*words, "--config", str(file)], known_by, must)
 
 

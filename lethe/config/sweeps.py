@@ -192,6 +192,9 @@ class SuiteConfig(LaunchSettings):
         super().__post_init__()
         if not self.models:
             raise LetheError("models: name the models to attack, such as run:ID or lab:filtered")
+        for name, models in (("models", self.models), ("controls", self.controls or [])):
+            if not all(model.strip() for model in models):
+                raise LetheError(f"{name}: an empty one names no model; leave it out")
         if len(set(self.models)) < len(self.models):
             raise LetheError(f"models: {self.models} names a model twice; name each once")
         if not self.suite and not self.attacks:
