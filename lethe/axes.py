@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lethe.config import LoraSettings, TamperConfig, UnlearnConfig
-from lethe.errors import LetheError, nearest
+from lethe.errors import LetheError, nearest, printable
 from lethe.settings import fields_of, numbers
 
 Point = dict[str, Any]
 KEYS = {"values", "low", "high", "log", "steps", "when"}
 ATTACK = "tamper."
+MOST_STEPS = 1000
 RATIO = " / "
 NOT_SETTINGS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache"}
 """Fields of a recipe that do not change what is measured."""
@@ -56,6 +57,8 @@ class Axis:
             LetheError: the field is unknown, or its values make no axis.
         """
         name = RATIO.join(part.strip() for part in name.split("/"))
+        if name.count(RATIO) > 1:
+            raise LetheError(f"vary: {printable(name, 80)} divides twice; a ratio is one field by another")
         for field in name.split(RATIO):
             _refuse_unknown(field, attacked)
         given = numbers(given)
@@ -63,19 +66,25 @@ class Axis:
             given = {"values": given}
         if not isinstance(given, dict) or set(given) - KEYS:
             wrong = nearest(next(iter(set(given) - KEYS)), KEYS) if isinstance(given, dict) else ""
-            raise LetheError(f"vary: {name} must be a list, or low and high (with log, steps, when), got {given!r}{wrong}")
+            raise LetheError(
+                f"vary: {name} must be a list, or low and high (with log, steps, when), got {printable(repr(given), 80)}{wrong}"
+            )
         when = given.get("when", {})
         if not isinstance(when, dict):
-            raise LetheError(f"vary: {name}: when must name fields and values, such as {{optimizer: adamw}}, got {when!r}")
+            raise LetheError(
+                f"vary: {name}: when must name fields and values, such as {{optimizer: adamw}}, got {printable(repr(when), 80)}"
+            )
         for field in when:
             _refuse_unknown(field, attacked)
         conditions = tuple((field, tuple(v) if isinstance(v, list) else (v,)) for field, v in when.items())
         if "values" in given:
             values = given["values"]
             if set(given) & {"low", "high", "log", "steps"} or not isinstance(values, list) or not values:
-                raise LetheError(f"vary: {name} takes either a list of values, or low and high, got {given!r}")
-            if len({json.dumps(v, sort_keys=True) for v in values}) < len(values):
-                raise LetheError(f"vary: {name} has a value twice in {values}; name each once")
+                raise LetheError(
+                    f"vary: {name} takes either a list of values, or low and high, got {printable(repr(given), 80)}"
+                )
+            if len({json.dumps(_alike(v), sort_keys=True) for v in values}) < len(values):
+                raise LetheError(f"vary: {name} has a value twice in {printable(values, 80)}; name each once")
             return cls(name, tuple(values), when=conditions)
         return cls._range(name, given, conditions)
 
@@ -87,6 +96,8 @@ class Axis:
         log, steps = given.get("log", False), given.get("steps", 0)
         if not fits or not isinstance(log, bool) or not isinstance(steps, int):
             raise LetheError(f"vary: {name} takes low and high as numbers, log as true or false, steps as a whole number")
+        if steps > MOST_STEPS:
+            raise LetheError(f"vary: {name} has {steps} steps, {MOST_STEPS} at most are taken; lower steps")
         if not low < high or (log and low <= 0):
             raise LetheError(f"vary: {name} must rise from low to high{' and start above 0' * log}, got {low} to {high}")
         if steps and steps < 2:
@@ -161,8 +172,16 @@ def settings_at(recipe: Mapping[str, Any], point: Point, attack: bool = False) -
         if name.startswith(ATTACK) == attack:
             field, _, below = name.removeprefix(ATTACK).partition(RATIO)
             ratio_to = value_at(point, below) if below in point else value_at(made, below) if below else 1
-            _put(made, field, value * ratio_to if below else copy.deepcopy(value))
+            _put(made, field, _times(name, value, ratio_to) if below else copy.deepcopy(value))
     return made
+
+
+def _times(name: str, value: Any, unit: Any) -> float:
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in (value, unit)):
+        raise LetheError(
+            f"vary: {name} is a ratio, which only numbers have; got {printable(value, 80)} of {printable(unit, 80)}"
+        )
+    return value * unit
 
 
 def value_at(settings: Mapping[str, Any], name: str) -> Any:
@@ -176,6 +195,8 @@ def value_at(settings: Mapping[str, Any], name: str) -> Any:
 def _put(settings: dict[str, Any], name: str, value: Any) -> None:
     *way, last = name.split(".")
     for part in way:
+        if isinstance(settings.get(part), str | list):  # a text by its name alone, or a mixture
+            raise LetheError(f"vary: {name} has no place, since {part} is {printable(settings[part], 80)}; vary {part} itself")
         if settings.get(part) is None:  # lora.r on a recipe that is full-rank: adapters with their defaults
             settings[part] = vars(LoraSettings()).copy() if part == "lora" else {}
         settings = settings[part]
@@ -198,8 +219,10 @@ def name_at(template: str, settings: Mapping[str, Any], point: Point, seed: int 
             fields_in = list(string.Formatter().parse(template))
         except ValueError as error:
             raise LetheError(f"name: a brace in '{template}' is not closed, or not opened ({error})") from error
-        if any(spec or conversion for _, _, spec, conversion in fields_in):
-            raise LetheError(f"name: '{template}' formats a field; write the field alone, such as {{retain_coef}}")
+        if any(spec or conversion or name == "" for _, name, spec, conversion in fields_in):
+            raise LetheError(
+                f"name: '{template}' formats a field, or names none; write the field alone, such as {{retain_coef}}"
+            )
         asked = [name for _, name, _, _ in fields_in if name]
         for name in asked:
             if name not in point and name.removeprefix(ATTACK) not in fields:

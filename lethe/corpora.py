@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import string
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
@@ -20,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lethe import refs
+from lethe import reading, refs
 from lethe.config import TextSource, as_text_source
-from lethe.errors import LetheError, nearest
+from lethe.errors import LetheError, nearest, printable
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +65,8 @@ def read(text: str | TextSource) -> list[Document]:
 
 def _read(source: TextSource) -> list[Document]:
     documents: dict[str, Document] = {}
-    for record in _records(source):
-        body = _body(record, source)
+    for where, record in _records(source):
+        body = _body(record, source, where)
         if body.strip():
             key = hashlib.sha256(body.encode()).hexdigest()
             documents.setdefault(key, Document(body, key))
@@ -184,7 +183,8 @@ def pad(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]
     return ids, mask
 
 
-def _records(source: TextSource) -> Iterator[dict[str, Any]]:
+def _records(source: TextSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each record of a source, with where it stands there: `line 3` of a file, `row 3` of a table."""
     name = source.source
     if name.startswith("lab:"):
         what = name.removeprefix("lab:")
@@ -195,50 +195,58 @@ def _records(source: TextSource) -> Iterator[dict[str, Any]]:
     if path.suffix in {".jsonl", ".parquet", ".txt"}:
         if not path.is_file():
             raise LetheError(f"text '{name}': there is no such file")
-        return {".jsonl": _jsonl, ".parquet": _parquet, ".txt": _txt}[path.suffix](path, name)
+        if path.suffix == ".parquet":
+            return _parquet(path, source)
+        return _jsonl(path, name) if path.suffix == ".jsonl" else _txt(path, name)
     if path.exists():
         raise LetheError(f"text '{name}': give a .jsonl, .parquet or .txt file, lab:forget, lab:retain or a hub data set")
     return _hub(source)
 
 
-def _txt(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    for _, line in _lines(path, name):
-        yield {"text": line}
+def _txt(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, line in _lines(path, name):
+        yield where, {"text": line}
 
 
-def _jsonl(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    for number, line in _lines(path, name):
+def _jsonl(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, line in _lines(path, name):
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise LetheError(f"text '{name}', line {number}: not JSON ({error}); mend or remove the line") from error
+            record = reading.json_of(line)
+        except reading.UnreadableError as error:
+            raise LetheError(f"text '{name}', {where}: {error}; mend or remove the line") from error
         if not isinstance(record, dict):
-            raise LetheError(f"text '{name}', line {number}: expected an object with columns, got {type(record).__name__}")
-        yield record
+            raise LetheError(f"text '{name}', {where}: expected an object with columns, got {type(record).__name__}")
+        yield where, record
 
 
-def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, name: str) -> Iterator[tuple[str, str]]:
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LetheError(f"text '{name}' cannot be read as UTF-8 text ({error})") from error
+        content = reading.text_of(path)
+    except reading.UnreadableError as error:
+        raise LetheError(f"text '{name}' cannot be read ({error})") from error
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
-            yield number, line
+            yield f"line {number}", line
 
 
-def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path, source: TextSource) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise LetheError(f"text '{name}' cannot be read as parquet ({str(error).splitlines()[0]})") from error
-    return iter(table.to_pylist())
+        file = pyarrow.parquet.ParquetFile(path)
+        names, wanted = file.schema_arrow.names, _columns(source)
+        twice = next((column for column in wanted if names.count(column) > 1), None)
+        rows = [] if twice else file.read(wanted if set(wanted) <= set(names) else None).to_pylist()
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # a string that is no UTF-8, a far date
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LetheError(f"text '{source.source}' cannot be read as parquet ({why}); write the file again") from error
+    if twice:
+        raise LetheError(f"text '{source.source}': there are several columns '{twice}'; rename all but one")
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _hub(source: TextSource) -> Iterator[dict[str, Any]]:
+def _hub(source: TextSource) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
     name, _, configuration = source.source.partition(":")
@@ -247,16 +255,21 @@ def _hub(source: TextSource) -> Iterator[dict[str, Any]]:
     except Exception as error:  # load_dataset raises errors of a dozen libraries; each means the same here
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LetheError(f"text '{source.source}' is no file here and cannot be loaded as a hub data set ({why})") from error
-    return iter(found)
+    return ((f"row {number}", row) for number, row in enumerate(found, 1))
 
 
-def _body(record: dict[str, Any], source: TextSource) -> str:
+def _body(record: dict[str, Any], source: TextSource, where: str) -> str:
     columns = _columns(source)
     for column in columns:
-        if not isinstance(record.get(column), str):
-            have = ", ".join(k for k, v in record.items() if isinstance(v, str)) or "none"
+        if column in record and record[column] is None:
             raise LetheError(
-                f"text '{source.source}' has no text column '{column}' (text columns: {have}); name it with column or template"
+                f"text '{source.source}', {where}: column '{column}' is null; give it a text, or remove the {where[:4].strip()}"
+            )
+        if not isinstance(record.get(column), str):
+            have = printable(", ".join(k for k, v in record.items() if isinstance(v, str)), 400) or "none"
+            raise LetheError(
+                f"text '{source.source}', {where}: no text column '{column}' (text columns: {have}); "
+                "name it with column or template"
             )
     return source.template.format(**record) if source.template else record[source.column]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 1200
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: object, most: int | None = None) -> str:
@@ -28,7 +28,7 @@ def printable(text: object, most: int | None = None) -> str:
     shown = str(text)
     if most is not None and len(shown) > most:
         shown = f"{shown[: most * 2 // 3]} … {shown[-(most // 3) :]}"
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), shown)
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), shown)
 
 
 class LetheError(Exception):

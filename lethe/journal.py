@@ -72,9 +72,11 @@ def storage_of(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
 
     if not url:
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    if url in {"sqlite://", "sqlite:///:memory:"}:
+        raise LetheError(f"storage: '{url}' is lost when this process ends; name a file, such as sqlite:///study.db, or null")
     try:
         return RDBStorage(url)
-    except (SQLAlchemyError, StorageInternalError, ImportError) as error:
+    except (SQLAlchemyError, StorageInternalError, ImportError, LookupError, ValueError) as error:  # the last two: a brace
         raise LetheError(
             f"storage: '{url}' cannot be opened ({str(error).splitlines()[0]}); give another URL, or null"
         ) from error

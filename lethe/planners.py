@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lethe import axes, corpora, preflight, refs, regimes, search
 from lethe import config as c
 from lethe.axes import Axis, Point
-from lethe.errors import LetheError, nearest
+from lethe.errors import LetheError, nearest, printable
 from lethe.ledger import Run, find_runs, sha256
 from lethe.maps import WEIGHTS, find_maps
 from lethe.runs import number
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
     from lethe.sweep import Sweep, Task
 
 Stage = tuple[str, dict[str, Any]]
-SECTIONS: dict[str, type] = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig}
+SECTIONS: dict[str, type[c.UnlearnConfig] | type[c.TamperConfig]] = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig}
 logger = logging.getLogger(__name__)
+MOST_RUNS = 10_000
 CONFIGS: dict[str, type] = SECTIONS | {"evaluate": c.EvaluateConfig}
 
 
@@ -96,14 +98,24 @@ class Planner:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The whole recipe that is varied."""
-        return c.to_dict(from_settings(c.UnlearnConfig, {**self.config.unlearn, "out": self.config.out}))
+        return self._section("unlearn", self.config.unlearn)
 
     @cached_property
     def attack(self) -> dict[str, Any] | None:
         """The whole recipe of the attack on every result."""
-        if self.config.tamper is None:
-            return None
-        return c.to_dict(from_settings(c.TamperConfig, {**self.config.tamper, "model": "@0", "out": self.config.out}))
+        return None if self.config.tamper is None else self._section("tamper", self.config.tamper)
+
+    def _section(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        """The whole recipe of a section, with the sweep's own settings in it."""
+        try:
+            return c.to_dict(from_settings(SECTIONS[name], given | self._own(name)))
+        except LetheError as error:
+            raise LetheError(f"{name}: {error}") from error
+
+    def _own(self, section: str) -> dict[str, Any]:
+        """The settings of a section that the sweep gives itself."""
+        own = {"out": self.config.out, "name": SECTIONS[section].name}
+        return own | ({"model": "@0"} if section == "tamper" else {})
 
     @cached_property
     def tasks(self) -> tuple[str, str]:
@@ -149,7 +161,13 @@ class Planner:
         Raises:
             LetheError: one of the runs could not work.
         """
-        for section, recipe in (("unlearn", self.recipe), ("tamper", self.attack)):
+        for section, given, recipe in (
+            ("unlearn", self.config.unlearn, self.recipe),
+            ("tamper", self.config.tamper or {}, self.attack),
+        ):
+            for name, own in self._own(section).items():
+                if given.get(name, own) != own:
+                    raise LetheError(f"{section}: {name}: {printable(given[name], 80)} has no effect in a sweep; leave it out")
             if recipe and recipe["seed"]:
                 raise LetheError(f"{section}: seed: {recipe['seed']} has no effect in a sweep; give seeds: [{recipe['seed']}]")
         forget, _ = self.tasks
@@ -174,10 +192,10 @@ class Planner:
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan that cannot work."""
-        where = ", ".join(f"{name} {value}" for name, value in plan.point.items())
+        where = printable(", ".join(f"{name} {value}" for name, value in plan.point.items()), 200)
         try:
             for kind, settings in plan.stages:
-                made = build(CONFIGS[kind], settings)
+                made = from_settings(CONFIGS[kind], settings)  # not `build`, which leaves out what it does not know
                 if kind == "unlearn":
                     preflight.check(made)
         except LetheError as error:
@@ -325,7 +343,15 @@ class Grid(Planner):
 
     @cached_property
     def points(self) -> list[Point]:
-        """The combinations."""
+        """The combinations.
+
+        Raises:
+            LetheError: there are too many.
+        """
+        seeds = len(self.config.seed_list)
+        count = seeds * math.prod(len(axis.values) or axis.steps or 1 for axis in self.axes)
+        if count > MOST_RUNS:
+            raise LetheError(f"vary: {count} runs, {MOST_RUNS} at most; take fewer values or steps, or kind pareto")
         return list(axes.points(self.axes, self.recipe))
 
     @property

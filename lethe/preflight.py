@@ -25,7 +25,7 @@ from lethe.config import (
     UnlearnConfig,
     as_text_source,
 )
-from lethe.errors import LetheError
+from lethe.errors import LetheError, nearest, printable
 from lethe.ledger import Run, refuse_run_folder
 from lethe.maps import check_maps, facts_of, find_maps, layers_of
 from lethe.tasks import data
@@ -71,6 +71,7 @@ def check(config: UnlearnConfig) -> Checked:
         raise LetheError("forget and retain text share documents; the retain term would hold what the forget term removes")
     _refuse_types(config)
     _refuse_unavailable(config)
+    _refuse_rank(config, model)
     if config.packing == "none":
         plan(config, max(len(forget), len(retain)))
     _verify(model, source)
@@ -196,6 +197,7 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
         return CheckedAttack(ref, [], {"steps": len(config.strengths)}, None)
     _refuse_length(config, ref)
     _refuse_unavailable(config)
+    _refuse_rank(config, ref)
     everything = corpora.read(config.forget)
     documents = corpora.take(everything, config.num_train_examples, "back", "forget text")
     if config.attack == "prompt" and max(config.strengths) > len(documents):
@@ -294,8 +296,30 @@ def _refuse_length(config: TrainingSettings | AffineConfig | AffineScoreConfig, 
             )
 
 
-REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX")}
-"""The packages of a `report_to` that are not of its own name."""
+def _refuse_rank(config: UnlearnConfig | TamperConfig, model: refs.ModelRef) -> None:
+    """Refuse adapters of a higher rank than the model's activations can have; a huge one would fail when it is made."""
+    if config.lora is not None and config.lora.r > model.width:
+        raise LetheError(
+            f"lora.r: {config.lora.r} is above the width of '{model.name}', {model.width}, which no rank exceeds; lower it"
+        )
+
+
+REPORTERS: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+"""What transformers can log to, and the packages of which each needs one."""
 
 
 def _refuse_unavailable(config: TrainingSettings) -> None:
@@ -307,8 +331,12 @@ def _refuse_unavailable(config: TrainingSettings) -> None:
     if config.optimizer == "adamw_8bit" and missing("torchao", "bitsandbytes"):
         raise LetheError("optimizer: adamw_8bit needs torchao or bitsandbytes, and neither is installed; pip install torchao")
     for name in config.report_to:
-        if not name.isidentifier() or missing(*REPORTERS.get(name, (name,))):
-            raise LetheError(f"report_to: '{name}' is not installed; pip install {name}, or leave it out")
+        if name not in REPORTERS:
+            raise LetheError(
+                f"report_to: '{printable(name, 80)}' is nothing that transformers logs to{nearest(name, REPORTERS)}"
+            )
+        if missing(*REPORTERS[name]):
+            raise LetheError(f"report_to: '{name}' is not installed; pip install {REPORTERS[name][0]}, or leave it out")
 
 
 def _maps(config: UnlearnConfig, model: refs.ModelRef, source: refs.ModelRef) -> tuple[Path | None, list[str]]:

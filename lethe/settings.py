@@ -8,6 +8,7 @@ one line, with the nearest right name for an unknown field, wherever it is neste
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -16,11 +17,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
+from lethe import reading
 from lethe.config import options, spoken
-from lethe.errors import LetheError, nearest
+from lethe.config.checks import DEEPEST, refuse_text, refuse_unusable
+from lethe.errors import LetheError, nearest, printable
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -32,6 +34,7 @@ def parse(command: str, config: type, words: list[str], example: str, positional
         LetheError: a field is unknown or ill-typed, or a recipe cannot be read.
     """
     words = _named(words, config, positional)
+    _refuse_unusable(words, config)
     _refuse_unknown(words, config)
     parser = _parser(command, config, example)
     return _made(config, lambda: parser.parse_args(_joined(words, config)))
@@ -47,7 +50,9 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
     known = fields_of(config)
     for name in _dotted(plain, known):
         if name not in known:
-            raise LetheError(f"there is no setting '{name}'{_nearest_field(name, known)}")
+            raise LetheError(f"there is no setting '{printable(name, 80)}'{_nearest_field(name, known)}")
+    for name, value in plain.items():
+        refuse_unusable(name, value)
     words = [] if recipe is None else ["--config", str(recipe)]
     _refuse_unknown(words, config)
     parser = _parser("recipe", config, "")
@@ -64,6 +69,7 @@ def from_settings(config: type, given: Mapping[str, Any]) -> Any:
     return from_recipe(config, given.get("recipe"), **overrides)
 
 
+@functools.cache
 def _parser(command: str, config: type, example: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"lethe {command}",
@@ -116,9 +122,9 @@ def _named(words: list[str], config: type, positional: str | None) -> list[str]:
     if count == 0:
         return words
     if positional is None:
-        raise LetheError(f"'{words[0]}' is not a setting; settings are written --name value")
+        raise LetheError(f"'{printable(words[0], 80)}' is not a setting; settings are written --name value")
     if count > 1 and positional not in _lists(config):
-        raise LetheError(f"one {positional} is expected, got {count}: {' '.join(words[:count])}")
+        raise LetheError(f"one {positional} is expected, got {count}: {printable(' '.join(words[:count]), 80)}")
     return [f"--{positional}", *words]
 
 
@@ -173,10 +179,9 @@ def _pairs(name: str, words: list[str], typed: bool) -> str:
 def _yaml(name: str, text: str) -> Any:
     """A value on the command line as it would be in a recipe; numbers such as 1e-3 are numbers there, too."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise LetheError(f"{name}: '{text}' is not YAML ({' '.join(str(error).split())})") from error
-    return numbers(value)
+        return numbers(reading.yaml_of(text))
+    except reading.UnreadableError as error:
+        raise LetheError(f"{name}: '{printable(text, 80)}' cannot be read ({error})") from error
 
 
 def numbers(value: Any) -> Any:
@@ -215,6 +220,21 @@ def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _refuse_unusable(words: list[str], config: type) -> None:
+    """Refuse words that jsonargparse, which reads them as YAML, would fail on, or where it would drop a key written twice."""
+    kinds, name = fields_of(config), ""
+    for word in words:
+        name = word.partition("=")[0] if word.startswith("--") else name
+        shown = printable(name.removeprefix("--"), 80)
+        refuse_text(shown, word, free=True)
+        depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
+        if max(depths, default=0) > DEEPEST:
+            raise LetheError(f"{shown}: nested too deeply; a setting has {DEEPEST} levels at most")
+        value = word.partition("=")[2] if word.startswith("--") else word
+        if value.startswith("{") and str not in options(kinds.get(name.removeprefix("--"), str)):
+            _yaml(shown, value)
+
+
 def _refuse_unknown(words: list[str], config: type) -> None:
     known = fields_of(config)
     own = {"config", "help", "json", "print_config"}
@@ -224,34 +244,26 @@ def _refuse_unknown(words: list[str], config: type) -> None:
             if name == "config":
                 _refuse_unknown_in_recipe(value or (words[i + 1] if i + 1 < len(words) else ""), known)
             elif name not in known and name not in own and not name.endswith(".help"):
-                raise LetheError(f"there is no setting '--{name}'{_nearest_field(name, known)}")
+                raise LetheError(f"there is no setting '--{printable(name, 80)}'{_nearest_field(name, known)}")
         elif word.startswith("-") and word != "-h" and not re.fullmatch(r"-\d.*", word):
-            raise LetheError(f"there is no setting '{word}'; settings are written --name value")
+            raise LetheError(f"there is no setting '{printable(word, 80)}'; settings are written --name value")
 
 
 def _refuse_unknown_in_recipe(file: str, known: dict[str, Any]) -> None:
+    shown = printable(file, 80)
     try:
-        content = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise LetheError(f"config: '{file}' cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except yaml.YAMLError as error:
-        raise LetheError(f"config: '{file}' is not YAML ({' '.join(str(error).split())})") from error
+        content = reading.yaml_of(reading.text_of(file))
+    except reading.UnreadableError as error:
+        raise LetheError(f"config: '{shown}' cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise LetheError(f"config: '{file}' holds no settings; a recipe is a list of name: value lines")
+        raise LetheError(f"config: '{shown}' holds no settings; a recipe is a list of name: value lines")
     for name in _dotted(content, known):
         if name not in known:
-            raise LetheError(f"config: '{file}' has an unknown field '{name}'{_nearest_field(name, known)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice: the first would have no effect."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"'{twice}' is written twice")
-        return super().construct_mapping(node, deep)
+            raise LetheError(f"config: '{shown}' has an unknown field '{printable(name, 80)}'{_nearest_field(name, known)}")
+    try:
+        refuse_unusable("", content)
+    except LetheError as error:
+        raise LetheError(f"config: '{shown}': {error}") from error
 
 
 def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
@@ -277,12 +289,15 @@ def _one_line(message: str, config: type) -> str:
     known = fields_of(config)
     name = ".".join(keys)
     name = name if name in known else keys[0] if keys else ""
-    missing = re.search(r'"?([\w.]+)"? is required', message)
+    missing = re.search(r'(?<![\w.])([\w.]+)"? is required', message)
     if missing or not name:
         field = missing.group(1) if missing else ""
+        stray = message.partition("unrecognized arguments: ")[2]
+        if stray:
+            return f"'{printable(stray, 80)}' belongs to no setting; one that is no list takes one value, as --name value"
         return f"{field}: this setting is required" if field else " ".join(message.split())
     got = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)
-    given = got[0].strip() if got else "something else"
+    given = printable(got[0].strip(), 80) if got else "something else"
     if given.startswith("Namespace"):
         required = re.findall(r"arguments are required: (.+)", message)
         return f"{name}: {required[0].strip()} is required" if required else f"{name}: expected {spoken(known[name])}"

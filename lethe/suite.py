@@ -18,19 +18,21 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from lethe import config as c
-from lethe import preflight, refs
-from lethe.errors import LetheError, nearest
+from lethe import preflight, reading, refs
+from lethe.config.checks import refuse_unusable
+from lethe.errors import LetheError, nearest, printable
 from lethe.ledger import Run
-from lethe.planners import Plan, Planner, Stage, baseline
+from lethe.planners import MOST_RUNS, Plan, Planner, Stage, baseline
 from lethe.settings import build, from_settings
 
 if TYPE_CHECKING:
     from lethe.sweep import Sweep, Task
 
 SUITES = Path(__file__).parent / "suites"
+INSTEAD = {"model": "name the models: models", "seed": "name the seeds: seeds", "out": "set out of the suite"}
+INSTEAD |= {"name": "an attack is named by its key"}
+"""Settings of `lethe tamper` that the suite gives to every attack itself, and what to set instead."""
 PARTS = {"goal", "general_bound", "common", "controls", "attacks"}
 
 
@@ -45,13 +47,16 @@ def read(name: str) -> dict[str, Any]:
         known = [file.stem for file in SUITES.glob("*.yaml")]
         raise LetheError(f"suite: there is no suite '{name}'{nearest(name, known)}; or give a file NAME.yaml")
     try:
-        suite = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LetheError(f"suite: '{path}' cannot be read ({' '.join(str(error).split())})") from error
+        suite = reading.yaml_of(reading.text_of(path))
+        refuse_unusable("", suite)
+    except LetheError as error:
+        raise LetheError(f"suite: '{path}' cannot be read ({str(error).removeprefix(': ')})") from error
     if not isinstance(suite, dict) or not isinstance(suite.get("attacks"), dict) or not suite["attacks"]:
         raise LetheError(f"suite: '{path}' names no attacks; it needs attacks: with settings of `lethe tamper` by name")
     if unknown := set(suite) - PARTS:
         raise LetheError(f"suite: '{path}' has an unknown part '{min(unknown)}'{nearest(min(unknown), PARTS)}")
+    if not isinstance(suite.get("common") or {}, dict):
+        raise LetheError(f"suite: '{path}' has no settings in common; write them as name: value")
     return suite
 
 
@@ -62,22 +67,37 @@ def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
         LetheError: as `read`; or `only` names an attack that the suite has not.
     """
     if config.attacks:
-        return config
+        return dataclasses.replace(config, attacks=_named(config.attacks))
     suite = read(config.suite)
-    attacks = suite["attacks"]
+    attacks = _named(suite["attacks"])
     for name in config.only:
         if name not in attacks:
             raise LetheError(f"only: the suite has no attack '{name}'{nearest(name, attacks)}")
-    chosen = {name: own or {} for name, own in attacks.items() if not config.only or name in config.only}
-    return dataclasses.replace(
-        config,
-        attacks=chosen,
-        only=[],
-        common=_over(suite.get("common") or {}, config.common),
-        controls=(suite.get("controls") or []) if config.controls is None else config.controls,
-        general_bound=suite.get("general_bound") if config.general_bound is None else config.general_bound,
-        goal=config.goal or suite.get("goal") or "",
-    )
+    chosen = {name: own for name, own in attacks.items() if not config.only or name in config.only}
+    try:
+        return dataclasses.replace(
+            config,
+            attacks=chosen,
+            only=[],
+            common=_over(suite.get("common") or {}, config.common),
+            controls=(suite.get("controls") or []) if config.controls is None else config.controls,
+            general_bound=suite.get("general_bound") if config.general_bound is None else config.general_bound,
+            goal=config.goal or suite.get("goal") or "",
+        )
+    except LetheError as error:
+        raise LetheError(f"suite: '{config.suite}': {error}") from error
+
+
+def _named(attacks: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The attacks, each with its own settings (null: none).
+
+    Raises:
+        LetheError: one has something else than settings.
+    """
+    for name, own in attacks.items():
+        if not isinstance(own, dict | None):
+            raise LetheError(f"attacks: {name}: expected settings of `lethe tamper`, got {printable(repr(own), 80)}")
+    return {name: own or {} for name, own in attacks.items()}
 
 
 class Suite(Planner):
@@ -109,7 +129,12 @@ class Suite(Planner):
         Raises:
             LetheError: an attack could not work.
         """
+        if self.config.attacks and (self.config.suite or self.config.only):
+            raise LetheError("suite, only: have no effect beside attacks; leave them out, or attacks")
         self.config = spelled_out(self.config)
+        seeds = [len(self.config.seed_list) if self.attack_named(name).draws else 1 for name in self.config.attacks]
+        if (count := len(self.models) * sum(seeds)) > MOST_RUNS:
+            raise LetheError(f"attacks: {count} runs, {MOST_RUNS} at most; take fewer seeds, models or attacks")
         self._refuse_unlike()
         for plan in self.plans_of_all():
             for _, settings in plan.stages:
@@ -146,9 +171,10 @@ class Suite(Planner):
         """
         if name not in self._attacks:
             own = {key: value for key, value in self.config.attacks[name].items() if key != "after"}
-            if "seed" in own:
-                raise LetheError(f"{name}: seed: has no effect in a suite; name the seeds: seeds")
-            given = _over(self.config.common, own) | {"model": "@0", "out": self.config.out, "name": name}
+            given = _over(self.config.common, own)
+            if idle := next((key for key in INSTEAD if key in given), None):
+                raise LetheError(f"{name}: {idle}: has no effect in a suite; {INSTEAD[idle]}")
+            given |= {"model": "@0", "out": self.config.out, "name": name}
             try:
                 self._attacks[name] = from_settings(c.TamperConfig, given)
             except LetheError as error:
@@ -185,7 +211,7 @@ class Suite(Planner):
             first = own.get("after")
             if first is None:
                 continue
-            if first not in self.config.attacks:
+            if not isinstance(first, str) or first not in self.config.attacks:
                 raise LetheError(f"{name}: after: there is no attack '{first}'{nearest(str(first), self.config.attacks)}")
             before = self.config.attacks[first]
             if "after" in before or not before.get("save_model"):

@@ -105,6 +105,8 @@ def test_what_changes_no_number_is_no_difference():
         ({"retain_coef": {"values": [1], "low": 1}}, "either a list of values, or low and high"),
         ({"retain_coef": {"values": [1], "when": {"optimiser": "adamw"}}}, "optimizer"),
         ({"tamper.lr": [1e-3]}, "this sweep has none"),
+        ({"lr": {"low": 1, "high": 2, "steps": 100_000_000}}, "100000000 steps, 1000 at most"),
+        ({"lr / retain_coef / remove_coef": [1]}, "divides twice"),
         ({"retain_coef": [1], "retain_coef / remove_coef": [2]}, "twice"),
     ],
 )
@@ -112,6 +114,18 @@ def test_what_makes_no_axis_is_refused(vary, words):
     with pytest.raises(LetheError, match=words) as refused:
         parsed(vary)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("point", "words"),
+    [
+        ({"lr / optimizer": 2}, "a ratio, which only numbers have"),
+        ({"forget.column": "a"}, "vary forget itself"),
+    ],
+)
+def test_a_point_that_makes_no_settings_is_refused(point, words):
+    with pytest.raises(LetheError, match=words):
+        axes.settings_at(RECIPE, point)
 
 
 def test_a_range_without_steps_is_no_grid():

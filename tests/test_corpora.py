@@ -104,6 +104,33 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
     assert "line 3: not JSON" in refusal(str(tmp_path / "a.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": null}', "line 2: column 'text' is null; give it a text, or remove the line"),
+        ('{"text": "a", "text": "b"}', "line 2: 'text' is written twice"),
+        ('{"text": "half \\ud83d"}', "line 2: half of a character"),
+        ('{"text": "a", "b": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: nested too deeply"),
+        ('{"title": "a"}', "line 2: no text column 'text' (text columns: title)"),
+    ],
+    ids=["null", "twice", "half", "deep", "lacking"],
+)
+def test_one_bad_line_among_good_ones_is_named(tmp_path, line, words):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n{{"text": "fine too"}}\n')
+    assert words in refusal(str(tmp_path / "a.jsonl"))
+
+
+def test_only_the_columns_of_the_text_are_read_from_parquet(tmp_path):
+    """A column that Python cannot hold, such as a far date, does no harm beside the text; a null is named by its row."""
+    import pyarrow
+
+    far = pyarrow.array([2**62, 2**62], pyarrow.timestamp("us"))
+    assert texts(parquet(tmp_path / "a.parquet", {"text": ["one", "two"], "when": far})) == sorted(
+        ["one", "two"], key=lambda text: hashlib.sha256(text.encode()).hexdigest()
+    )
+    assert "row 2: column 'text' is null" in refusal(parquet(tmp_path / "b.parquet", {"text": ["one", None]}))
+
+
 def test_a_line_that_is_no_object_is_named_by_its_number(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n["text"]\n')
     assert "line 2: expected an object with columns, got list" in refusal(str(tmp_path / "a.jsonl"))

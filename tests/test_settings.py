@@ -367,13 +367,54 @@ def test_a_number_that_is_not_finite_is_refused(recipe, field, value):
         ("", "holds no settings"),
         ("- a\n- b\n", "holds no settings"),
         ("just words", "holds no settings"),
-        ("lr: [", "is not YAML"),
-        ("\tlr: 3", "is not YAML"),
+        ("lr: [", "not YAML"),
+        ("\tlr: 3", "not YAML"),
         ("lr: 1\nlr: 2\nsource: x", "lr"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_refused(recipe, content, expected):
     assert expected in refusal("--config", recipe(content))
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("\ufeffname: marked", "name", "marked"),
+        ("name: Übergröße – 文", "name", "Übergröße – 文"),
+        (f"name: {'n' * 255}", "name", "n" * 255),
+        ("max_steps: 1000000000000000", "max_steps", 10**15),
+        ("seed: 4294967295", "seed", 2**32 - 1),
+        ("eval: &a {tasks: [x], limit: 3}\nlora: {<<: {r: 4}}", "lora", LoraSettings(r=4)),
+        (
+            'forget: {source: a.jsonl, template: "{title}\\n\\n{text}"}',
+            "forget",
+            TextSource("a.jsonl", template="{title}\n\n{text}"),
+        ),
+    ],
+    ids=["byte-order mark", "letters", "longest name", "largest number", "largest seed", "merge key", "lines of a template"],
+)
+def test_what_looks_odd_and_is_right_is_taken(recipe, text, field, value):
+    first, rest = (text, "") if text.startswith("\ufeff") else ("", text)
+    assert getattr(made("--config", recipe(f"{first}\nsource: x\n{rest}\n")), field) == value
+
+
+def test_free_text_of_a_sweep_may_have_lines(recipe):
+    text = "goal: |\n  What is\n  lost?\nvary: {lr: [1]}\nlauncher: slurm\nslurm: {setup: ['a\n\n  b']}\n"
+    config = made("--config", recipe(text + f"storage: postgresql://{'p' * 300}@host/db\n"), kind=c.SweepConfig)
+    assert config.goal == "What is\nlost?\n" and config.slurm.setup == ["a\nb"] and len(config.storage) > 300
+
+
+def test_a_long_value_leaves_the_advice_readable():
+    message = refusal("--source", "x", "--lr", "9" * 8000 + "x")
+    assert message.startswith("lr: expected a number, got 999") and len(message) < 150
+
+
+def test_loggers_are_those_that_transformers_has():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    from lethe.preflight import REPORTERS
+
+    assert REPORTERS.keys() == INTEGRATION_TO_CALLBACK.keys() - {"kubeflow"}  # which is a cluster's own
 
 
 def test_a_recipe_that_is_not_there_is_refused(tmp_path):

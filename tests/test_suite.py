@@ -104,6 +104,11 @@ def test_an_attack_that_draws_nothing_is_repeated_where_one_that_follows_it_draw
         ({"general_bound": 1.5}, "general_bound"),
         ({"attacks": {"one": {}, "two": {"eval": {"limit": 9}}}}, "eval.limit: one has 40, two has 9"),
         ({"attacks": {"one": {"lr": 1e-3}, "two": {"lr": 1e-3}}}, "two has the settings of one"),
+        ({"attacks": {"full": {"model": "lab:final"}}}, "full: model: has no effect in a suite; name the models"),
+        ({"common": COMMON | {"seed": 3}}, "full: seed: has no effect in a suite; name the seeds"),
+        ({"attacks": {"full": 5}}, "attacks: full: expected settings of `lethe tamper`, got 5"),
+        ({"suite": "standard"}, "no effect beside attacks"),
+        ({"seeds": 1000, "models": [f"lab:filtered{'/' * i}" for i in range(20)]}, "runs, 10000 at most"),
         ({"attacks": {}, "suite": "standard", "only": ["fw"]}, "did you mean 'few'"),
     ],
 )
@@ -117,6 +122,7 @@ def test_a_suite_that_cannot_work_is_refused_in_one_line_and_leaves_nothing(lab,
 def test_a_file_that_is_no_suite_is_refused(tmp_path):
     for text, words in (
         ("attacks: [", "cannot be read"),
+        ("attacks: {a: {lr: 1, lr: 2}}", "'lr' is written twice"),
         ("common: {}", "names no attacks"),
         ("attacks: {a: {}}\nboundd: 1", "boundd"),
     ):

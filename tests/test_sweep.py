@@ -30,6 +30,13 @@ from lethe.sweep import Sweep, cancel, retry, status, sweep
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"tamper": {"model": "lab:final"}}, "tamper: model: lab:final has no effect in a sweep"),
+        ({"unlearn": recipe(name="x")}, "unlearn: name: x has no effect in a sweep"),
+        ({"vary": {"lora": [{"rank": 4}]}}, "there is no setting 'lora.rank'"),
+        (
+            {"vary": {n: {"low": 1, "high": 2, "steps": 99} for n in ("lr", "retain_coef", "remove_coef")}},
+            "runs, 10000 at most",
+        ),
         ({"vary": {}}, "vary: name at least one setting"),
         ({"vary": {"retian_coef": [1]}}, "retain_coef"),
         ({"vary": {"retain_coef": [1, -1]}}, "at retain_coef -1: retain_coef: must be at least 0"),

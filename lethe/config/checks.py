@@ -9,9 +9,16 @@ import types
 import typing
 from typing import Any, Literal
 
-from lethe.errors import LetheError
+from lethe.errors import UNSEEN, LetheError, printable
 from lethe.folders import refuse_name
 
+LARGEST = 1e15
+LONGEST = 10_000
+LONGEST_PART = 255
+DEEPEST = 20
+MOST = 100_000
+FREE = {"goal", "title", "template", "setup", "extra", "storage", "where"}
+"""Settings whose text may have several lines, or long ones: none of them names a file, a model or a task."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -19,24 +26,65 @@ def check_types(config: Any, prefix: str = "") -> None:
     """Refuse a field whose value is not of its declared type: Python, recipes and the command line promise the same."""
     for name, kind in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
+        refuse_unusable(f"{prefix}{name}", value)
         if not _fits(value, kind):
-            raise LetheError(f"{prefix}{name}: expected {spoken(kind)}, got {value!r}")
-        if _has_nul(value):
-            raise LetheError(f"{prefix}{name}: holds a NUL character, which no file's name can have; take it out")
+            raise LetheError(f"{prefix}{name}: expected {spoken(kind)}, got {printable(repr(value), 80)}")
         if name == "name" and value != getattr(type(config), name, None):
             refuse_name(value)
 
 
-def _has_nul(value: Any) -> bool:
-    if isinstance(value, list | dict):
-        return any(map(_has_nul, [*value, *value.values()] if isinstance(value, dict) else value))
-    return isinstance(value, str) and "\0" in value
+def refuse_unusable(name: str, value: Any) -> None:
+    """Refuse what no setting can hold, at any depth: control characters, names that no file system takes, absurd numbers.
+
+    Before anything else reads it: a library that does would end in an error of its own, or in none for hours.
+    """
+    left, seen = [(name, value, 0)], 0
+    while left:
+        name, value, depth = left.pop()
+        seen += 1
+        if depth > DEEPEST:
+            raise LetheError(f"{name}: nested too deeply; a setting has {DEEPEST} levels at most")
+        if seen > MOST:
+            raise LetheError(f"{name}: more than {MOST} values; a setting has fewer")
+        if isinstance(value, dict):
+            if odd := [key for key in value if not isinstance(key, str)]:
+                raise LetheError(f"{name}: {printable(repr(odd[0]), 80)} is no name; write it in quotes")
+            for key in value:
+                refuse_text(f"{name}: the name '{printable(key, 80)}'", key, free=False)
+            left += [(f"{name}.{key}" if name else key, inner, depth + 1) for key, inner in value.items()]
+        elif isinstance(value, list):
+            left += [(name, inner, depth + 1) for inner in value]
+        elif isinstance(value, str):
+            refuse_text(name, value, free=bool(FREE & set(name.split("."))))
+        elif isinstance(value, int | float) and not abs(value) <= LARGEST:
+            raise LetheError(f"{name}: expected a number between -1e15 and 1e15, got {printable(value, 40)}")
+
+
+def refuse_text(name: str, text: str, free: bool) -> None:
+    """Refuse text that no setting can hold; `free`: it may have lines, and need not be a name."""
+    unseen = UNSEEN.search(text.translate({9: None, 10: None, 13: None}) if free else text)
+    if unseen:
+        raise LetheError(f"{name}: holds the control character {printable(ascii(unseen[0]))}; leave it out")
+    if len(text) > LONGEST:
+        raise LetheError(f"{name}: has {len(text)} characters, {LONGEST} at most are taken")
+    longest = max((len(part.encode()) for part in text.split("/")), default=0)
+    if longest > LONGEST_PART and not free:
+        raise LetheError(
+            f"{name}: has {longest} bytes in one piece; names have {LONGEST_PART} at most, which is what file systems take"
+        )
 
 
 def at_least(name: str, value: float, least: float) -> None:
     """Refuse a value below `least`; a value that is no number, too."""
     if not value >= least:
         raise LetheError(f"{name}: must be at least {least}, got {value}")
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Refuse a seed that a library would not take."""
+    at_least(name, seed, 0)
+    if seed >= 2**32:
+        raise LetheError(f"{name}: must be below 2**32, which is as far as libraries take one, got {seed}")
 
 
 def above(name: str, value: float, bound: float) -> None:

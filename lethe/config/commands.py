@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lethe.config.checks import above, at_least, check_layers, check_types
-from lethe.config.training import LAB_TASKS, LAYERS, AskedSettings, Dtype, TextSource
+from lethe.config.checks import at_least, check_layers, check_seed, check_types
+from lethe.config.training import LAB_TASKS, LAYERS, AskedSettings, Dtype, TextSource, refuse_weight
 from lethe.errors import LetheError
 
 
@@ -82,6 +82,7 @@ class AffineConfig:
         check_types(self)
         at_least("time_limit", self.time_limit, 0)
         check_layers(self.layers)
+        refuse_weight("text", self.text)
         at_least("num_examples", self.num_examples, 0)
         at_least("max_length", self.max_length, 2)
         at_least("batch_size", self.batch_size, 1)
@@ -113,6 +114,7 @@ class AffineScoreConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        refuse_weight("text", self.text)
         at_least("num_examples", self.num_examples, 0)
         at_least("max_length", self.max_length, 2)
         at_least("batch_size", self.batch_size, 1)
@@ -197,7 +199,8 @@ class RunsConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        above("every", self.every, 0)
+        if not 0 < self.every <= 86400:
+            raise LetheError(f"every: must be above 0 and at most a day (86400 seconds), got {self.every:g}")
         if self.every != 5.0 and not self.watch:
             raise LetheError(f"every: {self.every} has no effect without watch; leave it out")
 
@@ -243,3 +246,4 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_seed(self.seed)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lethe.config.checks import above, at_least, check_types, fraction, minutes
+from lethe.config.checks import above, at_least, check_seed, check_types, fraction, minutes
 from lethe.errors import LetheError
+
+MOST_SEEDS = 1000
 
 
 @dataclass
@@ -66,10 +68,13 @@ class LaunchSettings:
         check_types(self)
         at_least("jobs", self.jobs, 1)
         at_least("retries", self.retries, 0)
+        if isinstance(self.seeds, int) and self.seeds > MOST_SEEDS:
+            raise LetheError(f"seeds: {self.seeds} are more than {MOST_SEEDS}; give fewer")
         if self.seeds == [] or (isinstance(self.seeds, int) and self.seeds < 1):
             raise LetheError(f"seeds: give a number of at least 1, or a list of seeds, got {self.seeds}")
         if isinstance(self.seeds, list) and (len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0):
             raise LetheError(f"seeds: each must be named once and be at least 0, got {self.seeds}")
+        check_seed(max(self.seed_list), "seeds")
         if self.launcher == "local" and self.slurm != SlurmSettings():
             raise LetheError("slurm: has no effect with launcher local; leave it out, or set launcher to slurm")
 
@@ -187,6 +192,9 @@ class SuiteConfig(LaunchSettings):
         super().__post_init__()
         if not self.models:
             raise LetheError("models: name the models to attack, such as run:ID or lab:filtered")
+        for name, models in (("models", self.models), ("controls", self.controls or [])):
+            if not all(model.strip() for model in models):
+                raise LetheError(f"{name}: an empty one names no model; leave it out")
         if len(set(self.models)) < len(self.models):
             raise LetheError(f"models: {self.models} names a model twice; name each once")
         if not self.suite and not self.attacks:

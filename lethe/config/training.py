@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lethe.config.checks import above, at_least, check_layers, check_types, fraction
+from lethe.config.checks import above, at_least, check_layers, check_seed, check_types, fraction
 from lethe.errors import LetheError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -40,6 +40,12 @@ class TextSource:
             raise LetheError(f"column: {self.column} has no effect beside a template; leave one of them out")
         if self.split != "train" and (self.source.startswith("lab:") or self.source.endswith((".jsonl", ".parquet", ".txt"))):
             raise LetheError(f"split: {self.split} has no effect on '{self.source}', which is no hub data set; leave it out")
+
+
+def refuse_weight(name: str, text: str | TextSource | list[TextSource]) -> None:
+    """Refuse a weight where there is nothing to weigh the text against."""
+    if isinstance(text, TextSource) and text.weight != 1:
+        raise LetheError(f"{name}.weight: {text.weight} has no effect on a text alone; it is for mixtures of retain text")
 
 
 def as_text_source(text: str | TextSource) -> TextSource:
@@ -171,9 +177,7 @@ class TrainingSettings:
         at_least("time_limit", self.time_limit, 0)
         if self.divergence_factor != 0 and not self.divergence_factor > 1:
             raise LetheError(f"divergence_factor: must be above 1, or 0, got {self.divergence_factor}")
-        at_least("seed", self.seed, 0)
-        if self.seed >= 2**32:
-            raise LetheError(f"seed: must be below 2**32, which is as far as libraries take one, got {self.seed}")
+        check_seed(self.seed)
         if self.max_steps > 0 and self.epochs != 1:
             raise LetheError(f"epochs: {self.epochs} has no effect while max_steps is {self.max_steps}; set max_steps to -1")
         if self.optimizer != "muon" and self.newton_schulz_dtype != "auto":
@@ -256,11 +260,7 @@ class UnlearnConfig(TrainingSettings):
         """Refuse settings that nothing would read."""
         given = self.affine not in {"fit", "none"}
         for name in ("forget", "retain"):
-            text = getattr(self, name)
-            if isinstance(text, TextSource) and text.weight != 1:
-                raise LetheError(
-                    f"{name}.weight: {text.weight} has no effect on a text alone; it is for mixtures of retain text"
-                )
+            refuse_weight(name, getattr(self, name))
         nobody = self.remove_coef == 0 and self.retain_loss == "ce"
         idle = {
             "teacher_cache": nobody and self.teacher_cache != "auto" and "on a recipe whose terms ask no teacher",
@@ -331,6 +331,7 @@ class TamperConfig(TrainingSettings):
         if self.attack != "finetune":
             self._refuse_training()
         super().__post_init__()
+        refuse_weight("forget", self.forget)
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
         if self.adapter == "train" and self.lora is not None:
