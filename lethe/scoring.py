@@ -6,8 +6,8 @@ the branch, so that every architecture with ordinary attention computes what it 
 are read, so its pass ends with the last block's keys and values. What all questions of a task begin with (description, few-shot
 examples) is run once for all. Rows of like length make a batch, and the output layer is applied only where an answer is read.
 
-Whether a model takes such rows is found out on the longest of each kind, beside separate rows; where it does not take those of
-several questions, rows are of one, and where it does not take these, separate. A batch is as large as the free memory and the
+Whether a model takes such rows is found out on a batch of the longest and the shortest of each kind, beside separate rows;
+where it does not take those of several questions, rows are of one, and where it does not take these, separate. A batch is as large as the free memory and the
 model's size allow; one that does not fit after all is halved and tried again.
 """
 
@@ -35,7 +35,7 @@ from lethe.allocator import kept_memory
 from lethe.errors import LetheError
 from lethe.harness import HFLM, has_bos_prefix
 from lethe.progress import bar
-from lethe.rows import Encoded, Row, longest_first, plain_rows, rows_of
+from lethe.rows import Encoded, Row, longest_first, plain_rows, rows_of, unlike
 
 logger = logging.getLogger(__name__)
 TOKENS_PER_BATCH = 2048  # more are no faster on a CPU, whose caches a block's states leave long before
@@ -44,7 +44,8 @@ LOGITS_PER_BATCH = 2**27
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 _with_threads: set[int] = set()
 """Processes whose tokenizers were asked for threads: this one alone, unless it is a fork of another."""
-_taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool, bool], tuple[bool, int]]] = WeakKeyDictionary()
+_taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool, bool], tuple[bool, int, int]]] = WeakKeyDictionary()
+"""By kind of row: whether the model takes it, and the width and the padding, in tokens, that this was tried with."""
 _shrunk: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
@@ -300,18 +301,21 @@ class Scorer(HFLM):
             hook.remove()
 
     def _takes(self, rows: list[Row], requests: list[Encoded]) -> bool:
-        """Whether the model computes the same for shared rows as for separate ones; tried on the longest."""
+        """Whether the model computes the same for shared rows as for separate ones.
+
+        Tried on rows as unlike as there are: attention that looks so many places back, for instance, sees padding between a
+        short context and its answers where it would see the context.
+        """
         known = _taken.setdefault(self._forward, {})
         for kind in {row.kind for row in rows if row.split}:
-            longest = max((row for row in rows if row.kind == kind), key=lambda row: len(row.tokens))
-            length = len(longest.tokens)
-            takes, tried = known.get(kind, (True, 0))
-            if takes and tried < length:
-                takes = self._ordinary_attention(length) and self._agrees(longest, requests)
-                known[kind] = takes, length
-            if not takes:
-                logger.info("questions do not share what they have in common: this model has to be given separate rows")
-                return False
+            for batch, width, padding in unlike([row for row in rows if row.kind == kind]):
+                takes, widest, most = known.get(kind, (True, 0, -1))
+                if takes and (widest < width or most < padding):
+                    takes = self._ordinary_attention(width) and self._agrees(batch, requests)
+                    known[kind] = takes, max(widest, width), max(most, padding)
+                if not takes:
+                    logger.info("questions do not share what they have in common: this model has to be given separate rows")
+                    return False
         return True
 
     def _ordinary_attention(self, length: int) -> bool:
@@ -325,12 +329,12 @@ class Scorer(HFLM):
             and layers <= {"full_attention", "sliding_attention"}
         )
 
-    def _agrees(self, row: Row, requests: list[Encoded]) -> bool:
-        numbers = [number for number, _ in row.reads]
+    def _agrees(self, batch: list[Row], requests: list[Encoded]) -> bool:
+        numbers = [number for row in batch for number, _ in row.reads]
         alone = [requests[number] for number in numbers]
         plain = sorted(plain_rows(alone, self.max_length), key=longest_first)
         try:
-            tree = self._run([row], requests)
+            tree = self._run(batch, requests)
             apart: dict[int, tuple[float, bool]] = {}
             for _, found in self._batches(plain, alone):
                 apart |= found
