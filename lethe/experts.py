@@ -9,20 +9,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from lethe.residual import blocks
+from lethe.residual import alike, blocks
 
 COUNTS = "experts"
 """How the names of numbers of experts end in configurations: num_experts, num_local_experts, n_routed_experts, …"""
 
 
+@torch.no_grad()
 def plain_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer and computes nothing else; some routers are linear layers that do."""
-    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+    if isinstance(module, Conv1D) or type(module) is nn.Linear:
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    x = module.weight[:2] + 1
+    try:
+        output = module(x)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    return isinstance(output, Tensor) and alike(output, linear(x, module.weight, module.bias))
 
 
 def routers(model: nn.Module) -> set[int]:
@@ -55,5 +67,5 @@ def matrices(model: nn.Module) -> list[Float[Tensor, "out in"]]:
 
 def _counts(config: dict[str, Any]) -> set[int]:
     """All numbers of experts in a configuration and in those within it."""
-    found = {value for key, value in config.items() if key.endswith(COUNTS) and type(value) is int and value > 1}
+    found = {value for key, value in config.items() if str(key).endswith(COUNTS) and type(value) is int and value > 1}
     return found.union(*(_counts(value) for value in config.values() if isinstance(value, dict)))
