@@ -1,8 +1,8 @@
 """What can be done to a model's weights without training: noise, a round trip through few bits, pruning.
 
 Each is done to the matrices of the blocks' linear layers and experts, one matrix at a time and in place; embeddings, output
-head, routers, norms and biases stay, as they do in the quantisation and pruning of language models elsewhere. Nothing is put back
-afterwards: the attack loads the model again for its next strength, so that no second copy is held and nothing adds up.
+head, routers, norms and biases stay, as they do in the quantisation and pruning of language models elsewhere. Nothing is
+put back afterwards: the attack loads the model again for its next strength, so that no second copy is held and nothing adds up.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lethe.config import LoraSettings
-from lethe.errors import LetheError
+from lethe.errors import LetheError, printable
 from lethe.experts import plain_linear, routers
 from lethe.residual import blocks
 
@@ -37,7 +37,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings, layers: list[int], 
             return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise LetheError(
-            f"lora: PEFT does not adapt {type(model).__name__} ({error}); train all weights instead: lora null, or other targets"
+            f"lora: PEFT does not adapt {type(model).__name__} ({printable(error, 200)}); train all weights: lora null"
         ) from error
 
 
@@ -65,7 +65,7 @@ def linear_layers(model: nn.Module, last: int, targets: str = "all") -> list[str
 
 
 def left_out(model: nn.Module, lora: LoraSettings, layers: list[int]) -> float:
-    """The share of the weights in the blocks up to the last of `layers`, of the kind that `targets` says, without an adapter."""
+    """The share of the weights in the blocks up to the last of `layers`, of the kind in `targets`, that have no adapter."""
     attention = _attention(model, max(layers)) if lora.targets == "mlp" else set()
     total = adapted = 0
     for block in blocks(model)[: max(layers) + 1]:

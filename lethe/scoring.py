@@ -7,8 +7,8 @@ are read, so its pass ends with the last block's keys and values. What all quest
 examples) is run once for all. Rows of like length make a batch, and the output layer is applied only where an answer is read.
 
 Whether a model takes such rows is found out on a batch of the longest and the shortest of each kind, beside separate rows;
-where it does not take those of several questions, rows are of one, and where it does not take these, separate. A batch is as large as the free memory and the
-model's size allow; one that does not fit after all is halved and tried again.
+where it does not take those of several questions, rows are of one, and where it does not take these, separate. A batch is
+as large as the free memory and the model's size allow; one that does not fit after all is halved and tried again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Lethe needs of a model, tried on a probe before any training: an unknown architecture is refused rather than measured wrongly.
+"""What Lethe needs of a model, tried before training: an architecture that does not fit is refused rather than measured wrongly.
 
 A model can be read if each block returns the residual stream, [batch, seq, hidden], and if a document's activations and
 output depend neither on the other rows of its batch nor on the padding on its right. It can be trained if, its dropouts being
@@ -105,7 +105,8 @@ def _states(model: nn.Module, name: str, ids: Tensor) -> States:
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LetheError(
-            f"model '{name}': {type(model).__name__} cannot be run on rows of token ids ({why}); its architecture is not supported"
+            f"model '{name}': {type(model).__name__} cannot be run on rows of token ids ({why}); "
+            f"its architecture is not supported"
         ) from error
 
 

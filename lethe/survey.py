@@ -99,7 +99,8 @@ def untouched(student: nn.Module, config: Any, layers: list[int]) -> list[str]:
     if config.lora and (share := left_out(student, config.lora, layers)) > SHARE and config.lora.targets != "attention":
         found.append(
             f"lora: {share:.0%} of the weights in the adapted blocks get no adapter (targets: {config.lora.targets}): "
-            f"LoRA adapts linear layers, not routers or experts that are kept as three-dimensional tensors; lora null trains all"
+            f"LoRA adapts linear layers, not routers, nor experts that are kept as three-dimensional tensors; "
+            f"lora null trains all weights"
         )
     if config.optimizer == "muon" and (share := left_to_adamw(routes(student, "muon"))) > SHARE:
         found.append(
@@ -174,7 +175,7 @@ def stable_ranks(matrices: Float[Tensor, "*matrices rows columns"]) -> list[floa
 
 
 def spectral_norm(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, " matrices"]:
-    """‖W‖₂, the largest singular value of each matrix, to about a thousandth; a full decomposition takes a hundred times as long.
+    """‖W‖₂, the largest singular value of each matrix, to a thousandth; a full decomposition takes many times as long.
 
     By the Lanczos method: power iteration on WᵀW that keeps all of its directions, and takes the best combination of them.
     The start is drawn from a fixed seed. (Golub and Van Loan, Matrix Computations, chapter 10.)

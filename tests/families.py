@@ -89,7 +89,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "jamba": ("jamba", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
         "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4, "use_mamba_kernels": False}),
-    "llama4_text": ("llama4_text", GROUPED | LOCAL_EXPERTS | HEADS_OF_8 | {"intermediate_size_mlp": 64, "num_experts_per_tok": 1}),
+    "llama4_text": (
+        "llama4_text",
+        GROUPED | LOCAL_EXPERTS | HEADS_OF_8 | {"intermediate_size_mlp": 64, "num_experts_per_tok": 1},
+    ),
     "mamba": ("mamba", STATE | {"num_heads": 4}),
     "mamba2": ("mamba2", {"state_size": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": WINDOW, "expansion_ratio": 2}),
