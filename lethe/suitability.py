@@ -1,4 +1,4 @@
-"""What Lethe needs of a model, tried before training: an architecture that does not fit is refused rather than measured wrongly.
+"""What Lethe needs of a model, tried before training: what does not fit is refused rather than measured wrongly.
 
 A model can be read if each block returns the residual stream, [batch, seq, hidden], and if a document's activations and
 output depend neither on the other rows of its batch nor on the padding on its right. It can be trained if, its dropouts being

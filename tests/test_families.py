@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ REFUSED = {
     "mpt": "config.json has none of num_hidden_layers",
     "phimoe": "PhimoeForCausalLM draws random numbers in training",
 }
+
+
+def test_the_page_of_models_names_these_families_and_what_becomes_of_them():
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    rows = [line.split("|")[1:4] for line in page.splitlines() if line.startswith("| `") and "model_type" not in line]
+    said = {name: trained.strip() for names, trained, _ in rows for name in re.findall(r"`(\w+)`", names)}
+    kinds = {name: kind for name, (kind, _) in (FAMILIES | OTHERS).items()}
+    expected = {kinds[name]: "all weights, LoRA" for name in TRAINED} | dict.fromkeys(WITHOUT_LORA, "all weights")
+    assert said == expected | dict.fromkeys(REFUSED, "refused")
 
 
 @pytest.fixture(scope="module")
