@@ -1,7 +1,7 @@
 """Tiny configurations of model families, random weights being enough for most tests: the one list that tests share.
 
 `FAMILIES` are those that Lethe trains and evaluates as the plain model does (test_families.py, docs/models.md); `OTHERS` those
-that it refuses, in whole or in part. Hidden size 32, four blocks, four heads, a window of 64 tokens.
+that it refuses, with adapters or altogether. Hidden size 32, four blocks, four heads, a window of 64 tokens.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 4, "n_head": 4}),
     "cohere": ("cohere", GROUPED),
     "cohere2": ("cohere2", GROUPED | {"sliding_window": LOCAL, "sliding_window_pattern": 2}),
+    "deepseek_v2": ("deepseek_v2", DEEPSEEK),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
     "falcon": ("falcon", FALCON | {"multi_query": True, "parallel_attn": True}),
     "falcon_alibi": ("falcon", FALCON | {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}),
     "falcon_new": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -59,6 +61,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lfm2": ("lfm2", GROUPED | {"layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8}),
     "llama": ("llama", GROUPED),
+    "llama4_text": (
+        "llama4_text",
+        GROUPED | LOCAL_EXPERTS | HEADS_OF_8 | {"intermediate_size_mlp": 64, "num_experts_per_tok": 1},
+    ),
     "mistral": ("mistral", GROUPED | {"sliding_window": LOCAL}),
     "mixtral": ("mixtral", GROUPED | LOCAL_EXPERTS),
     "nemotron": ("nemotron", GROUPED),
@@ -72,6 +78,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", GROUPED | EXPERTS | SHARED),
     "qwen3": ("qwen3", GROUPED | HEADS_OF_8),
     "qwen3_moe": ("qwen3_moe", GROUPED | HEADS_OF_8 | EXPERTS),
+    "qwen3_next": (
+        "qwen3_next",
+        GROUPED | HEADS_OF_8 | EXPERTS | SHARED | {"linear_num_value_heads": 4, "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    ),
     "smollm3": ("smollm3", GROUPED),
     "stablelm": ("stablelm", EACH | {"partial_rotary_factor": 0.5}),
     "starcoder2": ("starcoder2", GROUPED),
@@ -79,8 +90,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """By name: the model type of transformers, and what its tiny configuration has beside `_common`."""
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek_v2": ("deepseek_v2", DEEPSEEK),
-    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
     "falcon_h1": ("falcon_h1", GROUPED | HYBRID | {"head_dim": 8, "mamba_d_ssm": 64}),
     "gemma3n_text": (
         "gemma3n_text",
@@ -89,19 +98,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "jamba": ("jamba", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
         "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4, "use_mamba_kernels": False}),
-    "llama4_text": (
-        "llama4_text",
-        GROUPED | LOCAL_EXPERTS | HEADS_OF_8 | {"intermediate_size_mlp": 64, "num_experts_per_tok": 1},
-    ),
-    "mamba": ("mamba", STATE | {"num_heads": 4}),
+    "mamba": ("mamba", STATE | {"hidden_size": 32}),
     "mamba2": ("mamba2", {"state_size": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": WINDOW, "expansion_ratio": 2}),
     "phimoe": ("phimoe", GROUPED | LOCAL_EXPERTS | {"sliding_window": LOCAL}),
-    "qwen3_next": (
-        "qwen3_next",
-        GROUPED | HEADS_OF_8 | EXPERTS | SHARED | {"linear_num_value_heads": 4, "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-    ),
 }  # fmt: skip
 
 
