@@ -27,7 +27,7 @@ DEEPSEEK = LATENT | {
     "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "head_dim": 8,
 }  # fmt: skip
 FALCON = {"ffn_hidden_size": 64, "alibi": False}
-STATE = {"state_size": 4, "conv_kernel": 4, "time_step_rank": 4}
+STATE = {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 4}
 HYBRID = {"mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,8 +98,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "jamba": ("jamba", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
         "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4, "use_mamba_kernels": False}),
-    "mamba": ("mamba", STATE | {"hidden_size": 32}),
-    "mamba2": ("mamba2", {"state_size": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}),
+    "mamba": ("mamba", STATE | {"intermediate_size": 64, "time_step_rank": 4}),
+    "mamba2": ("mamba2", STATE | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": WINDOW, "expansion_ratio": 2}),
     "phimoe": ("phimoe", GROUPED | LOCAL_EXPERTS | {"sliding_window": LOCAL}),
 }  # fmt: skip
