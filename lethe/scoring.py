@@ -83,6 +83,7 @@ class Scorer(HFLM):
         self._tokens = min(most, _shrunk.get(plain, most))
         vocabulary = getattr(plain.config.get_text_config(), "vocab_size", None) or len(tokenizer)
         self._kept: tuple[tuple[int, ...], Contexts] | None = None
+        self._of_one_length = False
         self._reads = max(1, logits // vocabulary)
 
     def loglikelihood(self, requests, disable_tqdm=False):  # type: ignore[no-untyped-def]
@@ -145,6 +146,7 @@ class Scorer(HFLM):
                 break
         else:
             rows = sorted(plain_rows(requests, window), key=longest_first)
+            self._of_one_length = not self._pads(rows, requests)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_memory())
@@ -190,7 +192,8 @@ class Scorer(HFLM):
             context, rest = max(context, row.context), max(rest, len(row.tokens) - row.context)
             full = (count + 1) * (context + rest) > self._tokens or reads > self._reads
             same = row.begins == rows[start].begins and not (row.begins and row.group != rows[start].group)
-            if count and (full or not same):
+            unlike_first = self._of_one_length and len(row.tokens) != len(rows[start].tokens)
+            if count and (full or not same or unlike_first):
                 break
             count += 1
         return count
@@ -336,13 +339,23 @@ class Scorer(HFLM):
         try:
             tree = self._run(batch, requests)
             apart: dict[int, tuple[float, bool]] = {}
-            for _, found in self._batches(plain, alone):
-                apart |= found
+            for row in plain:  # each by itself: padding must not be what both have in common
+                apart |= self._run([row], alone)
         except (LetheError, MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
             logger.info("shared rows: %s", (str(error).splitlines() or [type(error).__name__])[0])
             return False
+        return self._equal([(apart[i][0], tree[number][0]) for i, number in enumerate(numbers)])
+
+    def _pads(self, rows: list[Row], requests: list[Encoded]) -> bool:
+        """Whether the shortest of separate rows gives the same beside the longest, padded, as alone."""
+        try:
+            together, alone = self._run([rows[0], rows[-1]], requests), self._run([rows[-1]], requests)
+        except (MemoryError, RuntimeError):
+            return False
+        return self._equal([(value, together[number][0]) for number, (value, _) in alone.items()])
+
+    def _equal(self, pairs: list[tuple[float, float]]) -> bool:
         rounding = 1e-4 if self._forward.dtype == torch.float32 else 2e-2
-        pairs = [(apart[i][0], tree[number][0]) for i, number in enumerate(numbers)]
         return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)  # nan is no disagreement
 
 

@@ -90,6 +90,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """By name: the model type of transformers, and what its tiny configuration has beside `_common`."""
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {"hidden_dropout_prob": 0.0}),
     "falcon_h1": ("falcon_h1", GROUPED | HYBRID | {"head_dim": 8, "mamba_d_ssm": 64}),
     "gemma3n_text": (
         "gemma3n_text",

@@ -35,6 +35,7 @@ from lethe.unlearn import UnlearnTrainer, _prepared, rewind
 LAYERS, LENGTH, START = [1, 2], 40, 0.2
 WITHOUT_LORA = ["falcon_h1", "mamba", "mamba2"]
 REFUSED = {
+    "bert": "when padding or other documents stand beside it",
     "gemma3n_text": "layer 0 returns 4 dimensions",
     "jamba": "0 lists of 4 blocks",
     "mpt": "config.json has none of num_hidden_layers",
@@ -193,7 +194,7 @@ def alone(model: nn.Module, asked: list[tuple[list[int], list[int]]], window: in
     return found
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *WITHOUT_LORA, "gemma3n_text", "jamba", "phimoe"])
+@pytest.mark.parametrize("family", [*FAMILIES, *WITHOUT_LORA, "bert", "gemma3n_text", "jamba", "phimoe"])
 def test_log_likelihoods_are_those_of_separate_unpadded_rows(family, pair):
     name = pair(family)[0]
     model, tokenizer = refs.load(refs.resolve(name))
