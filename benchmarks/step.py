@@ -29,7 +29,8 @@ from torch import Tensor
 from lethe import LoraSettings, UnlearnConfig, corpora, lab, objectives, preflight, refs
 from lethe.config import EvalSettings, to_dict
 from lethe.ledger import Run
-from lethe.unlearn import UnlearnTrainer, _cache_teachers, _prepared, add_adapters
+from lethe.lora import add_adapters
+from lethe.unlearn import UnlearnTrainer, _cache_teachers, _prepared
 
 CASES = [(16, 64, 0.0), (4, 64, 0.0), (16, 256, 0.0), (16, 64, 0.05)]
 ROUNDS, UPDATES, WARM = 4, 5, 2

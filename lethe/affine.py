@@ -43,6 +43,7 @@ from lethe.progress import bar
 from lethe.questions import tokenizer_hash
 from lethe.residual import CONVENTION, blocks, residuals
 from lethe.shelves import prune
+from lethe.suitability import refuse_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -291,10 +292,11 @@ def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
         LetheError: the models do not fit together, or the text cannot be used; raised before anything is written.
     """
     model_ref, source_ref, documents = preflight.check_affine(config)
+    model, tokenizer = refs.load(model_ref, config.dtype)
+    refuse_unreadable(model, config.model, config.max_length)
+    source, _ = refs.load(source_ref, config.dtype)
     run = run or Run.create("affine", config.name, to_dict(config), config.out)
     with run.running():
-        model, tokenizer = refs.load(model_ref, config.dtype)
-        source, _ = refs.load(source_ref, config.dtype)
         maps = fit_on_text(model, source, tokenizer, documents, config, config.text)
         maps.record |= {"model": refs.record(model_ref), "source": refs.record(source_ref)}
         maps.save(run.path / "affine")

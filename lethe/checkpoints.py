@@ -87,7 +87,7 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
             not_monotone=not_monotone(rows, first),
             parents=parents,
         )
-        _draw(run)
+        run.try_to_record(artifacts=lambda: _drawn(run))
     return run
 
 
@@ -244,13 +244,14 @@ def _most(count: int, search: str) -> int:
     return count if search == "all" else min(count, 2 + math.ceil(math.log2(max(1, count))))
 
 
-def _draw(run: Run) -> None:
+def _drawn(run: Run) -> dict[str, Any]:
+    """The chart, drawn into the run's folder, as an artifact."""
     import vl_convert
 
     from lethe.report.charts import checkpoint_chart
 
     (run.path / CHART).write_bytes(vl_convert.vegalite_to_svg(checkpoint_chart(run).to_dict()).encode())
-    run.update(artifacts={"chart": {"path": CHART}})
+    return {"chart": {"path": CHART}}
 
 
 def _branches(repository: str) -> list[str]:

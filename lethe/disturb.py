@@ -1,22 +1,19 @@
 """What can be done to a model's weights without training: noise, a round trip through few bits, pruning.
 
-Each is done to the matrices of the blocks' linear layers, one matrix at a time and in place; embeddings, output head,
-norms and biases stay, as they do in the quantisation and pruning of language models elsewhere. Nothing is put back
-afterwards: the attack loads the model again for its next strength, so that no second copy is held and nothing adds up.
+Each is done to the matrices of the blocks' linear layers and experts, one matrix at a time and in place; embeddings, output
+head, routers, norms and biases stay, as they do in the quantisation and pruning of language models elsewhere. Nothing is
+put back afterwards: the attack loads the model again for its next strength, so that no second copy is held and nothing adds up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lethe.residual import blocks
-from lethe.unlearn import linear_layers
+from lethe.experts import matrices
 
 BLOCK = 64
 # The 16 levels of NormalFloat4: quantiles of a normal distribution, scaled to [−1, 1] (QLoRA, arXiv 2305.14314, appendix E).
@@ -44,12 +41,10 @@ def disturb(model: nn.Module, attack: str, strength: float, seed: int = 0) -> in
         "quantize": int8 if strength == 8 else nf4,
         "prune": lambda w: pruned(w, strength),
     }
-    names = linear_layers(model, len(blocks(model)) - 1)
-    for name in names:
-        layer: Any = model.get_submodule(name)
-        rows = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        rows.copy_(changes[attack](rows))
-    return len(names)
+    found = matrices(model)
+    for matrix in found:
+        matrix.copy_(changes[attack](matrix))
+    return len(found)
 
 
 def noised(weight: Float[Tensor, "out in"], strength: float, generator: torch.Generator) -> Float[Tensor, "out in"]:

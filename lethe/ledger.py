@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,6 +181,22 @@ class Run:
                 old = self.record.get(key)
                 self.record[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
             write_atomically(self.path / RUN, json.dumps(self.record, indent=2, default=str))
+
+    def try_to_record(self, **facts: Callable[[], Any]) -> None:
+        """Record what each function returns. One that fails is a warning, with its reason under `missing`: what a run has made
+        is worth more than what is said about it."""
+        for name, fact in facts.items():
+            try:
+                value = fact()
+            except Exception as error:
+                if full_disk(error):
+                    raise
+                reason = printable(f"{type(error).__name__}: {error}".rstrip(": "), 300)
+                logger.warning("%s could not be recorded: %s", name, reason)
+                self.update(missing={name: reason})
+            else:
+                self.record.get("missing", {}).pop(name, None)  # of an earlier try, before the run was resumed
+                self.update(**{name: value})
 
     def set_parents(self, **parents: dict[str, Any]) -> None:
         """Record what the run is made from.

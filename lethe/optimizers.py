@@ -1,9 +1,9 @@
 """Optimizers, with every parameter routed by what it is.
 
 `adamw` and `adamw_8bit` train all parameters; `muon` trains the hidden matrices (the linear layers inside the blocks,
-fused QKV and MLP too, and the two matrices of a LoRA adapter) and leaves embeddings, output head, norms and biases to
-AdamW. The route is decided by the module that holds a parameter, never by its size: a threshold on size once sent QKV
-and MLP weights to AdamW unseen.
+fused QKV and MLP too, and the two matrices of a LoRA adapter) and leaves embeddings, output head, norms, biases, routers and
+the three-dimensional tensors of experts to AdamW. The route is decided by the module that holds a parameter, never by its
+size: a threshold on size once sent QKV and MLP weights to AdamW unseen.
 
 All of it is one torch Optimizer whose groups are tagged `name` and `algorithm`, so that one scheduler moves them all
 and one saved state holds them all.
@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lethe.config import OptimizerName, TrainingSettings
 from lethe.errors import LetheError
+from lethe.experts import fused, plain_linear, routers
 from lethe.residual import blocks
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -46,7 +47,8 @@ class Route:
 
 
 def routes(model: nn.Module, optimizer: OptimizerName) -> list[Route]:
-    """The route of each parameter that is trained. Roles: matrix, embedding, head, norm, bias, other."""
+    """The route of each parameter that is trained. Roles: matrix, experts, router, embedding, head, norm, bias, other."""
+    no_matrix = routers(model)
     inside = {id(m) for block in blocks(model) for m in block.modules()}
     head = model.get_output_embeddings()  # type: ignore[operator]
     found = []
@@ -56,6 +58,8 @@ def routes(model: nn.Module, optimizer: OptimizerName) -> list[Route]:
             if parameter.requires_grad and id(parameter) not in seen:  # a tied weight has one route, under its first name
                 seen.add(id(parameter))
                 role = _role(module, short.rsplit(".", 1)[-1], parameter, id(module) in inside, module is head)
+                if role == "matrix" and (id(module) in no_matrix or not plain_linear(module)):
+                    role = "router"
                 algorithm = "muon" if optimizer == "muon" and role == "matrix" else "adamw"
                 found.append(Route(short, role, algorithm, tuple(parameter.shape), isinstance(module, Conv1D)))
     return found
@@ -217,4 +221,12 @@ def _role(module: nn.Module, short: str, parameter: Tensor, inside: bool, is_hea
         return "bias"
     if isinstance(module, nn.Linear | Conv1D):
         return "matrix" if inside else "head"
+    if any(parameter is one for one in fused(module)):
+        return "experts"
     return "norm" if parameter.ndim == 1 else "other"
+
+
+def left_to_adamw(found: list[Route]) -> float:
+    """Of the weights of matrices and experts that are trained, the share that Muon does not take."""
+    sizes = {role: sum(math.prod(r.shape) for r in found if r.role == role) for role in ("matrix", "experts")}
+    return sizes["experts"] / max(1, sum(sizes.values()))

@@ -152,13 +152,14 @@ def read(
 
 
 @torch.no_grad()
-def rows_can_leave(model: nn.Module, layers: list[int], head: nn.Module | None) -> bool:
+def rows_can_leave(model: nn.Module, layers: list[int], head: nn.Module | None, width: int) -> bool:
     """Whether rows may leave the batch after the last of `layers` without a change for the others, found on a probe.
 
-    Not so where blocks are given something for each row, such as an attention mask: it would have too many rows then.
+    Not so where blocks are given something for each row, such as an attention mask: it would have too many rows then. Some
+    have one for rows longer than a window alone, so the probe is as wide as the longest row, `width` tokens.
     """
     device = next(model.parameters()).device
-    ids, was_training = torch.arange(16, device=device).view(4, 4), model.training
+    ids, was_training = torch.arange(4 * width, device=device).view(4, width) % 16, model.training
     model.eval()
     try:
         joint = read(model, ids, layers, True, head, leave=2)
@@ -169,10 +170,11 @@ def rows_can_leave(model: nn.Module, layers: list[int], head: nn.Module | None) 
         model.train(was_training)
     pairs = [(joint.output, rest.output)]
     pairs += [(joint.activations[n], torch.cat([gone[n], rest.activations[n]])) for n in layers]
-    return all(_alike(a, b) for a, b in pairs)  # type: ignore[arg-type]
+    return all(alike(a, b) for a, b in pairs)  # type: ignore[arg-type]
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding."""
     close = torch.finfo(a.dtype).eps ** 0.5  # products of another batch differ in the last bits
     return a.shape == b.shape and bool((a - b).norm() <= close * b.norm())
 
@@ -186,7 +188,13 @@ def _needed(model: nn.Module, layers: list[int]) -> dict[int, nn.Module]:
 
 def _keep(activations: dict[int, Tensor], layer: int):  # type: ignore[no-untyped-def]
     def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        activations[layer] = output if isinstance(output, Tensor) else output[0]
+        stream = output if isinstance(output, Tensor) else output[0]
+        if stream.ndim != 3:
+            raise LetheError(
+                f"layer {layer} returns {stream.ndim} dimensions ({type(module).__name__}), expected [batch, seq, hidden]: "
+                f"no single residual stream, so its architecture is not supported"
+            )
+        activations[layer] = stream
 
     return hook
 

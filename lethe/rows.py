@@ -71,6 +71,25 @@ def longest_first(row: Row) -> tuple[Any, ...]:
     return row.begins and row.group, row.begins, -len(row.tokens), row.tokens
 
 
+def unlike(rows: list[Row]) -> list[tuple[list[Row], int, int]]:
+    """Batches of a few rows to try a model on: the widest, and the one with most padding. With each its width and padding.
+
+    A batch has the longest row, those with most tokens before and in answers, and the shortest, of rows that may stand in one.
+    """
+    together: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        together[row.begins, row.begins and row.group].append(row)
+    batches = []
+    for some in together.values():
+        shortest, longest = (choose(some, key=lambda row: len(row.tokens)) for choose in (min, max))
+        context = max(some, key=lambda row: row.context)
+        answers = max(some, key=lambda row: len(row.tokens) - row.context)
+        width = context.context + len(answers.tokens) - answers.context
+        batch = list({id(row): row for row in (longest, context, answers, shortest)}.values())
+        batches.append((batch, width, width - len(shortest.tokens)))
+    return [max(batches, key=lambda batch: batch[1]), max(batches, key=lambda batch: batch[2])]
+
+
 def rows_of(requests: list[Encoded], window: int, groups: list[int], join: bool = True) -> list[Row]:
     """`tree_rows`, longest first; the last ones are kept: while a model is trained it is asked the same again and again."""
     asked = list(requests), window, list(groups)

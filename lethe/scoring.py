@@ -6,9 +6,9 @@ the branch, so that every architecture with ordinary attention computes what it 
 are read, so its pass ends with the last block's keys and values. What all questions of a task begin with (description, few-shot
 examples) is run once for all. Rows of like length make a batch, and the output layer is applied only where an answer is read.
 
-Whether a model takes such rows is found out on the longest of each kind, beside separate rows; where it does not take those of
-several questions, rows are of one, and where it does not take these, separate. A batch is as large as the free memory and the
-model's size allow; one that does not fit after all is halved and tried again.
+Whether a model takes such rows is found out on a batch of the longest and the shortest of each kind, beside separate rows;
+where it does not take those of several questions, rows are of one, and where it does not take these, separate. A batch is
+as large as the free memory and the model's size allow; one that does not fit after all is halved and tried again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lethe.allocator import kept_memory
 from lethe.errors import LetheError
 from lethe.harness import HFLM, has_bos_prefix
 from lethe.progress import bar
-from lethe.rows import Encoded, Row, longest_first, plain_rows, rows_of
+from lethe.rows import Encoded, Row, longest_first, plain_rows, rows_of, unlike
 
 logger = logging.getLogger(__name__)
 TOKENS_PER_BATCH = 2048  # more are no faster on a CPU, whose caches a block's states leave long before
@@ -44,7 +44,8 @@ LOGITS_PER_BATCH = 2**27
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 _with_threads: set[int] = set()
 """Processes whose tokenizers were asked for threads: this one alone, unless it is a fork of another."""
-_taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool, bool], tuple[bool, int]]] = WeakKeyDictionary()
+_taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool, bool], tuple[bool, int, int]]] = WeakKeyDictionary()
+"""By kind of row: whether the model takes it, and the width and the padding, in tokens, that this was tried with."""
 _shrunk: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
@@ -82,6 +83,7 @@ class Scorer(HFLM):
         self._tokens = min(most, _shrunk.get(plain, most))
         vocabulary = getattr(plain.config.get_text_config(), "vocab_size", None) or len(tokenizer)
         self._kept: tuple[tuple[int, ...], Contexts] | None = None
+        self._of_one_length = False
         self._reads = max(1, logits // vocabulary)
 
     def loglikelihood(self, requests, disable_tqdm=False):  # type: ignore[no-untyped-def]
@@ -158,6 +160,7 @@ class Scorer(HFLM):
                 break
         else:
             rows = sorted(plain_rows(requests, window), key=longest_first)
+            self._of_one_length = not self._pads(rows, requests)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_memory())
@@ -203,7 +206,8 @@ class Scorer(HFLM):
             context, rest = max(context, row.context), max(rest, len(row.tokens) - row.context)
             full = (count + 1) * (context + rest) > self._tokens or reads > self._reads
             same = row.begins == rows[start].begins and not (row.begins and row.group != rows[start].group)
-            if count and (full or not same):
+            unlike_first = self._of_one_length and len(row.tokens) != len(rows[start].tokens)
+            if count and (full or not same or unlike_first):
                 break
             count += 1
         return count
@@ -314,18 +318,21 @@ class Scorer(HFLM):
             hook.remove()
 
     def _takes(self, rows: list[Row], requests: list[Encoded]) -> bool:
-        """Whether the model computes the same for shared rows as for separate ones; tried on the longest."""
+        """Whether the model computes the same for shared rows as for separate ones.
+
+        Tried on rows as unlike as there are: attention that looks so many places back, for instance, sees padding between a
+        short context and its answers where it would see the context.
+        """
         known = _taken.setdefault(self._forward, {})
         for kind in {row.kind for row in rows if row.split}:
-            longest = max((row for row in rows if row.kind == kind), key=lambda row: len(row.tokens))
-            length = len(longest.tokens)
-            takes, tried = known.get(kind, (True, 0))
-            if takes and tried < length:
-                takes = self._ordinary_attention(length) and self._agrees(longest, requests)
-                known[kind] = takes, length
-            if not takes:
-                logger.info("questions do not share what they have in common: this model has to be given separate rows")
-                return False
+            for batch, width, padding in unlike([row for row in rows if row.kind == kind]):
+                takes, widest, most = known.get(kind, (True, 0, -1))
+                if takes and (widest < width or most < padding):
+                    takes = self._ordinary_attention(width) and self._agrees(batch, requests)
+                    known[kind] = takes, max(widest, width), max(most, padding)
+                if not takes:
+                    logger.info("questions do not share what they have in common: this model has to be given separate rows")
+                    return False
         return True
 
     def _ordinary_attention(self, length: int) -> bool:
@@ -339,20 +346,30 @@ class Scorer(HFLM):
             and layers <= {"full_attention", "sliding_attention"}
         )
 
-    def _agrees(self, row: Row, requests: list[Encoded]) -> bool:
-        numbers = [number for number, _ in row.reads]
+    def _agrees(self, batch: list[Row], requests: list[Encoded]) -> bool:
+        numbers = [number for row in batch for number, _ in row.reads]
         alone = [requests[number] for number in numbers]
         plain = sorted(plain_rows(alone, self.max_length), key=longest_first)
         try:
-            tree = self._run([row], requests)
+            tree = self._run(batch, requests)
             apart: dict[int, tuple[float, bool]] = {}
-            for _, found in self._batches(plain, alone):
-                apart |= found
+            for row in plain:  # each by itself: padding must not be what both have in common
+                apart |= self._run([row], alone)
         except (LetheError, MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
             logger.info("shared rows: %s", (str(error).splitlines() or [type(error).__name__])[0])
             return False
+        return self._equal([(apart[i][0], tree[number][0]) for i, number in enumerate(numbers)])
+
+    def _pads(self, rows: list[Row], requests: list[Encoded]) -> bool:
+        """Whether the shortest of separate rows gives the same beside the longest, padded, as alone."""
+        try:
+            together, alone = self._run([rows[0], rows[-1]], requests), self._run([rows[-1]], requests)
+        except (MemoryError, RuntimeError):
+            return False
+        return self._equal([(value, together[number][0]) for number, (value, _) in alone.items()])
+
+    def _equal(self, pairs: list[tuple[float, float]]) -> bool:
         rounding = 1e-4 if self._forward.dtype == torch.float32 else 2e-2
-        pairs = [(apart[i][0], tree[number][0]) for i, number in enumerate(numbers)]
         return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)  # nan is no disagreement
 
 

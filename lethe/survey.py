@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import torch
+from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lethe import corpora
 from lethe.adapters import merged_bytes
 from lethe.blocked import ROWS
-from lethe.optimizers import Route, needs_masters, routes, routing_table
+from lethe.lora import left_out
+from lethe.optimizers import Route, left_to_adamw, needs_masters, routes, routing_table
 from lethe.residual import blocks
 from lethe.teacher import Teacher
 
 AGREEMENT_ROWS = 128
+LANCZOS_STEPS = 32
+"""Products with a matrix and its transpose for its largest singular value; as many as it takes where the largest lie close."""
+SHARE = 0.01
+"""The share of the blocks' weights from which on it is worth a warning that they are treated otherwise than the rest."""
 
 
 def layer_of(model: nn.Module) -> dict[str, str]:
@@ -56,7 +63,7 @@ def memory(student: nn.Module, teacher: Teacher, config: Any, width: int) -> dic
     text = student.config.get_text_config()  # type: ignore[union-attr,operator]
     tokens = config.per_device_train_batch_size * width
     element = trained[0].element_size()
-    block = 17 * element * tokens * text.hidden_size + 2.5 * element * text.num_attention_heads * tokens * width
+    block = 17 * element * tokens * text.hidden_size + 2.5 * element * getattr(text, "num_attention_heads", 0) * tokens * width
     depth = text.num_hidden_layers
     kept = block + depth * element * tokens * text.hidden_size if config.gradient_checkpointing else depth * block
     logits = 4 * 4 * (min(tokens, ROWS) if teacher.heads else tokens) * text.vocab_size
@@ -84,6 +91,22 @@ def describe(student: nn.Module, config: Any) -> dict[str, Any]:
         "trainable_by_layer": trainable_by_layer(student, found),
         "routing": routing_table(found),
     }
+
+
+def untouched(student: nn.Module, config: Any, layers: list[int]) -> list[str]:
+    """Warnings for the plan: the share of the blocks' weights that adapters leave as they are, or Muon leaves to AdamW."""
+    found = []
+    if config.lora and (share := left_out(student, config.lora, layers)) > SHARE and config.lora.targets != "attention":
+        found.append(
+            f"lora: {share:.0%} of the weights in the adapted blocks get no adapter (targets: {config.lora.targets}): "
+            f"LoRA adapts linear layers, not routers, nor experts that are kept as three-dimensional tensors; "
+            f"lora null trains all weights"
+        )
+    if config.optimizer == "muon" and (share := left_to_adamw(routes(student, "muon"))) > SHARE:
+        found.append(
+            f"muon: experts, kept as three-dimensional tensors, are trained by AdamW: {share:.0%} of the blocks' matrices"
+        )
+    return found
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -128,18 +151,14 @@ def update_by_layer(student: nn.Module, target: nn.Module) -> dict[str, dict[str
     """Per block, `distance` ‖θ − θ₀‖ from the target's weights, and `stable_rank` of the update.
 
     The stable rank of a matrix is ‖ΔW‖_F² / ‖ΔW‖₂², between 1 and its rank; a block's is the mean over its matrices that
-    have moved. Adapters count as the matrices that they add.
+    have moved, each expert's by itself. Adapters count as the matrices that they add.
     """
-    before = dict(target.named_parameters())
     squares: dict[str, float] = defaultdict(float)
     ranks: dict[str, list[float]] = defaultdict(list)
     layers = layer_of(target)
-    for name, weight in effective_weights(student).items():
-        change = (weight.float() - before[name].float()).detach()
-        square = change.square().sum().item()
+    for name, square, stable in _updates(student, dict(target.named_parameters())):
         squares[layers[name]] += square
-        if change.ndim == 2 and square > 0 and layers[name] != "outside":
-            ranks[layers[name]].append(square / torch.linalg.matrix_norm(change, 2).item() ** 2)
+        ranks[layers[name]] += stable if layers[name] != "outside" else []
     return {
         layer: {"distance": math.sqrt(square)}
         | ({"stable_rank": sum(ranks[layer]) / len(ranks[layer])} if ranks[layer] else {})
@@ -147,19 +166,61 @@ def update_by_layer(student: nn.Module, target: nn.Module) -> dict[str, dict[str
     }
 
 
-def effective_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that a model computes with, by the names of the bare model: adapters are added to what they adapt."""
-    base: nn.Module = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    adapters: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    weights = {}
+def stable_ranks(matrices: Float[Tensor, "*matrices rows columns"]) -> list[float]:
+    """‖W‖_F² / ‖W‖₂² of each matrix that is not 0."""
+    each = matrices.reshape(-1, *matrices.shape[-2:])
+    squares = each.square().sum((-2, -1))
+    moved = squares > 0
+    return (squares[moved] / spectral_norm(each[moved]).square()).tolist() if moved.any() else []
+
+
+def spectral_norm(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, " matrices"]:
+    """‖W‖₂, the largest singular value of each matrix, to a thousandth; a full decomposition takes many times as long.
+
+    By the Lanczos method: power iteration on WᵀW that keeps all of its directions, and takes the best combination of them.
+    The start is drawn from a fixed seed. (Golub and Van Loan, Matrix Computations, chapter 10.)
+    """
+    w = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
+    w = w / w.abs().amax((-2, -1), keepdim=True)  # squares of small numbers stay numbers
+    count, size = len(w), w.shape[-1]
+    steps = min(size, LANCZOS_STEPS)
+    v = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(w).expand(count, size)
+    basis = w.new_zeros(count, steps, size)
+    tridiagonal = torch.zeros(count, steps, steps, dtype=torch.float64)
+    for step in range(steps):
+        norm = v.norm(dim=-1, keepdim=True)
+        if step:
+            tridiagonal[:, step, step - 1] = tridiagonal[:, step - 1, step] = norm[:, 0].cpu()
+        basis[:, step] = v = torch.where(norm > 1e-6, v / norm, 0)
+        v = (w.mT @ (w @ v[..., None]))[..., 0]
+        tridiagonal[:, step, step] = (v * basis[:, step]).sum(-1).cpu()
+        for _ in range(2):  # once leaves what rounding adds
+            known = basis[:, : step + 1]
+            v = v - (known.mT @ (known @ v[..., None]))[..., 0]
+    scale = matrices.abs().amax((-2, -1))
+    return torch.linalg.eigvalsh(tridiagonal)[:, -1].sqrt().to(scale) * scale
+
+
+def _updates(student: nn.Module, before: dict[str, nn.Parameter]) -> Iterator[tuple[str, float, list[float]]]:
+    """Of each parameter, by its name in the bare model: ‖ΔW‖_F² and the stable ranks of its matrices.
+
+    An adapter's update s · B A is never formed where the weights below are those from before: with B = Q R and Aᵀ = Q' R' it
+    has the singular values of s · R R'ᵀ, a matrix of rank by rank.
+    """
+    base: nn.Module = student.get_base_model() if hasattr(student, "peft_config") else student  # type: ignore[operator]
+    adapters: dict[str, Any] = {f"{name}.base_layer.weight": m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
     for name, parameter in base.named_parameters():
         if ".lora_" in name:
             continue
-        plain = name.replace(".base_layer.", ".")
-        owner: Any = adapters.get(name.rsplit(".base_layer.", 1)[0]) if ".base_layer." in name else None
-        adapted = owner is not None and name.endswith(".weight")
-        weights[plain] = parameter + owner.get_delta_weight("default") if adapted else parameter
-    return weights
+        plain, adapter = name.replace(".base_layer.", "."), adapters.get(name)
+        change = parameter.detach().float() - before[plain].detach().float()
+        if adapter is not None and not change.any():
+            a, b = (part["default"].weight.float() for part in (adapter.lora_A, adapter.lora_B))
+            change = adapter.scaling["default"] * torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+        elif adapter is not None:
+            change += adapter.get_delta_weight("default")
+        matrices = change.ndim in {2, 3} and min(change.shape[-2:]) > 1
+        yield plain, change.square().sum().item(), stable_ranks(change) if matrices else []
 
 
 def _bytes(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ model, so that curves can be laid beside those of controls that never knew: `lab
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -23,10 +24,14 @@ from lethe.config import TamperConfig, to_dict
 from lethe.disturb import SCHEMES, disturb
 from lethe.evaluate import load_tasks
 from lethe.ledger import Run
+from lethe.lora import add_adapters
 from lethe.prompts import prompts, refuse_too_long
 from lethe.residual import blocks, read
+from lethe.suitability import refuse_untrainable
 from lethe.training import Evaluation, Rows, RunTrainer, keep_threads, token_means
-from lethe.unlearn import add_adapters, save
+from lethe.unlearn import save
+
+logger = logging.getLogger(__name__)
 
 
 class TamperTrainer(RunTrainer):
@@ -60,27 +65,33 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
     if config.attack != "finetune":
         return _without_training(config, checked, run)
+    model: Any
+    model, tokenizer = refs.load(checked.model, "float32")
+    if not isinstance(model, PeftModel):
+        refuse_untrainable(model, config.model, config.max_length)
+    model = _attacked(model, config, checked)
     run = run or Run.create("tamper", config.name, to_dict(config), config.out)
     with run.running():
         keep_threads(run)
-        model: Any
-        model, tokenizer = refs.load(checked.model, "float32")
-        model = _attacked(model, config, checked)
         rows = Rows(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
         trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
         trainer.add_callback(LostUpdates(trainer))
         run.set_parents(**_parents(config, checked))
-        run.update(plan=checked.plan | survey.describe(model, config))
+        warnings = survey.untouched(model, config, list(range(len(blocks(model)))))
+        for warning in warnings:
+            logger.warning(warning)
+        run.update(plan=checked.plan | survey.describe(model, config) | {"warnings": warnings})
         trainer.evaluation.at(0, model, "Evaluating before the attack")
         trainer.train_with_bar(f"Attacking {config.model}")
         lines = run.rows("metrics.jsonl")
-        run.update(
-            losses=token_means(lines, {"attack_loss": "attack"}) | {"lost_updates": lost_share(lines)},
-            plan={"tokens": sum(line["attack_tokens"] for line in lines)},
-            evals=trainer.evaluation.at(trainer.state.global_step, model),
+        if config.save_model:  # before anything that may fail
+            model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+            save(run, "model", model, tokenizer)
+        run.try_to_record(
+            losses=lambda: token_means(lines, {"attack_loss": "attack"}) | {"lost_updates": lost_share(lines)},
+            plan=lambda: {"tokens": sum(line["attack_tokens"] for line in lines)},
         )
-        if config.save_model:
-            save(run, "model", model.merge_and_unload() if isinstance(model, PeftModel) else model, tokenizer)
+        run.update(evals=trainer.evaluation.at(trainer.state.global_step, model))
     trainer.clear_saves()
     return run
 

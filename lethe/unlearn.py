@@ -21,19 +21,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from lethe import corpora, objectives, preflight, refs, regimes, survey, teacher_cache
 from lethe.affine import AffineMap, fit_once, load_maps, mean_r2, score_maps
 from lethe.blocked import blocked_kl_loss, head_of, next_token_loss
 from lethe.checkpoints import checkpoints
-from lethe.config import AffineConfig, CheckpointsConfig, LoraSettings, UnlearnConfig, to_dict
+from lethe.config import AffineConfig, CheckpointsConfig, UnlearnConfig, to_dict
 from lethe.errors import LetheError, full_disk
 from lethe.evaluate import load_tasks, refuse_unscorable
 from lethe.ledger import Run, sha256
+from lethe.lora import add_adapters
 from lethe.maps import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
 from lethe.optimizers import needs_masters, newton_schulz_dtype
 from lethe.residual import States, blocks, read, rows_can_leave
+from lethe.suitability import refuse_untrainable
 from lethe.teacher import Teacher, needs
 from lethe.training import Rows, RunTrainer, keep_threads, quick_passes, token_means
 
@@ -59,7 +60,8 @@ class UnlearnTrainer(RunTrainer):
         both = c.remove_coef != 0 and c.retain_coef != 0 and c.forget_loss == "transfer"
         # In smaller types the model's states would be rounded otherwise than the reference's, which sees retain rows alone.
         exact = next(self.model.parameters()).dtype == torch.float32  # type: ignore[union-attr]
-        self.joint = both and exact and rows_can_leave(self.model, c.layers, self.head)  # type: ignore[arg-type]
+        longest = max(len(row) for rows in self.train_dataset.texts.values() for row in rows)  # type: ignore[union-attr]
+        self.joint = both and exact and rows_can_leave(self.model, c.layers, self.head, longest)  # type: ignore[arg-type]
 
     def coefficients(self, steps_done: int) -> tuple[float, float]:
         """remove_coef(t) and retain_coef(t) after so many updates."""
@@ -274,6 +276,7 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
     )
     teacher = Teacher(source, reference, None, needs(config))
     teacher.maps, maps_plan, warnings = _given_maps(run, config, checked, teacher, tokenizer)
+    refuse_untrainable(model, config.model, config.max_length)
     student = _student(run, config, model, source, tokenizer)
     used = {"forget": config.remove_coef, "retain": config.retain_coef}
     documents = {"forget": checked.forget, "retain": checked.retain}
@@ -301,6 +304,7 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
         }
     plan["maps"] = maps_plan
     plan["coefficients"] = preflight.coefficients_over(config, plan)
+    warnings += survey.untouched(student, config, config.layers)
     run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
     return trainer, tokenizer
 
@@ -364,47 +368,6 @@ def rewind(model: nn.Module, source: nn.Module, share: float) -> None:
     theirs = dict(source.named_parameters())
     for name, parameter in model.named_parameters():
         parameter.lerp_(theirs[name].to(parameter), share)
-
-
-def add_adapters(model: PreTrainedModel, lora: LoraSettings, layers: list[int], seed: int) -> nn.Module:
-    """LoRA on the linear layers of the blocks up to the last of `layers`, its first weights drawn from `seed`.
-
-    Blocks after the last forget layer get none: the forget term has no gradient there.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=linear_layers(model, max(layers), lora.targets),
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return get_peft_model(model, config)
-
-
-def linear_layers(model: nn.Module, last: int, targets: str = "all") -> list[str]:
-    """Full names of the linear layers in blocks 0 to `last`: those of attention, of the MLP (all others), or all.
-
-    Attention modules are known by transformers' naming of their classes.
-
-    Raises:
-        LetheError: there is none of the kind.
-    """
-    linear: dict[int, str] = {}
-    for block in blocks(model)[: last + 1]:
-        attention = {id(m) for a in block.modules() if type(a).__name__.endswith("Attention") for m in a.modules()}
-        kinds = {
-            id(m): "attention" if id(m) in attention else "mlp" for m in block.modules() if isinstance(m, nn.Linear | Conv1D)
-        }
-        linear |= kinds
-    names = [name for name, m in model.named_modules() if id(m) in linear and targets in {"all", linear[id(m)]}]
-    if not names:
-        raise LetheError(f"lora.targets: {type(model).__name__} has no linear layer of kind {targets}; use all")
-    return names
 
 
 def _given_maps(
@@ -501,23 +464,23 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     checked: preflight.Checked,
 ) -> None:
-    """Losses, artifact, records and evaluation of a run that has been trained."""
+    """Artifact, records and evaluation of a run that has been trained; the artifact first, so that nothing loses it."""
     student: Any = trainer.model
+    if config.lora and config.merge:
+        student = student.merge_and_unload()
+    save(run, "adapter" if config.lora and not config.merge else "model", student, tokenizer)
     rows = run.rows("metrics.jsonl")
     terms = {"cb_loss": "forget", "forget_kl_loss": "forget", f"retain_{config.retain_loss}_loss": "retain"}
     seen = [
         corpora.tokenise(part[: survey.AGREEMENT_ROWS], tokenizer, config.max_length)
         for part in (checked.forget, checked.retain)
     ]
-    run.update(
-        losses=token_means(rows, {term: text for term, text in terms.items() if term in rows[-1]}),
-        plan={"tokens": sum(row.get(f"{text}_tokens", 0) for row in rows for text in ("forget", "retain"))},
-        agreement=survey.agreement(student, trainer.teacher, seen[0], seen[1], tokenizer.pad_token_id),
-        update_by_layer=survey.update_by_layer(student, trainer.teacher.reference),
+    run.try_to_record(
+        losses=lambda: token_means(rows, {term: text for term, text in terms.items() if term in rows[-1]}),
+        plan=lambda: {"tokens": sum(row.get(f"{text}_tokens", 0) for row in rows for text in ("forget", "retain"))},
+        agreement=lambda: survey.agreement(student, trainer.teacher, seen[0], seen[1], tokenizer.pad_token_id),
+        update_by_layer=lambda: survey.update_by_layer(student, trainer.teacher.reference),
     )
-    if config.lora and config.merge:
-        student = student.merge_and_unload()
-    save(run, "adapter" if config.lora and not config.merge else "model", student, tokenizer)
     run.update(evals=trainer.evaluation.at(trainer.state.global_step, student, f"Evaluating {config.name}"))
 
 

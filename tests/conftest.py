@@ -1,4 +1,4 @@
-"""What tests share: tiny models of six architectures with random weights, real tokenizers, and the nano lab."""
+"""What tests share: tiny models with random weights, real tokenizers, and the nano lab."""
 
 from __future__ import annotations
 
@@ -105,19 +105,19 @@ def make_tokenizer() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
-    """make_model(architecture, folder, seed=0, tokenizer=None, **overrides): a tiny random model and its tokenizer, saved.
+    """make_model(family, folder, seed=0, tokenizer=None, **overrides): a tiny random model and its tokenizer, saved.
 
-    Architectures: gpt2, llama, qwen2, qwen2_moe, olmo2, starcoder2, gpt_neox (parallel residual), gpt_neox_sequential.
-    Hidden size 32, four blocks, a window of 64 tokens, weights wide enough that next-token distributions are far from
-    uniform. `overrides` are fields of the transformers configuration.
+    Families are those of `families.py`: hidden size 32, four blocks, a window of 64 tokens, weights wide enough that
+    next-token distributions are far from uniform. `overrides` are fields of the transformers configuration.
     """
 
-    def make(architecture: str, folder: Path, seed: int = 0, tokenizer: Any = None, **overrides: Any) -> Path:
+    def make(family: str, folder: Path, seed: int = 0, tokenizer: Any = None, **overrides: Any) -> Path:
         import torch
+        from families import configuration
         from transformers import AutoModelForCausalLM
 
         tokenizer = tokenizer or make_tokenizer()
-        config = _configuration(architecture, len(tokenizer), tokenizer, overrides)
+        config = configuration(family, tokenizer, **overrides)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -130,39 +130,6 @@ def make_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
         return Path(folder)
 
     return make
-
-
-def _configuration(architecture: str, vocabulary: int, tokenizer: Any, overrides: dict[str, Any]) -> Any:
-    from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config, Qwen2Config, Qwen2MoeConfig, Starcoder2Config
-
-    common = {
-        "vocab_size": vocabulary,
-        "initializer_range": 0.2,
-        "bos_token_id": tokenizer.bos_token_id if tokenizer.bos_token else tokenizer.eos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    modern = common | {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "max_position_embeddings": WINDOW,
-    }
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-    neox = {**modern, "rotary_pct": 0.5, "hidden_dropout": 0.0}
-    kinds = {
-        "gpt2": (GPT2Config, common | {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": WINDOW}),
-        "llama": (LlamaConfig, modern | {"num_key_value_heads": 2}),
-        "qwen2": (Qwen2Config, modern | {"num_key_value_heads": 2}),
-        "qwen2_moe": (Qwen2MoeConfig, modern | experts | {"num_key_value_heads": 2}),
-        "olmo2": (Olmo2Config, modern | {"num_key_value_heads": 4}),
-        "starcoder2": (Starcoder2Config, modern | {"num_key_value_heads": 2}),
-        "gpt_neox": (GPTNeoXConfig, neox | {"use_parallel_residual": True}),
-        "gpt_neox_sequential": (GPTNeoXConfig, neox | {"use_parallel_residual": False}),
-    }
-    kind, settings = kinds[architecture]
-    return kind(**(settings | overrides))
 
 
 @pytest.fixture(scope="session")

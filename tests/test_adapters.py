@@ -10,7 +10,7 @@ import torch
 from lethe import adapters, refs
 from lethe.adapters import merged_bytes, one_product
 from lethe.config import LoraSettings
-from lethe.unlearn import add_adapters
+from lethe.lora import add_adapters
 
 IDS = torch.arange(3, 43).view(5, 8)
 

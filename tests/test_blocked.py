@@ -265,7 +265,7 @@ def test_training_gradients_are_those_of_the_models_own_logits(architecture, lor
     model, reference = (load(make_model(architecture, tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     if lora:
         from lethe.config import LoraSettings
-        from lethe.unlearn import add_adapters
+        from lethe.lora import add_adapters
 
         model = add_adapters(model, LoraSettings(), [2], 0).eval()
         for name, parameter in model.named_parameters():

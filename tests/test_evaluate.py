@@ -302,14 +302,14 @@ def test_padding_does_not_make_no_number_of_a_float16_model_with_very_negative_s
     asked += [(words(30), words(1)), (words(30), words(5))]
     scorer = Scorer(model, AutoTokenizer.from_pretrained(folder))
     assert not any(math.isnan(value) for value, _ in scorer.score(asked))
-    assert all(takes for takes, _ in scoring._taken[model].values())
+    assert all(takes for takes, *_ in scoring._taken[model].values())
 
 
 def test_a_model_that_takes_rows_of_one_question_alone_gets_those(gpt2, tmp_path, cache, monkeypatch):
     model, tokenizer = gpt2
     monkeypatch.setattr(scoring, "_taken", {})
     agrees, run, batches = Scorer._agrees, Scorer._run, []
-    monkeypatch.setattr(Scorer, "_agrees", lambda self, row, asked: not row.kind[1] and agrees(self, row, asked))
+    monkeypatch.setattr(Scorer, "_agrees", lambda self, some, asked: not some[0].kind[1] and agrees(self, some, asked))
     monkeypatch.setattr(Scorer, "_run", lambda self, batch, asked: batches.append(batch) or run(self, batch, asked))
     prompts = [f"the river of Orvane flows past {word} and into" for word in ("mills", "salt", "resin", "copper")]
     instances = requests(write_task(tmp_path, [{"prompt": p, "choices": ["a b", "b c"], "answer": 0} for p in prompts]))
@@ -604,7 +604,7 @@ def test_bfloat16_models_are_scored_with_shared_rows_too(make_model, known, tmp_
     samples: dict[str, list] = {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     evaluate_model(model, tokenizer, [name], samples=samples)
-    assert all(takes for takes, _ in scoring._taken[model].values())
+    assert all(takes for takes, *_ in scoring._taken[model].values())
     exact: dict[str, list] = {}
     evaluate_model(AutoModelForCausalLM.from_pretrained(folder), tokenizer, [name], samples=exact)
     for a, b in zip(samples[name], exact[name], strict=True):

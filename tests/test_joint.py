@@ -25,7 +25,7 @@ def model(request, make_model, tmp_path) -> Any:
 @pytest.mark.parametrize("with_head", [True, False])
 def test_states_and_gradients_are_those_of_separate_passes(model, layers, with_head):
     head = head_of(model) if with_head else None
-    assert rows_can_leave(model, layers, head)
+    assert rows_can_leave(model, layers, head, 8)
     gradients = []
     for joint in (True, False):
         model.zero_grad()
@@ -60,7 +60,7 @@ def test_a_model_that_hands_its_blocks_something_for_each_row_gets_separate_pass
 
     for block in blocks(model):
         block.register_forward_pre_hook(with_mask, with_kwargs=True)
-    assert not rows_can_leave(model, [0, 2], head)
+    assert not rows_can_leave(model, [0, 2], head, 8)
     assert model.training == was_training
 
 

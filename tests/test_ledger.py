@@ -112,6 +112,23 @@ def test_update_merges_dicts_one_level_and_replaces_the_rest(run):
     assert on_disk(run)["losses"] == [2]
 
 
+def test_what_cannot_be_recorded_is_a_warning_with_its_reason_until_it_can(run, caplog):
+    def broken():
+        raise KeyError("experts.base_layer")
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run.try_to_record(losses=lambda: {"cb_loss": 1.0}, update_by_layer=broken, agreement=lambda: 0.5)
+    assert on_disk(run)["missing"] == {"update_by_layer": "KeyError: 'experts.base_layer'"}
+    assert (on_disk(run)["losses"], on_disk(run)["agreement"]) == ({"cb_loss": 1.0}, 0.5)
+    assert "update_by_layer could not be recorded" in caplog.text
+    run.try_to_record(update_by_layer=lambda: {"0": {}})
+    assert on_disk(run)["missing"] == {} and on_disk(run)["update_by_layer"] == {"0": {}}
+    with pytest.raises(OSError, match="No space"):
+        run.try_to_record(agreement=full)
+
+
 def test_not_a_number_stays_not_a_number(run):
     run.append("metrics.jsonl", {"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": None})
     row = run.rows("metrics.jsonl")[0]

@@ -13,9 +13,10 @@ from lethe import refs, repeats
 from lethe.adapters import one_product
 from lethe.config import EvalSettings, LoraSettings, UnlearnConfig
 from lethe.lab import active_preset
+from lethe.lora import add_adapters
 from lethe.repeats import Places, once_a_token
 from lethe.residual import blocks
-from lethe.unlearn import add_adapters, unlearn
+from lethe.unlearn import unlearn
 
 IDS = torch.randint(3, 20, (6, 40), generator=torch.Generator().manual_seed(0))
 ALONE = {

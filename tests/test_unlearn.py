@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import LoraSettings, UnlearnConfig, corpora, unlearn
+from lethe import LoraSettings, UnlearnConfig, corpora, survey, unlearn
 from lethe.config import EvalSettings, TextSource
 from lethe.errors import LetheError
 from lethe.lab import active_preset
@@ -321,3 +321,17 @@ def test_a_run_reports_to_tensorboard_as_to_any_of_transformers_loggers(lab, tmp
     events = list(run.path.rglob("events.out.tfevents*"))
     assert len(events) == 1
     assert all(tag in events[0].read_bytes() for tag in (b"cb_loss", b"retain_kl_loss"))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_cannot_be_recorded_at_the_end_never_loses_the_model(lab, tmp_path, monkeypatch, merge):
+    def broken(*args):
+        assert list(next(tmp_path.iterdir()).glob("[am][do]*/*.safetensors"))  # saved before anything is recorded
+        raise KeyError("model.layers.1.mlp.experts.base_layer.gate_up_proj")
+
+    monkeypatch.setattr(survey, "update_by_layer", broken)
+    run = unlearn(recipe(tmp_path, merge=merge, max_steps=1))
+    assert run.status == "complete" and run.record["evals"] and run.record["agreement"]
+    assert "base_layer" in run.record["missing"]["update_by_layer"] and "update_by_layer" not in run.record
+    assert "update_by_layer could not be recorded" in (run.path / "log.txt").read_text()
+    assert resolve(f"run:{run.id}", str(tmp_path))
