@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import Any
 
 from lethe import config as c
 from lethe.errors import LetheError, nearest, printable
-from lethe.ledger import Run, find_runs, now, refuse_run_folder, write_atomically
+from lethe.ledger import Run, find_runs, now, refuse_run_folder
 from lethe.logbook import NUMBER, TASKS, Column, LogTable, column, kind_of, marks, phrases, plain, read, setting, spaced
 from lethe.reading import UnreadableError, text_of
 
@@ -530,12 +531,19 @@ def _write(imported: Imported, records: list[tuple[dict[str, Any], list[dict[str
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 if curve or (path / "curve.jsonl").exists():
-                    write_atomically(path / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve))
-                run.update()
+                    _replace(path / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve))
+                _replace(path / "run.json", json.dumps(run.record, indent=2))
             except OSError as error:
                 raise LetheError(f"out: cannot write to '{out}' ({error.strerror}); choose another folder") from error
         (imported.unchanged if same else imported.updated if old else imported.new).append(run)
     imported.gone = list(before.values())
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all, without waiting for the disk, which takes minutes for a long log: it can be imported again."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _content(record: dict[str, Any]) -> dict[str, Any]:

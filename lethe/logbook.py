@@ -210,17 +210,24 @@ def _cells(line: str) -> list[str]:
 
 
 def _table(state: StateBlock, start: int, end: int, silent: bool) -> bool:
-    """The parser's rule for tables, with the cells of each row as they are: the rule itself fills up rows and cuts them."""
+    """The parser's rule for tables, but with a row's cells as they are: the rule itself fills up rows, cuts them, and gives up
+    a table of very many short ones."""
     before = len(state.tokens)
-    found = table(state, start, end, silent)
-    if found and not silent:
+    if not table(state, start, min(start + 2, end), silent):
+        return False
+    if not silent:
         del state.tokens[before:]
+        stops = state.md.block.ruler.getRules("blockquote")
+        line = start + 2
+        while line < end and state.sCount[line] >= state.blkIndent and not state.isEmpty(line) and not state.is_code_block(line):
+            if any(stop(state, line, end, True) for stop in stops):
+                break
+            line += 1
+        texts = [(n + 1, state.src[state.bMarks[n] + state.tShift[n] : state.eMarks[n]]) for n in (start, *range(start + 2, line))]
+        (_, columns), *rows = [(number, _cells(text)) for number, text in texts]
         made = state.push("table", "", 0)
-        made.map = [start, state.line]
-        lines = [start, *range(start + 2, state.line)]
-        (_, columns), *rows = [(n + 1, _cells(state.src[state.bMarks[n] + state.tShift[n] : state.eMarks[n]])) for n in lines]
-        made.meta = {"columns": columns, "rows": rows}
-    return found
+        made.map, made.meta, state.line = [start, line], {"columns": columns, "rows": rows}, line
+    return True
 
 
 _MARKDOWN = MarkdownIt("commonmark").enable("table").disable(["inline", "reference"])  # [^1]: is a note
