@@ -36,7 +36,9 @@ STATUSES = {
     **dict.fromkeys(("complete", "completed", "done", "finished"), "complete"),
 }
 NOTHING = {"", "-", "–", "—", "n/a", "na", "none"}
-NO_ROWS = "markdown sees no rows of a table here: under the header stands a line with as many groups of dashes, then a line a row"
+NO_ROWS = (
+    "markdown sees no rows of a table here: under the header stands a line with as many groups of dashes, then a line a row"
+)
 LONGEST_NAME = 200
 OPTIMIZERS = {"adamw", "muon", "adamw_8bit"}
 _RESULT = re.compile(rf"(~)?\s*({NUMBER})\s*(%)?(?:\s*\(step (\d{{1,12}})\))?", re.IGNORECASE)
@@ -71,7 +73,9 @@ class Imported:
         for u in self.unreadable:
             column, cell = printable(u["column"] or "row", 80), printable(u["cell"], 200)
             lines.append(f"line {u['line']}, {column}: cannot read '{cell}' ({u['why']})")
-        lines += [f"line {s['line']}: table left out ({s['why']}): {printable(' | '.join(s['columns']), 200)}" for s in self.skipped]
+        lines += [
+            f"line {s['line']}: table left out ({s['why']}): {printable(' | '.join(s['columns']), 200)}" for s in self.skipped
+        ]
         for p in self.prose:
             hint = f"; {p['hint']}" if p["hint"] else ""
             lines.append(f"line {p['line']}: {p['number']} is in no cell of '{printable(p['section'], 80)}'{hint}: {p['text']}")
@@ -497,7 +501,9 @@ class _Numbers:
         """The first cell whose number rounds to these digits, and the sections of all that do."""
         half = 0.5 * 10.0 ** -len(digits.partition(".")[2]) + 1e-9
         numbers, value = self.every[percent], float(digits)
-        there = [i for _, i in numbers[bisect_left(numbers, (value - half, -1)) : bisect_left(numbers, (value + half, math.inf))]]
+        there = [
+            i for _, i in numbers[bisect_left(numbers, (value - half, -1)) : bisect_left(numbers, (value + half, math.inf))]
+        ]
         return (self.cells[min(there)] if there else None), {self.cells[i].section for i in there}
 
     def closest(self, digits: str, percent: bool, section: str, before: str) -> _Cell | None:

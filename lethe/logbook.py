@@ -219,11 +219,15 @@ def _table(state: StateBlock, start: int, end: int, silent: bool) -> bool:
         del state.tokens[before:]
         stops = state.md.block.ruler.getRules("blockquote")
         line = start + 2
-        while line < end and state.sCount[line] >= state.blkIndent and not state.isEmpty(line) and not state.is_code_block(line):
+        while (
+            line < end and state.sCount[line] >= state.blkIndent and not state.isEmpty(line) and not state.is_code_block(line)
+        ):
             if any(stop(state, line, end, True) for stop in stops):
                 break
             line += 1
-        texts = [(n + 1, state.src[state.bMarks[n] + state.tShift[n] : state.eMarks[n]]) for n in (start, *range(start + 2, line))]
+        texts = [
+            (n + 1, state.src[state.bMarks[n] + state.tShift[n] : state.eMarks[n]]) for n in (start, *range(start + 2, line))
+        ]
         (_, columns), *rows = [(number, _cells(text)) for number, text in texts]
         made = state.push("table", "", 0)
         made.map, made.meta, state.line = [start, line], {"columns": columns, "rows": rows}, line

@@ -1,4 +1,4 @@
-"""Reports: every number in them is one of run.json, and numbers that cannot be compared are refused."""
+"""Reports: every number in them is one of run.json, and numbers that cannot be compared stand apart."""
 
 from __future__ import annotations
 
@@ -234,21 +234,37 @@ def test_degenerate_results_are_marked(study: Folder) -> None:
 @pytest.mark.parametrize(
     "change", [{"fingerprint": "other"}, {"version": 2}, {"num_fewshot": 5}, {"n": 100}], ids=lambda c: next(iter(c))
 )
-def test_numbers_measured_differently_are_refused_in_one_line(study: Folder, tmp_path: Path, change: dict[str, Any]) -> None:
-    run = study.unlearn("apart", evals(0.3, 0.8, **change))
-    with pytest.raises(LetheError) as refusal:
-        report(ReportConfig([str(study.path)], str(tmp_path / "out")))
-    message = str(refusal.value)
-    assert "\n" not in message
-    assert all(word in message for word in (FORGET, run.id, "base", next(iter(change)), "evaluate one of them again"))
-    assert not (tmp_path / "out").exists()
+def test_numbers_measured_differently_stand_in_a_table_of_their_own(
+    study: Folder, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    run = study.unlearn("odd", evals(0.3, 0.8, **change))
+    made = report(ReportConfig([str(study.path)], str(tmp_path / "out")))
+    text = made["tables"].read_text()
+    row = rows_by_name(text, "Runs")[run.id]
+    assert (row[FORGET], row["regime"], row[RETAIN]) == (MISSING, MISSING, "80.00 %")
+    (apart,) = grid(text, "Measured in another way")[1:]
+    assert apart[:4] == [f"unlearn odd ({run.id})", "", FORGET, "30.00 %"]
+    key, value = next(iter(change.items()))
+    assert apart[4].startswith(f"{key} {value}, not ")
+    assert "of odd: measured in another way" in text and "30.00 %" not in text.split("## Measured")[0]
+    assert "numbers were measured in another way" in made["page"].read_text()
 
 
-def test_an_attack_measured_differently_from_the_baseline_is_refused(study: Folder) -> None:
-    run = study.attack("odd", "lab:filtered", [0.3])
-    (run.path / "curve.jsonl").write_text(json.dumps({"step": 0, "evals": evals(0.3, 0.8, n=50)}))
-    with pytest.raises(LetheError, match="n 400 and 50"):
-        markdown(study)
+def test_of_two_ways_that_stays_in_which_more_models_were_measured(study: Folder) -> None:
+    """Quick looks at the baseline, however many, do not push out the numbers of the study; nor does an attack's curve."""
+    for number in range(5):
+        quick = {"parents": {"model": TARGET}, "evals": evals(0.9, 0.8, n=50)}
+        study.add("evaluate", f"quick{number}", {"model": "lab:final"}, **quick)
+    before = markdown(study)
+    assert rows_by_name(before, "Runs")["Baseline"][FORGET] == "95.25 %"
+    assert len(grid(before, "Measured in another way")) == 1 + 5 and "## Evaluations" not in before
+    run = study.attack("odd", "lab:filtered", [0.3, 0.9])
+    lines = [json.dumps({"step": 10 * i, "evals": evals(value, 0.8, n=50)}) for i, value in enumerate((0.3, 0.9))]
+    (run.path / "curve.jsonl").write_text("\n".join(lines))
+    header, *rows = grid(markdown(study), "Tampering")
+    assert "90.00 %" not in dict(zip(header, rows[-1], strict=True)).values()
+    apart = [row for row in grid(markdown(study), "Measured in another way") if run.id in row[0] and row[2] == FORGET]
+    assert [(row[1], row[3]) for row in apart] == [("step 0", "30.00 %"), ("", "90.00 %")]
 
 
 def test_a_baseline_evaluated_twice_gives_one_row_with_all_tasks(study: Folder) -> None:

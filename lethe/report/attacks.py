@@ -15,8 +15,6 @@ from lethe.report.study import (
     Attack,
     Series,
     Study,
-    attack_rows,
-    refuse_mixed,
     tasks_of,
     value_of,
     varying,
@@ -50,7 +48,7 @@ def worst_table(study: Study) -> Table:
     if len({series.settings for series in study.series}) < 2:
         return Table("Worst case", columns, [])
     cells, notes = [], []
-    for model, (_, worst) in study.worst_cases().items():
+    for model, (_, worst) in study.worst_cases.items():
         if worst is None:
             cells.append([model, *(len(columns) - 1) * [MISSING]])
             continue
@@ -83,7 +81,6 @@ def _above(excess: Excess | None) -> str:
 def tamper_table(study: Study) -> Table:
     """Model | forget at the start, after 10 steps, highest, at the end | retain at the end | lost updates | Notes."""
     attacks = study.attacks
-    refuse_mixed(attack_rows(attacks))
     forget, retain = judged(attacks)
     lengths = {attack.curve[-1]["step"] for attack in attacks if attack.curve}
     alike = len(lengths) == 1 and all(map(trains, attacks))

@@ -191,7 +191,7 @@ def worst_cells(study: Study, forget: str, general: str | None) -> list[dict[str
     own = {(series.model, series.settings): series for series in study.series}
     attacks = dict.fromkeys((series.settings, series.attack) for series in study.series)
     cells = []
-    for model, (_, worst) in study.worst_cases().items():
+    for model, (_, worst) in study.worst_cases.items():
         for settings, attack in attacks:
             series = own.get((model, settings))
             trials = study.trials(series, forget, general) if series else []

@@ -110,6 +110,11 @@ def headline(study: Study) -> list[str]:
     found = [sentence for sentence in sentences if sentence]
     if not found and (study.runs or not study.imported):
         found = [f"No unlearning result with a baseline yet: {left}"]
+    if study.apart:
+        count = len({each.run.id for each in study.apart})
+        found.append(
+            f"Of {count} run{'s' * (count != 1)} numbers were measured in another way, and stand in a table of their own."
+        )
     if study.imported:
         files = ", ".join(dict.fromkeys(run.record["imported"]["file"] for run in study.imported))
         found.append(f"{len(study.imported)} runs are imported from {files}, and stand in tables of their own.")
@@ -188,7 +193,7 @@ def _attack_sentence(attack: Attack, study: Study) -> str:
 
 def _worst_sentence(model: str, study: Study) -> str:
     """The worst case of a model that several attacks were on, beside the controls'."""
-    cases = {name: worst for name, (_, worst) in study.worst_cases().items() if worst}
+    cases = {name: worst for name, (_, worst) in study.worst_cases.items() if worst}
     own = cases.get(model)
     if own is None:
         return ""
@@ -240,7 +245,7 @@ def _tiles(study: Study) -> str:
         tiles += [(f"{judged[1].value:.2f}", f"selectivity, regime {judged[0]}")] if judged else []
         attacks = [a for a in study.attacks if study.attacked(a) is run and _ends(a) and a.run.status == "complete"]
         attack = next(iter(attacks), None)
-        worst = study.worst_cases()[attacks[0].model][1] if len({a.settings for a in attacks}) > 1 else None
+        worst = study.worst_cases[attacks[0].model][1] if len({a.settings for a in attacks}) > 1 else None
         if worst:
             tiles.append((percent(worst.point.value, 1), "forget, worst case over the attacks"))
         elif attack and (ends := _ends(attack)):
