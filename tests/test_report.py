@@ -237,17 +237,16 @@ def test_degenerate_results_are_marked(study: Folder) -> None:
 def test_numbers_measured_differently_stand_in_a_table_of_their_own(
     study: Folder, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    run = study.unlearn("odd", evals(0.3, 0.8, **change))
-    made = report(ReportConfig([str(study.path)], str(tmp_path / "out")))
-    text = made["tables"].read_text()
+    run = study.unlearn("odd", evals(0.31, 0.8, **change))
+    text = markdown(study)
     row = rows_by_name(text, "Runs")[run.id]
     assert (row[FORGET], row["regime"], row[RETAIN]) == (MISSING, MISSING, "80.00 %")
     (apart,) = grid(text, "Measured in another way")[1:]
-    assert apart[:4] == [f"unlearn odd ({run.id})", "", FORGET, "30.00 %"]
+    assert apart[:4] == [f"unlearn odd ({run.id})", "", FORGET, "31.00 %"]
     key, value = next(iter(change.items()))
     assert apart[4].startswith(f"{key} {value}, not ")
-    assert "of odd: measured in another way" in text and "30.00 %" not in text.split("## Measured")[0]
-    assert "numbers were measured in another way" in made["page"].read_text()
+    assert "of odd: measured in another way" in text and "31.00 %" not in text.split("## Measured")[0]
+    assert "Of 1 run numbers were measured in another way" in " ".join(page.headline(Study.load([str(study.path)])))
 
 
 def test_of_two_ways_that_stays_in_which_more_models_were_measured(study: Folder) -> None:
@@ -264,7 +263,7 @@ def test_of_two_ways_that_stays_in_which_more_models_were_measured(study: Folder
     header, *rows = grid(markdown(study), "Tampering")
     assert "90.00 %" not in dict(zip(header, rows[-1], strict=True)).values()
     apart = [row for row in grid(markdown(study), "Measured in another way") if run.id in row[0] and row[2] == FORGET]
-    assert [(row[1], row[3]) for row in apart] == [("step 0", "30.00 %"), ("", "90.00 %")]
+    assert [(row[1], row[3]) for row in apart] == [("step 0", "30.00 %"), ("step 10", "90.00 %")]
 
 
 def test_a_baseline_evaluated_twice_gives_one_row_with_all_tasks(study: Folder) -> None:
@@ -631,7 +630,8 @@ def test_an_attack_on_an_attacked_model_counts_from_the_model_before_both(suites
 
 
 def test_charts_of_a_suite_show_every_cell_and_the_page_leads_with_the_worst_case(suites: Folder, tmp_path: Path) -> None:
-    cells = {(c["model"], c["attack"]): c["text"] for c in worst_cells(Study.load([str(suites.path)]), FORGET, RETAIN)}
+    loaded = Study.load([str(suites.path)])
+    cells = {(c["model"], c["attack"]): c["text"] for c in worst_cells(loaded, loaded.series, FORGET, RETAIN)}
     twin = "Control: filtered twin"
     assert [cells["lora", name] for name in ("full", "low", "noise", "worst case")] == ["50", "45", "26", "50"]
     assert [cells[twin, name] for name in ("full", "low", "noise", "worst case")] == ["30", "–", "–", "≥ 30"]

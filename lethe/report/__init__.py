@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PNG_SCALE = 2.0
 WRITTEN = ".report.json"
-"""The SHA-256 of each file of a report (two, while one is being written), so that the next one replaces these and no others."""
+"""The SHA-256 of each file of a report (two, while one is being written), so that the next replaces these and no others."""
 MAIN = ("index.html", "tables.md")
 _OURS = re.compile(r"index\.html|tables\.md|charts/[\w-]+\.(svg|png)")
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _made(study: Study, title: str, advance: Advance) -> dict[str, bytes]:
     from lethe.report import page
     from lethe.report.charts import all_charts
 
-    specs = {name: (caption, chart.to_dict()) for name, (caption, chart) in all_charts(study).items()}
+    specs = {name: (caption, chart.to_dict(validate=False)) for name, (caption, chart) in all_charts(study).items()}
     svgs = {name: vl_convert.vegalite_to_svg(spec) for name, (_, spec) in specs.items()}
     files: dict[str, bytes] = {}
     for name in specs:
@@ -104,7 +104,8 @@ def _written(out: Path) -> Hashes:
 def _is_ours(out: Path, name: str, before: Hashes) -> bool:
     """Whether a file is there as a report has written it. A link is not, nor is what lies behind a linked folder."""
     path = out / name
-    if (out / "charts").is_symlink() and path.parent != out or path.is_symlink() or not path.is_file():
+    linked = path.is_symlink() or (path.parent != out and path.parent.is_symlink())
+    if linked or not path.is_file():
         return False
     return hashlib.sha256(path.read_bytes()).hexdigest() in before.get(name, [])
 

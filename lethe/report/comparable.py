@@ -59,7 +59,7 @@ class Shown(Run):
     def tokens(self) -> dict[int, int]:
         """Tokens of an attack by the update until which it saw them."""
         seen, total = {0: 0}, 0
-        for row in self.rows("metrics.jsonl"):
+        for row in super().rows("metrics.jsonl"):
             total += row.get("attack_tokens", 0)
             seen[row["step"]] = total
         return seen

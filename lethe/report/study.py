@@ -59,6 +59,20 @@ class Target:
         first = [self.baseline] if self.baseline else []
         return [*first, *self.sources, *(row_of(run, run.record["name"]) for run in self.runs)]
 
+    @cached_property
+    def judged(self) -> tuple[str | None, str | None]:
+        """The forget and the retain task that regimes are told by: measured on the baseline and on a run."""
+        there = set(self.baseline.evals if self.baseline else ())
+        there &= {task for run in self.runs for task in run.record.get("evals") or {}}
+        return regimes.forget_task(there), regimes.retain_task(there)
+
+    @cached_property
+    def best(self) -> Shown | None:
+        """The complete run of highest selectivity; where none can be judged, the first that was evaluated."""
+        evaluated = [run for run in self.runs if run.status == "complete" and run.record.get("evals")]
+        judged = [(found[1].value, run) for run in evaluated if (found := judge(run.record["evals"], self))]
+        return max(judged, key=lambda pair: pair[0])[1] if judged else next(iter(evaluated), None)
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -483,15 +497,9 @@ def tasks_of(every: Iterable[Evals]) -> list[str]:
     return list(dict.fromkeys(task for evals in every for task in evals))
 
 
-def judged_tasks(target: Target) -> tuple[str | None, str | None]:
-    """The forget and the retain task that regimes are told by: measured on the baseline and on a run."""
-    there = set(target.baseline.evals if target.baseline else ()) & set(tasks_of(row_of(run, "").evals for run in target.runs))
-    return regimes.forget_task(there), regimes.retain_task(there)
-
-
 def judge(evals: Evals, target: Target) -> tuple[regimes.Regime, regimes.Estimate] | None:
     """Regime and selectivity of results against a target's baseline; None when they cannot be told."""
-    forget, retain = judged_tasks(target)
+    forget, retain = target.judged
     if target.baseline is None or forget is None or retain is None or forget not in evals or retain not in evals:
         return None
     before = target.baseline.evals

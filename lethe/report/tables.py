@@ -22,7 +22,6 @@ from lethe.report.study import (
     Study,
     Target,
     judge,
-    judged_tasks,
     row_of,
     settings_columns,
     tasks_of,
@@ -382,7 +381,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
 
 def _judgement(evals: Evals, target: Target, lacking: str) -> list[str]:
     """Regime and selectivity of a run."""
-    forget, retain = judged_tasks(target)
+    forget, retain = target.judged
     if forget is None or retain is None:
         return [MISSING, MISSING]
     if forget not in evals or retain not in evals:
@@ -395,7 +394,7 @@ def _judgement(evals: Evals, target: Target, lacking: str) -> list[str]:
 
 
 def _regime_notes(target: Target) -> list[str]:
-    forget, retain = judged_tasks(target)
+    forget, retain = target.judged
     if target.baseline is None or forget is None or retain is None:
         return ["No regimes: they need a forget task and a retain task measured on the baseline and on the runs."]
     at_chance = [task for task in (forget, retain) if regimes.at_chance(target.baseline.evals[task])]
