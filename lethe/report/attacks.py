@@ -21,6 +21,9 @@ from lethe.report.study import (
 )
 
 
+MAX_NOTES = 10
+
+
 def judged(attacks: list[Attack]) -> tuple[str | None, str | None]:
     """The forget task and the general (retain) task of attacks; of other tasks, the first is the one that matters."""
     tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
@@ -57,7 +60,10 @@ def worst_table(study: Study) -> Table:
         line += [worst.attack or "none above the start", _at(worst), f"{100 * worst.general_lost:+.1f} points"]
         line += [percent(worst.recovered, 0), _above(worst.above), f"{len(worst.counted)} of {total}"]
         cells.append([model, *line])
-        notes += [f"{model}, {name} is not measured to its end: {why}." for name, why in worst.not_measured.items()]
+        missing = list(worst.not_measured.items())
+        notes += [f"{model}, {name} is not measured to its end: {why}." for name, why in missing[:MAX_NOTES]]
+        if len(missing) > MAX_NOTES:
+            notes.append(f"{model}: {len(missing) - MAX_NOTES} more attacks are not measured to their end.")
         if worst.never_within:
             notes.append(f"{model}: no evaluation within the bound under {', '.join(worst.never_within)}.")
     bound = study.general_bound

@@ -292,18 +292,15 @@ class Study:
         """Each attacked model's worst case over all attacks that any model here was put under, with one of its series."""
         tasks = tasks_of(line["evals"] for attack in self.attacks for line in attack.curve)
         forget, general = regimes.forget_task(tasks), regimes.retain_task(tasks)
-        attacks = dict.fromkeys((series.settings, series.attack) for series in self.series)
+        attacks = {series.settings: series.attack for series in self.series}
+        missing = {settings: recovery.Trial(name, [], [], "not run on this model") for settings, name in attacks.items()}
         found: dict[str, tuple[Series, recovery.Worst | None]] = {}
         for first, *more in _grouped(self.series, lambda series: series.model).values():
             own = {series.settings: series for series in (first, *more)}
             trials = [
                 trial
-                for settings, name in attacks
-                for trial in (
-                    self.trials(own[settings], forget, general)
-                    if settings in own
-                    else [recovery.Trial(name, [], [], "not run on this model")]
-                )
+                for settings in attacks
+                for trial in (self.trials(own[settings], forget, general) if settings in own else [missing[settings]])
             ]
             before = first.baseline.evals.get(forget) if first.baseline and forget else None
             baseline = value_of(before) if before else None
