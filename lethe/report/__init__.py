@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from lethe.errors import LetheError
 from lethe.ledger import refuse_run_folder
 from lethe.reading import UnreadableError, json_of, text_of
-from lethe.report.layout import escaped
+from lethe.report.layout import escaped, shown
 
 if TYPE_CHECKING:
     from lethe.config import ReportConfig
@@ -54,7 +54,7 @@ def report(config: ReportConfig) -> dict[str, Path]:
     with bar("Report", 4, "parts") as advance:
         study = Study.load(config.runs)
         advance(1, f"{len(study.runs) + len(study.imported)} runs")
-        files = _made(study, config.title, advance)
+        files = _made(study, shown(config.title), advance)
     _write(out, files, before)
     return {"tables": out / "tables.md", "page": out / "index.html", "charts": out / "charts"}
 

@@ -407,9 +407,9 @@ def _model_names(series: list[Series]) -> dict[str, str]:
     return {model: printable(name if times[name] == 1 else model, LONGEST_LABEL) for model, name in short.items()}
 
 
-def _data(points: list[dict[str, Any]]) -> alt.Data:
-    """Data of a chart: a tuple, which Altair does not copy with every layer; all layers of a chart share it."""
-    return alt.Data(values=tuple(points))
+def _data(points: list[dict[str, Any]]) -> alt.InlineData:
+    """Data of a chart, which holds them once for all of its layers. Altair copies a list with every layer, but not a tuple."""
+    return alt.InlineData(values=tuple(points))
 
 
 def _point(series: str, step: int, result: dict[str, Any]) -> dict[str, Any]:

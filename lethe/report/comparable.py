@@ -157,8 +157,9 @@ def _brief(key: str, result: dict[str, Any]) -> str:
 
 
 def _is_share(result: Any) -> bool:
-    """Whether a result's numbers are finite and from 0 to 1."""
-    if not isinstance(result, dict) or not {"acc", "correct_prob"} & set(result):
+    """Whether a result has a value with its interval, all of them finite and from 0 to 1."""
+    if not isinstance(result, dict) or not {"low", "high"} < set(result) or not {"acc", "correct_prob"} & set(result):
         return False
-    numbers = [result[key] for key in ("acc", "correct_prob", "low", "high", "chance") if result.get(key) is not None]
-    return all(isinstance(number, float | int) and -1e-9 <= number <= 1 + 1e-9 for number in numbers)
+    numbers = [result[key] for key in ("acc", "correct_prob", "low", "high") if key in result]
+    numbers += [result["chance"]] if result.get("chance") is not None else []
+    return all(type(number) in {int, float} and -1e-9 <= number <= 1 + 1e-9 for number in numbers)
