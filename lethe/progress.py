@@ -28,14 +28,14 @@ class _Rate(TextColumn):
 def bar(description: str, total: float, unit: str = "steps") -> Iterator[Advance]:
     """A bar over `total` units of work; call what it yields with the work done: `advance(n)`, `advance(n, "a note")`."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=console.is_terminal) as progress:
         task = progress.add_task(description, total=total, unit=unit, note="")

@@ -725,7 +725,7 @@ def test_names_and_reasons_that_are_no_plain_text_are_shown_and_break_nothing(st
     assert len(set(columns)) == 1
 
 
-@pytest.mark.parametrize("number", [1e400, -1e400, float("nan"), 10**300, 1e300, -5, "0.5", None, True, []])
+@pytest.mark.parametrize("number", [1e400, -1e400, float("nan"), 10**400, 1e300, -5, "0.5", None, True, []])
 def test_numbers_that_are_none_stand_apart_and_break_no_chart(study: Folder, tmp_path: Path, number: Any) -> None:
     run = study.unlearn("wild", evals(0.5, 0.6), lr=number)
     record = json.loads((run.path / "run.json").read_text())

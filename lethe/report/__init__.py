@@ -87,7 +87,7 @@ def _made(study: Study, title: str, advance: Advance) -> dict[str, bytes]:
 
 
 def _written(out: Path) -> Hashes:
-    """What the last report in a folder has written there; nothing where its list is damaged, and no name that is not a report's.
+    """What the last report in a folder has written there; nothing where its list is damaged, and no name but a report's.
 
     The list lies in a folder that may be somebody else's: it alone is no reason to replace or remove a file.
     """

@@ -20,7 +20,6 @@ from lethe.report.study import (
     varying,
 )
 
-
 MAX_NOTES = 10
 
 

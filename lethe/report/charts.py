@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import altair as alt
@@ -375,7 +375,7 @@ def _marked_step(step: int, text: str, last: int) -> list[alt.Chart]:
     return [rule, name]
 
 
-def _loss_points(runs: list[Run]) -> list[dict[str, Any]]:
+def _loss_points(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The logged loss terms of runs, at most 300 updates of each run (evenly spaced); what is not finite is left out."""
     labels = _labels(runs[: len(PALETTE)])
     points = []

@@ -69,7 +69,8 @@ td.long { white-space: normal; min-width: 17rem; }
 th { font-weight: 600; vertical-align: bottom; border-bottom-color: var(--soft); }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .notes { margin: .6rem 0 0; padding-left: 1.1rem; }
-details { content-visibility: auto; contain-intrinsic-size: auto 1.6rem; border-bottom: 1px solid var(--line); padding: .45rem 0; }
+details { content-visibility: auto; contain-intrinsic-size: auto 1.6rem; }
+details { border-bottom: 1px solid var(--line); padding: .45rem 0; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; background: var(--tint); padding: .8rem 1rem; font-size: .8rem; border-radius: 4px; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .82rem; }

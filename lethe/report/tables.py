@@ -15,7 +15,7 @@ from lethe import regimes
 from lethe.ledger import Run
 from lethe.report import layout
 from lethe.report.attacks import attack_tables, recovery_table, tamper_table, worst_table
-from lethe.report.comparable import Evals, apart_table
+from lethe.report.comparable import Evals, Shown, apart_table
 from lethe.report.layout import DEGENERATE, MISSING, Table, compact, decimal, percent, result, setting, short
 from lethe.report.remarks import job, reasons, remarks
 from lethe.report.study import (
@@ -126,7 +126,7 @@ def unlearning_table(target: Target, name_target: bool) -> Table:
     return Table(title, columns, cells, [*notes, *remarks(target.runs, cells)])
 
 
-def updates_table(runs: list[Run]) -> Table:
+def updates_table(runs: Sequence[Run]) -> Table:
     """What training did to each model: agreement with its teachers, distance and stable rank of the update."""
     cells = []
     for run in runs:
@@ -221,7 +221,7 @@ def _missing_notes(missing: dict[str, str] | None) -> list[str]:
     return [f"{task} was not measured: {why}." for task, why in (missing or {}).items()]
 
 
-def evaluations_table(runs: list[Run]) -> Table:
+def evaluations_table(runs: Sequence[Shown]) -> Table:
     """Evaluation runs side by side: Model | Job ID | a column a task."""
     rows = [row_of(run, run.record["config"]["model"]) for run in runs]
     tasks = tasks_of(row.evals for row in rows)
@@ -268,7 +268,7 @@ def models_table(study: Study) -> Table:
     return Table("Models and maps", ["Reference", "Weights (SHA-256 or commit)", "Used as"], rows)
 
 
-def imported_tables(runs: list[Run]) -> list[Table]:
+def imported_tables(runs: Sequence[Run]) -> list[Table]:
     """Each imported table by itself, in the log's order: its numbers never share a column with measured ones."""
     groups: dict[tuple[str, str, int], list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.record["imported"]["file"], run.record["imported"]["line"])):
@@ -407,7 +407,7 @@ def _regime_notes(target: Target) -> list[str]:
     ]
 
 
-def _loss_names(runs: list[Run]) -> list[str]:
+def _loss_names(runs: Sequence[Run]) -> list[str]:
     """The losses that the runs have or, where a run has none yet, will have: retain terms first."""
     names: list[str] = []
     for run in runs:
