@@ -1,15 +1,20 @@
-"""How long `lethe runs` takes over many runs.
+"""How long `lethe runs` and `lethe report` take over many runs.
 
     python benchmarks/runs.py [COUNT]
 
-Makes COUNT (5,000) runs of the usual kinds and statuses in a temporary folder, each with a full run.json and metrics.jsonl of
-500 lines (written once, then copied), and times the command itself: a list, a chosen and sorted one, and JSON.
+Makes COUNT (5,000) runs of the usual kinds and statuses in a temporary folder, each with a full run.json, metrics.jsonl of
+500 lines (written once, then copied) and, if it is an attack, a curve of six evaluations; times the commands themselves: a
+list, a chosen and sorted one, JSON, and a report, with the processor's seconds, the peak memory and the page's size; and,
+where there is a Chromium, how long it takes to load that page.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -35,13 +40,18 @@ def record(rng: random.Random, number: int) -> dict[str, Any]:
     """A run's record, of the size that a real one has."""
     kind, status = (rng.choices(*zip(*weighted, strict=True))[0] for weighted in (KINDS, STATUSES))
     settings: Any = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig, "evaluate": c.EvaluateConfig}[kind]
-    given = {"model": "lab:final"} | ({"source": "lab:global_step900"} if kind == "unlearn" else {})
-    config = c.to_dict(settings(**given)) | {"retain_coef": rng.choice([1, 2, 5, 10, 20]), "lr": 10 ** rng.uniform(-5, -3)}
+    models = {
+        "unlearn": ["lab:final"],
+        "tamper": ["lab:filtered", *3 * [f"run:{number - 1:08x}"]],
+        "evaluate": ["lab:final", f"org/model-{number}"],
+    }
+    refs = {"model": rng.choice(models[kind])} | ({"source": "lab:global_step900"} if kind == "unlearn" else {})
+    rates = [1e-4, 3e-4, 1e-3] if kind == "tamper" else [10 ** rng.uniform(-5, -3)]
+    config = c.to_dict(settings(**refs)) | {"retain_coef": rng.choice([1, 2, 5, 10, 20]), "lr": rng.choice(rates)}
     done = status in {"complete", "diverged"}
-    result = {"stderr": 0.01, "low": 0.4, "high": 0.5, "n": 1024, "chance": 0.25, "num_fewshot": 0, "version": 1}
-    result |= {"fingerprint": f"{rng.getrandbits(256):064x}", "answers": [256] * 4, "degenerate": False}
     layers = {f"layers.{n}": {"distance": rng.random(), "stable_rank": rng.random()} for n in range(8)}
-    parents = {role: {"ref": f"lab:{role}", "sha256": f"{rng.getrandbits(256):064x}"} for role in ("model", "source", "forget")}
+    agreement = {"forget_with_source": rng.random(), "retain_with_reference": rng.random()}
+    parents = {role: {"ref": ref, "sha256": hashlib.sha256(ref.encode()).hexdigest()} for role, ref in refs.items()}
     return {
         "id": f"{number:08x}",
         "kind": kind,
@@ -57,35 +67,93 @@ def record(rng: random.Random, number: int) -> dict[str, Any]:
         "config": config,
         "plan": {"steps": 500, "forward_passes": 4000, "effective_batch": 32, "tokens": 1e6},
         "losses": {"cb_loss": rng.random(), "retain_kl_loss": rng.random()} if done else {},
-        "evals": {task: result | {"acc": rng.random()} for task in c.LAB_TASKS} if done else {},
+        "evals": evals(rng) if done else {},
         "parents": parents,
         "update_by_layer": layers,
+        "agreement": agreement,
         "environment": {"host": "node", "pid": 1, "seconds": 60.0},
     }
 
 
+def evals(rng: random.Random) -> dict[str, Any]:
+    """Results on all tasks of the lab."""
+    found = {}
+    for task in c.LAB_TASKS:
+        acc = rng.uniform(0.1, 0.9)
+        result = {
+            "acc": acc,
+            "stderr": 0.015,
+            "low": acc - 0.03,
+            "high": acc + 0.03,
+            "n": 1024,
+            "chance": 0.25,
+            "num_fewshot": 0,
+        }
+        print_of = hashlib.sha256(task.encode()).hexdigest()
+        found[task] = result | {"version": 1, "fingerprint": print_of, "answers": [256] * 4, "degenerate": False}
+    return found
+
+
+def make(folder: Path, count: int) -> None:
+    """`count` runs in a folder's runs/."""
+    rng = random.Random(0)
+    terms = {"loss": 1.0, "cb_loss": 0.5, "retain_kl_loss": 0.01, "grad_norm": 1.0, "tokens_per_second": 9999.9}
+    metrics = "".join(json.dumps({"step": step} | terms | {"attack_tokens": 1000}) + "\n" for step in range(1, 501))
+    (folder / "metrics.jsonl").write_text(metrics)
+    for number in range(count):
+        made = record(rng, number)
+        path = folder / "runs" / f"{made['kind']}-{made['name']}-{made['id']}"
+        path.mkdir(parents=True)
+        (path / "run.json").write_text(json.dumps(made, indent=2))
+        if made["status"] != "queued":
+            shutil.copy(folder / "metrics.jsonl", path)
+        if made["kind"] == "tamper" and made["evals"]:
+            lines = [{"step": step, "evals": evals(rng)} for step in range(0, 500, 100)]
+            lines.append({"step": 500, "evals": made["evals"]})
+            (path / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def run(folder: str, words: list[str]) -> tuple[float, float, float]:
+    """Seconds of a command and of its processor, and the megabytes that it took at most."""
+    start = time.perf_counter()
+    done = subprocess.Popen([sys.executable, "-m", "lethe.cli", *words], cwd=folder, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(done.pid, 0)
+    if status:
+        raise SystemExit(f"{words} failed")
+    return time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+def load(page: Path) -> float | None:
+    """Milliseconds until Chromium has loaded a page, as the page's own clock says; None without Chromium."""
+    browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
+    if browser is None:
+        return None
+    told = "setTimeout(() => { document.title = `loaded:${Math.round(performance.now())}:` })"
+    clock = f"<script>addEventListener('load', () => {told})</script>"
+    timed = page.with_name("timed.html")
+    timed.write_text(page.read_text().replace("<title>", clock + "<title>"))
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --timeout=60000 --dump-dom"
+    with tempfile.TemporaryDirectory() as profile:
+        words = [browser, *flags.split(), f"--user-data-dir={profile}", timed.as_uri()]
+        shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"loaded:(\d+):", shown)
+    return float(found[1]) if found else None
+
+
 def main() -> None:
     """Make the runs, time the commands."""
-    count, rng = int(sys.argv[1]) if len(sys.argv) > 1 else 5000, random.Random(0)
-    terms = {"loss": 1.0, "cb_loss": 0.5, "retain_kl_loss": 0.01, "grad_norm": 1.0, "tokens_per_second": 9999.9}
-    metrics = "".join(json.dumps({"step": step} | terms) + "\n" for step in range(1, 501))
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "metrics.jsonl").write_text(metrics)
-        for number in range(count):
-            made = record(rng, number)
-            path = Path(folder) / "runs" / f"{made['kind']}-{made['name']}-{made['id']}"
-            path.mkdir(parents=True)
-            (path / "run.json").write_text(json.dumps(made, indent=2))
-            if made["status"] != "queued":
-                shutil.copy(Path(folder) / "metrics.jsonl", path)
+        make(Path(folder), count)
         for name, words in COMMANDS.items():
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                command = [sys.executable, "-m", "lethe.cli", "runs", f"{folder}/runs", *words]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                times.append(time.perf_counter() - start)
+            times = [run(folder, ["runs", "runs", *words])[0] for _ in range(3)]
             print(f"{name:<8} {count} runs: {min(times):.2f} to {max(times):.2f} s")
+        wall, used, memory = run(folder, ["report", "runs", "--out", "report"])
+        page = Path(folder) / "report" / "index.html"
+        size = page.stat().st_size / 1e6
+        print(f"report   {count} runs: {wall:.1f} s, {used:.1f} s of the processor, {memory:.0f} MB; page {size:.1f} MB")
+        if (ms := load(page)) is not None:
+            print(f"page     {count} runs: loaded in {ms / 1000:.2f} s")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,22 @@ of its section holds, are listed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
+import os
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lethe import config as c
-from lethe.errors import LetheError, nearest
-from lethe.ledger import Run, find_runs, now, refuse_run_folder, write_atomically
+from lethe.errors import LetheError, nearest, printable
+from lethe.ledger import Run, find_runs, now, refuse_run_folder
 from lethe.logbook import NUMBER, TASKS, Column, LogTable, column, kind_of, marks, phrases, plain, read, setting, spaced
+from lethe.reading import UnreadableError, text_of
 
 STATUSES = {
     "diverged": "diverged",
@@ -31,9 +36,13 @@ STATUSES = {
     **dict.fromkeys(("complete", "completed", "done", "finished"), "complete"),
 }
 NOTHING = {"", "-", "–", "—", "n/a", "na", "none"}
+NO_ROWS = (
+    "markdown sees no rows of a table here: under the header stands a line with as many groups of dashes, then a line a row"
+)
+LONGEST_NAME = 200
 OPTIMIZERS = {"adamw", "muon", "adamw_8bit"}
-_RESULT = re.compile(rf"(~)?\s*({NUMBER})\s*(%)?(?:\s*\(step (\d+)\))?", re.IGNORECASE)
-_PROSE_NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?:\s*[-–]\s*(\d+(?:\.\d+)?))?(\s*%)?(?!\w|\.\d)")
+_RESULT = re.compile(rf"(~)?\s*({NUMBER})\s*(%)?(?:\s*\(step (\d{{1,12}})\))?", re.IGNORECASE)
+_PROSE_NUMBER = re.compile(r"(?<![\w.])(\d++(?:\.\d++)?+)(?:\s*+[-–]\s*+(\d++(?:\.\d++)?+))?(\s*+%)?(?!\w|\.\d)")
 
 
 @dataclass
@@ -61,11 +70,15 @@ class Imported:
         counts = [f"{len(getattr(self, name))} {name}" for name in ("new", "updated", "unchanged")]
         lines = [f"{self.file}: {', '.join(counts)} runs"]
         lines += [f"no longer in the log, kept in the ledger: {run.path}" for run in self.gone]
-        lines += [f"line {u['line']}, {u['column'] or 'row'}: cannot read '{u['cell']}' ({u['why']})" for u in self.unreadable]
-        lines += [f"line {s['line']}: table left out ({s['why']}): {' | '.join(s['columns'])}" for s in self.skipped]
+        for u in self.unreadable:
+            column, cell = printable(u["column"] or "row", 80), printable(u["cell"], 200)
+            lines.append(f"line {u['line']}, {column}: cannot read '{cell}' ({u['why']})")
+        lines += [
+            f"line {s['line']}: table left out ({s['why']}): {printable(' | '.join(s['columns']), 200)}" for s in self.skipped
+        ]
         for p in self.prose:
             hint = f"; {p['hint']}" if p["hint"] else ""
-            lines.append(f"line {p['line']}: {p['number']} is in no cell of '{p['section']}'{hint}: {p['text']}")
+            lines.append(f"line {p['line']}: {p['number']} is in no cell of '{printable(p['section'], 80)}'{hint}: {p['text']}")
         return "\n".join(lines)
 
 
@@ -78,9 +91,9 @@ def import_log(config: c.ImportConfig) -> Imported:
     """
     file = Path(config.file)
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LetheError(f"file: '{file}' cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        text = text_of(file)
+    except UnreadableError as error:
+        raise LetheError(f"file: '{file}' cannot be read ({error})") from error
     refuse_run_folder(config.out)
     tables, prose = read(text)
     tasks = {spaced(name): task for name, task in config.tasks.items()}
@@ -93,8 +106,9 @@ def import_log(config: c.ImportConfig) -> Imported:
     for table in tables:
         columns = [column(header, tasks) for header in table.columns]
         kind = kind_of(columns)
-        if kind is None:
-            imported.skipped.append({"line": table.line, "columns": table.columns, "why": "it is not about runs"})
+        if kind is None or not table.rows:
+            why = "it is not about runs" if kind is None else NO_ROWS
+            imported.skipped.append({"line": table.line, "columns": table.columns, "why": why})
             continue
         counts[table.group] = counts.get(table.group, 0) + 1
         reader = _Rows(imported, table, columns, counts[table.group], tasks, seen)
@@ -109,7 +123,7 @@ def import_log(config: c.ImportConfig) -> Imported:
 
 
 def _refuse_unused(tasks: dict[str, str], tables: list[LogTable]) -> None:
-    names = {spaced(re.sub(r"[*`]|\([^()]*\)", "", header)) for table in tables for header in table.columns}
+    names = {spaced(re.sub(r"\([^()]*\)", "", plain(header))) for table in tables for header in table.columns}
     names |= {re.sub(r"^(starting|start|final|step \d+|after \d+ steps) ", "", name) for name in names}
     for name in tasks:
         if name not in names:
@@ -198,7 +212,7 @@ class _Rows:
                 if col.role == "task" and (value := self._value(line, col, row[i])[0]):
                     evals[col.name] = value
             note = " ".join(plain(row[i]) for i, col in enumerate(self.columns) if col.role == "notes")
-            step = re.search(r"(\d+)$", name)
+            step = re.search(r"(?<!\d)(\d{1,12})$", name)
             rows.append({"name": name, "step": int(step[1]) if step else None, "evals": evals, "note": note})
             text.append(dict(zip(self.table.columns, row, strict=True)))
         latest = next((row["name"] for row in rows if "latest viable" in str(row["note"])), None)
@@ -259,7 +273,7 @@ class _Rows:
         status, reason = _status(row.said, bool(row.evals or row.losses or any(step > 0 for step in row.points)))
         named = [plain(cell) for col, cell in zip(self.columns, cells, strict=True) if col.role == "setting"]
         key = row.job or json.dumps([row.label, row.model, *named])
-        name = _name(settings, row, kind, f"row {line}")
+        name = printable(_name(settings, row, kind, f"row {line}"), LONGEST_NAME)
         record = self._record(kind, name, status, reason, row.job, key, line, settings)
         curve = [{"step": step, "evals": row.points[step]} for step in sorted(row.points)]
         record |= {"losses": row.losses, "evals": row.evals}
@@ -445,7 +459,7 @@ def _name(settings: dict[str, Any], row: _Row, kind: str, otherwise: str) -> str
 
 def _unmatched(prose: list[tuple[int, str, str]], cells: list[_Cell]) -> list[dict[str, Any]]:
     """Numbers of the prose, with a decimal point or a per cent sign, that no cell of their section rounds to."""
-    found = []
+    found, numbers = [], _Numbers(cells)
     for line, section, text in prose:
         bare = re.sub(r"`[^`]*`", lambda m: " " * len(m[0]), text)
         for match in _PROSE_NUMBER.finditer(bare):
@@ -453,35 +467,54 @@ def _unmatched(prose: list[tuple[int, str, str]], cells: list[_Cell]) -> list[di
                 percent = bool(match[3])
                 if "." not in digits and not percent:
                     continue
-                holders = [cell for cell in cells if _rounds_to(cell, digits, percent)]
-                if any(cell.section == section for cell in holders):
+                holder, sections = numbers.rounding_to(digits, percent)
+                if section in sections:
                     continue
-                hint = f"line {holders[0].line} has it, under '{holders[0].section}'" if holders else ""
+                hint = f"line {holder.line} has it, under '{holder.section}'" if holder else ""
                 before = spaced(bare[max(0, match.start() - 16) : match.start()])
-                about = [cell for cell in cells if cell.section == section and spaced(cell.header) in before]
-                close = _closest(digits, percent, about)
-                if not holders and close:
+                if not holder and (close := numbers.closest(digits, percent, section, before)):
                     hint = f"line {close.line} has {close.text} ({close.header})"
                 around = " ".join(text[max(0, match.start() - 50) : match.end() + 30].split())
-                number = digits + (" %" if percent else "")
+                number = printable(digits, 40) + (" %" if percent else "")
                 found.append({"line": line, "section": section, "number": number, "text": around, "hint": hint})
     return found
 
 
-def _in_unit(cell: _Cell, percent: bool) -> float | None:
-    return cell.value if not percent else 100 * cell.value if cell.is_share else None
+class _Numbers:
+    """The numbers of cells in order of size, as fractions or losses and (`percent`) in per cent, all and by their header."""
 
+    def __init__(self, cells: list[_Cell]):
+        self.cells = cells
+        self.every: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+        self.under: dict[tuple[str, bool], dict[str, list[tuple[float, int]]]] = {}
+        for i, cell in enumerate(cells):
+            for percent in (True, False) if cell.is_share else (False,):
+                value = 100 * cell.value if percent else cell.value
+                headers = self.under.setdefault((cell.section, percent), {})
+                for numbers in (self.every[percent], headers.setdefault(spaced(cell.header), [])):
+                    numbers.append((value, i))
+        for numbers in (*self.every.values(), *(found for headers in self.under.values() for found in headers.values())):
+            numbers.sort()
+        self.rounding_to = functools.cache(self._rounding_to)
 
-def _rounds_to(cell: _Cell, digits: str, percent: bool) -> bool:
-    value = _in_unit(cell, percent)
-    half = 0.5 * 10.0 ** -len(digits.partition(".")[2])
-    return value is not None and abs(value - float(digits)) <= half + 1e-9
+    def _rounding_to(self, digits: str, percent: bool) -> tuple[_Cell | None, set[str]]:
+        """The first cell whose number rounds to these digits, and the sections of all that do."""
+        half = 0.5 * 10.0 ** -len(digits.partition(".")[2]) + 1e-9
+        numbers, value = self.every[percent], float(digits)
+        there = [
+            i for _, i in numbers[bisect_left(numbers, (value - half, -1)) : bisect_left(numbers, (value + half, math.inf))]
+        ]
+        return (self.cells[min(there)] if there else None), {self.cells[i].section for i in there}
 
-
-def _closest(digits: str, percent: bool, cells: list[_Cell]) -> _Cell | None:
-    """The cell nearest to a number, if it is within two per cent of it: a slip, rather than another quantity."""
-    near = [(abs(value - float(digits)), i) for i, cell in enumerate(cells) if (value := _in_unit(cell, percent)) is not None]
-    return cells[min(near)[1]] if near and min(near)[0] <= 0.02 * float(digits) else None
+    def closest(self, digits: str, percent: bool, section: str, before: str) -> _Cell | None:
+        """The cell nearest to a number under a header that stands before it, within two per cent: a slip, no other quantity."""
+        value, near = float(digits), []
+        for header, numbers in self.under.get((section, percent), {}).items():
+            if header in before:
+                at = bisect_left(numbers, (value, -1))
+                below = [numbers[bisect_left(numbers, (number, -1))] for number, _ in numbers[max(0, at - 1) : at]]
+                near += [(abs(number - value), i) for number, i in [*below, *numbers[at : at + 1]]]
+        return self.cells[min(near)[1]] if near and min(near)[0] <= 0.02 * value else None
 
 
 def _write(imported: Imported, records: list[tuple[dict[str, Any], list[dict[str, Any]]]], out: Path) -> None:
@@ -494,7 +527,7 @@ def _write(imported: Imported, records: list[tuple[dict[str, Any], list[dict[str
     created = now()
     for number, (made, curve) in enumerate(records):
         old = before.pop(made["id"], None)
-        slug = "".join(ch if ch.isalnum() or ch in "._-" else "-" for ch in made["name"])[:80]
+        slug = "".join(ch if ch.isalnum() or ch in "._-" else "-" for ch in made["name"]).encode()[:80].decode(errors="ignore")
         path = old.path if old else out / f"{made['kind']}-{slug}-{made['id']}"
         stamp = old.record["created"] if old else created.replace("+00:00", f".{number:06d}+00:00")
         run = Run(path, json.loads(json.dumps(made | {"created": stamp})))
@@ -504,12 +537,19 @@ def _write(imported: Imported, records: list[tuple[dict[str, Any], list[dict[str
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 if curve or (path / "curve.jsonl").exists():
-                    write_atomically(path / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve))
-                run.update()
+                    _replace(path / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve))
+                _replace(path / "run.json", json.dumps(run.record, indent=2))
             except OSError as error:
                 raise LetheError(f"out: cannot write to '{out}' ({error.strerror}); choose another folder") from error
         (imported.unchanged if same else imported.updated if old else imported.new).append(run)
     imported.gone = list(before.values())
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all, without waiting for the disk, which takes minutes for a long log: it can be imported again."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _content(record: dict[str, Any]) -> dict[str, Any]:

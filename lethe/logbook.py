@@ -8,13 +8,20 @@ what the document says before its first section is about unlearning, and not for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
+from markdown_it.rules_block.table import escapedSplit, table
+from markdown_it.token import Token
+
 from lethe import config as c
+from lethe.errors import printable
 
 TASKS = {
     "wmdp": "wmdp",  # which of them a log means by the bare name is not told
@@ -43,23 +50,32 @@ SETTINGS = {
 } | {f.name: f.name for kind in (c.UnlearnConfig, c.TamperConfig) for f in dataclasses.fields(kind)}
 TEXTS = {"optimizer", "schedule", "affine", "retain_loss", "forget_loss", "dtype", "model", "source", "forget", "retain"}
 NOT_SETTINGS = {"name", "out", "eval", "lora", "time_limit"}
+_COUNT = r"(?<![\d.,])(\d{1,12}+)"
 PHRASES = {
-    r"(\d+) per device": "per_device_train_batch_size",
-    r"grad(?:ient)?[ _]accumulation(?: steps)? (\d+)": "gradient_accumulation_steps",
-    r"effective batch(?: size)?(?: of)? (\d+)": "effective_batch",
-    r"(\d+) (?:\w+ )?(?:examples|documents)": "num_train_examples",
-    r"eval(?:uated?)? every (\d+)": "eval.every",
-    r"(\d+) steps": "steps",
-    r"(\d+) (?:optimizer )?updates": "updates",
-    r"(\d+) forward passes": "forward_passes",
-    r"(\d+) ?ep(?:ochs?)?\b": "epochs",
+    rf"{_COUNT} per device": "per_device_train_batch_size",
+    r"grad(?:ient)?[ _]accumulation(?: steps)? (\d{1,12})": "gradient_accumulation_steps",
+    r"effective batch(?: size)?(?: of)? (\d{1,12})": "effective_batch",
+    rf"{_COUNT} (?:\w++ )?(?:examples|documents)": "num_train_examples",
+    r"eval(?:uated?)? every (\d{1,12})": "eval.every",
+    rf"{_COUNT} steps": "steps",
+    rf"{_COUNT} (?:optimizer )?updates": "updates",
+    rf"{_COUNT} forward passes": "forward_passes",
+    rf"{_COUNT} ?ep(?:ochs?)?\b": "epochs",
 }
-NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
-_PAIR = re.compile(r"`?([A-Za-z_]\w*)`?\s*=\s*([^\s,;()]+)")
-_STATED = re.compile(r"^\s*(?:[-+*]\s+)?(?:\*\*)?`?([A-Za-z][\w ]*?)`?(?:\*\*)?\s*:(?:\*\*)?\s+(.+?)\s*$")
-_SETTINGS_LINE = re.compile(r"^\s*\**\s*(?:[\w ]*\b(?:settings?|config(?:uration)?)\b|goal\b)", re.IGNORECASE)
-_STARTING = re.compile(rf"start(?:ing)? ([A-Za-z][\w ]*?)\s*:\s*(~?\s*{NUMBER}\s*%?)", re.IGNORECASE)
-_RULE = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*")
+NUMBER = r"[-+]?\d{1,30}(?:\.\d{1,30})?(?:e[-+]?\d{1,2})?"
+"""A number that is finite. All patterns here take time in proportion to the text: none tries a long word from its middle."""
+LONGEST_CELL = 2000
+"""Characters above which a cell is taken as it is: no number or name is that long, and markup may take long to undo."""
+_BULLETS = {"- ", "+ ", "* "}
+_PAIR = re.compile(r"\b([A-Za-z_]\w*+)`?\s*+=\s*+([^\s,;()]++)")
+_STATED = re.compile(r"(?:[-+*] )?(?:\*\*)?`?([A-Za-z][\w ]*?)`?(?:\*\*)? ?:(?:\*\*)? (.+)")
+_SETTINGS_LINE = re.compile(r"\**\s*(?:[\w ]*\b(?:settings?|config(?:uration)?)\b|goal\b)", re.IGNORECASE)
+_STARTING = re.compile(rf"start(?:ing)? ([A-Za-z][\w ]{{0,60}}?) ?: ?(~? ?{NUMBER} ?%?)", re.IGNORECASE)
+_NOTE = re.compile(r"(?:\\(\*+)|([†‡§])|\[\^(\w+)\]:)\s*(.+)")
+_MARK = re.compile(r"\*+|[†‡§]|\[\^(\w++)\]")
+_MARKUP = re.compile(r"[*_`\[<\\&]")
+_BREAKS = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
+"""Breaks of lines to Python and to some editors, not to markdown."""
 
 
 @dataclass
@@ -112,48 +128,114 @@ class Column:
 
 
 def read(text: str) -> tuple[list[LogTable], list[tuple[int, str, str]]]:
-    """The tables of a log, and its prose: (line number, section, what is left of the line after settings are taken)."""
-    lines = text.splitlines()
-    sections = [Section(0, "")]
-    tables: list[LogTable] = []
-    prose: list[tuple[int, str, str]] = []
-    listing = fenced = False
-    i = 0
-    while i < len(lines):
-        line = lines[i]
-        i += 1
-        if line.lstrip().startswith("```"):
-            fenced = not fenced
-        if fenced or not line.strip():
-            continue
-        if "|" in line and i < len(lines) and "|" in lines[i] and _RULE.fullmatch(lines[i]):
-            table = LogTable(i, [dataclasses.replace(s, settings=dict(s.settings)) for s in sections], _cells(line), [])
-            i += 1
-            while i < len(lines) and "|" in lines[i]:
-                table.rows.append((i + 1, _cells(lines[i])))
-                i += 1
-            tables.append(table)
-            listing = False
-            continue
-        if heading := re.fullmatch(r"(#+)\s+(.*?)\s*#*\s*", line):
-            level = len(heading[1])
-            sections = [s for s in sections if s.level < level] + [Section(level, heading[2], phrases(heading[2]))]
-            listing = False
-        elif tables and (note := re.match(r"\s*(?:\\(\*+)|([†‡§])|\[\^(\w+)\]:)\s*(.+)", line)):
-            tables[-1].notes[note[1] or note[2] or note[3]] = note[4]
-        is_bullet = re.match(r"\s*[-+*]\s", line) is not None
-        listing = (listing and is_bullet) or (not heading and _SETTINGS_LINE.match(line) is not None and not is_bullet)
-        left = line if heading else _take_settings(line, sections[-1], listing and is_bullet)
-        part = next((s.title for s in sections if s.level == 2), sections[-1].title)
-        prose.append((i, part, left))
-    return tables, prose
+    """The tables of a log, and its prose: (line number, section, what is left of the line after settings are taken).
+
+    What is a table, a heading or a list is for the markdown parser to say: code, comments and HTML are none of them. A
+    paragraph that looks like a table and is none becomes one without rows, so that it can be named.
+    """
+    reader = _Reader()
+    for token in _MARKDOWN.parse(_clean(text)):
+        reader.take(token)
+    return reader.tables, reader.prose
+
+
+class _Reader:
+    """Where in the log we are: the headings above, and whether bullets list settings."""
+
+    def __init__(self) -> None:
+        self.tables: list[LogTable] = []
+        self.prose: list[tuple[int, str, str]] = []
+        self.sections = [Section(0, "")]
+        self.outside: list[list[Section]] = []
+        self.listing = self.heading = False
+        self.mark = ""
+
+    def take(self, token: Token) -> None:
+        """Go on by one token of the parser."""
+        first = token.map[0] + 1 if token.map else 0
+        if token.type in {"blockquote_open", "list_item_open"}:
+            self.outside.append(self.sections)  # a heading inside ends with what it stands in
+            self.mark = f"{token.info}{token.markup} " if token.type == "list_item_open" else ""
+        elif token.type in {"blockquote_close", "list_item_close"}:
+            self.sections, self.mark = self.outside.pop(), ""
+        elif token.type == "heading_open":
+            level = int(token.tag[1])
+            self.sections = [s for s in self.sections if s.level < level] + [Section(level, "")]
+            self.heading, self.mark = True, f"{token.markup} " if token.markup[0] == "#" else ""
+        elif token.type == "table":
+            self._table(first, **token.meta)
+        elif token.type == "inline":
+            self._lines(first, [" ".join(line.split()) for line in token.content.split("\n")])
+            self.heading = False
+
+    def _table(self, line: int, columns: list[str], rows: list[tuple[int, list[str]]]) -> None:
+        sections = [dataclasses.replace(section, settings=dict(section.settings)) for section in self.sections]
+        self.tables.append(LogTable(line, sections, columns, rows))
+        self.listing, self.mark = False, ""
+
+    def _lines(self, first: int, lines: list[str]) -> None:
+        """A heading's or a paragraph's."""
+        here = self.sections[-1]
+        if self.heading:
+            here.title = " ".join(lines)
+            here.settings = phrases(here.title)
+        elif lines[0].startswith("|"):
+            self._table(first, _cells(lines[0]), [])
+        part = next((s.title for s in self.sections if s.level == 2), here.title)
+        is_bullet, lines[0] = self.mark in _BULLETS, self.mark + lines[0]
+        for number, line in enumerate(lines, start=first):
+            if not self.heading and self.tables and (note := _NOTE.match(line)):
+                self.tables[-1].notes[note[1] or note[2] or note[3]] = note[4]
+            if is_bullet:
+                self.listing = self.listing and not self.heading
+            else:
+                self.listing = not self.heading and _SETTINGS_LINE.match(line) is not None
+            left = line if self.heading else _take_settings(line, here, self.listing and is_bullet)
+            self.prose.append((number, part, left))
+            is_bullet = False
+        self.mark = ""
+
+
+def _clean(text: str) -> str:
+    """A log whose lines are markdown's alone, without characters that no name may have: blanks for other breaks, escapes."""
+    text = _BREAKS.sub(" ", text.replace("\ufeff", "").replace("\0", "\ufffd"))
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in re.split(r"\r\n?|\n", text))
 
 
 def _cells(line: str) -> list[str]:
-    parts = re.split(r"(?<!\\)\|", line.strip().removeprefix("|"))
-    if parts and not parts[-1].strip() and line.rstrip().endswith("|"):
-        parts.pop()
-    return [part.strip().replace("\\|", "|") for part in parts]
+    """The cells of a table's row, as many as it has."""
+    cells = escapedSplit(line.strip())
+    inner = cells[cells[0] == "" : len(cells) - (len(cells) > 1 and cells[-1] == "")]
+    return [" ".join(cell.split()) for cell in inner]
+
+
+def _table(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """The parser's rule for tables, but with a row's cells as they are: the rule itself fills up rows, cuts them, and gives up
+    a table of very many short ones."""
+    before = len(state.tokens)
+    if not table(state, start, min(start + 2, end), silent):
+        return False
+    if not silent:
+        del state.tokens[before:]
+        stops = state.md.block.ruler.getRules("blockquote")
+        line = start + 2
+        while (
+            line < end and state.sCount[line] >= state.blkIndent and not state.isEmpty(line) and not state.is_code_block(line)
+        ):
+            if any(stop(state, line, end, True) for stop in stops):
+                break
+            line += 1
+        texts = [
+            (n + 1, state.src[state.bMarks[n] + state.tShift[n] : state.eMarks[n]]) for n in (start, *range(start + 2, line))
+        ]
+        (_, columns), *rows = [(number, _cells(text)) for number, text in texts]
+        made = state.push("table", "", 0)
+        made.map, made.meta, state.line = [start, line], {"columns": columns, "rows": rows}, line
+    return True
+
+
+_MARKDOWN = MarkdownIt("commonmark").enable("table").disable(["inline", "reference"])  # [^1]: is a note
+_MARKDOWN.block.ruler.at("table", _table, {"alt": ["paragraph"]})
 
 
 def _take_settings(line: str, section: Section, listed: bool) -> str:
@@ -200,7 +282,9 @@ def setting(key: str, text: str) -> dict[str, Any] | None:
         return {name: "kl"} if text.lower().startswith("true") else None
     if name == "layers":
         found = re.match(r"\[[\d,\s]+\]", text)
-        return {name: json.loads(found[0])} if found else None
+        with contextlib.suppress(ValueError):  # [1, , 2]
+            return {name: json.loads(found[0])} if found else None
+        return None
     if name in TEXTS:
         return {name: text.lower() if name == "optimizer" else text} if re.fullmatch(r"[\w./:@-]+", text) else None
     found = re.match(rf"({NUMBER}|true|false)(?=$|\s*\()", text, re.IGNORECASE)
@@ -220,7 +304,7 @@ def spaced(name: str) -> str:
 
 def column(header: str, tasks: dict[str, str]) -> Column:
     """What a header means. `tasks`: the user's own names of tasks, before the usual ones."""
-    clean = re.sub(r"[*`]", "", header)
+    clean = plain(header)
     deprecated = "deprecated" in clean.lower()
     percent = bool(re.search(r"\(\s*%\s*\)|%", clean))
     clean = re.sub(r"\(\s*(?:↓|↑|%|deprecated|lower is better|higher is better)\s*\)|[↓↑%]", "", clean, flags=re.IGNORECASE)
@@ -246,10 +330,10 @@ def column(header: str, tasks: dict[str, str]) -> Column:
         return made("loss", name.replace(" ", "_"))
     if start := re.fullmatch(r"(?:starting|start) (.+)", name):
         return made("point", known.get(start[1], ""), 0) if start[1] in known else made("other")
-    if at := re.fullmatch(r"(?:step (\d+)|after (\d+) (?:steps?|updates))(?: (.+))?", name):
+    if at := re.fullmatch(r"(?:step (\d{1,12})|after (\d{1,12}) (?:steps?|updates))(?: (.+))?", name):
         ok = at[3] is None or at[3] in known
         return made("point", known.get(at[3] or "", ""), int(at[1] or at[2])) if ok else made("other")
-    if final := re.fullmatch(r"final(?: ([^(]+?))?(?: \((?:step )?(\d+)(?: steps?| updates)?\))?", name):
+    if final := re.fullmatch(r"final(?: ([^(]+?))?(?: \((?:step )?(\d{1,12})(?: steps?| updates)?\))?", name):
         ok = final[1] is None or final[1] in known
         return made("final", known.get(final[1] or "", ""), int(final[2]) if final[2] else None) if ok else made("other")
     named = SETTINGS.get(name.replace(" ", "_"))
@@ -271,12 +355,18 @@ def kind_of(columns: list[Column]) -> str | None:
 
 
 def plain(cell: str) -> str:
-    """A cell's text without emphasis, addresses of links and marks of footnotes."""
-    cell = re.sub(r"\[([^\]^]+)\]\([^()]*\)", r"\1", cell)
-    text = re.sub(r"\*\*(.+?)\*\*|__(.+?)__|`(.+?)`", lambda m: m[1] or m[2] or m[3], cell)
-    return re.sub(r"\\?\*+|[†‡§]|\[\^\w+\]", "", text).strip()
+    """A cell's text as it is shown: without emphasis, addresses of links, HTML and marks of footnotes."""
+    return _MARK.sub("", _shown(cell)).strip()
 
 
 def marks(cell: str) -> list[str]:
     """The marks of footnotes in a cell."""
-    return re.findall(r"\*+|[†‡§]|(?<=\[\^)\w+(?=\])", re.sub(r"\*\*(.+?)\*\*", r"\1", cell))
+    return [mark[1] or mark[0] for mark in _MARK.finditer(_shown(cell))]
+
+
+def _shown(cell: str) -> str:
+    if not _MARKUP.search(cell) or len(cell) > LONGEST_CELL:
+        return cell
+    tokens: list[Token] = []
+    _MARKDOWN.inline.parse(cell, _MARKDOWN, {}, tokens)
+    return "".join(" " if token.type == "html_inline" else token.content for token in tokens)

@@ -1,8 +1,10 @@
-"""Reports: every number in them is one of run.json, and numbers that cannot be compared are refused."""
+"""Reports: every number in them is one of run.json, and numbers that cannot be compared stand apart."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -13,14 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from lethe import regimes
 from lethe.config import ReportConfig
 from lethe.errors import LetheError
 from lethe.ledger import Run
-from lethe.report import page, report, tables
+from lethe.report import _write, page, report, tables
 from lethe.report.attacks import attack_tables, recovery_note
-from lethe.report.charts import worst_cells
+from lethe.report.charts import all_charts, worst_cells
 from lethe.report.layout import MISSING, Table
 from lethe.report.study import Study
 from lethe.runs import entries
@@ -235,21 +238,36 @@ def test_degenerate_results_are_marked(study: Folder) -> None:
 @pytest.mark.parametrize(
     "change", [{"fingerprint": "other"}, {"version": 2}, {"num_fewshot": 5}, {"n": 100}], ids=lambda c: next(iter(c))
 )
-def test_numbers_measured_differently_are_refused_in_one_line(study: Folder, tmp_path: Path, change: dict[str, Any]) -> None:
-    run = study.unlearn("apart", evals(0.3, 0.8, **change))
-    with pytest.raises(LetheError) as refusal:
-        report(ReportConfig([str(study.path)], str(tmp_path / "out")))
-    message = str(refusal.value)
-    assert "\n" not in message
-    assert all(word in message for word in (FORGET, run.id, "base", next(iter(change)), "evaluate one of them again"))
-    assert not (tmp_path / "out").exists()
+def test_numbers_measured_differently_stand_in_a_table_of_their_own(
+    study: Folder, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    run = study.unlearn("odd", evals(0.31, 0.8, **change))
+    text = markdown(study)
+    row = rows_by_name(text, "Runs")[run.id]
+    assert (row[FORGET], row["regime"], row[RETAIN]) == (MISSING, MISSING, "80.00 %")
+    (apart,) = grid(text, "Measured in another way")[1:]
+    assert apart[:4] == [f"unlearn odd ({run.id})", "", FORGET, "31.00 %"]
+    key, value = next(iter(change.items()))
+    assert apart[4].startswith(f"{key} {value}, not ")
+    assert "of odd: measured in another way" in text and "31.00 %" not in text.split("## Measured")[0]
+    assert "Of 1 run numbers were measured in another way" in " ".join(page.headline(Study.load([str(study.path)])))
 
 
-def test_an_attack_measured_differently_from_the_baseline_is_refused(study: Folder) -> None:
-    run = study.attack("odd", "lab:filtered", [0.3])
-    (run.path / "curve.jsonl").write_text(json.dumps({"step": 0, "evals": evals(0.3, 0.8, n=50)}))
-    with pytest.raises(LetheError, match="n 400 and 50"):
-        markdown(study)
+def test_of_two_ways_that_stays_in_which_more_models_were_measured(study: Folder) -> None:
+    """Quick looks at the baseline, however many, do not push out the numbers of the study; nor does an attack's curve."""
+    for number in range(5):
+        quick = {"parents": {"model": TARGET}, "evals": evals(0.9, 0.8, n=50)}
+        study.add("evaluate", f"quick{number}", {"model": "lab:final"}, **quick)
+    before = markdown(study)
+    assert rows_by_name(before, "Runs")["Baseline"][FORGET] == "95.25 %"
+    assert len(grid(before, "Measured in another way")) == 1 + 5 and "## Evaluations" not in before
+    run = study.attack("odd", "lab:filtered", [0.3, 0.9])
+    lines = [json.dumps({"step": 10 * i, "evals": evals(value, 0.8, n=50)}) for i, value in enumerate((0.3, 0.9))]
+    (run.path / "curve.jsonl").write_text("\n".join(lines))
+    header, *rows = grid(markdown(study), "Tampering")
+    assert "90.00 %" not in dict(zip(header, rows[-1], strict=True)).values()
+    apart = [row for row in grid(markdown(study), "Measured in another way") if run.id in row[0] and row[2] == FORGET]
+    assert [(row[1], row[3]) for row in apart] == [("step 0", "30.00 %"), ("step 10", "90.00 %")]
 
 
 def test_a_baseline_evaluated_twice_gives_one_row_with_all_tasks(study: Folder) -> None:
@@ -616,7 +634,8 @@ def test_an_attack_on_an_attacked_model_counts_from_the_model_before_both(suites
 
 
 def test_charts_of_a_suite_show_every_cell_and_the_page_leads_with_the_worst_case(suites: Folder, tmp_path: Path) -> None:
-    cells = {(c["model"], c["attack"]): c["text"] for c in worst_cells(Study.load([str(suites.path)]), FORGET, RETAIN)}
+    loaded = Study.load([str(suites.path)])
+    cells = {(c["model"], c["attack"]): c["text"] for c in worst_cells(loaded, loaded.series, FORGET, RETAIN)}
     twin = "Control: filtered twin"
     assert [cells["lora", name] for name in ("full", "low", "noise", "worst case")] == ["50", "45", "26", "50"]
     assert [cells[twin, name] for name in ("full", "low", "noise", "worst case")] == ["30", "–", "–", "≥ 30"]
@@ -624,3 +643,120 @@ def test_charts_of_a_suite_show_every_cell_and_the_page_leads_with_the_worst_cas
     names = {path.stem for path in made["charts"].iterdir()}
     assert {"tamper", "tamper-general", "worst-case"} <= names
     assert "Worst case over 3 attacks: lab_forget_robust 26.0 % → 50.0 % (by full, step 10" in made["page"].read_text()
+
+
+# --- other people's files and names -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '["../victim.txt", "mine.txt", "charts"]',  # a list of names alone, as of old
+        '{"files": {"../victim.txt": ["SHA"], "mine.txt": ["SHA"], "/tmp/x": ["SHA"], "charts/../../victim.txt": ["SHA"]}}',
+        '{"files": {"charts/victim.svg": ["SHA"], "charts/other.svg": [7], "charts/linked.svg": ["SHA"]}}',
+        '{"files": {"charts/other.svg": 5, "tables.md": null}}',
+        "{",
+        "7",
+        '"\\ud800"',
+        "[" * 100_000,
+    ],
+)
+def test_a_report_removes_nothing_but_what_a_report_has_written(study: Folder, tmp_path: Path, written: str) -> None:
+    out = tmp_path / "out"
+    (out / "charts").mkdir(parents=True)
+    victim = tmp_path / "victim.txt"
+    for path in (victim, out / "mine.txt", out / "charts" / "other.svg"):
+        path.write_text("mine")
+    (out / "charts" / "linked.svg").symlink_to(victim)
+    (out / ".report.json").write_text(written.replace("SHA", hashlib.sha256(b"mine").hexdigest()))
+    single = next(study.path.glob("evaluate-base-*"))
+    report(ReportConfig([str(single)], str(out)))
+    assert (out / "tables.md").exists()
+    for path in (victim, out / "mine.txt", out / "charts" / "other.svg", out / "charts" / "linked.svg"):
+        assert path.read_text() == "mine"
+
+
+def test_what_somebody_has_changed_in_a_report_stays_and_is_named(
+    study: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, single = tmp_path / "out", next(study.path.glob("evaluate-base-*"))
+    files = {"index.html": b"page", "tables.md": b"tables", "charts/losses.svg": b"<svg/>", "charts/losses.png": b"png"}
+    _write(out, files, {})
+    (out / "charts" / "losses.svg").write_text("<svg>my words</svg>")
+    report(ReportConfig([str(single)], str(out)))
+    assert [path.name for path in (out / "charts").iterdir()] == ["losses.svg"]
+    assert "losses.svg is not as a report has written it" in caplog.text
+    (out / "tables.md").write_text("my tables")
+    with pytest.raises(LetheError, match=r"tables\.md that was changed since the report wrote it"):
+        report(ReportConfig([str(single)], str(out)))
+    assert (out / "tables.md").read_text() == "my tables"
+
+
+def test_a_report_does_not_write_through_a_link(study: Folder, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "charts").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LetheError, match="is a link"):
+        report(ReportConfig([str(study.path)], str(tmp_path / "out")))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+HOSTILE = "\x1b]0;x\x07\x00\x1b[31m\ud800\ufffe\n# H <b>i</b> </script><script>alert(1)</script> [l](http://e.x) `a|b` *c* \"'>"
+
+
+def test_names_and_reasons_that_are_no_plain_text_are_shown_and_break_nothing(study: Folder, tmp_path: Path) -> None:
+    """Tables, page and charts of them; the library that draws charts ends the process where it is given such a character."""
+    run = study.unlearn("hostile", evals(0.5, 0.6), "diverged")
+    attack = study.attack("hit", f"run:{run.id}", [0.5, 0.6])
+    for each in (run, attack):
+        record = json.loads((each.path / "run.json").read_text())
+        record |= {"name": HOSTILE, "reason": HOSTILE, "config": record["config"] | {"lr": HOSTILE}}
+        (each.path / "run.json").write_text(json.dumps(record))
+    made = report(ReportConfig([str(study.path)], str(tmp_path / "out"), title=HOSTILE))
+    text, markup = made["tables"].read_text(), made["page"].read_text()
+    files = [text, markup, *(path.read_text() for path in made["charts"].glob("*.svg"))]
+    assert not any(re.search("[\x00-\x08\x0b-\x1f\x7f\ufffe\ud800]", file) for file in files)
+    assert "alert(1)" in markup and "<script>alert" not in markup and "<b>i</b>" not in markup
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    inside = {child.type for token in tokens for child in token.children or []}
+    assert inside <= {"text", "text_special"}  # no link, HTML, code or emphasis
+    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    assert len(headings) == 1 + markdown(study).count("\n## ") + 1 and not any(title.startswith("H ") for title in headings)
+    columns = [len(row) for row in grid(text, "Runs")]
+    assert len(set(columns)) == 1
+
+
+@pytest.mark.parametrize("number", [1e400, -1e400, float("nan"), 10**400, 1e300, -5, "0.5", None, True, []])
+def test_numbers_that_are_none_stand_apart_and_break_no_chart(study: Folder, tmp_path: Path, number: Any) -> None:
+    run = study.unlearn("wild", evals(0.5, 0.6), lr=number)
+    record = json.loads((run.path / "run.json").read_text())
+    record["evals"][FORGET]["acc"] = number
+    record["losses"]["cb_loss"] = number if isinstance(number, float | int) else math.inf
+    (run.path / "run.json").write_text(json.dumps(record))
+    loaded = Study.load([str(study.path)])
+    text = "\n".join(table.markdown() for table in tables.all_tables(loaded))
+    assert any(run.id in row[0] and row[4] == "no number from 0 to 1" for row in grid(text, "Measured in another way"))
+    assert len(text) < 40_000
+    json.dumps({name: chart.to_dict() for name, (_, chart) in all_charts(loaded).items()}, allow_nan=False)
+
+
+def test_a_table_for_the_terminal_holds_no_control_characters() -> None:
+    table = Table("T\x1b[31m", ["a\x07"], [["[bold]b\x1b]0;t\x07"]], ["n\x9b"], "l\x00")
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", table.text())
+    assert "[bold]b" in table.text()
+
+
+def test_a_report_of_many_runs_draws_what_can_be_read_and_lists_the_rest(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "runs")
+    folder.add("evaluate", "base", {"model": "lab:final"}, parents={"model": TARGET}, evals=evals(0.95, 0.83))
+    for number in range(30):
+        run = folder.unlearn(f"run{number}", evals(0.3, 0.8), lr=1e-3 + number)
+        suite(folder, f"run:{run.id}", f"a{number}", [(0.3, 0.8), (0.5, 0.8)], lr=1e-5 * (number + 1))
+    suite(folder, "lab:filtered", "a0", [(0.25, 0.8), (0.3, 0.8)], lr=1e-5)
+    loaded = Study.load([str(folder.path)])
+    charts = all_charts(loaded)
+    assert "Shown: 16 of 31 models and 12 of 30 attacks" in charts["worst-case"][0]
+    assert any(cell["model"] == "Control: filtered twin" for cell in charts["worst-case"][1].to_dict()["datasets"].popitem()[1])
+    text = "\n".join(table.markdown() for table in tables.all_tables(loaded))
+    assert len(grid(text, "Worst case")) == len(grid(text, "Tampering")) == 1 + 31
+    assert text.count("not run on this model") <= 31 * 10

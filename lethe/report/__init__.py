@@ -2,93 +2,149 @@
 
     runs -> study.py (joined by the hashes they record) -> tables.py, charts.py -> page.py
 
-Everything is made in memory first, so that a refusal leaves nothing behind, and each file is then replaced whole.
+Everything is made in memory first, so that a refusal leaves nothing behind, and each file is then replaced whole. A file is
+replaced or removed only where its content is what an earlier report has written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lethe.errors import LetheError
 from lethe.ledger import refuse_run_folder
+from lethe.reading import UnreadableError, json_of, text_of
+from lethe.report.layout import escaped, shown
 
 if TYPE_CHECKING:
     from lethe.config import ReportConfig
+    from lethe.progress import Advance
+    from lethe.report.study import Study
 
 PNG_SCALE = 2.0
 WRITTEN = ".report.json"
-"""Names the files of a report, so that the next one replaces these and no others."""
+"""The SHA-256 of each file of a report (two, while one is being written), so that the next replaces these and no others."""
+MAIN = ("index.html", "tables.md")
+_OURS = re.compile(r"index\.html|tables\.md|charts/[\w-]+\.(svg|png)")
+logger = logging.getLogger(__name__)
+Hashes = dict[str, list[str]]
 
 
 def report(config: ReportConfig) -> dict[str, Path]:
     """Write tables.md, index.html and charts/ into `config.out`; return their paths as `tables`, `page`, `charts`.
 
-    A report that is already there is replaced; other files stay.
+    A report that is already there is replaced; other files stay, and so do files of it that somebody has changed.
 
     Raises:
-        LetheError: there are no runs, numbers of one task were measured in different ways, or `out` is a run, a file, holds
-            a page or tables that are no report's, or cannot be written; raised before anything is written, but for the last.
+        LetheError: there are no runs, or `out` is a run, a file, holds a page or tables that are not as a report has
+            written them, or cannot be written; raised before anything is written, but for the last.
     """
+    from lethe.progress import bar
     from lethe.report.study import Study
-    from lethe.report.tables import all_tables
 
     refuse_run_folder(config.out)
     out = Path(config.out)
-    before = _files_of(out)
-    study = Study.load(config.runs)
+    before = _written(out)
+    _refuse_changed(out, before)
+    with bar("Report", 4, "parts") as advance:
+        study = Study.load(config.runs)
+        advance(1, f"{len(study.runs) + len(study.imported)} runs")
+        files = _made(study, shown(config.title), advance)
+    _write(out, files, before)
+    return {"tables": out / "tables.md", "page": out / "index.html", "charts": out / "charts"}
+
+
+def _made(study: Study, title: str, advance: Advance) -> dict[str, bytes]:
+    """The files of a report, by name."""
+    from lethe.report.tables import all_tables
+
     tables = all_tables(study)
+    advance(1, f"{len(tables)} tables")
 
     import vl_convert
 
     from lethe.report import page
     from lethe.report.charts import all_charts
 
-    specs = {name: (caption, chart.to_dict()) for name, (caption, chart) in all_charts(study).items()}
+    specs = {name: (caption, chart.to_dict(validate=False)) for name, (caption, chart) in all_charts(study).items()}
     svgs = {name: vl_convert.vegalite_to_svg(spec) for name, (_, spec) in specs.items()}
     files: dict[str, bytes] = {}
     for name in specs:
         files[f"charts/{name}.svg"] = svgs[name].encode()
         files[f"charts/{name}.png"] = vl_convert.svg_to_png(svgs[name], scale=PNG_SCALE)
-    summary = "\n\n".join([f"# {config.title}", *page.headline(study)])
+    advance(1, f"{len(specs)} charts")
+    summary = "\n\n".join([f"# {escaped(title)}", *map(escaped, page.headline(study))])
     files["tables.md"] = (summary + "\n\n" + "\n".join(table.markdown() for table in tables)).encode()
     charts = {name: (caption, spec, svgs[name]) for name, (caption, spec) in specs.items()}
-    files["index.html"] = page.render(study, config.title, tables, charts).encode()
-    _write(out, files, before)
-    return {"tables": out / "tables.md", "page": out / "index.html", "charts": out / "charts"}
+    files["index.html"] = page.render(study, title, tables, charts).encode()
+    advance(1, "page")
+    return files
 
 
-def _files_of(out: Path) -> list[str]:
-    """The files that the last report in a folder has written there.
+def _written(out: Path) -> Hashes:
+    """What the last report in a folder has written there; nothing where its list is damaged, and no name but a report's.
 
-    Raises:
-        LetheError: there is a page, or tables, that no report has written.
+    The list lies in a folder that may be somebody else's: it alone is no reason to replace or remove a file.
     """
     try:
-        return json.loads((out / WRITTEN).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        for name in ("index.html", "tables.md"):
-            if (out / name).exists():
-                why = f"out: '{out}' holds a file {name} that no report has written; choose another folder"
-                raise LetheError(why) from None
-        return []
-    except (OSError, ValueError) as error:
-        raise LetheError(f"out: '{out / WRITTEN}' cannot be read ({error}); choose another folder, or remove it") from error
+        known = json_of(text_of(out / WRITTEN)) if (out / WRITTEN).is_file() else None
+    except UnreadableError as error:
+        logger.warning("%s: %s; taken as none", out / WRITTEN, error)
+        known = None
+    files = known.get("files") if isinstance(known, dict) else None
+    pairs = files.items() if isinstance(files, dict) else ()
+    return {name: hashes for name, hashes in pairs if _OURS.fullmatch(name) and isinstance(hashes, list)}
 
 
-def _write(out: Path, files: dict[str, bytes], before: list[str]) -> None:
+def _is_ours(out: Path, name: str, before: Hashes) -> bool:
+    """Whether a file is there as a report has written it. A link is not, nor is what lies behind a linked folder."""
+    path = out / name
+    linked = path.is_symlink() or (path.parent != out and path.parent.is_symlink())
+    if linked or not path.is_file():
+        return False
+    return hashlib.sha256(path.read_bytes()).hexdigest() in before.get(name, [])
+
+
+def _refuse_changed(out: Path, before: Hashes) -> None:
+    for name in MAIN:
+        if os.path.lexists(out / name) and not _is_ours(out, name, before):
+            why = "was changed since the report wrote it" if name in before else "no report has written"
+            raise LetheError(f"out: '{out}' holds a file {name} that {why}; move it away, or choose another folder")
+    if (out / "charts").is_symlink():
+        raise LetheError(f"out: '{out / 'charts'}' is a link, and a report writes nothing outside its folder; remove it")
+
+
+def _write(out: Path, files: dict[str, bytes], before: Hashes) -> None:
     """Replace each file whole, and remove charts of an earlier report that this one has not."""
-    every, own = (json.dumps(sorted(names)).encode() for names in ({*files, *before}, files))
+    own = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
+    left = [n for n in {**files, **before} if n not in MAIN and os.path.lexists(out / n) and not _is_ours(out, n, before)]
+    for name in left:
+        logger.warning("%s is not as a report has written it; left alone", out / name)
+    either = {name: [*own.get(name, []), *before.get(name, [])] for name in {**own, **before}}
     try:
         (out / "charts").mkdir(parents=True, exist_ok=True)
-        for name, content in [(WRITTEN, every), *files.items(), (WRITTEN, own)]:  # first: one that is cut off is a report, too
-            path = out / name
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+        _replace(out / WRITTEN, _listed(either))  # first: a report that is cut off is one, too
+        for name in set(files) - set(left):
+            _replace(out / name, files[name])
+        for name in set(before) - set(files) - set(left):
+            (out / name).unlink(missing_ok=True)
+        _replace(out / WRITTEN, _listed({name: hashes for name, hashes in own.items() if name not in left}))
     except OSError as error:
         raise LetheError(f"out: cannot write to '{out}' ({error.strerror}); choose another folder") from error
-    for old in set(before) - set(files):
-        (out / old).unlink(missing_ok=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:  # never through a link
+        file.write(content)
+    temporary.replace(path)
+
+
+def _listed(files: Hashes) -> bytes:
+    return json.dumps({"files": files}, indent=1).encode()

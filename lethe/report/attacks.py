@@ -15,12 +15,12 @@ from lethe.report.study import (
     Attack,
     Series,
     Study,
-    attack_rows,
-    refuse_mixed,
     tasks_of,
     value_of,
     varying,
 )
+
+MAX_NOTES = 10
 
 
 def judged(attacks: list[Attack]) -> tuple[str | None, str | None]:
@@ -50,7 +50,7 @@ def worst_table(study: Study) -> Table:
     if len({series.settings for series in study.series}) < 2:
         return Table("Worst case", columns, [])
     cells, notes = [], []
-    for model, (_, worst) in study.worst_cases().items():
+    for model, (_, worst) in study.worst_cases.items():
         if worst is None:
             cells.append([model, *(len(columns) - 1) * [MISSING]])
             continue
@@ -59,7 +59,10 @@ def worst_table(study: Study) -> Table:
         line += [worst.attack or "none above the start", _at(worst), f"{100 * worst.general_lost:+.1f} points"]
         line += [percent(worst.recovered, 0), _above(worst.above), f"{len(worst.counted)} of {total}"]
         cells.append([model, *line])
-        notes += [f"{model}, {name} is not measured to its end: {why}." for name, why in worst.not_measured.items()]
+        missing = list(worst.not_measured.items())
+        notes += [f"{model}, {name} is not measured to its end: {why}." for name, why in missing[:MAX_NOTES]]
+        if len(missing) > MAX_NOTES:
+            notes.append(f"{model}: {len(missing) - MAX_NOTES} more attacks are not measured to their end.")
         if worst.never_within:
             notes.append(f"{model}: no evaluation within the bound under {', '.join(worst.never_within)}.")
     bound = study.general_bound
@@ -83,7 +86,6 @@ def _above(excess: Excess | None) -> str:
 def tamper_table(study: Study) -> Table:
     """Model | forget at the start, after 10 steps, highest, at the end | retain at the end | lost updates | Notes."""
     attacks = study.attacks
-    refuse_mixed(attack_rows(attacks))
     forget, retain = judged(attacks)
     lengths = {attack.curve[-1]["step"] for attack in attacks if attack.curve}
     alike = len(lengths) == 1 and all(map(trains, attacks))

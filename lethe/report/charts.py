@@ -8,12 +8,14 @@ no data can lie under their names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import altair as alt
 
 from lethe import regimes
+from lethe.errors import printable
 from lethe.ledger import Run
 from lethe.recovery import Point, Worst, worst_case
 from lethe.report.attacks import judged
@@ -23,7 +25,10 @@ PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left"]
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 1], [1, 3], [12, 3, 1, 3]]
 REFERENCE = "#808080"
-MAX_POINTS = 300
+MAX_POINTS, MAX_MARKS, MAX_BARS = 300, 1000, 60
+MAX_MODELS, MAX_ATTACKS, MAX_CHARTS = 16, 12, 6
+"""What one can still read: more models and attacks than these are in the tables alone."""
+LONGEST_LABEL = 80
 WIDTH, HEIGHT = 740, 300
 ACCURACY: dict[str, Any] = {"labelExpr": "format(100 * datum.value, '~g') + ' %'", "tickCount": 6}
 STEPS: dict[str, Any] = {"format": "d", "tickMinStep": 1, "tickCount": 10}
@@ -35,11 +40,11 @@ Chart = alt.LayerChart | alt.VConcatChart | alt.ConcatChart | alt.Chart
 def all_charts(study: Study) -> dict[str, tuple[str, Chart]]:
     """Caption and chart by file name, as far as there is data."""
     charts: dict[str, tuple[str, Chart]] = {}
-    for number, run in enumerate(study.of_kind("checkpoints")):
+    for number, run in enumerate(study.of_kind("checkpoints")[:MAX_CHARTS]):
         if any(row["evals"] for row in run.record.get("checkpoints") or []):
             caption = "Accuracy of each pretraining checkpoint. The source is the latest that is still at chance on the topic."
             charts[_name("checkpoints", number)] = (caption, checkpoint_chart(run))
-    for number, target in enumerate(study.targets):
+    for number, target in enumerate(study.targets[:MAX_CHARTS]):
         if losses := _loss_points(target.runs):
             shown = f" The first {len(PALETTE)} of {len(target.runs)} runs." if len(target.runs) > len(PALETTE) else ""
             caption = "Token means of the loss terms at each optimizer update, without their coefficients." + shown
@@ -69,7 +74,7 @@ def losses_chart(points: list[dict[str, Any]]) -> alt.VConcatChart:
     panels = []
     for term in dict.fromkeys(point["term"] for point in points):
         those = [point for point in points if point["term"] == term]
-        lines = alt.Chart(alt.Data(values=those), width=WIDTH, height=HEIGHT // 2).mark_line(strokeWidth=1.8)
+        lines = alt.Chart(_data(those), width=WIDTH, height=HEIGHT // 2).mark_line(strokeWidth=1.8)
         panels.append(
             lines.encode(
                 x=alt.X("step:Q", title="Optimizer update", axis=alt.Axis(**STEPS)),
@@ -94,7 +99,7 @@ def tradeoff_chart(target: Target) -> alt.LayerChart | None:
     for row in target.rows:
         if forget not in row.evals or retain not in row.evals:
             continue
-        run = row.origin[forget] if row.origin[forget] in target.runs else None
+        run = row.origin[forget] if row.origin[forget].record["kind"] == "unlearn" else None
         name = row.label if run is None else labels[run.id]
         f, r = row.evals[forget], row.evals[retain]
         point = {"series": "Runs" if many and run else name, "label": name, "known": run is None}
@@ -104,44 +109,60 @@ def tradeoff_chart(target: Target) -> alt.LayerChart | None:
     if not points:
         return None
     known = len([point for point in points if point["known"]])
+    points = points[:known] + points[known:][-MAX_MARKS:]
     return _layered(_scatter(points, forget, retain, known), "Forget against retain")
 
 
 def attack_charts(study: Study) -> dict[str, tuple[str, Chart]]:
     """Curves and, where there are several attacks, a small chart for each of them and the map of models by attacks."""
     forget, general = judged(study.attacks)
+    drawn, left_out = _drawn(study)
     several = len({series.settings for series in study.series}) > 1
-    over = " Bands: question sampling and, where an attack was run with several seeds, seeds."
+    over = " Bands: question sampling and, where an attack was run with several seeds, seeds." + left_out
     caption = "Attacks: how fast the knowledge comes back, beside models that never had it." + over
     charts: dict[str, tuple[str, Chart]] = {}
-    if not several and (curves := tamper_chart(study, [task for task in (forget, general) if task])):
+    if not several and (curves := tamper_chart(drawn, [task for task in (forget, general) if task])):
         charts["tamper"] = (caption, curves)
     for name, task in (("tamper", forget), ("tamper-general", general)) if several else ():
-        if task and (panels := tamper_panels(study, task)):
+        if task and (panels := tamper_panels(drawn, task)):
             charts[name] = (caption if task == forget else f"The same attacks: what they cost in {task}.{over}", panels)
-    if several and forget and (cells := worst_cells(study, forget, general)):
+    if several and forget and (cells := worst_cells(study, drawn, forget, general)):
         bound = f"at most {100 * study.general_bound:g} points of {general or 'general accuracy'}"
         caption = f"The highest {forget} that each attack reaches where it has cost {bound}. "
-        caption += "≥: not measured to its end, so it may reach more; grey: not measured."
+        caption += "≥: not measured to its end, so it may reach more; grey: not measured." + left_out
         charts["worst-case"] = (caption, heat_map(cells))
     return charts
 
 
-def tamper_chart(study: Study, tasks: list[str]) -> alt.VConcatChart | None:
+def _drawn(study: Study) -> tuple[list[Series], str]:
+    """The series that charts show, and a sentence about those that they do not: controls, then the models and the attacks that
+    most runs are about."""
+    models = Counter(series.model for series in study.series)
+    models.update({series.model: len(study.series) for series in study.series if series.control})
+    attacks = Counter(series.settings for series in study.series)
+    some = {model for model, _ in models.most_common(MAX_MODELS)}
+    usual = {attack for attack, _ in attacks.most_common(MAX_ATTACKS)}
+    drawn = [series for series in study.series if series.model in some and series.settings in usual]
+    kinds = ((some, models, "models"), (usual, attacks, "attacks"))
+    fewer = [f"{len(shown)} of {len(every)} {what}" for shown, every, what in kinds if len(shown) < len(every)]
+    return drawn, f" Shown: {' and '.join(fewer)}; the tables have all." if fewer else ""
+
+
+def tamper_chart(series: list[Series], tasks: list[str]) -> alt.VConcatChart | None:
     """One attack: accuracy over its course, a line an attacked model; the forget task above, the general task below."""
     panels = []
     for task in tasks:
-        if panel := _attack_panel(study, task, study.series, HEIGHT * 3 // 4, WIDTH, named=True):
+        if panel := _attack_panel(series, task, series, HEIGHT * 3 // 4, WIDTH, named=True):
             panels.append(panel.properties(title=alt.TitleParams(task, frame="group")))
     return _config(alt.vconcat(*panels, spacing=22, title=_title("Tampering attack"))) if panels else None
 
 
-def tamper_panels(study: Study, task: str) -> alt.ConcatChart | None:
+def tamper_panels(series: list[Series], task: str) -> alt.ConcatChart | None:
     """Several attacks: a small chart for each, a line an attacked model, the same colour everywhere; controls are dashed."""
     panels = []
-    for settings in dict.fromkeys(series.settings for series in study.series):
-        own = [series for series in study.series if series.settings == settings]
-        if panel := _attack_panel(study, task, own, HEIGHT // 2, (WIDTH - 2 * 50) // 3, named=False):
+    for settings in dict.fromkeys(each.settings for each in series):
+        own = [each for each in series if each.settings == settings]
+        if panel := _attack_panel(series, task, own, HEIGHT // 2, (WIDTH - 2 * 50) // 3, named=False):
             panels.append(panel.properties(title=alt.TitleParams(own[0].attack, frame="group")))
     if not panels:
         return None
@@ -155,18 +176,19 @@ def tamper_panels(study: Study, task: str) -> alt.ConcatChart | None:
     return _config(alt.concat(*panels, columns=3, spacing=18, title=title))
 
 
-def _attack_panel(study: Study, task: str, own: list[Series], height: int, width: int, named: bool) -> alt.LayerChart | None:
-    """Curves of one attack on several models; `named`: reference lines carry their names."""
-    names = _model_names(study.series)
+def _attack_panel(
+    every: list[Series], task: str, own: list[Series], height: int, width: int, named: bool
+) -> alt.LayerChart | None:
+    """Curves of one attack on several models, on the scale of `every`; `named`: reference lines carry their names."""
+    names = _model_names(every)
     points = [_reached(names[series.model], series, point) for series in own for point in series.points_of(task)]
     if not points:
         return None
-    every = [point for series in study.series for point in series.points_of(task)]
     chances = {r["chance"] for series in own for a in series.attacks for _, r in a.points(task) if "chance" in r}
     before = {value_of(s.baseline.evals[task]) for s in own if s.baseline and task in s.baseline.evals}
     references = {f"chance {_per_cent(c)}": c for c in sorted(chances)}
     references |= {f"baseline {_per_cent(b)}": b for b in sorted(before)}
-    scale = _accuracies(0, [*references.values(), *(point.high for point in every)], parts=5)
+    scale = _accuracies(0, [*references.values(), *(point.high for each in every for point in each.points_of(task))], parts=5)
     untrained = any("place" in point for point in points)
     if untrained:
         x: Any = alt.X("place:O", title="Strength", sort=None, axis=alt.Axis(labelAngle=0))
@@ -185,13 +207,14 @@ def _reached(name: str, series: Series, point: Point) -> dict[str, Any]:
     return facts if point.strength is None else facts | {"place": f"{point.strength:g}" if point.strength else "none"}
 
 
-def worst_cells(study: Study, forget: str, general: str | None) -> list[dict[str, Any]]:
-    """The worst case of each attack on each model, and over all of them; as far as measured."""
-    names = _model_names(study.series)
-    own = {(series.model, series.settings): series for series in study.series}
-    attacks = dict.fromkeys((series.settings, series.attack) for series in study.series)
+def worst_cells(study: Study, drawn: list[Series], forget: str, general: str | None) -> list[dict[str, Any]]:
+    """The worst case of each attack on each model that is drawn, and over all attacks; as far as measured."""
+    names = _model_names(drawn)
+    own = {(series.model, series.settings): series for series in drawn}
+    attacks = dict.fromkeys((series.settings, series.attack) for series in drawn)
     cells = []
-    for model, (_, worst) in study.worst_cases().items():
+    for model in names:
+        worst = study.worst_cases[model][1]
         for settings, attack in attacks:
             series = own.get((model, settings))
             trials = study.trials(series, forget, general) if series else []
@@ -218,7 +241,7 @@ def heat_map(cells: list[dict[str, Any]]) -> alt.LayerChart:
     values = [cell["value"] for cell in cells if cell["value"] is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
     bare: dict[str, Any] = {"ticks": False, "domain": False}
-    base = alt.Chart(alt.Data(values=cells)).encode(
+    base = alt.Chart(_data(cells)).encode(
         x=alt.X("attack:N", sort=attacks, title=None, axis=alt.Axis(orient="top", labelAngle=-40, **bare)),
         y=alt.Y("model:N", sort=models, title=None, axis=alt.Axis(labelLimit=320, **bare)),
         tooltip=[_tip("model", "Model"), _tip("attack", "Attack"), _tip("value", "Highest", ".2%"), _tip("why", "At")],
@@ -250,7 +273,7 @@ def _lines(
     points: list[dict[str, Any]], series: list[str], title: str, x: alt.X, scale: alt.Scale, large: bool = True
 ) -> list[alt.Chart]:
     """Band, line and points of each series; lines of `kind` control are dashed."""
-    base = alt.Chart(alt.Data(values=points))
+    base = alt.Chart(_data(points))
     y = alt.Y("value:Q", title="Accuracy", axis=alt.Axis(**ACCURACY), scale=scale)
     colour = _colour(series, title)
     band = base.mark_area(opacity=0.13).encode(x=x, y=alt.Y("low:Q", title="Accuracy", scale=scale), y2="high:Q", color=colour)
@@ -277,7 +300,7 @@ def _scatter(points: list[dict[str, Any]], forget: str, retain: str, known: int)
     """Interval bars both ways, points, and the two chance lines. The first `known` series are baseline and sources, in grey."""
     series = list(dict.fromkeys(point["series"] for point in points))
     colours = [*(KNOWN[min(i, 1)] for i in range(known)), *PALETTE]
-    base = alt.Chart(alt.Data(values=points))
+    base = alt.Chart(_data(points))
     across, up = (_around(points, letter) for letter in ("f", "r"))
     x_title, y_title = f"Forget accuracy ({forget})", f"Retain accuracy ({retain})"
     x = alt.X("forget:Q", title=x_title, axis=alt.Axis(**ACCURACY), scale=across)
@@ -288,17 +311,22 @@ def _scatter(points: list[dict[str, Any]], forget: str, retain: str, known: int)
     bar: dict[str, Any] = {"strokeWidth": 1.3, "opacity": 0.7}
     tips = [_tip("label", "Model"), _tip("forget", forget, ".2%"), _tip("retain", retain, ".2%")]
     f_chance, r_chance = points[0]["f_chance"], points[0]["r_chance"]
-    upright = alt.Chart(alt.Data(values=[{"x": f_chance, "text": f"chance {_per_cent(f_chance)}"}]))
+    upright = alt.Chart(_data([{"x": f_chance, "text": f"chance {_per_cent(f_chance)}"}]))
     upright_x = alt.X("x:Q", scale=across, title=x_title)
+    bars = [
+        base.mark_rule(**bar).encode(x=x_low, x2="f_high:Q", y=y, color=colour),
+        base.mark_rule(**bar).encode(x=x, y=y_low, y2="r_high:Q", color=colour),
+    ]
     return [
         upright.mark_rule(color=REFERENCE, strokeDash=[2, 3]).encode(x=upright_x),
         upright.mark_text(color=REFERENCE, baseline="bottom", dy=-4, fontSize=11).encode(
             x=upright_x, y=alt.value(0), text="text:N"
         ),
         *_reference({f"chance {_per_cent(r_chance)}": r_chance}, up),
-        base.mark_rule(**bar).encode(x=x_low, x2="f_high:Q", y=y, color=colour),
-        base.mark_rule(**bar).encode(x=x, y=y_low, y2="r_high:Q", color=colour),
-        base.mark_point(filled=True, size=90, opacity=1).encode(x=x, y=y, color=colour, shape=shape, tooltip=tips),
+        *([] if len(points) > MAX_BARS else bars),
+        base.mark_point(filled=True, size=90 if len(points) <= MAX_BARS else 30, opacity=1).encode(
+            x=x, y=y, color=colour, shape=shape, tooltip=tips
+        ),
     ]
 
 
@@ -322,7 +350,7 @@ def _reference(lines: dict[str, float], scale: alt.Scale, named: bool = True) ->
     for i, (text, value) in enumerate(ordered):
         close = [j for j, (_, other) in enumerate(ordered) if j != i and abs(other - value) < 0.06 * span]
         shift = 0 if not close else 7 if i < close[0] else -7
-        base = alt.Chart(alt.Data(values=[{"y": value, "text": text}]))
+        base = alt.Chart(_data([{"y": value, "text": text}]))
         y = alt.Y("y:Q", scale=scale)
         dash = [2, 3] if text.startswith("chance") else [7, 4]
         layers.append(base.mark_rule(color=REFERENCE, strokeDash=dash, strokeWidth=1.2).encode(y=y))
@@ -338,7 +366,7 @@ def _reference(lines: dict[str, float], scale: alt.Scale, named: bool = True) ->
 
 def _marked_step(step: int, text: str, last: int) -> list[alt.Chart]:
     """An upright line at a step, named at the top on the side with more room."""
-    base = alt.Chart(alt.Data(values=[{"x": step, "text": text}]))
+    base = alt.Chart(_data([{"x": step, "text": text}]))
     left = step > last / 2
     rule = base.mark_rule(color=REFERENCE, strokeWidth=1.2).encode(x="x:Q")
     name = base.mark_text(
@@ -347,7 +375,7 @@ def _marked_step(step: int, text: str, last: int) -> list[alt.Chart]:
     return [rule, name]
 
 
-def _loss_points(runs: list[Run]) -> list[dict[str, Any]]:
+def _loss_points(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The logged loss terms of runs, at most 300 updates of each run (evenly spaced); what is not finite is left out."""
     labels = _labels(runs[: len(PALETTE)])
     points = []
@@ -367,14 +395,21 @@ def _loss_points(runs: list[Run]) -> list[dict[str, Any]]:
 def _labels(runs: Iterable[Run]) -> dict[str, str]:
     """A run's name by its id; with the id where runs share a name."""
     listed = list(runs)
-    names = [run.record["name"] for run in listed]
-    return {run.id: name if names.count(name) == 1 else f"{name} ({run.id})" for run, name in zip(listed, names, strict=True)}
+    times = Counter(run.record["name"] for run in listed)
+    names = {run.id: run.record["name"] + ("" if times[run.record["name"]] == 1 else f" ({run.id})") for run in listed}
+    return {run_id: printable(name, LONGEST_LABEL) for run_id, name in names.items()}
 
 
 def _model_names(series: list[Series]) -> dict[str, str]:
     """A short name for each attacked model: what kind of control it is, or its run's name, where that tells it apart."""
     short = {each.model: each.control or each.model.rsplit(" (", 1)[0] for each in series}
-    return {model: name if list(short.values()).count(name) == 1 else model for model, name in short.items()}
+    times = Counter(short.values())
+    return {model: printable(name if times[name] == 1 else model, LONGEST_LABEL) for model, name in short.items()}
+
+
+def _data(points: list[dict[str, Any]]) -> alt.InlineData:
+    """Data of a chart, which holds them once for all of its layers. Altair copies a list with every layer, but not a tuple."""
+    return alt.InlineData(values=tuple(points))
 
 
 def _point(series: str, step: int, result: dict[str, Any]) -> dict[str, Any]:

@@ -23,13 +23,20 @@ DEGENERATE_NOTE = f"{DEGENERATE} degenerate: one answer position was chosen near
 STATUSES = ("queued", "running", "failed", "diverged", "cancelled", "lost")
 WORDS = {*STATUSES, "nan", "full"}
 LONG = 44
-_BREAKS = re.compile(r"[\t\n\r]+")
+LONGEST = 2000
+_MARKUP = re.compile(
+    r"[\\`*\[\]<|$]|(?<![^\W_])_|_(?![^\W_])|~(?=~)|(?<=~)~|&(?=#?\w+;)|:(?=//)|(?<=www)\.|(?<=\w)@(?=[\w-]+\.)"
+)
+_FIRST = re.compile(r"(?=[#>+=:-])|(?<=\d)(?=[.)])")
 _NUMBER = re.compile(rf"~?[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(strength [\d.]+\)| \(\d+ steps\))?{DEGENERATE}?")
 
 
 @dataclass
 class Table:
-    """A titled table. `rows` hold one text a column; `lead` is a sentence above it, `notes` are sentences below."""
+    """A titled table. `rows` hold one text a column; `lead` is a sentence above it, `notes` are sentences below.
+
+    Its texts may come from anybody's files: here they become lines that a terminal, a page and a chart can show.
+    """
 
     title: str
     columns: list[str]
@@ -38,10 +45,9 @@ class Table:
     lead: str = ""
 
     def __post_init__(self) -> None:
-        """What runs are called is somebody else's text: no control character of it reaches a terminal or a page."""
-        self.title, self.lead = _plain(self.title), _plain(self.lead)
-        self.columns, self.notes = [*map(_plain, self.columns)], [*map(_plain, self.notes)]
-        self.rows = [[*map(_plain, row)] for row in self.rows]
+        self.title, self.lead = shown(self.title), shown(self.lead, None)
+        self.columns, self.notes = [shown(name) for name in self.columns], [shown(note, None) for note in self.notes]
+        self.rows = [[shown(cell) for cell in row] for row in self.rows]
 
     def is_numeric(self, column: int) -> bool:
         """Whether a column holds numbers (or statuses in their place), and is set flush right."""
@@ -52,10 +58,10 @@ class Table:
         """The table in GitHub's markdown, under its title as a heading."""
         rule = [("-" * max(3, len(name) - 1)) + (":" if self.is_numeric(i) else "-") for i, name in enumerate(self.columns)]
         lines = [self.columns, rule, *self.rows]
-        body = "\n".join("| " + " | ".join(_one_line(cell) for cell in line) + " |" for line in lines)
-        notes = "".join(f"\n- {_one_line(note)}" for note in self.notes)
-        lead = f"{_one_line(self.lead)}\n\n" if self.lead else ""
-        return f"## {self.title}\n\n{lead}{body}\n" + (f"{notes}\n" if notes else "")
+        body = "\n".join("| " + " | ".join(_MARKUP.sub(r"\\\g<0>", cell) for cell in line) + " |" for line in lines)
+        notes = "".join(f"\n- {escaped(note)}" for note in self.notes)
+        lead = f"{escaped(self.lead)}\n\n" if self.lead else ""
+        return f"## {escaped(self.title)}\n\n{lead}{body}\n" + (f"{notes}\n" if notes else "")
 
     def html(self) -> str:
         """The table as HTML without its title; headers may break at underscores, long texts wrap."""
@@ -78,11 +84,11 @@ class Table:
     def text(self) -> str:
         """The table in aligned columns, one line a row whatever the width: what rich sets for a screen takes it far longer."""
         flush = [self.is_numeric(i) for i in range(len(self.columns))]
-        lines = [[_flat(cell) for cell in line] for line in (self.columns, *self.rows)]
+        lines = [self.columns, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         pad = [(lambda cell, width: cell.rjust(width)) if right else (lambda cell, width: cell.ljust(width)) for right in flush]
         body = ["  ".join(p(c, w) for p, c, w in zip(pad, line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([self.title, *([_flat(self.lead)] if self.lead else []), *body, *(_flat(note) for note in self.notes)])
+        return "\n".join([self.title, *([self.lead] if self.lead else []), *body, *self.notes])
 
     def __rich__(self) -> rich.table.Table:
         import rich.table
@@ -103,6 +109,17 @@ class Table:
         return table
 
 
+def shown(text: str, most: int | None = LONGEST) -> str:
+    """Text of unknown origin on one line: no control characters, no half characters, not longer than anybody reads."""
+    return printable(" ".join(text.split()), most)
+
+
+def escaped(text: str) -> str:
+    """A line of markdown that shows a text as it is: no heading, link, HTML or emphasis comes of a name."""
+    line = _MARKUP.sub(r"\\\g<0>", shown(text, None))
+    return _FIRST.sub(r"\\", line, count=1) if re.match(r"[#>+=:-]|\d{1,9}[.)]", line) else line
+
+
 def percent(share: float | None, decimals: int = 2) -> str:
     """A share as a percentage: `41.25 %`."""
     if share is None:
@@ -112,7 +129,9 @@ def percent(share: float | None, decimals: int = 2) -> str:
 
 def decimal(value: float | None) -> str:
     """A loss or a probability with four decimals."""
-    return MISSING if value is None else f"{round(value, 4) + 0.0:.4f}"  # + 0.0 turns −0 into 0
+    if value is None or abs(value) >= 1e12:
+        return compact(value)
+    return f"{round(value, 4) + 0.0:.4f}"  # + 0.0 turns −0 into 0
 
 
 def compact(value: float | None) -> str:
@@ -168,15 +187,3 @@ def seconds(duration: float) -> str:
 
 def _class(number: bool, cell: str) -> str:
     return ' class="number"' if number else ' class="long"' if len(cell) > LONG else ""
-
-
-def _plain(text: str) -> str:
-    return printable(_BREAKS.sub(" ", text))
-
-
-def _flat(cell: str) -> str:
-    return " ".join(cell.split())
-
-
-def _one_line(cell: str) -> str:
-    return re.sub(r"\s+", " ", cell).replace("|", "\\|")

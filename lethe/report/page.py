@@ -19,7 +19,7 @@ from lethe.ledger import Run, now
 from lethe.report.attacks import judged as judged_attacks
 from lethe.report.attacks import recovery_note
 from lethe.report.layout import Table, percent, setting
-from lethe.report.study import Attack, Study, Target, judge, judged_tasks, value_of
+from lethe.report.study import Attack, Study, Target, judge, value_of
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data: blob:"
 DARK = {
@@ -60,7 +60,7 @@ figure { margin: 1.6rem 0 2.2rem; }
 .chart { overflow-x: auto; }
 .chart svg { max-width: 100%; height: auto; }
 @media (prefers-color-scheme: dark) { .chart > svg { background: #fff; } }
-.table { overflow-x: auto; }
+.table { overflow-x: auto; content-visibility: auto; contain-intrinsic-size: auto 30rem; }
 table { border-collapse: collapse; font-size: .79rem; line-height: 1.35; min-width: 50%; }
 th, td { padding: .36rem .65rem .36rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { white-space: nowrap; }
@@ -69,6 +69,7 @@ td.long { white-space: normal; min-width: 17rem; }
 th { font-weight: 600; vertical-align: bottom; border-bottom-color: var(--soft); }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .notes { margin: .6rem 0 0; padding-left: 1.1rem; }
+details { content-visibility: auto; contain-intrinsic-size: auto 1.6rem; }
 details { border-bottom: 1px solid var(--line); padding: .45rem 0; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; background: var(--tint); padding: .8rem 1rem; font-size: .8rem; border-radius: 4px; }
@@ -80,15 +81,20 @@ const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const darkConfig = JSON.parse(document.getElementById("dark").textContent);
 const merged = (a, b) => Object.fromEntries([...new Set([...Object.keys(a), ...Object.keys(b)])].map(k =>
   [k, k in b ? (typeof b[k] === "object" && typeof a[k] === "object" ? merged(a[k], b[k]) : b[k]) : a[k]]));
-function draw() {
-  for (const [name, spec] of Object.entries(specs)) {
-    const config = merged(spec.config || {}, dark.matches ? darkConfig : { background: "transparent" });
-    const tooltip = { theme: dark.matches ? "dark" : "light" };
-    vegaEmbed("#chart-" + name, { ...spec, config }, { renderer: "svg", actions: false, tooltip });
+function draw(name) {
+  const config = merged(specs[name].config || {}, dark.matches ? darkConfig : { background: "transparent" });
+  const tooltip = { theme: dark.matches ? "dark" : "light" };
+  return vegaEmbed("#chart-" + name, { ...specs[name], config }, { renderer: "svg", actions: false, tooltip });
+}
+// Until its turn, once the page stands, each chart is its drawing from the report.
+async function drawAll() {
+  for (const name of Object.keys(specs)) {
+    await new Promise(resolve => setTimeout(resolve));
+    await draw(name);
   }
 }
-draw();
-dark.addEventListener("change", draw);
+addEventListener("load", drawAll);
+dark.addEventListener("change", drawAll);
 """
 
 
@@ -96,7 +102,7 @@ def headline(study: Study) -> list[str]:
     """The result in a few sentences; the first is about the unlearned model that did best."""
     sentences = []
     for target in study.targets:
-        best = best_run(target)
+        best = target.best
         if best is None or target.baseline is None:
             continue
         sentences.append(_unlearning_sentence(best, target, len(target.runs)))
@@ -110,17 +116,15 @@ def headline(study: Study) -> list[str]:
     found = [sentence for sentence in sentences if sentence]
     if not found and (study.runs or not study.imported):
         found = [f"No unlearning result with a baseline yet: {left}"]
+    if study.apart:
+        count = len({each.run.id for each in study.apart})
+        found.append(
+            f"Of {count} run{'s' * (count != 1)} numbers were measured in another way, and stand in a table of their own."
+        )
     if study.imported:
         files = ", ".join(dict.fromkeys(run.record["imported"]["file"] for run in study.imported))
         found.append(f"{len(study.imported)} runs are imported from {files}, and stand in tables of their own.")
     return found
-
-
-def best_run(target: Target) -> Run | None:
-    """The complete run of highest selectivity; where none can be judged, the first that was evaluated."""
-    evaluated = [run for run in target.runs if run.status == "complete" and run.record.get("evals")]
-    judged = [(found[1].value, run) for run in evaluated if (found := judge(run.record["evals"], target))]
-    return max(judged, key=lambda pair: pair[0])[1] if judged else next(iter(evaluated), None)
 
 
 def render(study: Study, title: str, tables: list[Table], charts: dict[str, tuple[str, Any, str]]) -> str:
@@ -159,7 +163,7 @@ def render(study: Study, title: str, tables: list[Table], charts: dict[str, tupl
 
 def _unlearning_sentence(run: Run, target: Target, of: int) -> str:
     evals, before = run.record["evals"], target.baseline.evals if target.baseline else {}
-    tasks = [task for task in judged_tasks(target) if task and task in evals]
+    tasks = [task for task in target.judged if task and task in evals]
     changes = ", ".join(
         f"{task} {percent(value_of(before[task]), 1)} → {percent(value_of(evals[task]), 1)}"
         + (" (degenerate)" if evals[task].get("degenerate") else "")
@@ -188,7 +192,7 @@ def _attack_sentence(attack: Attack, study: Study) -> str:
 
 def _worst_sentence(model: str, study: Study) -> str:
     """The worst case of a model that several attacks were on, beside the controls'."""
-    cases = {name: worst for name, (_, worst) in study.worst_cases().items() if worst}
+    cases = {name: worst for name, (_, worst) in study.worst_cases.items() if worst}
     own = cases.get(model)
     if own is None:
         return ""
@@ -227,20 +231,20 @@ def _ends(attack: Attack) -> tuple[str, float, float, int] | None:
 def _tiles(study: Study) -> str:
     """The best run's main numbers, large."""
     for target in study.targets:
-        run = best_run(target)
+        run = target.best
         if run is None or target.baseline is None:
             continue
         evals, before = run.record["evals"], target.baseline.evals
         tiles = [
             (f"{percent(value_of(before[task]), 1)} → {percent(value_of(evals[task]), 1)}", f"{what}: {task}")
-            for what, task in zip(("forget", "retain"), judged_tasks(target), strict=True)
+            for what, task in zip(("forget", "retain"), target.judged, strict=True)
             if task and task in evals
         ]
         judged = judge(evals, target)
         tiles += [(f"{judged[1].value:.2f}", f"selectivity, regime {judged[0]}")] if judged else []
         attacks = [a for a in study.attacks if study.attacked(a) is run and _ends(a) and a.run.status == "complete"]
         attack = next(iter(attacks), None)
-        worst = study.worst_cases()[attacks[0].model][1] if len({a.settings for a in attacks}) > 1 else None
+        worst = study.worst_cases[attacks[0].model][1] if len({a.settings for a in attacks}) > 1 else None
         if worst:
             tiles.append((percent(worst.point.value, 1), "forget, worst case over the attacks"))
         elif attack and (ends := _ends(attack)):

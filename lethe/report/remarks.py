@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lethe.ledger import Run
-from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE
+from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING
 from lethe.runs import Entry
 
 
@@ -15,10 +15,13 @@ def job(run: Run) -> str:
     return name if run.status == "complete" else f"{name} ({run.status})"
 
 
-def remarks(runs: list[Run], cells: list[list[str]]) -> list[str]:
-    """Notes on degenerate results and on runs that are not complete."""
-    degenerate = any(cell.endswith(DEGENERATE) for row in cells for cell in row)
-    return [*([DEGENERATE_NOTE] if degenerate else []), *reasons(runs)]
+def remarks(runs: Sequence[Run], cells: list[list[str]]) -> list[str]:
+    """Notes on degenerate results, on numbers that were set apart and on runs that are not complete."""
+    notes = [DEGENERATE_NOTE] if any(cell.endswith(DEGENERATE) for row in cells for cell in row) else []
+    if odd := [run.record["name"] for run in runs if getattr(run, "apart", None)]:
+        which = ", ".join(odd[:10]) + (f" and {len(odd) - 10} more" if len(odd) > 10 else "")
+        notes.append(f"{MISSING} of {which}: measured in another way, see the table of that name.")
+    return [*notes, *reasons(runs)]
 
 
 def reasons(runs: Iterable[Run | Entry]) -> list[str]:
@@ -28,8 +31,7 @@ def reasons(runs: Iterable[Run | Entry]) -> list[str]:
     for each in runs:
         run, reason = (each.run, each.reason) if isinstance(each, Entry) else (each, each.record.get("reason"))
         if each.status in words:
-            why = " ".join((reason or _why(run)).split())
-            notes.append(f"{run.record['name']} ({run.id}) {words[each.status]}: {why}.")
+            notes.append(f"{run.record['name']} ({run.id}) {words[each.status]}: {reason or _why(run)}.")
     return notes
 
 

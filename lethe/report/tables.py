@@ -15,18 +15,13 @@ from lethe import regimes
 from lethe.ledger import Run
 from lethe.report import layout
 from lethe.report.attacks import attack_tables, recovery_table, tamper_table, worst_table
+from lethe.report.comparable import Evals, Shown, apart_table
 from lethe.report.layout import DEGENERATE, MISSING, Table, compact, decimal, percent, result, setting, short
 from lethe.report.remarks import job, reasons, remarks
 from lethe.report.study import (
-    PROVENANCE,
-    Evals,
-    Row,
     Study,
     Target,
     judge,
-    judged_tasks,
-    provenance,
-    refuse_mixed,
     row_of,
     settings_columns,
     tasks_of,
@@ -44,11 +39,7 @@ HEADERS |= {name: name.capitalize() for name in ("kind", "name", "status", "age"
 
 
 def all_tables(study: Study) -> list[Table]:
-    """Every table that there are runs for, in the order of a report.
-
-    Raises:
-        LetheError: numbers of one task were measured in different ways.
-    """
+    """Every table that there are runs for, in the order of a report."""
     tables = [lab_table(run) for run in study.of_kind("lab")]
     tables += [checkpoints_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
     tables += [sweep_table(run) for run in study.of_kind("sweep")]
@@ -58,7 +49,7 @@ def all_tables(study: Study) -> list[Table]:
     tables += [updates_table(study.of_kind("unlearn"))]
     tables += [affine_table(run.record["scores"], f"Affine maps: {affine_name(run)}") for run in scored(study)]
     tables += [evaluations_table(study.other_evaluations)] if study.other_evaluations else []
-    tables += [provenance_table(study), models_table(study)]
+    tables += [apart_table(study.apart), provenance_table(study), models_table(study)]
     tables += imported_tables(study.imported)
     return [table for table in tables if table.rows]
 
@@ -71,14 +62,13 @@ def terminal(runs: list[Run]) -> list[Table]:
     tables += [tamper_table(study)] if study.attacks else []
     tables += [affine_table(run.record["scores"]) for run in study.of_kind("affine") if run.record.get("scores")]
     tables += [evaluations_table(study.of_kind("evaluate"))] if study.of_kind("evaluate") else []
-    return tables
+    return [*tables, *([apart_table(study.apart)] if study.apart else [])]
 
 
 def checkpoints_table(run: Run) -> Table:
     """Checkpoint | a column a task | Notes."""
     rows = run.record["checkpoints"]
     tasks = tasks_of(row["evals"] for row in rows)
-    refuse_mixed(Row(row["name"], row["evals"], dict.fromkeys(row["evals"], run)) for row in rows)
     cells = [[row["name"], *(result(row["evals"].get(task)) for task in tasks), row.get("note") or ""] for row in rows]
     notes = [f"~Random: the lower end of the 95 % interval of {tasks[0]} is not above chance."] if tasks else []
     if run.status == "complete" and not all(row["evals"] for row in rows):
@@ -111,7 +101,6 @@ def lab_table(run: Run) -> Table:
 
 def unlearning_table(target: Target, name_target: bool) -> Table:
     """Job ID | settings | losses | a column a task | regime and selectivity, when there is a baseline."""
-    refuse_mixed(target.rows)
     tasks = tasks_of(row.evals for row in target.rows)
     losses = _loss_names(target.runs)
     settings = settings_columns(target.runs)
@@ -137,7 +126,7 @@ def unlearning_table(target: Target, name_target: bool) -> Table:
     return Table(title, columns, cells, [*notes, *remarks(target.runs, cells)])
 
 
-def updates_table(runs: list[Run]) -> Table:
+def updates_table(runs: Sequence[Run]) -> Table:
     """What training did to each model: agreement with its teachers, distance and stable rank of the update."""
     cells = []
     for run in runs:
@@ -232,10 +221,9 @@ def _missing_notes(missing: dict[str, str] | None) -> list[str]:
     return [f"{task} was not measured: {why}." for task, why in (missing or {}).items()]
 
 
-def evaluations_table(runs: list[Run]) -> Table:
+def evaluations_table(runs: Sequence[Shown]) -> Table:
     """Evaluation runs side by side: Model | Job ID | a column a task."""
     rows = [row_of(run, run.record["config"].get("model", "?")) for run in runs]
-    refuse_mixed(rows)
     tasks = tasks_of(row.evals for row in rows)
     cells = []
     for run, row in zip(runs, rows, strict=True):
@@ -251,14 +239,14 @@ def provenance_table(study: Study) -> Table:
     counts: dict[tuple[str, tuple[Any, ...]], int] = {}
     for evals in _every_evals(study):
         for task, evaluated in evals.items():
-            key = (task, provenance(evaluated))
+            key = (task, regimes.provenance(evaluated))
             counts[key] = counts.get(key, 0) + 1
     order = tasks_of(_every_evals(study))
     rows = [
         [task, *(MISSING if item is None else str(item) for item in how), str(count)]
         for (task, how), count in sorted(counts.items(), key=lambda item: order.index(item[0][0]))
     ]
-    columns = [name.replace("num_fewshot", "shots") for name in PROVENANCE]
+    columns = [name.replace("num_fewshot", "shots") for name in regimes.PROVENANCE]
     return Table("Provenance of the numbers", ["Task", *columns, "evaluations"], rows)
 
 
@@ -280,7 +268,7 @@ def models_table(study: Study) -> Table:
     return Table("Models and maps", ["Reference", "Weights (SHA-256 or commit)", "Used as"], rows)
 
 
-def imported_tables(runs: list[Run]) -> list[Table]:
+def imported_tables(runs: Sequence[Run]) -> list[Table]:
     """Each imported table by itself, in the log's order: its numbers never share a column with measured ones."""
     groups: dict[tuple[str, str, int], list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.record["imported"]["file"], run.record["imported"]["line"])):
@@ -393,7 +381,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
 
 def _judgement(evals: Evals, target: Target, lacking: str) -> list[str]:
     """Regime and selectivity of a run."""
-    forget, retain = judged_tasks(target)
+    forget, retain = target.judged
     if forget is None or retain is None:
         return [MISSING, MISSING]
     if forget not in evals or retain not in evals:
@@ -406,7 +394,7 @@ def _judgement(evals: Evals, target: Target, lacking: str) -> list[str]:
 
 
 def _regime_notes(target: Target) -> list[str]:
-    forget, retain = judged_tasks(target)
+    forget, retain = target.judged
     if target.baseline is None or forget is None or retain is None:
         return ["No regimes: they need a forget task and a retain task measured on the baseline and on the runs."]
     at_chance = [task for task in (forget, retain) if regimes.at_chance(target.baseline.evals[task])]
@@ -419,7 +407,7 @@ def _regime_notes(target: Target) -> list[str]:
     ]
 
 
-def _loss_names(runs: list[Run]) -> list[str]:
+def _loss_names(runs: Sequence[Run]) -> list[str]:
     """The losses that the runs have or, where a run has none yet, will have: retain terms first."""
     names: list[str] = []
     for run in runs:
@@ -449,8 +437,6 @@ def _every_evals(study: Study) -> list[Evals]:
     """Every evaluation in the runs, each once: an attack's last one stands in its curve and in its record."""
     found: list[Evals] = []
     for run in study.runs:
-        found += [row["evals"] for row in run.record.get("checkpoints") or []]
-        curve = [line["evals"] for line in run.rows("curve.jsonl")]
-        evals = run.record.get("evals") or {}
-        found += curve + ([evals] if evals and evals not in curve and run.record["kind"] != "lab" else [])
+        last = run.curve[-1]["evals"] if run.curve else None
+        found += [evals for place, evals in run.evaluations() if evals and (place or evals != last)]
     return found
