@@ -189,10 +189,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     console = logging.StreamHandler()
     console.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+    console.setLevel(logging.ERROR)
     logging.basicConfig(level=logging.ERROR, handlers=[console])
     logging.getLogger("lethe").setLevel(logging.INFO)
-    for handler in logging.getLogger().handlers:
-        handler.setLevel(logging.ERROR)
     hub = logging.getLogger("huggingface_hub.utils._http")  # waits half a minute where there is no network
     if not hub.handlers:
         handler = logging.StreamHandler()

@@ -32,7 +32,7 @@ from lethe.errors import LetheError, full_disk, printable
 from lethe.ledger import Run, find_runs, refuse_run_folder
 from lethe.locks import FolderLock
 from lethe.progress import bar, console
-from lethe.report import report
+from lethe.report import check_out, report
 
 TARGET = "lab:final"
 CONTROLS = {"filtered": "lab:filtered", "random": f"random:{TARGET}"}
@@ -45,6 +45,7 @@ def demo(config: DemoConfig) -> dict[str, Path]:
         LetheError: `out` is itself a run, or another demo works in it; or no checkpoint of the lab is ignorant.
     """
     refuse_run_folder(config.out)
+    check_out(Path(config.out) / "report")
     lock = FolderLock(Path(config.out))
     try:
         Path(config.out).mkdir(parents=True, exist_ok=True)

@@ -47,16 +47,26 @@ def report(config: ReportConfig) -> dict[str, Path]:
     from lethe.progress import bar
     from lethe.report.study import Study
 
-    refuse_run_folder(config.out)
+    before = check_out(config.out)
     out = Path(config.out)
-    before = _written(out)
-    _refuse_changed(out, before)
     with bar("Report", 4, "parts") as advance:
         study = Study.load(config.runs)
         advance(1, f"{len(study.runs) + len(study.imported)} runs")
         files = _made(study, shown(config.title), advance)
     _write(out, files, before)
     return {"tables": out / "tables.md", "page": out / "index.html", "charts": out / "charts"}
+
+
+def check_out(out: str | Path) -> Hashes:
+    """What the last report in a folder has written there, which the next may replace.
+
+    Raises:
+        LetheError: the folder is a run or a file, or holds a page or tables that no report has written.
+    """
+    refuse_run_folder(out)
+    before = _written(Path(out))
+    _refuse_changed(Path(out), before)
+    return before
 
 
 def _made(study: Study, title: str, advance: Advance) -> dict[str, bytes]:
