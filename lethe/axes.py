@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lethe.config import LoraSettings, TamperConfig, UnlearnConfig
+from lethe.config.checks import options
 from lethe.errors import LetheError, nearest
 from lethe.settings import fields_of, numbers
 
@@ -92,7 +93,7 @@ class Axis:
         if steps and steps < 2:
             raise LetheError(f"vary: {name}: steps are the values from low to high, at least 2, got {steps}")
         kind = fields_of(TamperConfig if name.startswith(ATTACK) else UnlearnConfig).get(name.removeprefix(ATTACK))
-        return cls(name, (), float(low), float(high), log, steps, kind is int, when)
+        return cls(name, (), float(low), float(high), log, steps, int in options(kind), when)
 
     def grid(self) -> list[Any]:
         """The values of a grid.
@@ -161,6 +162,8 @@ def settings_at(recipe: Mapping[str, Any], point: Point, attack: bool = False) -
         if name.startswith(ATTACK) == attack:
             field, _, below = name.removeprefix(ATTACK).partition(RATIO)
             ratio_to = value_at(point, below) if below in point else value_at(made, below) if below else 1
+            if ratio_to is None:
+                raise LetheError(f"vary: {name}: {below} is null in the recipe, which cannot be multiplied; give it a number")
             _put(made, field, value * ratio_to if below else copy.deepcopy(value))
     return made
 

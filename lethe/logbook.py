@@ -42,6 +42,7 @@ SETTINGS = {
     "kl_divergence_retain": "retain_loss",
 } | {f.name: f.name for kind in (c.UnlearnConfig, c.TamperConfig) for f in dataclasses.fields(kind)}
 TEXTS = {"optimizer", "schedule", "affine", "retain_loss", "forget_loss", "dtype", "model", "source", "forget", "retain"}
+TEXTS |= {"cb_scale"}
 NOT_SETTINGS = {"name", "out", "eval", "lora", "time_limit"}
 PHRASES = {
     r"(\d+) per device": "per_device_train_batch_size",
