@@ -2,9 +2,10 @@
 
 A term's value says little about its weight: cb_loss is as large as the model's activations, squared, and the retain terms are
 0 at the start. So what is compared are gradients, at the two points where both exist: the forget term's at the start, and
-the retain term's after one update of size lr against the forget term's gradient, each weight moved by lr as AdamW's first
-update does. Without a forget term, where a rewound model starts away from the reference, or where weights are of a type that
-would round the update away, the retain term's is taken at the start and nothing is compared.
+the retain term's at a point where the forget term is a tenth lower, to first order: all weights are moved by one distance
+against the sign of its gradient, as AdamW's first update does. Learning rates do not matter to that. Without a forget term,
+where a rewound model starts away from the reference, or where weights are of a type that would round the move away, the
+retain term's gradient is taken at the start and nothing is compared.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from lethe.training import quick_passes
 if TYPE_CHECKING:
     from lethe.unlearn import UnlearnTrainer
 
-BALANCE = 50.0
-"""Forget over retain gradient of the lab's recipes that forget and retain (20 to 160): what coefficients are proposed for."""
+BALANCE = 100.0
+"""Forget over retain gradient of the lab's recipes that forget and retain (70 to 260): what coefficients are proposed for."""
+DROP = 0.1
+"""Share of the forget term by which weights are moved before the retain term's gradient is taken."""
 FAR = 30.0
 """How many times above or below that balance one term is said to dominate."""
-LIKE_LAB = "remove_coef for the lab's ratio"
 
 
 @dataclass
@@ -64,37 +66,42 @@ def probe(trainer: UnlearnTrainer) -> Probe:
 
 
 def measured(trainer: UnlearnTrainer, batch: dict[str, dict[str, Tensor]], merged: Merged) -> dict[str, Any]:
-    """Values of the terms, weighted norms of their gradients, their ratio, and what follows from it for the coefficients.
+    """The terms, the norms of their weighted gradients, their ratio, and the remove_coef that makes it the lab's.
 
-    The proposal keeps retain_coef and the balance of the lab's recipe.
+    `_after`: where the weights have been moved.
     """
-    model: nn.Module = trainer.model  # type: ignore[assignment]
-    remove, retain = trainer.config.remove_coef, trainer.config.retain_coef
+    model, config = trainer.model, trainer.config
+    wide = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)  # type: ignore[union-attr]
+    compared = len(batch) == 2 and wide and not config.rewind
     found: dict[str, Any] = {}
-    wide = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    compared = len(batch) == 2 and wide and not trainer.config.rewind
-    after = " after one update" if compared else ""
+    loss = 0.0
     if "forget" in batch:
-        found["forget_gradient"] = _gradient(trainer, {"forget": batch["forget"]}, remove, found)
-    with _moved(model, trainer.config.lr, merged) if compared else contextlib.nullcontext():
-        if "retain" in batch:
-            found[f"retain_gradient{after}"] = _gradient(trainer, {"retain": batch["retain"]}, retain, found, after)
+        terms, loss, norm = _backward(trainer, {"forget": batch["forget"]})
+        found |= terms | {"forget_gradient": config.remove_coef * norm}
+    if "retain" in batch:
+        with _moved(model, loss, merged) if compared else contextlib.nullcontext():  # type: ignore[arg-type]
+            terms, _, norm = _backward(trainer, {"retain": batch["retain"]})
+        after = "_after" if compared else ""
+        found |= {name + after: value for name, value in terms.items()} | {f"retain_gradient{after}": config.retain_coef * norm}
     if compared:
-        forget, retained = found["forget_gradient"], found[f"retain_gradient{after}"]
-        ratio = forget / retained if retained else math.inf
+        retain = found["retain_gradient_after"]
+        ratio = found["forget_gradient"] / retain if retain else math.inf
         near = BALANCE / FAR <= ratio <= BALANCE * FAR  # a ratio that is no number is not
         found |= {"ratio": ratio, "dominates": "neither" if near else f"{'retain' if ratio < BALANCE else 'forget'} term"}
-        found[LIKE_LAB] = float(f"{remove * BALANCE / ratio:.2g}") if ratio else math.inf
-    return _numbers(found)
+        found["proposed_remove_coef"] = float(f"{config.remove_coef * BALANCE / ratio:.2g}") if ratio else math.inf
+    return {
+        name: value if isinstance(value, str) else float(f"{value:.4g}") if math.isfinite(value) else None
+        for name, value in found.items()
+    }
 
 
 def warning(scale: dict[str, Any], config: Any) -> list[str]:
     """What to say of coefficients that leave one term without a weight."""
     if scale.get("dominates", "neither") == "neither":
         return []
-    ratio, proposed = scale["ratio"], scale[LIKE_LAB]
+    ratio, proposed = scale["ratio"], scale["proposed_remove_coef"]
     times = f"{ratio:.2g} times the retain term's" if ratio is not None else "not comparable with the retain term's"
-    said = f"the {scale['dominates']} dominates: the forget term's weighted gradient is {times}, {BALANCE:g} times on the lab"
+    said = f"the {scale['dominates']} dominates: the forget term's weighted gradient is {times}, about {BALANCE:g} times on the lab"
     if proposed:
         said += f"; remove_coef {proposed:g} beside retain_coef {config.retain_coef:g} would be as there"
     if config.cb_scale == "raw" and config.forget_loss != "distill":
@@ -102,26 +109,29 @@ def warning(scale: dict[str, Any], config: Any) -> list[str]:
     return [said]
 
 
-def _gradient(trainer: UnlearnTrainer, batch: Any, coefficient: float, found: dict[str, Any], after: str = "") -> float:
-    """The norm of a weighted term's gradient, which is left on the model; the values go into `found`."""
+def _backward(trainer: UnlearnTrainer, batch: Any) -> tuple[dict[str, float], float, float]:
+    """The terms on a batch of one text, their sum as in the loss, and the norm of its gradient, which is left on the model."""
     model: nn.Module = trainer.model  # type: ignore[assignment]
     model.zero_grad()
     terms = trainer.terms(model, batch)
-    found |= {name + after: float(value) for name, value in terms.items()}
-    weights = {"forget_kl_loss": trainer.kl_coef}
-    sum(weights.get(name, 1.0) * value for name, value in terms.items()).backward()  # type: ignore[union-attr]
+    loss: Any = sum(trainer.kl_coef * value if name == "forget_kl_loss" else value for name, value in terms.items())
+    loss.backward()
     norms = [p.grad.norm(dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-    return coefficient * float(torch.stack(norms).norm()) if norms else 0.0
+    values = {name: float(value) for name, value in terms.items()}
+    return values, float(loss), float(torch.stack(norms).norm()) if norms else 0.0
 
 
 @contextlib.contextmanager
-def _moved(model: nn.Module, lr: float, merged: Merged) -> Iterator[None]:
-    """Inside, each trained weight is lr further against its gradient; afterwards all are bit for bit as they were."""
-    moving = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
+def _moved(model: nn.Module, loss: float, merged: Merged) -> Iterator[None]:
+    """Inside, weights are moved so that the loss whose gradient they have is `DROP` lower; afterwards they are as they
+    were, bit for bit.
+    """
+    moving: list[Any] = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
     before = [p.detach().clone() for p in moving]
+    slope = sum(float(p.grad.norm(1, dtype=torch.float32)) for p in moving)
     with torch.no_grad():
-        for parameter in moving:
-            parameter.sub_(parameter.grad.sign(), alpha=lr)  # type: ignore[union-attr]
+        for parameter in moving if slope else ():
+            parameter.sub_(parameter.grad.sign(), alpha=DROP * loss / slope)
     merged.renew()
     try:
         yield
@@ -130,11 +140,3 @@ def _moved(model: nn.Module, lr: float, merged: Merged) -> Iterator[None]:
             for parameter, value in zip(moving, before, strict=True):
                 parameter.copy_(value)
         merged.renew()
-
-
-def _numbers(found: dict[str, Any]) -> dict[str, Any]:
-    """Numbers to four digits; None where there is none, which a record cannot hold otherwise."""
-    return {
-        name: value if isinstance(value, str) else float(f"{value:.4g}") if math.isfinite(value) else None
-        for name, value in found.items()
-    }
