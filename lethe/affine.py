@@ -181,6 +181,12 @@ class RidgeSums:
         return weight.float(), bias.float()
 
 
+def sums_bytes(width: int, layers: int) -> int:
+    """Bytes that fitting maps of so many layers takes: blocks, bases and sums of all, and the solution of one at a time."""
+    held = 4 * max(BLOCK, 2 * width) * 2 * width + 4 * width**2 + 8 * 2 * width**2
+    return layers * (held + 4 * width**2) + 6 * 8 * width**2 if layers else 0
+
+
 def _panels(width: int) -> list[slice]:
     return [slice(start, min(start + PANEL, width)) for start in range(0, width, PANEL)]
 

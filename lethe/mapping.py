@@ -141,6 +141,12 @@ def variances_of(teacher: Teacher, rows: list[list[int]], pad_id: int) -> dict[i
     return found
 
 
+def tokens_of(documents: list[corpora.Document], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """About how many tokens documents have, from some of them."""
+    some = documents[:SCORED_DOCUMENTS]
+    return sum(map(len, corpora.tokenise(some, tokenizer, max_length))) * len(documents) // len(some) if some else 0
+
+
 def first(rows: list[list[int]], tokens: int) -> list[list[int]]:
     """The first rows that have so many tokens together, or all."""
     count = total = 0

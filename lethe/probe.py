@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lethe import survey
-from lethe.adapters import Merged
+from lethe.adapters import Merged, one_product
+from lethe.rotary import one_operation
 from lethe.training import quick_passes
 
 if TYPE_CHECKING:
@@ -65,6 +66,34 @@ def probe(trainer: UnlearnTrainer) -> Probe:
     return Probe(names, seconds, scale)
 
 
+def document_bytes(trainer: UnlearnTrainer) -> int:
+    """Bytes of activations that the longest documents, one of each text, keep for the backward pass: of two less those of one.
+
+    The difference leaves out what is kept once for all, such as weights.
+    """
+    model: nn.Module = trainer.model  # type: ignore[assignment]
+    texts: Any = trainer.train_dataset.texts  # type: ignore[union-attr]
+    longest = {name: sorted(rows, key=len)[-2:] for name, rows in texts.items()}
+    kept: list[int] = []
+    for count in (1, 2):
+        item = {name: [(0, (rows * 2)[-1 - i]) for i in range(count)] for name, rows in longest.items()}
+        items = [{name: pairs[i] for name, pairs in item.items()} for i in range(count)]
+        batch: Any = trainer._prepare_inputs(trainer.data_collator(items))  # type: ignore[arg-type]
+        trainer.tokens = trainer.documents_in_update = dict.fromkeys(batch, 1)
+        found: dict[int, int] = {}
+
+        def keep(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.random.fork_rng(), one_operation(model), one_product(model):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                terms = trainer.terms(model, batch)
+            kept.append(sum(found.values()))
+            del terms
+    return max(0, kept[1] - kept[0])
+
+
 def measured(trainer: UnlearnTrainer, batch: dict[str, dict[str, Tensor]], merged: Merged) -> dict[str, Any]:
     """The terms, the norms of their weighted gradients, their ratio, and the remove_coef that makes it the lab's.
 
@@ -100,10 +129,11 @@ def warning(scale: dict[str, Any], config: Any) -> list[str]:
     if scale.get("dominates", "neither") == "neither":
         return []
     ratio, proposed = scale["ratio"], scale["proposed_remove_coef"]
-    times = f"{ratio:.2g} times the retain term's" if ratio is not None else "not comparable with the retain term's"
-    said = f"the {scale['dominates']} dominates: the forget term's weighted gradient is {times}, about {BALANCE:g} times on the lab"
+    times = f"{ratio:.2g} times" if ratio is not None else "not comparable with"
+    said = f"the {scale['dominates']} dominates: the forget term's gradient, weighted, is {times} the retain term's"
+    said += f" (about {BALANCE:g} times on the lab)"
     if proposed:
-        said += f"; remove_coef {proposed:g} beside retain_coef {config.retain_coef:g} would be as there"
+        said += f"; remove_coef {proposed:g} beside retain_coef {config.retain_coef:g} would be as on the lab"
     if config.cb_scale == "raw" and config.forget_loss != "distill":
         said += ", and with cb_scale relative coefficients carry over from one model to another"
     return [said]

@@ -30,7 +30,7 @@ from lethe.errors import LetheError, full_disk
 from lethe.evaluate import load_tasks
 from lethe.ledger import Run, sha256
 from lethe.optimizers import needs_masters, newton_schulz_dtype
-from lethe.probe import probe, warning
+from lethe.probe import document_bytes, probe, warning
 from lethe.residual import States, blocks, read, rows_can_leave
 from lethe.teacher import Teacher, needs
 from lethe.training import Rows, RunTrainer, keep_threads, token_means
@@ -234,6 +234,7 @@ def _prepared(
 
 
 def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
+    libraries = survey.taken()
     model, tokenizer = refs.load(checked.model, config.dtype)
     teacher_dtype = config.teacher_dtype or config.dtype
     reference, _ = refs.load(checked.model, teacher_dtype)
@@ -265,7 +266,10 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
     plan |= survey.describe(student, config)
     plan["teachers"] = _teachers_plan(run, config, trainer, plan["epochs"])
     longest = max(len(row) for part in texts.values() for row in part)
-    plan["memory"] = survey.memory(student, teacher, config, longest)
+    mapped = mapping.tokens_of(checked.mapped, tokenizer, config.max_length)
+    plan["memory"] = survey.memory(student, teacher, config, longest, document_bytes(trainer), mapped, libraries)
+    cached = [text for text, how in plan["teachers"].items() if how.startswith("cached")]
+    plan["memory"]["caches"] = sum(teacher_cache.size_of(teacher, text, texts[text]) for text in cached)
     _refuse_memory(plan["memory"])
     plan |= _probed(config, checked, trainer, tokenizer, plan["forward_passes"])
     masters = " (trained as float32)" if needs_masters(student, config.optimizer) else ""
@@ -335,7 +339,7 @@ def _refuse_memory(memory: dict[str, int]) -> None:
         LetheError: the estimate is more than there is.
     """
     free, needed = survey.available_memory(), sum(memory.values())
-    if needed - memory["weights"] - memory["teachers"] > free:
+    if needed - memory["libraries"] - memory["weights"] - memory["teachers"] > free:
         raise LetheError(
             f"memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free beside the models; "
             f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing"
