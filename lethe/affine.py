@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from lethe import corpora, preflight, refs
 from lethe.config import AffineConfig, AffineScoreConfig, to_dict
+from lethe.cores import say_if_busy
 from lethe.errors import LetheError
 from lethe.lab import lethe_home
 from lethe.ledger import Run, building, sha256
@@ -305,6 +306,7 @@ def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
     model_ref, source_ref, documents = preflight.check_affine(config)
     run = run or Run.create("affine", config.name, to_dict(config), config.out)
     with run.running():
+        say_if_busy()
         model, tokenizer = refs.load(model_ref, config.dtype)
         source, _ = refs.load(source_ref, config.dtype)
         maps = fit_on_text(model, source, tokenizer, documents, config, config.text)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lethe import survey
 from lethe.adapters import Merged, one_product
+from lethe.allocator import give_back
 from lethe.rotary import one_operation
 from lethe.training import quick_passes
 
@@ -63,6 +64,7 @@ def probe(trainer: UnlearnTrainer) -> Probe:
         seconds = time.monotonic() - started
     names = survey.without_gradient(model)
     model.zero_grad()
+    give_back()
     return Probe(names, seconds, scale)
 
 
@@ -91,6 +93,7 @@ def document_bytes(trainer: UnlearnTrainer) -> int:
                 terms = trainer.terms(model, batch)
             kept.append(sum(found.values()))
             del terms
+        give_back()
     return max(0, kept[1] - kept[0])
 
 
