@@ -17,7 +17,7 @@ SECONDS = 0.2
 
 @functools.cache
 def say_if_busy() -> None:
-    """Say on standard error, once a process, if there are fewer free cores than threads: threads that wait for each other then wait for others.
+    """Say, once a process, if there are fewer free cores than threads: threads that wait for each other then wait for others.
 
     Called while this process itself has nothing to do.
     """

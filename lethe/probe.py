@@ -86,7 +86,7 @@ def document_bytes(trainer: UnlearnTrainer) -> int:
 
         def keep(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+            return tensor.detach()  # a tensor with its graph would be held by that graph, for ever
 
         with torch.random.fork_rng(), one_operation(model), one_product(model):
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
