@@ -6,7 +6,6 @@ import functools
 import logging
 
 import psutil
-import torch
 
 from lethe.progress import console
 
@@ -21,6 +20,8 @@ def say_if_busy() -> None:
 
     Called while this process itself has nothing to do.
     """
+    import torch  # not above: a refusal of what calls this needs none
+
     threads, cores = torch.get_num_threads(), psutil.cpu_count() or 1
     if threads == 1 or torch.cuda.is_available():
         return

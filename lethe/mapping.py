@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lethe import corpora, preflight
-from lethe.affine import AffineMap, Score, activation_pairs, fit, fit_once, load_maps, mean_r2, score_maps
+from lethe.affine import AffineMap, LayerScores, Score, activation_pairs, fit, fit_once, load_maps, mean_r2, score_maps
 from lethe.config import AffineConfig, UnlearnConfig
 from lethe.errors import LetheError
 from lethe.ledger import Run, sha256
@@ -21,6 +21,7 @@ from lethe.maps import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_conve
 from lethe.teacher import Teacher
 
 SCORED_DOCUMENTS = 64
+WORSE = 2.0
 BATCH = 8
 """Documents of a forward pass while maps are tried."""
 VARIANCE_TOKENS = 4096
@@ -35,7 +36,7 @@ def given(
     They are scored first, beside no map; those without a record by each convention of numbering layers that is possible.
 
     Raises:
-        LetheError: at a layer they do no better than no map: they belong to another pair or other layers, or are damaged.
+        LetheError: they do no better than no map: they belong to another pair or other layers, or are damaged.
     """
     if config.forget_loss == "distill" or config.affine == "none":
         return None, "none", []
@@ -52,13 +53,7 @@ def given(
     scored = score_maps(checked.affine, possible, *models, rows, tokenizer.pad_token_id, BATCH, config.layers)
     convention = scored.convention if asked == "auto" else asked
     scores = scored.by_convention[convention]
-    for layer, score in scores.items():
-        if not score["r2"] > score["no_map_r2"]:
-            raise LetheError(
-                f"affine: the maps in '{config.affine}' predict no better than no map at layer {layer} (R² {score['r2']:.3f}, "
-                f"without {score['no_map_r2']:.3f}); they belong to other weights or other layers, or are damaged: "
-                f"fit maps for this pair, lethe affine fit"
-            )
+    _refuse_useless(config.affine, scores)
     found = ", ".join(f"{name} {mean_r2(s):.3f}" for name, s in scored.by_convention.items())
     how = "recorded for this pair" if recorded else f"without a record, read as {convention}"
     better = [f"affine_convention: {convention} as asked, but the maps fit better as {scored.convention} ({found})"]
@@ -66,6 +61,20 @@ def given(
     maps = load_maps(checked.affine, config.layers, convention).to(device)
     said = f"{config.affine} ({how}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"
     return maps, said, better if convention != scored.convention else []
+
+
+def _refuse_useless(name: str, scores: LayerScores) -> None:
+    """Refuse maps that are on average no better than no map, or at one layer have `WORSE` times its error."""
+    mapped, plain = mean_r2(scores), mean_r2(scores, "no_map_r2")
+    where = "" if mapped > plain else f"on average (mean R² {mapped:.3f}, without {plain:.3f})"
+    for layer, score in scores.items():
+        if not where and not score["mse"] < WORSE * score["no_map_mse"]:
+            where = f"at layer {layer} (R² {score['r2']:.3f}, without {score['no_map_r2']:.3f})"
+    if where:
+        raise LetheError(
+            f"affine: the maps in '{name}' predict no better than no map {where}; they belong to other weights or other layers, "
+            f"or are damaged: fit maps for this pair, lethe affine fit"
+        )
 
 
 def fitted(

@@ -102,9 +102,7 @@ def test_an_attack_on_a_text_that_was_used_whole_is_told_of_other_text_alone(lab
     run = unlearn(UnlearnConfig(source=source, forget=str(text), affine="none", max_steps=1, eval=few, out=str(tmp_path)))
     assert run.record["plan"]["documents"] == {"forget": 20, "retain": 2048}
     config = TamperConfig(model=str(run.path), forget=str(text), eval=few, out=str(tmp_path))
-    with pytest.raises(
-        LetheError, match=r"20 of the attack's 20 .*; no other is left: give other text, or set"
-    ):
+    with pytest.raises(LetheError, match=r"20 of the attack's 20 .*; no other is left: give other text, or set"):
         tamper(config)
     attacked = tamper(dataclasses.replace(config, overlap="allow", max_steps=1))
     assert attacked.record["plan"]["unique_examples"] == 20
