@@ -72,7 +72,7 @@ def _refuse_useless(name: str, scores: LayerScores) -> None:
             where = f"at layer {layer} (R² {score['r2']:.3f}, without {score['no_map_r2']:.3f})"
     if where:
         raise LetheError(
-            f"affine: the maps in '{name}' predict no better than no map {where}; they belong to other weights or other layers, "
+            f"affine: the maps in '{name}' predict no better than no map {where}; they belong to other weights or layers, "
             f"or are damaged: fit maps for this pair, lethe affine fit"
         )
 
