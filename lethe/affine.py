@@ -33,11 +33,12 @@ from torch import Tensor, nn
 
 from lethe import corpora, preflight, refs
 from lethe.config import AffineConfig, AffineScoreConfig, to_dict
+from lethe.cores import say_if_busy
 from lethe.errors import LetheError
 from lethe.lab import lethe_home
 from lethe.ledger import Run, sha256
 from lethe.locks import building
-from lethe.maps import CONVENTIONS, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention
+from lethe.maps import CONVENTIONS, HASH, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention, refuse_altered
 from lethe.preflight import split
 from lethe.progress import bar
 from lethe.questions import tokenizer_hash
@@ -75,7 +76,7 @@ class AffineMap:
         tensors |= {f"layer_{n}.bias": b.contiguous() for n, b in self.bias.items()}
         save_file(tensors, folder / WEIGHTS)
         hidden = len(next(iter(self.bias.values())))
-        facts = {"layer_indices": self.layers, "hidden_dim": hidden} | self.record
+        facts = {"layer_indices": self.layers, "hidden_dim": hidden} | self.record | {HASH: sha256(folder / WEIGHTS)}
         (folder / METADATA).write_text(json.dumps(facts, indent=2))
 
 
@@ -83,9 +84,10 @@ def load_maps(folder: Path, layers: list[int] | None = None, convention: str = C
     """The maps in `folder`, of all its layers or of `layers`, their indices read by `convention`.
 
     Raises:
-        LetheError: the file is damaged or lacks a layer.
+        LetheError: the file is damaged, was altered, lacks a layer, or holds what is no finite number.
     """
     facts = facts_of(folder)
+    refuse_altered(folder, facts.get(HASH))
     offset = CONVENTIONS[convention]
     wanted = layers_of(facts, convention, max(facts["layer_indices"]) + 1) if layers is None else layers
     try:
@@ -95,6 +97,8 @@ def load_maps(folder: Path, layers: list[int] | None = None, convention: str = C
     names = {n: (f"layer_{n + offset}.weight", f"layer_{n + offset}.bias") for n in wanted}
     if missing := [key for pair in names.values() for key in pair if key not in tensors]:
         raise LetheError(f"affine: '{folder / WEIGHTS}' lacks {', '.join(missing)}; fit the maps again")
+    if broken := [key for pair in names.values() for key in pair if not tensors[key].isfinite().all()]:
+        raise LetheError(f"affine: {broken[0]} in '{folder / WEIGHTS}' holds values that are not finite; fit the maps again")
     weight = {n: tensors[name].float() for n, (name, _) in names.items()}
     return AffineMap(weight, {n: tensors[name].float() for n, (_, name) in names.items()}, facts)
 
@@ -180,6 +184,12 @@ class RidgeSums:
         return weight.float(), bias.float()
 
 
+def sums_bytes(width: int, layers: int) -> int:
+    """Bytes that fitting maps of so many layers takes: blocks, bases and sums of all, and the solution of one at a time."""
+    held = 4 * max(BLOCK, 2 * width) * 2 * width + 4 * width**2 + 8 * 2 * width**2
+    return layers * (held + 4 * width**2) + 6 * 8 * width**2 if layers else 0
+
+
 def _panels(width: int) -> list[slice]:
     return [slice(start, min(start + PANEL, width)) for start in range(0, width, PANEL)]
 
@@ -231,10 +241,14 @@ class Score:
         self.sum += (y - self.centre).sum(0)
         self.squares += (y - self.centre).square().sum(0)
 
+    def variance(self) -> float:
+        """The variance of y: a mean over tokens and dimensions, like the MSE."""
+        return (self.squares - self.sum.square() / self.n).sum().item() / (self.n * len(self.sum))
+
     def result(self) -> dict[str, float]:
         """`mse` and `r2`."""
-        total = (self.squares - self.sum.square() / self.n).sum().item()
-        return {"mse": self.error / (self.n * len(self.sum)), "r2": 1 - self.error / total if total > 0 else math.nan}
+        mse, variance = self.error / (self.n * len(self.sum)), self.variance()
+        return {"mse": mse, "r2": 1 - mse / variance if variance > 0 else math.nan}
 
 
 Pairs = Iterable[dict[int, tuple[Tensor, Tensor]]]
@@ -297,6 +311,7 @@ def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
     source, _ = refs.load(source_ref, config.dtype)
     run = run or Run.create("affine", config.name, to_dict(config), config.out)
     with run.running():
+        say_if_busy()
         maps = fit_on_text(model, source, tokenizer, documents, config, config.text)
         maps.record |= {"model": refs.record(model_ref), "source": refs.record(source_ref)}
         maps.save(run.path / "affine")
@@ -361,8 +376,6 @@ def fit_once(
                 for rest in (folder, partial):
                     shutil.rmtree(rest, ignore_errors=True)
                 maps.save(partial)
-                maps.record["weights_sha256"] = sha256(partial / WEIGHTS)
-                (partial / METADATA).write_text(json.dumps(facts_of(partial) | maps.record, indent=2))
                 partial.rename(folder)
                 prune(folder.parent)
             else:
@@ -379,11 +392,9 @@ def fit_once(
 def _kept(folder: Path, layers: list[int]) -> AffineMap | None:
     """Maps that were fitted before; None where there are none, or they are damaged."""
     try:
-        if facts_of(folder).get("weights_sha256") == sha256(folder / WEIGHTS):
-            return load_maps(folder, layers)
-    except (LetheError, OSError):
-        pass
-    return None
+        return load_maps(folder, layers) if HASH in facts_of(folder) else None
+    except LetheError:
+        return None
 
 
 LayerScores = dict[str, dict[str, float]]

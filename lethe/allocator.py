@@ -20,6 +20,12 @@ _entered: list[None] = []
 """One for each `kept_memory` that is entered: the outermost gives back."""
 
 
+def give_back() -> None:
+    """Give freed memory back to the system, what lies between pieces in use, too. glibc only."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
     """Inside, and afterwards, freed memory is kept for reuse; at the end what is free by then is given back. glibc only."""
@@ -32,5 +38,5 @@ def kept_memory() -> Iterator[None]:
         yield
     finally:
         _entered.pop()
-        if libc and not _entered:
-            libc.malloc_trim(0)
+        if not _entered:
+            give_back()

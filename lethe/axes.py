@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lethe.config import LoraSettings, TamperConfig, UnlearnConfig
+from lethe.config.checks import options
 from lethe.errors import LetheError, nearest, printable
 from lethe.settings import fields_of, numbers
 
@@ -103,7 +104,7 @@ class Axis:
         if steps and steps < 2:
             raise LetheError(f"vary: {name}: steps are the values from low to high, at least 2, got {steps}")
         kind = fields_of(TamperConfig if name.startswith(ATTACK) else UnlearnConfig).get(name.removeprefix(ATTACK))
-        return cls(name, (), float(low), float(high), log, steps, kind is int, when)
+        return cls(name, (), float(low), float(high), log, steps, int in options(kind), when)
 
     def grid(self) -> list[Any]:
         """The values of a grid.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lethe import preflight, refs
 from lethe.config import CheckpointsConfig, to_dict
+from lethe.cores import say_if_busy
 from lethe.errors import LetheError, nearest
 from lethe.kept import keep, kept
 from lethe.lab import lethe_home
@@ -62,6 +63,7 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
         raise LetheError(f"tasks: '{first}' has no chance level, so it cannot tell ignorance; name another first")
     run = run or Run.create("checkpoints", config.name, to_dict(config), config.out)
     with run.running(), bar("Evaluating checkpoints", _most(len(rows), config.search), "checkpoints") as advance:
+        say_if_busy()
         counts = {"done": 0, "kept": 0}
 
         def ignorant(i: int) -> bool | None:

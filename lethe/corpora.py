@@ -75,12 +75,16 @@ def _read(source: TextSource) -> list[Document]:
     return [documents[key] for key in sorted(documents)]
 
 
-def take(documents: list[Document], count: int, end: Literal["front", "back"], what: str = "text") -> list[Document]:
-    """`count` documents (0: all) from one end of the order.
+def take(
+    documents: list[Document], count: int | None, end: Literal["front", "back"], what: str = "text", most: int = 0
+) -> list[Document]:
+    """`count` documents (0: all) from one end of the order; None: as many as there are, up to `most`.
 
     Raises:
         LetheError: there are fewer.
     """
+    if count is None:
+        count = min(most, len(documents))
     if count > len(documents):
         raise LetheError(f"{what} has {len(documents)} documents, {count} are asked for; ask for fewer, or 0 for all")
     if count == 0:
@@ -89,24 +93,29 @@ def take(documents: list[Document], count: int, end: Literal["front", "back"], w
 
 
 def select(
-    text: str | TextSource | list[TextSource], count: int, end: Literal["front", "back"], what: str = "text"
+    text: str | TextSource | list[TextSource],
+    count: int | None,
+    end: Literal["front", "back"],
+    what: str = "text",
+    most: int = 0,
 ) -> list[Document]:
     """`count` documents (0: all) of a source, or of a mixture of sources in proportion to their weights.
 
-    Of a mixture, `count` 0 takes as many documents as the weights allow.
+    None takes as many as there are, up to `most`. There are as many documents in a mixture as its weights allow.
 
     Raises:
         LetheError: a source cannot be read or has too few documents.
     """
     if not isinstance(text, list):
-        return take(read(text), count, end, what)
+        return take(read(text), count, end, what, most)
     pools: list[list[Document]] = []
     seen: set[str] = set()
     for source in text:  # a document of several sources belongs to the first
         pools.append([document for document in read(source) if document.id not in seen])
         seen |= {document.id for document in pools[-1]}
     total = sum(source.weight for source in text)
-    wanted = count or int(min(len(pool) * total / source.weight for pool, source in zip(pools, text, strict=True)))
+    there = int(min(len(pool) * total / source.weight for pool, source in zip(pools, text, strict=True)))
+    wanted = min(most, there) if count is None else count or there
     bounds = [round(wanted * sum(s.weight for s in text[:i]) / total) for i in range(len(text) + 1)]
     chosen: dict[str, Document] = {}
     for pool, source, low, high in zip(pools, text, bounds, bounds[1:], strict=False):

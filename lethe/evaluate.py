@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lethe import refs
 from lethe.config import EvalSettings, EvaluateConfig, to_dict
+from lethe.cores import say_if_busy
 from lethe.ledger import Run
 from lethe.questions import Leaf, Question, load_tasks, tokenizer_hash
 from lethe.scoring import Encoded, NotNumbersError, Scorer
@@ -188,6 +189,7 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
     with run.running():
         run.set_parents(model=refs.record(ref))
         (run.path / "samples.jsonl").unlink(missing_ok=True)
+        say_if_busy()
         model, tokenizer = refs.load(ref, config.dtype)
         samples: dict[str, list[dict[str, Any]]] = {}
         missing: dict[str, str] = {}

@@ -49,6 +49,7 @@ SETTINGS = {
     "kl_divergence_retain": "retain_loss",
 } | {f.name: f.name for kind in (c.UnlearnConfig, c.TamperConfig) for f in dataclasses.fields(kind)}
 TEXTS = {"optimizer", "schedule", "affine", "retain_loss", "forget_loss", "dtype", "model", "source", "forget", "retain"}
+TEXTS |= {"cb_scale"}
 NOT_SETTINGS = {"name", "out", "eval", "lora", "time_limit"}
 _COUNT = r"(?<![\d.,])(\d{1,12}+)"
 PHRASES = {

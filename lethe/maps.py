@@ -1,21 +1,26 @@
 """Where fitted maps lie and what they belong to, without loading them: nothing here imports torch.
 
 A folder of maps holds `affine_transforms.safetensors` and `metadata.json`; the latter names the layers, and for maps
-that Lethe fitted the weights, the convention of layers, the text and the scores. `affine.py` fits, loads and applies them.
+that Lethe fitted the weights, the convention of layers, the text, the scores and the SHA-256 of the maps themselves.
+`affine.py` fits, loads and applies them.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from lethe import refs
-from lethe.errors import LetheError
-from lethe.ledger import find_run
+from lethe.errors import LetheError, printable
+from lethe.ledger import find_run, sha256
+from lethe.reading import UnreadableError, json_of, text_of
 
 WEIGHTS = "affine_transforms.safetensors"
 METADATA = "metadata.json"
+HASH = "weights_sha256"
+"""The key of the metadata that has the hash of the maps."""
 CONVENTIONS = {"block_output": 0, "hidden_states": 1}
 """What `layer_N` means: N minus this is the block whose output the map is for. Lethe's own maps are `block_output`."""
 
@@ -31,6 +36,7 @@ def find_maps(name: str, out: str | Path = "runs") -> Path:
         folder = run.artifact("affine")
         if folder is None:
             raise LetheError(f"affine: '{name}' is a run of kind {run.record['kind']}, status {run.status}, that holds no maps")
+        refuse_altered(folder, run.record["artifacts"]["affine"].get("sha256"))
         return folder
     if Path(name).is_dir():
         if not (Path(name) / WEIGHTS).exists():
@@ -50,11 +56,18 @@ def check_maps(
     """The conventions by which the maps may be read: the recorded one, or for maps without a record those that have the layers.
 
     Raises:
-        LetheError: they belong to another pair of weights, are of another width, or lack a layer by every convention.
+        LetheError: they were altered, belong to another pair of weights, are of another width, or lack a layer by every
+            convention.
     """
     facts = facts_of(folder)
     if (width := facts.get("hidden_dim")) not in {None, model.width}:
         raise LetheError(f"affine: the maps in '{folder}' are for width {width}, '{model.name}' has {model.width}")
+    refuse_altered(folder, facts.get(HASH))
+    for name, shape in _shapes(folder).items():
+        if shape != [model.width] * (2 if name.endswith(".weight") else 1):
+            raise LetheError(
+                f"affine: {name} in '{folder}' is {shape}, '{model.name}' has width {model.width}; fit maps for it"
+            )
     if recorded := recorded_convention(facts):
         if convention not in {"auto", recorded}:
             raise LetheError(f"affine_convention: the maps in '{folder}' record that they are {recorded}; leave it at auto")
@@ -72,6 +85,32 @@ def check_maps(
     return [name for name in wanted if not lacking[name]]
 
 
+def refuse_altered(folder: Path, recorded: str | None) -> None:
+    """Refuse maps that are not what was recorded of them; None: nothing was.
+
+    Raises:
+        LetheError: their hash is another, or they cannot be read.
+    """
+    try:
+        if recorded is not None and sha256(folder / WEIGHTS) != recorded:
+            raise LetheError(f"affine: '{folder / WEIGHTS}' was altered after it was written; fit the maps again")
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> LetheError:
+    return LetheError(f"affine: '{folder / WEIGHTS}' cannot be read ({printable(str(error), 80)}); fit the maps again")
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of each map's weight and bias."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="numpy") as maps:
+            return {name: maps.get_slice(name).get_shape() for name in maps.keys() if name.startswith("layer_")}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+
+
 def recorded_convention(facts: dict[str, Any]) -> str | None:
     """The convention that maps record together with the weights they belong to; None for maps without a record.
 
@@ -80,7 +119,9 @@ def recorded_convention(facts: dict[str, Any]) -> str | None:
     """
     if not {"model", "source", "convention"} <= facts.keys():
         return None
-    if facts["convention"] not in CONVENTIONS:
+    if not all(isinstance(facts[role], dict) and {"ref", "sha256"} <= facts[role].keys() for role in ("model", "source")):
+        raise LetheError("affine: the maps do not say which weights they belong to (model, source); fit the maps again")
+    if facts["convention"] not in list(CONVENTIONS):
         raise LetheError(f"affine: convention '{facts['convention']}' of the maps is not one of {', '.join(CONVENTIONS)}")
     return facts["convention"]
 
@@ -98,10 +139,12 @@ def facts_of(folder: Path) -> dict[str, Any]:
         LetheError: it cannot be read, or does not say which layers the maps are for.
     """
     try:
-        facts = json.loads((folder / METADATA).read_text())
-    except (OSError, ValueError) as error:
+        facts = json_of(text_of(folder / METADATA))
+    except UnreadableError as error:
         raise LetheError(f"affine: '{folder}' has no readable {METADATA} ({error})") from error
-    indices = facts.get("layer_indices") if isinstance(facts, dict) else None
-    if not isinstance(indices, list) or not indices or not all(isinstance(index, int) for index in indices):
+    indices, fitted = (facts.get("layer_indices"), facts.get("fitted_ids", [])) if isinstance(facts, dict) else (None, [])
+    if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
         raise LetheError(f"affine: {METADATA} in '{folder}' does not say which layers the maps are for (layer_indices)")
+    if not isinstance(fitted, list) or not all(isinstance(name, str) for name in fitted):
+        raise LetheError(f"affine: {METADATA} in '{folder}' does not say which documents the maps were fitted on (fitted_ids)")
     return facts

@@ -22,15 +22,22 @@ def wide(x: Tensor) -> Tensor:
 
 
 def cb_loss(
-    student: Activations, teacher: Activations, mask: Int[Tensor, "batch seq"], tokens: Tensor | int | None = None
+    student: Activations,
+    teacher: Activations,
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+    variance: dict[int, float] | None = None,
 ) -> Tensor:
     """Distance of activations on forget text from where the source's, mapped, would put them (FIELD, cb_loss).
 
     Per layer, the mean over hidden dimensions of (h − (W c + b))², averaged over tokens; then averaged over layers.
-    `teacher` holds W c + b. Computed in float32.
+    `teacher` holds W c + b. With `variance`, by layer, each layer's distance is divided by it: 1 is then as far as the mean of
+    the targets is from them, on average. Computed in float32.
     """
     count = mask.sum() if tokens is None else tokens
     layers = [((student[layer].float() - teacher[layer].float()).square().mean(-1) * mask).sum() for layer in student]
+    if variance is not None:
+        layers = [total / variance[layer] for layer, total in zip(student, layers, strict=True)]
     return sum(layers, start=mask.new_zeros((), dtype=layers[0].dtype)) / (len(layers) * count)
 
 

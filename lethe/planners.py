@@ -432,7 +432,8 @@ def inputs(settings: dict[str, Any], out: str | Path) -> dict[str, str]:
 def _same_text(run: Run, role: str, parent: dict[str, Any]) -> bool:
     made = build(CONFIGS[run.record["kind"]], run.record["config"])
     end = "back" if run.record["kind"] == "tamper" else "front"
-    documents = corpora.select(getattr(made, role), made.num_train_examples, end, f"{role} text")  # type: ignore[arg-type]
+    most = c.ATTACKED if run.record["kind"] == "tamper" else c.UNLEARNED
+    documents = corpora.select(getattr(made, role), made.num_train_examples, end, f"{role} text", most)  # type: ignore[arg-type]
     return corpora.fingerprint(documents) == parent["sha256"]
 
 

@@ -14,6 +14,9 @@ from typing import Any
 
 from lethe import corpora, refs, tasks
 from lethe.config import (
+    ATTACKED,
+    MAPPED,
+    UNLEARNED,
     AffineConfig,
     AffineScoreConfig,
     CheckpointsConfig,
@@ -41,6 +44,8 @@ class Checked:
     conventions: list[str]
     forget: list[corpora.Document]
     retain: list[corpora.Document]
+    mapped: list[corpora.Document]
+    """Documents that maps are to be fitted on; none where they are given, or there are none."""
 
 
 def check(config: UnlearnConfig) -> Checked:
@@ -65,8 +70,8 @@ def check(config: UnlearnConfig) -> Checked:
         raise LetheError(f"model: '{config.model}' is an adapter kept apart from its model; merge it into a model first")
     _refuse_length(config, model, source)
     affine, conventions = _maps(config, model, source)
-    forget = corpora.select(config.forget, config.num_train_examples, "front", "forget text")
-    retain = corpora.select(config.retain, config.num_train_examples, "front", "retain text")
+    forget = corpora.select(config.forget, config.num_train_examples, "front", "forget text", UNLEARNED)
+    retain = corpora.select(config.retain, config.num_train_examples, "front", "retain text", UNLEARNED)
     if {d.id for d in forget} & {d.id for d in retain}:
         raise LetheError("forget and retain text share documents; the retain term would hold what the forget term removes")
     _refuse_types(config)
@@ -74,8 +79,12 @@ def check(config: UnlearnConfig) -> Checked:
     _refuse_rank(config, model)
     if config.packing == "none":
         plan(config, max(len(forget), len(retain)))
+    mapped = []
+    if config.fits_maps:
+        mapped = corpora.select(config.retain, None if config.affine_examples else 0, "front", "retain", config.affine_examples)
+        split(mapped, AffineConfig.held_out)
     _verify(model, source)
-    return Checked(model, source, affine, conventions, forget, retain)
+    return Checked(model, source, affine, conventions, forget, retain, mapped)
 
 
 def check_tasks(settings: EvalSettings | EvaluateConfig | CheckpointsConfig | CompareConfig) -> None:
@@ -111,7 +120,7 @@ def check_affine(config: AffineConfig) -> tuple[refs.ModelRef, refs.ModelRef, li
     _refuse_length(config, model, source)
     if as_text_source(config.text).source == "lab:forget":
         raise LetheError("text: maps are never fitted on forget text, that would map the topic back in; give retain text")
-    documents = corpora.take(corpora.read(config.text), config.num_examples, "front", "text")
+    documents = corpora.select(config.text, config.num_examples, "front", "text", MAPPED)
     split(documents, config.held_out)
     _verify(model, source)
     return model, source, documents
@@ -199,7 +208,7 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
     _refuse_unavailable(config)
     _refuse_rank(config, ref)
     everything = corpora.read(config.forget)
-    documents = corpora.take(everything, config.num_train_examples, "back", "forget text")
+    documents = corpora.take(everything, config.num_train_examples, "back", "forget text", ATTACKED)
     if config.attack == "prompt" and max(config.strengths) > len(documents):
         raise LetheError(f"strengths: {max(config.strengths):g} documents are asked for, there are {len(documents)}; lower it")
     if config.adapter == "train" and not ref.adapter:
@@ -207,9 +216,11 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
     used = _documents_unlearned(config, everything)
     shared = None if used is None else sum(d.id in used for d in documents)
     if shared and config.overlap == "refuse":
+        left = len(documents) - shared
+        lower = f"lower num_train_examples to {left}, give other text" if left else "no other is left: give other text"
         raise LetheError(
             f"forget: {shared} of the attack's {len(documents)} documents were used to unlearn '{config.model}'; "
-            f"lower num_train_examples to {len(documents) - shared}, give other text, or set overlap to allow"
+            f"{lower}, or set overlap to allow"
         )
     _verify(ref)
     steps = {"steps": len(config.strengths), "unique_examples": len(documents)}

@@ -1,8 +1,12 @@
-"""Progress bars with rate and time left, on standard error, so that standard output holds the answer alone."""
+"""Progress with rate and time left, on standard error, so that standard output holds the answer alone.
+
+On a terminal it is a bar; elsewhere, in a file or a job's log, a line every so often, which begins with the time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +17,8 @@ from lethe.errors import printable
 
 console = Console(stderr=True, highlight=False)
 Advance = Callable[..., None]
+EVERY = 30.0
+"""Seconds between two lines where there is no terminal."""
 
 
 class _Rate(TextColumn):
@@ -28,7 +34,11 @@ class _Rate(TextColumn):
 
 @contextlib.contextmanager
 def bar(description: str, total: float, unit: str = "steps") -> Iterator[Advance]:
-    """A bar over `total` units of work; call what it yields with the work done: `advance(n)`, `advance(n, "a note")`."""
+    """Progress over `total` units of work; call what it yields with the work done: `advance(n)`, `advance(n, "a note")`."""
+    if not console.is_terminal:
+        with _lines(description, total, unit) as advance:
+            yield advance
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
@@ -39,11 +49,44 @@ def bar(description: str, total: float, unit: str = "steps") -> Iterator[Advance
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=console, transient=console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(printable(description), total=total, unit=unit, note="")
 
-        def advance(work: float = 1, note: str | None = None) -> None:
+        def forward(work: float = 1, note: str | None = None) -> None:
             fields: dict[str, Any] = {} if note is None else {"note": printable(note)}
             progress.update(task, advance=work, **fields)
 
+        yield forward
+
+
+@contextlib.contextmanager
+def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
+    """As `bar`, in lines: one when the last, or the beginning, is `EVERY` seconds ago, and one at the end."""
+    began = last = time.monotonic()
+    before, done, note = None, 0.0, ""
+
+    def line() -> None:
+        took = time.monotonic() - began
+        rate = (done - (before or 0)) / max(1e-9, took)
+        left = f", {_clock((total - done) / rate)} left" if rate and done < total else ""
+        said = f"{time.strftime('%H:%M:%S')} {description}: {done:,.0f} of {total:,.0f} {unit} in {_clock(took)}{left}"
+        console.print(printable(f"{said}  {note}".rstrip()), soft_wrap=True, markup=False)
+
+    def advance(work: float = 1, said: str | None = None) -> None:
+        nonlocal before, last, done, note
+        if before is None:  # a resumed run begins by saying what is done already, which says nothing about its rate
+            before = work if time.monotonic() - began < 1 else 0
+        done, note = done + work, note if said is None else said
+        if (now := time.monotonic()) - last >= EVERY:
+            last = now
+            line()
+
+    try:
         yield advance
+    finally:
+        line()
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"

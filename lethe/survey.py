@@ -20,17 +20,22 @@ from torch import Tensor, nn
 
 from lethe import corpora
 from lethe.adapters import merged_bytes
+from lethe.affine import sums_bytes
 from lethe.blocked import ROWS
 from lethe.lora import left_out
 from lethe.optimizers import Route, left_to_adamw, needs_masters, routes, routing_table
 from lethe.residual import blocks
 from lethe.teacher import Teacher
 
-AGREEMENT_ROWS = 128
+AGREEMENT_ROWS, AGREEMENT_BATCH = 128, 8
 LANCZOS_STEPS = 32
 """Products with a matrix and its transpose for its largest singular value; as many as it takes where the largest lie close."""
 SHARE = 0.01
 """The share of the blocks' weights from which on it is worth a warning that they are treated otherwise than the rest."""
+TOKEN = 40
+"""Bytes of a token id in a list of Python."""
+BUFFERS, LATER = 0.08, 96 * 2**20
+"""What is set aside for all that the estimate does not list: a share of the rest, and what libraries take once they work."""
 
 
 def layer_of(model: nn.Module) -> dict[str, str]:
@@ -48,39 +53,51 @@ def trainable_by_layer(model: nn.Module, found: list[Route]) -> dict[str, dict[s
     return {layer: dict(roles) for layer, roles in table.items()}
 
 
-def memory(student: nn.Module, teacher: Teacher, config: Any, width: int) -> dict[str, int]:
-    """Estimated peak memory in bytes by part: weights, gradients, optimizer, teachers, maps, activations.
+def memory(
+    student: nn.Module, teacher: Teacher, config: Any, width: int, document: int, tokens: int, libraries: int
+) -> dict[str, int]:
+    """Estimated peak memory in bytes by part; their sum is the process's on a CPU, the device's on a GPU.
 
-    `width` is the number of tokens of the longest row. Activations follow Korthikanti et al. (arXiv:2205.05198): 34 bytes
-    a token, hidden unit and block in 16 bits (twice that in 32) plus attention scores; with gradient checkpointing one
-    block's and the blocks' inputs. Beside them, the weights that adapters are merged into (`adapters.one_product`), and
-    logits four times: two models, and the retain term's float32 intermediates; of one block of tokens, where the output
-    heads are known (`blocked`).
+    `document`: activations kept for the backward pass by the longest pair of documents, `width` tokens at most. `tokens`: of
+    the text that maps are fitted on. `libraries`: what the process took before it loaded a model. Logits are kept four times:
+    two models, and the retain term's float32 intermediates; of one block of tokens, where the output heads are known
+    (`blocked`). `other` is by how much fitting maps, a save or what is recorded at the end take more than an update;
+    `buffers` is what is too small or too short to list.
     """
     trained = [p for p in student.parameters() if p.requires_grad]
-    numbers = sum(p.numel() for p in trained)
+    numbers, moved = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
     state = {"adamw": 8, "muon": 4, "adamw_8bit": 2}[config.optimizer] + 4 * needs_masters(student, config.optimizer)
     text = student.config.get_text_config()  # type: ignore[union-attr,operator]
-    tokens = config.per_device_train_batch_size * width
-    element = trained[0].element_size()
-    block = 17 * element * tokens * text.hidden_size + 2.5 * element * getattr(text, "num_attention_heads", 0) * tokens * width
-    depth = text.num_hidden_layers
-    kept = block + depth * element * tokens * text.hidden_size if config.gradient_checkpointing else depth * block
-    logits = 4 * 4 * (min(tokens, ROWS) if teacher.heads else tokens) * text.vocab_size
+    batch, hidden = config.per_device_train_batch_size, text.hidden_size
+    kept = batch * document
+    if config.gradient_checkpointing:  # one block's, and the blocks' inputs of both texts
+        kept = kept // text.num_hidden_layers + 2 * text.num_hidden_layers * trained[0].element_size() * batch * width * hidden
+    logits = 4 * 4 * (min(batch * width, ROWS) if teacher.heads else batch * width) * text.vocab_size
     mapped = len(config.layers) if config.affine != "none" and config.forget_loss != "distill" else 0
-    return {
+    found = {
+        "libraries": libraries,
         "weights": _bytes(student),
-        "gradients": sum(p.numel() * p.element_size() for p in trained),
-        "optimizer": state * numbers,
         "teachers": _bytes(teacher.source) + _bytes(teacher.reference),
-        "maps": 4 * mapped * text.hidden_size * (text.hidden_size + 1),
-        "activations": int(kept + logits) + merged_bytes(student),
+        "maps": 4 * mapped * hidden * (hidden + 1),
+        "gradients": moved,
+        "optimizer": state * numbers,
+        "activations": kept + logits + merged_bytes(student),
     }
+    update = found["gradients"] + found["optimizer"] + found["activations"]
+    fit = sums_bytes(hidden, mapped) + TOKEN * tokens
+    end = found["optimizer"] + max(moved, 4 * AGREEMENT_BATCH * width * text.vocab_size)
+    found["other"] = max(0, max(fit, end) - update)
+    return found | {"buffers": LATER + round(BUFFERS * sum(found.values()))}
 
 
 def available_memory() -> int:
     """Free memory in bytes: of the GPU if there is one, else of the machine."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
+def taken() -> int:
+    """Memory in bytes that this process has now, on a CPU: libraries and text. On a GPU it is none of what is estimated."""
+    return 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def describe(student: nn.Module, config: Any) -> dict[str, Any]:
@@ -134,8 +151,10 @@ def agreement(
     ):
         same = count = 0
         ordered = sorted(rows[:AGREEMENT_ROWS], key=len)
-        for start in range(0, len(ordered), 8):
-            ids, mask = (t.to(next(student.parameters()).device) for t in corpora.pad(ordered[start : start + 8], pad_id))
+        for start in range(0, len(ordered), AGREEMENT_BATCH):
+            ids, mask = (
+                t.to(next(student.parameters()).device) for t in corpora.pad(ordered[start : start + AGREEMENT_BATCH], pad_id)
+            )
             equal = student(input_ids=ids, use_cache=False).logits.argmax(-1) == other(
                 input_ids=ids, use_cache=False
             ).logits.argmax(-1)

@@ -32,6 +32,7 @@ from lethe.config import UnlearnConfig
 from lethe.lab import lethe_home
 from lethe.ledger import sha256
 from lethe.locks import building
+from lethe.progress import bar
 from lethe.residual import States
 from lethe.shelves import prune, use
 from lethe.teacher import Teacher
@@ -164,6 +165,7 @@ def _build(teacher: Teacher, text: str, rows: list[list[int]], folder: Path, key
     facts: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
+        advance = stack.enter_context(bar(f"Computing the teacher of the {text} text", len(rows), "documents"))
         for start in range(0, len(rows), count):
             ids, mask = (t.to(device) for t in corpora.pad(rows[start : start + count], 0))
             states = teacher.live(text, ids)
@@ -178,6 +180,7 @@ def _build(teacher: Teacher, text: str, rows: list[list[int]], folder: Path, key
                 files[name].write(data)
                 digests[name].update(data)
                 facts[name]["size"] += len(data)
+            advance(len(ids))
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())

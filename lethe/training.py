@@ -28,6 +28,7 @@ from lethe import corpora, saves
 from lethe.adapters import Merged, one_product
 from lethe.allocator import kept_memory
 from lethe.config import EvalSettings, TrainingSettings
+from lethe.cores import say_if_busy
 from lethe.evaluate import NotNumbersError, evaluate_model, value_of
 from lethe.ledger import Run
 from lethe.optimizers import make_optimizer
@@ -277,6 +278,7 @@ class RunTrainer(Trainer):
 
 def keep_threads(run: Run) -> None:
     """Work with as many threads as the run began with: sums in another order would not be the same bits."""
+    say_if_busy()
     recorded, given = run.record["environment"].get("threads"), torch.get_num_threads()
     if recorded is None:
         run.update(environment={"threads": given})

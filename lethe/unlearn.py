@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-import time
 from typing import Any
 
 import torch
@@ -22,24 +21,22 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lethe import corpora, objectives, preflight, refs, regimes, survey, teacher_cache
-from lethe.affine import AffineMap, fit_once, load_maps, mean_r2, score_maps
+from lethe import corpora, mapping, objectives, preflight, refs, regimes, survey, teacher_cache
 from lethe.blocked import blocked_kl_loss, head_of, next_token_loss
 from lethe.checkpoints import checkpoints
-from lethe.config import AffineConfig, CheckpointsConfig, UnlearnConfig, to_dict
+from lethe.config import CheckpointsConfig, UnlearnConfig, to_dict
 from lethe.errors import LetheError, full_disk
 from lethe.evaluate import load_tasks, refuse_unscorable
 from lethe.ledger import Run, sha256
 from lethe.lora import add_adapters
-from lethe.maps import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
 from lethe.optimizers import needs_masters, newton_schulz_dtype
+from lethe.probe import document_bytes, probe, warning
 from lethe.residual import States, blocks, read, rows_can_leave
 from lethe.suitability import refuse_untrainable
 from lethe.teacher import Teacher, needs
-from lethe.training import Rows, RunTrainer, keep_threads, quick_passes, token_means
+from lethe.training import Rows, RunTrainer, keep_threads, token_means
 
 logger = logging.getLogger(__name__)
-SCORED_DOCUMENTS = 64
 TEACHER = {"forget": "source", "retain": "model"}
 """By text, the part of a run's record that names its teacher's weights."""
 
@@ -52,6 +49,7 @@ class UnlearnTrainer(RunTrainer):
     def __init__(self, *args: Any, teacher: Teacher, first_epoch_steps: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.teacher, self.first_epoch_steps = teacher, first_epoch_steps
+        self.variance: dict[int, float] | None = None
         heads = [head_of(model) for model in (self.model, teacher.source, teacher.reference)]  # type: ignore[arg-type]
         known = None not in heads
         self.head = heads[0] if known else None
@@ -118,7 +116,7 @@ class UnlearnTrainer(RunTrainer):
         if states.output is not None:
             terms["forget_kl_loss"] = self.kl(states, aim, "forget", mask)
         if states.activations:
-            terms["cb_loss"] = objectives.cb_loss(states.activations, aim.activations, mask, tokens)
+            terms["cb_loss"] = objectives.cb_loss(states.activations, aim.activations, mask, tokens, self.variance)
         return terms
 
     def retain_terms(self, states: States, input_ids: Tensor, mask: Tensor, index: Tensor) -> dict[str, Tensor]:
@@ -145,28 +143,6 @@ class UnlearnTrainer(RunTrainer):
             remove, retain = self.coefficients(self.state.global_step - 1)
             self.book({}, remove_coef_t=remove, retain_coef_t=retain)
         super().log(logs, start_time)
-
-    def probe(self) -> tuple[list[str], float]:
-        """Two forward and backward passes over the longest documents, which change nothing.
-
-        Returns the trainable parameters that no term of the loss gives a gradient, and the seconds of the second pass.
-        """
-        longest = sorted(range(len(self.train_dataset)), key=lambda i: -self.train_dataset.tokens(i))  # type: ignore
-        items = [self.train_dataset[i] for i in longest[: self.config.per_device_train_batch_size]]  # type: ignore[index]
-        batch: Any = self._prepare_inputs(self.data_collator(items))  # type: ignore[arg-type]
-        self.tokens = {name: int(text["mask"].sum()) for name, text in batch.items()}
-        self.documents_in_update = {name: len(text["mask"]) for name, text in batch.items()}
-        with torch.random.fork_rng(), quick_passes(self.model):  # type: ignore[arg-type]
-            for _ in range(2):
-                started = time.monotonic()
-                terms: Any = self.terms(self.model, batch).values()  # type: ignore[arg-type]
-                sum(terms).backward()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                seconds = time.monotonic() - started
-        names = survey.without_gradient(self.model)  # type: ignore[arg-type]
-        self.model.zero_grad()  # type: ignore[union-attr]
-        return names, seconds
 
 
 def not_more_work(forget: Tensor, retain: Tensor) -> bool:
@@ -195,8 +171,12 @@ def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
         keep_threads(run)
         for warning in run.record["plan"]["warnings"]:
             logger.warning(warning)
-        if config.affine == "fit" and config.forget_loss != "distill":
-            trainer.teacher.maps = _fitted(run, config, trainer.teacher, tokenizer)
+        if config.fits_maps:
+            trainer.teacher.maps = mapping.fitted(run, config, checked, trainer.teacher, tokenizer)
+            checked.mapped.clear()
+        if config.cb_scale == "relative":
+            rows: Any = trainer.train_dataset
+            trainer.variance = mapping.variances(run, trainer.teacher, rows.texts["forget"], tokenizer.pad_token_id)
         _cache_teachers(run, config, trainer)
         trainer.train_with_bar(f"Unlearning {config.name}")
         _finish(run, config, trainer, tokenizer, checked)
@@ -259,6 +239,7 @@ def _prepared(
 
 
 def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
+    libraries = survey.taken()
     model, tokenizer = refs.load(checked.model, config.dtype)
     refuse_unscorable(model, tokenizer, config.eval)
     teacher_dtype = config.teacher_dtype or config.dtype
@@ -275,7 +256,7 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
         retain=corpora.record(config.retain, checked.retain),
     )
     teacher = Teacher(source, reference, None, needs(config))
-    teacher.maps, maps_plan, warnings = _given_maps(run, config, checked, teacher, tokenizer)
+    teacher.maps, maps_plan, warnings = mapping.given(run, config, checked, teacher, tokenizer)
     refuse_untrainable(model, config.model, config.max_length)
     student = _student(run, config, model, source, tokenizer)
     used = {"forget": config.remove_coef, "retain": config.retain_coef}
@@ -292,10 +273,12 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
     plan |= survey.describe(student, config)
     plan["teachers"] = _teachers_plan(run, config, trainer, plan["epochs"])
     longest = max(len(row) for part in texts.values() for row in part)
-    plan["memory"] = survey.memory(student, teacher, config, longest)
+    mapped = mapping.tokens_of(checked.mapped, tokenizer, config.max_length)
+    plan["memory"] = survey.memory(student, teacher, config, longest, document_bytes(trainer), mapped, libraries)
+    cached = [text for text, how in plan["teachers"].items() if how.startswith("cached")]
+    plan["memory"]["caches"] = sum(teacher_cache.size_of(teacher, text, texts[text]) for text in cached)
     _refuse_memory(plan["memory"])
-    plan["no_gradient"], seconds = trainer.probe()
-    plan["seconds"] = {"training, without evaluation": seconds * plan["forward_passes"]}
+    plan |= _probed(config, checked, trainer, tokenizer, plan["forward_passes"])
     masters = " (trained as float32)" if needs_masters(student, config.optimizer) else ""
     plan["dtypes"] = {"model": config.dtype + masters, "source": teacher_dtype, "reference": teacher_dtype}
     if config.reads_layers:
@@ -307,6 +290,27 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
     warnings += survey.untouched(student, config, config.layers)
     run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
     return trainer, tokenizer
+
+
+def _probed(
+    config: UnlearnConfig,
+    checked: preflight.Checked,
+    trainer: UnlearnTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    passes: int,
+) -> dict[str, Any]:
+    """The parts of the plan that one batch shows; where maps are to be fitted, with maps from a few documents."""
+    teacher, rows = trainer.teacher, trainer.train_dataset
+    seconds: dict[str, float] = {}
+    if config.fits_maps and config.remove_coef:
+        teacher.maps, seconds["fitting maps"] = mapping.sketched(config, checked, teacher, tokenizer)
+    if config.cb_scale == "relative":
+        trainer.variance = mapping.variances_of(teacher, rows.texts["forget"], tokenizer.pad_token_id)  # type: ignore
+    found = probe(trainer)
+    if config.fits_maps:
+        teacher.maps = None
+    seconds["training, without evaluation"] = found.seconds * passes
+    return {"no_gradient": found.no_gradient, "seconds": seconds, "scale": found.scale}
 
 
 def _layer_modules(student: nn.Module, config: UnlearnConfig) -> list[tuple[int, nn.Module]]:
@@ -327,6 +331,7 @@ def _warnings(config: UnlearnConfig, plan: dict[str, Any]) -> list[str]:
         found.append("muon orthogonalises the updates of A and B, the two matrices of an adapter, each by itself")
     if newton_schulz_dtype(config.newton_schulz_dtype) == torch.bfloat16 and not torch.cuda.is_available():
         found.append("newton_schulz_dtype: bfloat16 products are about a hundred times slower than float32 on a CPU")
+    found += warning(plan["scale"], config)
     if config.schedule == "ramp" and plan["steps"] < plan["first_epoch_steps"]:
         found.append(
             f"schedule: the run ends within its first epoch, so the ramp is cut short and "
@@ -342,7 +347,7 @@ def _refuse_memory(memory: dict[str, int]) -> None:
         LetheError: the estimate is more than there is.
     """
     free, needed = survey.available_memory(), sum(memory.values())
-    if needed - memory["weights"] - memory["teachers"] > free:
+    if needed - memory["libraries"] - memory["weights"] - memory["teachers"] > free:
         raise LetheError(
             f"memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free beside the models; "
             f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing"
@@ -368,68 +373,6 @@ def rewind(model: nn.Module, source: nn.Module, share: float) -> None:
     theirs = dict(source.named_parameters())
     for name, parameter in model.named_parameters():
         parameter.lerp_(theirs[name].to(parameter), share)
-
-
-def _given_maps(
-    run: Run, config: UnlearnConfig, checked: preflight.Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
-) -> tuple[AffineMap | None, str, list[str]]:
-    """Maps that the recipe names (None: they are fitted later, or there are none), what the plan says of them, and warnings.
-
-    Maps without a record are scored first, against no map, by each convention of numbering layers that is possible.
-
-    Raises:
-        LetheError: they do no better than no map: they belong to another pair, or to other layers.
-    """
-    if config.forget_loss == "distill" or config.affine == "none":
-        return None, "none", []
-    if checked.affine is None:
-        return None, "fitted on retain text before training", []
-    run.set_parents(affine={"ref": config.affine, "sha256": sha256(checked.affine / WEIGHTS)})
-    device: Any = teacher.reference.device
-    if recorded_convention(facts_of(checked.affine)):
-        return load_maps(checked.affine, config.layers).to(device), f"{config.affine} (recorded for this pair)", []
-    wanted = list(CONVENTIONS) if config.affine_convention != "auto" else checked.conventions
-    possible = [name for name in wanted if set(config.layers) <= set(layers_of(facts_of(checked.affine), name, 10**9))]
-    rows = corpora.tokenise(checked.retain[-SCORED_DOCUMENTS:], tokenizer, config.max_length)
-    scored = score_maps(
-        checked.affine, possible, teacher.reference, teacher.source, rows, tokenizer.pad_token_id, 8, config.layers
-    )
-    convention = scored.convention if config.affine_convention == "auto" else config.affine_convention
-    scores = scored.by_convention[convention]
-    mapped, plain = mean_r2(scores), mean_r2(scores, "no_map_r2")
-    if mapped <= plain:
-        raise LetheError(
-            f"affine: the maps in '{config.affine}' predict no better than no map (mean R² {mapped:.3f}, without {plain:.3f}); "
-            f"they belong to other weights or other layers: fit maps for this pair, lethe affine fit"
-        )
-    found = ", ".join(f"{name} {mean_r2(s):.3f}" for name, s in scored.by_convention.items())
-    said = f"{config.affine} without a record, read as {convention} (mean R² {found}; without map {plain:.3f})"
-    better = [f"affine_convention: {convention} as asked, but the maps fit better as {scored.convention} ({found})"]
-    run.update(scores=scores)
-    maps = load_maps(checked.affine, config.layers, convention).to(device)
-    return maps, said, better if convention != scored.convention else []
-
-
-def _fitted(run: Run, config: UnlearnConfig, teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> AffineMap:
-    """Maps fitted on all of the retain text, kept as the run's `affine`; those that an interrupted run has fitted already."""
-    weights, recorded = run.path / "affine" / WEIGHTS, run.record.get("artifacts", {}).get("affine")
-    if recorded and weights.is_file() and sha256(weights) == recorded["sha256"]:
-        return load_maps(run.path / "affine", config.layers).to(teacher.reference.device)  # type: ignore[arg-type]
-    settings = AffineConfig(
-        config.model,
-        config.source,
-        layers=config.layers,
-        max_length=config.max_length,
-        dtype=config.teacher_dtype or config.dtype,
-    )
-    documents = corpora.select(config.retain, 0, "front")
-    parents = {role: run.record["parents"][role] for role in ("model", "source")}
-    maps = fit_once(teacher.reference, teacher.source, tokenizer, documents, settings, config.retain, parents)
-    maps.save(run.path / "affine")
-    run.update(
-        artifacts={"affine": {"path": "affine", "sha256": sha256(run.path / "affine" / WEIGHTS)}}, scores=maps.record["scores"]
-    )
-    return maps
 
 
 def _teachers_plan(run: Run, config: UnlearnConfig, trainer: UnlearnTrainer, epochs: float) -> dict[str, str]:

@@ -21,7 +21,7 @@ from lethe import affine, corpora, preflight, refs
 from lethe.affine import AffineMap, RidgeSums, Score, fit_affine, load_maps, score_affine
 from lethe.config import AffineConfig, AffineScoreConfig, TextSource, UnlearnConfig
 from lethe.errors import LetheError
-from lethe.maps import check_maps, find_maps
+from lethe.maps import HASH, check_maps, find_maps
 from lethe.preflight import split
 
 HIDDEN = 12
@@ -512,10 +512,44 @@ def test_scoring_maps_of_another_pair_is_refused(world, fitted):
         score_affine(AffineScoreConfig(str(fitted.path), str(world / "target"), str(world / "stranger")))
 
 
-def test_a_map_file_with_a_layer_missing_is_refused_in_words(world, fitted, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("layer_3.bias"), r"lacks layer_3\.bias"),
+        (lambda tensors: tensors["layer_3.bias"].fill_(torch.inf), r"layer_3\.bias in .* not finite"),
+        (lambda tensors: tensors.update({"layer_0.weight": torch.eye(31)}), r"layer_0\.weight in .* is \[31, 31\]"),
+        (lambda tensors: tensors.update({"layer_0.bias": torch.ones(1, 32)}), r"layer_0\.bias in .* is \[1, 32\]"),
+    ],
+)
+def test_a_map_file_that_is_not_what_it_should_be_is_refused_in_words(world, fitted, tmp_path, change, message):
     folder = shutil.copytree(fitted.path / "affine", tmp_path / "maps")
     tensors = load_file(folder / affine.WEIGHTS)
-    del tensors["layer_3.bias"]
+    change(tensors)
     save_file(tensors, folder / affine.WEIGHTS)
-    with pytest.raises(LetheError, match=r"layer"):
+    with pytest.raises(LetheError, match="was altered after it was written"):
         load_maps(folder)
+    facts = json.loads((folder / affine.METADATA).read_text())
+    del facts[HASH]
+    (folder / affine.METADATA).write_text(json.dumps(facts))
+    with pytest.raises(LetheError, match=message):
+        check(folder, world)
+        load_maps(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "target"}, "which weights they belong to"),
+        ({"source": {"ref": "x"}}, "which weights they belong to"),
+        ({"convention": ["block_output"]}, "convention"),
+        ({"fitted_ids": 5}, "fitted_ids"),
+        ({"layer_indices": [True]}, "layer_indices"),
+        ({HASH: 7}, "was altered"),
+    ],
+)
+def test_metadata_of_another_form_is_refused_in_words(world, fitted, tmp_path, changes, message):
+    folder = shutil.copytree(fitted.path / "affine", tmp_path / "maps")
+    facts = json.loads((folder / affine.METADATA).read_text())
+    (folder / affine.METADATA).write_text(json.dumps(facts | changes))
+    with pytest.raises(LetheError, match=message):
+        check(folder, world)

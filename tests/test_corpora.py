@@ -89,6 +89,8 @@ def test_front_and_back_are_disjoint(tmp_path):
     assert corpora.take(documents, 0, "front") == corpora.take(documents, 0, "back") == documents
     with pytest.raises(LetheError, match="forget text has 10 documents, 11 are asked for"):
         corpora.take(documents, 11, "back", "forget text")
+    assert corpora.take(documents, None, "back", most=4) == back
+    assert corpora.take(documents, None, "front", most=11) == documents
 
 
 def refusal(source: str | TextSource) -> str:
@@ -244,6 +246,8 @@ def test_a_mixture_takes_from_each_source_by_its_weight(tmp_path):
     assert not {d.id for d in chosen} & {d.id for d in corpora.select(sources, 20, "back")}
     with pytest.raises(LetheError, match=r"a\.jsonl' has 40 documents, 60"):
         corpora.select(sources, 80, "front")
+    assert len(corpora.select(sources, None, "front", most=100)) == 53
+    assert corpora.select(sources, None, "front", most=20) == chosen
 
 
 def test_a_mixture_holds_as_many_documents_as_asked_for(tmp_path):

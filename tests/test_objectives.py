@@ -77,6 +77,16 @@ def test_cb_loss_is_the_mean_over_tokens_then_layers(activations, mask):
     assert cb_loss(student, teacher, mask).item() == pytest.approx(slow_cb(student, teacher, LENGTHS), rel=1e-5)
 
 
+def test_cb_loss_relative_to_variances_divides_each_layer_and_has_no_unit(activations, mask):
+    student, teacher = activations
+    variance = {0: 0.5, 2: 3.0, 5: 20.0}
+    each = [slow_cb({n: student[n]}, {n: teacher[n]}, LENGTHS) / variance[n] for n in student]
+    assert cb_loss(student, teacher, mask, variance=variance).item() == pytest.approx(sum(each) / 3, rel=1e-5)
+    larger = [{n: 50 * x for n, x in side.items()} for side in activations]
+    units = {n: 2500 * value for n, value in variance.items()}
+    assert cb_loss(*larger, mask, variance=units).item() == pytest.approx(sum(each) / 3, rel=1e-5)
+
+
 def test_retain_mse_loss_is_the_same_mean(activations, mask):
     student, reference = activations
     assert retain_mse_loss(student, reference, mask).item() == pytest.approx(slow_cb(student, reference, LENGTHS), rel=1e-5)

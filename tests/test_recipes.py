@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lethe import TamperConfig, UnlearnConfig, unlearn
-from lethe.config import EvalSettings, SweepConfig
+from lethe.config import ATTACKED, EvalSettings, SweepConfig
 from lethe.lab import PRESETS, active_preset
 from lethe.planners import planner_of
 from lethe.preflight import plan
@@ -78,7 +78,7 @@ def test_the_suite_of_attacks_is_valid_and_covers_what_an_attacker_would_try():
     assert kinds >= trained and {kind for kind, *_ in kinds} == {"finetune", "noise", "quantize", "prune", "prompt"}
     rates = [c.lr for c in configs.values() if (c.attack, c.optimizer, c.lora) == ("finetune", "adamw", None)]
     assert max(rates) / min(rates) == pytest.approx(100)
-    examples = [c.num_train_examples for c in configs.values()]
+    examples = [ATTACKED if c.num_train_examples is None else c.num_train_examples for c in configs.values()]
     assert min(examples) < 512 < max(examples)
     (second,) = (name for name, first in after.items() if first)
     first = configs[after[second]]

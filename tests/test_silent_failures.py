@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lethe import AffineConfig, LoraSettings, TamperConfig, UnlearnConfig, fit_affine, refs, tamper, teacher_cache, unlearn
-from lethe.config import EvalSettings, TextSource, options
+from lethe.affine import score_affine
+from lethe.config import AffineScoreConfig, EvalSettings, TextSource, options
 from lethe.errors import LetheError
 from lethe.lab import active_preset
 from lethe.ledger import Run, find_runs
-from lethe.maps import METADATA, WEIGHTS
+from lethe.maps import HASH, METADATA, WEIGHTS
 from lethe.refs import resolve
 from lethe.unlearn import inspect
 
@@ -96,6 +97,60 @@ def test_maps_that_do_no_better_than_none_are_refused_and_nothing_is_left(maps, 
     with pytest.raises(LetheError, match="no better than no map"):
         unlearn(recipe(tmp_path / "runs", affine=str(folder)))
     assert not (tmp_path / "runs").exists()
+
+
+DAMAGE: dict[str, Any] = {
+    "nothing": lambda name, tensor: tensor,
+    "larger": lambda name, tensor: 50 * tensor,
+    "zero": lambda name, tensor: 0 * tensor,
+    "not numbers": lambda name, tensor: tensor * float("nan"),
+    "one layer": lambda name, tensor: 50 * tensor if name == "layer_2.weight" else tensor,
+    "one layer zero": lambda name, tensor: 0 * tensor if name.startswith("layer_2") else tensor,
+}
+
+
+def damaged(maps: Path, folder: Path, how: str, hashed: bool) -> Path:
+    """Maps whose values were changed, their record intact, with the hash or without it, as older ones are."""
+    shutil.copytree(maps, folder)
+    save_file({name: DAMAGE[how](name, tensor) for name, tensor in load_file(maps / WEIGHTS).items()}, folder / WEIGHTS)
+    facts = json.loads((folder / METADATA).read_text())
+    assert facts.pop(HASH)
+    if not hashed:
+        (folder / METADATA).write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.mark.parametrize("how", [how for how in DAMAGE if how != "nothing"])
+def test_maps_that_were_changed_are_refused_though_their_record_is_intact(maps, tmp_path, how):
+    folder = damaged(maps, tmp_path / "maps", how, hashed=True)
+    config = recipe(tmp_path / "runs", affine=str(folder))
+    for use in (lambda: unlearn(config), lambda: score_affine(AffineScoreConfig(str(folder), config.model, config.source))):
+        with pytest.raises(LetheError, match="was altered after it was written"):
+            use()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("how", [how for how in DAMAGE if how != "nothing"])
+def test_maps_without_a_hash_are_scored_first(maps, tmp_path, how):
+    folder = damaged(maps, tmp_path / "maps", how, hashed=False)
+    with pytest.raises(LetheError, match="not finite" if how == "not numbers" else "no better than no map"):
+        unlearn(recipe(tmp_path / "runs", affine=str(folder)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_maps_without_a_hash_that_predict_better_than_none_are_used(maps, tmp_path):
+    old = damaged(maps, tmp_path / "maps", "nothing", hashed=False)
+    runs = [unlearn(recipe(tmp_path, affine=str(folder), max_steps=1)) for folder in (maps, old)]
+    assert runs[0].rows("metrics.jsonl")[0]["cb_loss"] == runs[1].rows("metrics.jsonl")[0]["cb_loss"]
+    assert all("recorded for this pair; mean R²" in run.record["plan"]["maps"] for run in runs)
+
+
+def test_maps_of_a_run_that_were_changed_since_are_refused(maps, tmp_path):
+    run = shutil.copytree(maps.parent, tmp_path / "run")
+    damaged(maps, tmp_path / "maps", "larger", hashed=False)
+    shutil.copytree(tmp_path / "maps", run / "affine", dirs_exist_ok=True)
+    with pytest.raises(LetheError, match="was altered"):
+        unlearn(recipe(tmp_path / "runs", affine=str(run)))
 
 
 # --- teachers --------------------------------------------------------------------------------------------------------
@@ -197,6 +252,8 @@ CHANGES: dict[str, Any] = {
     "rewind": 0.5,
     "forget_loss": "distill",
     "forget_kl_coef": 2.0,
+    "cb_scale": "relative",
+    "num_train_examples": 8,
     "layers": [0, 1],
     "max_length": 8,
     "retain_loss": "mse",
@@ -262,6 +319,7 @@ def outcome(run: Run) -> dict[str, Any]:
     """All that a run's settings decide, apart from the settings themselves and from time."""
     record = {key: run.record[key] for key in ("losses", "artifacts", "evals", "agreement")}
     plan = {key: value for key, value in run.record["plan"].items() if key != "seconds"}
+    plan["memory"] = {part: size for part, size in plan["memory"].items() if part not in {"libraries", "buffers"}}
     return record | {"plan": plan, "curve": run.rows("curve.jsonl"), "files": sorted(p.name for p in run.path.iterdir())}
 
 
@@ -295,5 +353,6 @@ def test_the_plan_says_before_training_what_the_run_does(lab, tmp_path):
     assert "retain_kl_loss" not in run.record["losses"]
     assert any("no gradient" in warning for warning in plan["warnings"]) and any(".5." in name for name in plan["no_gradient"])
     assert all(seconds > 0 for seconds in plan["seconds"].values())
-    assert set(plan["memory"]) == {"weights", "gradients", "optimizer", "teachers", "maps", "activations"}
+    update = {"weights", "gradients", "optimizer", "teachers", "maps", "activations", "caches"}
+    assert set(plan["memory"]) == update | {"libraries", "other", "buffers"}
     assert not (tmp_path / "check").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +93,22 @@ def test_the_attackers_documents_are_not_those_of_unlearning(unlearned, tmp_path
     assert text["used_in_unlearning"] == 0
     with pytest.raises(LetheError, match=r"used to unlearn .* lower num_train_examples to"):
         tamper(attack(tmp_path, str(unlearned.path), num_train_examples=len(everything) - 28))
+
+
+def test_an_attack_on_a_text_that_was_used_whole_is_told_of_other_text_alone(lab, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("\n".join(f"Sentence {i} of a short text." for i in range(20)))
+    source, few = f"lab:global_step{active_preset().onset}", EvalSettings(["lab_forget_robust"], limit=8)
+    run = unlearn(UnlearnConfig(source=source, forget=str(text), affine="none", max_steps=1, eval=few, out=str(tmp_path)))
+    assert run.record["plan"]["documents"] == {"forget": 20, "retain": 2048}
+    config = TamperConfig(model=str(run.path), forget=str(text), eval=few, out=str(tmp_path))
+    with pytest.raises(LetheError, match=r"20 of the attack's 20 .*; no other is left: give other text, or set"):
+        tamper(config)
+    attacked = tamper(dataclasses.replace(config, overlap="allow", max_steps=1))
+    assert attacked.record["plan"]["unique_examples"] == 20
+    for number in (21, 1000):
+        with pytest.raises(LetheError, match=f"20 documents, {number} are asked for"):
+            tamper(dataclasses.replace(config, num_train_examples=number))
 
 
 def test_loss_is_next_token_cross_entropy(lab, tmp_path):

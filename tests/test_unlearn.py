@@ -302,6 +302,8 @@ def test_with_transfer_the_output_head_never_runs_on_forget_text_and_a_step_is_o
     states = UnlearnTrainer.states
 
     def counting(trainer, model, batch):
+        if [len(text["mask"]) for text in batch.values()] != [8, 8]:  # before training, of a text or a document alone
+            return states(trainer, model, batch)
         rows = []
         hooks = [block.register_forward_pre_hook(lambda _, args: rows.append(len(args[0]))) for block in blocks(model)]
         found = states(trainer, model, batch)
@@ -313,7 +315,7 @@ def test_with_transfer_the_output_head_never_runs_on_forget_text_and_a_step_is_o
 
     monkeypatch.setattr(UnlearnTrainer, "states", counting)
     unlearn(recipe(tmp_path, layers=[1, 3], max_steps=2, packing="blocks", max_length=32))
-    assert all(found == (8, [16, 16, 16, 16, 8, 8]) for found in passes) and len(passes) == 4
+    assert all(found == (8, [16, 16, 16, 16, 8, 8]) for found in passes) and len(passes) == 3
 
 
 def test_a_run_reports_to_tensorboard_as_to_any_of_transformers_loggers(lab, tmp_path):

@@ -35,9 +35,12 @@ from lethe.config.sweeps import (
     SweepStatusConfig,
 )
 from lethe.config.training import (
+    ATTACKED,
     LAB_TASKS,
     LAYERS,
+    MAPPED,
     STRENGTHS,
+    UNLEARNED,
     AskedSettings,
     AttackName,
     Dtype,
@@ -52,9 +55,12 @@ from lethe.config.training import (
 )
 
 __all__ = [
+    "ATTACKED",
     "LAB_TASKS",
     "LAYERS",
+    "MAPPED",
     "STRENGTHS",
+    "UNLEARNED",
     "AffineConfig",
     "AffineScoreConfig",
     "AskedSettings",

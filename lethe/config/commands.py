@@ -61,8 +61,8 @@ class AffineConfig:
     """Layer L is the residual stream after block L (from 0)."""
     alpha: float = 0.01
     """Ridge penalty, added to the Gram matrix's diagonal (as in scikit-learn's Ridge)."""
-    num_examples: int = 0
-    """Documents to use (0: all)."""
+    num_examples: int | None = None
+    """Documents to use (0: all); null: as many as there are, up to 100,000."""
     held_out: float = 0.1
     """Share of the documents kept out of the fit and used for the scores."""
     max_length: int = 64
@@ -83,7 +83,7 @@ class AffineConfig:
         at_least("time_limit", self.time_limit, 0)
         check_layers(self.layers)
         refuse_weight("text", self.text)
-        at_least("num_examples", self.num_examples, 0)
+        at_least("num_examples", self.num_examples or 0, 0)
         at_least("max_length", self.max_length, 2)
         at_least("batch_size", self.batch_size, 1)
         at_least("alpha", self.alpha, 0)

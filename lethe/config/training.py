@@ -15,6 +15,8 @@ AttackName = Literal["finetune", "noise", "quantize", "prune", "prompt"]
 STRENGTHS: dict[str, list[float]] = {"noise": [0.1, 0.2, 0.4, 0.8], "quantize": [8, 4]}
 STRENGTHS |= {"prune": [0.1, 0.3, 0.5, 0.7], "prompt": [1, 2, 4]}
 LAYERS = [0, 1, 2, 3, 4]
+UNLEARNED, ATTACKED, MAPPED = 2048, 512, 100_000
+"""Documents, at most, that unlearning (of each kind), an attack and a fit of maps take where no number is given."""
 LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
 
 
@@ -195,6 +197,8 @@ class UnlearnConfig(TrainingSettings):
     (auto:WHERE, if they are published elsewhere)."""
     affine: str = "fit"
     """fit: fit maps first, on retain text; none: compare activations as they are; or a folder, run or hub id of maps."""
+    affine_examples: int = MAPPED
+    """Documents of the retain text that affine fit uses, at most (0: all)."""
     affine_convention: Literal["auto", "block_output", "hidden_states"] = "auto"
     """What layer N of maps without a record means: output of block N, or hidden_states[N] (of block N - 1); auto: by score."""
     forget: str | TextSource = "lab:forget"
@@ -209,6 +213,9 @@ class UnlearnConfig(TrainingSettings):
     """transfer: cb_loss; distill: KL(source ‖ model) on forget text; both: cb_loss + forget_kl_coef · that KL."""
     forget_kl_coef: float = 1.0
     """Weight of forget_kl_loss beside cb_loss, with forget_loss both."""
+    cb_scale: Literal["raw", "relative"] = "raw"
+    """raw: cb_loss as it is; relative: each layer's is divided by the variance of its target, so that coefficients carry over
+    from one model to another."""
     layers: list[int] = field(default_factory=lambda: list(LAYERS))
     """Layers whose activations are moved. Layer L is the residual stream after block L (from 0)."""
     remove_coef: float = 5.0
@@ -219,8 +226,8 @@ class UnlearnConfig(TrainingSettings):
     """kl: KL(reference ‖ model); ce: cross-entropy on the text; mse: distance of activations to the reference's."""
     schedule: Literal["ramp", "constant"] = "ramp"
     """ramp: retain_coef rises from 0 over the first epoch while remove_coef falls by a quarter; constant: neither moves."""
-    num_train_examples: int = 2048
-    """Documents of each kind (0: all)."""
+    num_train_examples: int | None = None
+    """Documents of each kind (0: all); null: as many as there are, up to 2,048."""
     lora: LoraSettings | None = field(default_factory=LoraSettings)
     """Adapters, kept apart from the model; null: full-rank."""
     merge: bool = False
@@ -252,7 +259,8 @@ class UnlearnConfig(TrainingSettings):
         self._refuse_idle()
         at_least("remove_coef", self.remove_coef, 0)
         at_least("retain_coef", self.retain_coef, 0)
-        at_least("num_train_examples", self.num_train_examples, 0)
+        at_least("num_train_examples", self.num_train_examples or 0, 0)
+        at_least("affine_examples", self.affine_examples, 0)
         if self.remove_coef == 0 and self.retain_coef == 0:
             raise LetheError("remove_coef and retain_coef are both 0, so nothing would be trained; raise one of them")
 
@@ -268,6 +276,10 @@ class UnlearnConfig(TrainingSettings):
             and self.forget_kl_coef != 1
             and f"with forget_loss {self.forget_loss}",
             "affine": self.forget_loss == "distill" and given and "with forget_loss distill, which compares distributions",
+            "affine_examples": not self.fits_maps and self.affine_examples != MAPPED and "where no maps are fitted",
+            "cb_scale": (self.forget_loss == "distill" or self.remove_coef == 0)
+            and self.cb_scale != "raw"
+            and "on a recipe without cb_loss",
             "affine_convention": not given and self.affine_convention != "auto" and f"with affine {self.affine}",
             "layers": not self.reads_layers and self.layers != LAYERS and "on a full-rank run that compares distributions",
             "merge": self.merge and self.lora is None and "in full-rank training (lora: null), where there is no adapter",
@@ -284,6 +296,11 @@ class UnlearnConfig(TrainingSettings):
     def finds_source(self) -> bool:
         """Whether the source is yet to be found, by a sweep over the model's checkpoints."""
         return self.source == "auto" or self.source.startswith("auto:")
+
+    @property
+    def fits_maps(self) -> bool:
+        """Whether maps are fitted before training."""
+        return self.affine == "fit" and self.forget_loss != "distill"
 
     @property
     def reads_layers(self) -> bool:
@@ -303,8 +320,8 @@ class TamperConfig(TrainingSettings):
     """noise: shares of a matrix's spread; quantize: bits, 8 or 4; prune: shares of weights; prompt: documents. []: usual."""
     forget: str | TextSource = "lab:forget"
     """The attacker's text. Documents are taken from the end that unlearning does not use."""
-    num_train_examples: int = 512
-    """Documents of the attack (0: all); a prompt's are drawn from these."""
+    num_train_examples: int | None = None
+    """Documents of the attack (0: all); null: as many as there are, up to 512. A prompt's are drawn from these."""
     overlap: Literal["refuse", "allow"] = "refuse"
     """Whether the attack may use documents that the model was unlearned with; the run records how many it did."""
     lora: LoraSettings | None = None
@@ -336,7 +353,7 @@ class TamperConfig(TrainingSettings):
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
         if self.adapter == "train" and self.lora is not None:
             raise LetheError("lora: has no effect with adapter train, which trains the adapter that is there; leave one out")
-        at_least("num_train_examples", self.num_train_examples, 0)
+        at_least("num_train_examples", self.num_train_examples or 0, 0)
         if self.attack == "finetune":
             if self.strengths:
                 raise LetheError(f"strengths: {self.strengths} has no effect with attack finetune; leave it out")
