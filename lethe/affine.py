@@ -309,6 +309,7 @@ def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
     model, tokenizer = refs.load(model_ref, config.dtype)
     refuse_unreadable(model, config.model, config.max_length)
     source, _ = refs.load(source_ref, config.dtype)
+    refuse_unreadable(source, config.source, config.max_length)
     run = run or Run.create("affine", config.name, to_dict(config), config.out)
     with run.running():
         say_if_busy()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from lethe import refs
 from lethe.errors import LetheError, printable
 from lethe.ledger import find_run, sha256
+from lethe.modelfiles import advice, missing
 from lethe.reading import UnreadableError, json_of, text_of
 
 WEIGHTS = "affine_transforms.safetensors"
@@ -60,7 +61,7 @@ def check_maps(
             convention.
     """
     facts = facts_of(folder)
-    if (width := facts.get("hidden_dim")) not in {None, model.width}:
+    if (width := facts.get("hidden_dim")) is not None and width != model.width:
         raise LetheError(f"affine: the maps in '{folder}' are for width {width}, '{model.name}' has {model.width}")
     refuse_altered(folder, facts.get(HASH))
     for name, shape in _shapes(folder).items():
@@ -86,20 +87,19 @@ def check_maps(
 
 
 def refuse_altered(folder: Path, recorded: str | None) -> None:
-    """Refuse maps that are not what was recorded of them; None: nothing was.
+    """Refuse maps that cannot be read, or are not what was recorded of them; None: nothing was.
 
     Raises:
-        LetheError: their hash is another, or they cannot be read.
+        LetheError: the file is missing, empty or a pointer of Git LFS, or its hash is another.
     """
-    try:
-        if recorded is not None and sha256(folder / WEIGHTS) != recorded:
-            raise LetheError(f"affine: '{folder / WEIGHTS}' was altered after it was written; fit the maps again")
-    except OSError as error:
-        raise _unreadable(folder, error) from error
+    if why := missing(folder / WEIGHTS):
+        raise _unreadable(folder, why)
+    if recorded is not None and sha256(folder / WEIGHTS) != recorded:
+        raise LetheError(f"affine: '{folder / WEIGHTS}' was altered after it was written; fit the maps again")
 
 
-def _unreadable(folder: Path, error: Exception) -> LetheError:
-    return LetheError(f"affine: '{folder / WEIGHTS}' cannot be read ({printable(str(error), 80)}); fit the maps again")
+def _unreadable(folder: Path, why: object) -> LetheError:
+    return LetheError(f"affine: '{folder / WEIGHTS}' cannot be read ({printable(why, 80)}){advice(why)}")
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:

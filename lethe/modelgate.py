@@ -115,7 +115,6 @@ def refuse_misfit(
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if tensors is None:
             return
-        plain = {key for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
         _, report = type(model).from_pretrained(
             None,
             config=model.config,
@@ -125,7 +124,7 @@ def refuse_misfit(
             output_loading_info=True,
         )
     refuse_report(name, report, depth)
-    if other := sorted(key for key in plain & tensors.keys() if "F" not in tensors[key][0]):
+    if other := sorted(key for key, (kind, _) in tensors.items() if "F" not in kind and key.endswith(".weight")):
         raise LetheError(
             f"model '{name}': {printable(other[0], 120)} is of type {tensors[other[0]][0]} in the weights, not floating point; "
             f"use the model before it was quantised"

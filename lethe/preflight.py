@@ -58,11 +58,8 @@ def check(config: UnlearnConfig) -> Checked:
     check_tasks(config.eval)
     layers = config.layers if config.reads_layers else [0]
     model, source = _pair(config.model, config.model if config.finds_source else config.source, layers, config.out)
-    if not config.finds_source and (model.path, model.revision, model.adapter) == (
-        source.path,
-        source.revision,
-        source.adapter,
-    ):
+    same = len({(ref.path, ref.revision, ref.adapter, ref.random) for ref in (model, source)}) == 1
+    if same and not config.finds_source:
         raise LetheError(
             f"source: '{config.source}' is the model itself; the source is a checkpoint that never learned the topic"
         )

@@ -53,7 +53,9 @@ def probe(trainer: UnlearnTrainer) -> Probe:
     batch: Any = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in longest]))  # type: ignore[arg-type]
     trainer.tokens = {name: int(text["mask"].sum()) for name, text in batch.items()}
     trainer.documents_in_update = {name: len(text["mask"]) for name, text in batch.items()}
-    model: nn.Module = trainer.model  # type: ignore[assignment]
+    model: Any = trainer.model
+    if trainer.config.gradient_checkpointing:  # Trainer turns it on when training begins
+        model.activation_checkpointing_enable()
     with torch.random.fork_rng(), quick_passes(model) as merged:
         scale = measured(trainer, batch, merged)
         model.zero_grad()

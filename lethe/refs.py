@@ -161,6 +161,7 @@ def _config(ref: ModelRef) -> tuple[Any, dict[str, float]]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(ref.path, **_where(ref))
+    config.return_dict = True
     dropouts = {name: rate for name, rate in vars(config).items() if "drop" in name and type(rate) in {int, float}}
     for name in dropouts:
         setattr(config, name, 0.0)
@@ -182,9 +183,8 @@ def verify(ref: ModelRef) -> None:
     Raises:
         LetheError: the model could not be loaded, or only with something left out.
     """
-    files = [] if ref.random else _weight_files(ref)
-    names = [*files, *(Path(ref.path).glob("*.json") if ref.local else ())]
-    _verified(ref, tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(names) if path.exists()))
+    files = Path(ref.path).iterdir() if ref.local else () if ref.random else _weight_files(ref)
+    _verified(ref, tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files) if path.exists()))
 
 
 @functools.lru_cache(maxsize=64)

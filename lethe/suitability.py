@@ -24,18 +24,23 @@ DRAWS = 4
 
 @torch.no_grad()
 def refuse_unreadable(model: nn.Module, name: str, width: int) -> None:
-    """Refuse a model whose activations are no residual stream, or depend on padding or on other rows.
+    """Refuse a model whose activations are not finite, no residual stream, or depend on padding or on other rows.
 
     `name` is what the user calls the model, `width` the tokens of the longest row: local attention shows beyond its window.
 
     Raises:
-        LetheError: the architecture is not supported.
+        LetheError: the weights are damaged, or the architecture is not supported.
     """
     short, device = -(-width // 2), next(model.parameters()).device
     rows = _ids(model, 2, width).to(device)
     padded = rows.clone()
     padded[0, short:] = 0
     together, alone = _states(model, name, padded), _states(model, name, rows[:1, :short])
+    if not all(tensor.isfinite().all() for tensor in (*model.parameters(), *_tensors(alone))):
+        raise LetheError(
+            f"model '{name}': its weights, or the activations that they give, are not finite numbers; it has diverged or is "
+            f"damaged, give another"
+        )
     if not all(_mostly_alike(a[:1, :short], b) for a, b in zip(_tensors(together), _tensors(alone), strict=True)):
         raise LetheError(
             f"model '{name}': {type(model).__name__} computes other activations for a document when padding or other documents "

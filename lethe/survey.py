@@ -32,6 +32,8 @@ LANCZOS_STEPS = 32
 """Products with a matrix and its transpose for its largest singular value; as many as it takes where the largest lie close."""
 SHARE = 0.01
 """The share of the blocks' weights from which on it is worth a warning that they are treated otherwise than the rest."""
+RECOMPUTED = 4
+"""Times a block's activations that its second pass and its gradients take under gradient checkpointing; measured, at most."""
 TOKEN = 40
 """Bytes of a token id in a list of Python."""
 BUFFERS, LATER = 0.08, 96 * 2**20
@@ -70,8 +72,9 @@ def memory(
     text = student.config.get_text_config()  # type: ignore[union-attr,operator]
     batch, hidden = config.per_device_train_batch_size, text.hidden_size
     kept = batch * document
-    if config.gradient_checkpointing:  # one block's, and the blocks' inputs of both texts
-        kept = kept // text.num_hidden_layers + 2 * text.num_hidden_layers * trained[0].element_size() * batch * width * hidden
+    if config.gradient_checkpointing:  # the blocks' inputs of both texts, and what computing one block again takes
+        inputs = 2 * text.num_hidden_layers * trained[0].element_size() * batch * width * hidden
+        kept = RECOMPUTED * kept // text.num_hidden_layers + inputs
     logits = 4 * 4 * (min(batch * width, ROWS) if teacher.heads else batch * width) * text.vocab_size
     mapped = len(config.layers) if config.affine != "none" and config.forget_loss != "distill" else 0
     found = {

@@ -32,7 +32,7 @@ from lethe.lora import add_adapters
 from lethe.optimizers import needs_masters, newton_schulz_dtype
 from lethe.probe import document_bytes, probe, warning
 from lethe.residual import States, blocks, read, rows_can_leave
-from lethe.suitability import refuse_untrainable
+from lethe.suitability import refuse_unreadable, refuse_untrainable
 from lethe.teacher import Teacher, needs
 from lethe.training import Rows, RunTrainer, keep_threads, token_means
 
@@ -256,8 +256,9 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
         retain=corpora.record(config.retain, checked.retain),
     )
     teacher = Teacher(source, reference, None, needs(config))
-    teacher.maps, maps_plan, warnings = mapping.given(run, config, checked, teacher, tokenizer)
+    refuse_unreadable(source, config.source, config.max_length)
     refuse_untrainable(model, config.model, config.max_length)
+    teacher.maps, maps_plan, warnings = mapping.given(run, config, checked, teacher, tokenizer)
     student = _student(run, config, model, source, tokenizer)
     used = {"forget": config.remove_coef, "retain": config.retain_coef}
     documents = {"forget": checked.forget, "retain": checked.retain}

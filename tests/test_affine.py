@@ -545,6 +545,7 @@ def test_a_map_file_that_is_not_what_it_should_be_is_refused_in_words(world, fit
         ({"fitted_ids": 5}, "fitted_ids"),
         ({"layer_indices": [True]}, "layer_indices"),
         ({HASH: 7}, "was altered"),
+        ({"hidden_dim": [32]}, "are for width"),
     ],
 )
 def test_metadata_of_another_form_is_refused_in_words(world, fitted, tmp_path, changes, message):

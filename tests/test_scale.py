@@ -236,10 +236,11 @@ def test_maps_are_fitted_on_so_many_documents_at_most_and_the_plan_says_how_long
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--gradient_checkpointing", "true", "--per_device_train_batch_size", "64")])
 @pytest.mark.parametrize("lora", ["{r: 16, alpha: 16, dropout: 0.0}", "null"], ids=["lora", "full"])
-def test_a_run_takes_no_more_memory_than_estimated_and_not_much_less(lab, tmp_path, lora):
+def test_a_run_takes_no_more_memory_than_estimated_and_not_much_less(lab, tmp_path, lora, more):
     source = f"lab:global_step{active_preset().onset}"
-    words = ["--source", source, "--max_steps", "3", "--lora", lora, "--out", str(tmp_path), "--eval.limit", "16"]
+    words = ["--source", source, "--max_steps", "3", "--lora", lora, "--out", str(tmp_path), "--eval.limit", "16", *more]
     command = [sys.executable, "-m", "lethe.cli", "unlearn", *words]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     (folder,) = tmp_path.glob("unlearn-*")

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import LoraSettings, UnlearnConfig, corpora, survey, unlearn
+from lethe import LoraSettings, UnlearnConfig, corpora, preflight, survey, unlearn
 from lethe.config import EvalSettings, TextSource
 from lethe.errors import LetheError
 from lethe.lab import active_preset
@@ -218,6 +218,7 @@ def test_maps_of_another_pair_and_the_model_as_its_own_source_are_refused(lab, t
         unlearn(recipe(tmp_path, source="lab:filtered", affine=str(run.path / "affine")))
     with pytest.raises(LetheError, match="is the model itself"):
         unlearn(recipe(tmp_path, source="lab:final"))
+    preflight.check(recipe(tmp_path, source="random:lab:final"))  # fresh weights are not the model itself
 
 
 @pytest.mark.parametrize("lora", [LoraSettings(r=4, dropout=0.0), None], ids=["lora", "full"])
