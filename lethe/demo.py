@@ -80,6 +80,7 @@ def unlearn_recipe(source: str, affine: str, out: str, seed: int = 0, lora: bool
     settings: dict[str, Any] = {
         "source": source,
         "affine": affine,
+        "num_train_examples": UNLEARNED,
         "eval": EvalSettings(list(LAB_TASKS)),
         "seed": seed,
         "out": out,
