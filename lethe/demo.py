@@ -16,6 +16,7 @@ from typing import Any
 from lethe import lab, refs
 from lethe.config import (
     LAB_TASKS,
+    UNLEARNED,
     AffineConfig,
     CheckpointsConfig,
     DemoConfig,
