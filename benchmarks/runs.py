@@ -90,7 +90,8 @@ def evals(rng: random.Random) -> dict[str, Any]:
             "num_fewshot": 0,
         }
         print_of = hashlib.sha256(task.encode()).hexdigest()
-        found[task] = result | {"version": 1, "fingerprint": print_of, "answers": [256] * 4, "degenerate": False}
+        answers = dict.fromkeys("0123", 256)
+        found[task] = result | {"version": 1, "fingerprint": print_of, "answers": answers, "degenerate": False}
     return found
 
 

@@ -193,7 +193,9 @@ def quiet() -> None:
     logging.basicConfig(level=logging.ERROR, handlers=[console])
     logging.getLogger("lethe").setLevel(logging.INFO)
     hub = logging.getLogger("huggingface_hub.utils._http")  # waits half a minute where there is no network
-    if not hub.handlers:
+    if hub.handlers:
+        hub.handlers[0].stream = sys.stderr  # type: ignore[attr-defined]  # another than before, where Python calls this again
+    else:
         handler = logging.StreamHandler()
         handler.setFormatter(PlainFormatter("no answer from the hub. %(message)s"))
         handler.addFilter(lambda record: "etry" in record.getMessage())

@@ -18,6 +18,7 @@ from rich.markup import escape
 from lethe import lab, refs
 from lethe.config import (
     LAB_TASKS,
+    UNLEARNED,
     AffineConfig,
     CheckpointsConfig,
     DemoConfig,
@@ -98,6 +99,7 @@ def unlearn_recipe(source: str, affine: str, out: str, seed: int = 0, lora: bool
     settings: dict[str, Any] = {
         "source": source,
         "affine": affine,
+        "num_train_examples": UNLEARNED,
         "eval": EvalSettings(list(LAB_TASKS)),
         "seed": seed,
         "out": out,

@@ -18,6 +18,8 @@ def refuse_run_folder(out: str | Path) -> None:
     Raises:
         LetheError: says which.
     """
+    if not str(out).strip():
+        raise LetheError("out: names no folder; give one, or . for this one")
     try:
         if (Path(out) / RUN).exists():
             raise LetheError(f"out: '{out}' already holds a run; give the folder that runs are to be put in")

@@ -84,7 +84,8 @@ def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
     try:
         yield advance
     finally:
-        line()
+        if before is not None:  # what was refused before it began has its own line
+            line()
 
 
 def _clock(seconds: float) -> str:

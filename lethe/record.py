@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -148,7 +149,7 @@ def _spoken(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -LARGEST < value < LARGEST  # NaN is not
+    return math.isfinite(value) if type(value) is float else type(value) is int and -LARGEST < value < LARGEST
 
 
 def _is_timestamp(value: Any) -> bool:

@@ -115,8 +115,10 @@ def test_a_home_that_cannot_be_written_is_a_warning_and_the_maps_are_fitted(worl
     warned: list[str] = []
     monkeypatch.setattr(affine.logger, "warning", lambda text, *args: warned.append(text % args))
     first = world.maps()
-    (world.home / "file").write_text("")
-    monkeypatch.setenv("LETHE_HOME", str(world.home / "file"))  # no folder can be made in a file, by root neither
+    home = world.home / "other"
+    home.mkdir()
+    (home / "maps").write_text("")  # no folder can be made of a file, by root neither
+    monkeypatch.setenv("LETHE_HOME", str(home))
     assert_equal(world.maps(), first)
     assert len(fits) == 2 and len(warned) == 1 and "cannot be kept" in warned[0]
 

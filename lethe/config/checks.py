@@ -12,7 +12,8 @@ from typing import Any, Literal
 from lethe.errors import UNSEEN, LetheError, printable
 from lethe.folders import refuse_name
 
-LARGEST = 1e15
+LARGEST, LARGEST_WHOLE = 3.4e38, 10**15
+"""The largest number that float32 holds, and a whole number beyond any count."""
 LONGEST = 10_000
 LONGEST_PART = 255
 DEEPEST = 20
@@ -56,8 +57,10 @@ def refuse_unusable(name: str, value: Any) -> None:
             left += [(name, inner, depth + 1) for inner in value]
         elif isinstance(value, str):
             refuse_text(name, value, free=bool(FREE & set(name.split("."))))
-        elif isinstance(value, int | float) and not abs(value) <= LARGEST:
-            raise LetheError(f"{name}: expected a number between -1e15 and 1e15, got {printable(value, 40)}")
+        elif isinstance(value, int | float):
+            most = LARGEST_WHOLE if isinstance(value, int) else LARGEST
+            if not abs(value) <= most:
+                raise LetheError(f"{name}: expected a number between {-most:g} and {most:g}, got {printable(value, 40)}")
 
 
 def refuse_text(name: str, text: str, free: bool) -> None:

@@ -398,7 +398,7 @@ class TamperConfig(TrainingSettings):
         if self.strengths != rising:
             wanted = ", ".join(f"{strength:g}" for strength in rising)
             raise LetheError(f"strengths: name each once, the weakest first: [{wanted}]")
-        documents = self.num_train_examples
+        documents = ATTACKED if self.num_train_examples is None else self.num_train_examples
         if self.attack == "prompt" and documents and max(self.strengths) > documents:
             raise LetheError(f"strengths: {max(self.strengths):g} documents are more than num_train_examples, {documents}")
 
