@@ -1,4 +1,4 @@
-"""The maps of an unlearning run: given and tried first, or fitted on retain text; and the scale of what they aim at.
+"""The maps of an unlearning run: given and tried first, or fitted on retain text; and the variance of the mapped activations.
 
 given(…)     maps that the recipe names, scored beside no map        fitted(…)   maps fitted before training
 sketched(…)  maps from a few documents, for the plan alone           variances(…)   of the mapped activations, by layer
@@ -56,7 +56,7 @@ def given(
     _refuse_useless(config.affine, scores)
     found = ", ".join(f"{name} {mean_r2(s):.3f}" for name, s in scored.by_convention.items())
     how = "recorded for this pair" if recorded else f"without a record, read as {convention}"
-    better = [f"affine_convention: {convention} as asked, but the maps fit better as {scored.convention} ({found})"]
+    better = [f"affine_convention: {convention} as set, but the maps fit better as {scored.convention} ({found})"]
     run.update(scores=scores)
     maps = load_maps(checked.affine, config.layers, convention).to(device)
     said = f"{config.affine} ({how}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"

@@ -31,8 +31,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 WINDOW_KEYS = ("max_position_embeddings", "n_positions")
-NEEDED_KEYS = (WIDTH_KEYS, DEPTH_KEYS, ("vocab_size",))
-"""Sizes that a model cannot do without, by the names that architectures give them."""
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 PART_KEYS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_experts_per_tok", *EXPERT_KEYS)
 """Sizes of which there may be one for each block."""
@@ -81,10 +79,11 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
             f"model '{name}': its weights are quantised ({printable(method or quantised, 80)}, quantization_config in "
             f"config.json), and such weights cannot be trained; use the model that was quantised"
         )
-    heads = config.get("architectures")
-    other = [head for head in heads if any(str(head).endswith(end) for end in OTHER_HEADS)] if isinstance(heads, list) else []
-    if config.get("is_encoder_decoder") is True or (other and len(other) == len(heads or ())):
-        what = printable(other[0], 80) if other else "an encoder with a decoder"
+    listed = config.get("architectures")
+    heads = [str(head) for head in listed] if isinstance(listed, list) else []
+    both = config.get("is_encoder_decoder") is True
+    if both or (heads and all(head.endswith(OTHER_HEADS) for head in heads)):
+        what = "an encoder with a decoder" if both else printable(heads[0], 80)
         raise LetheError(f"model '{name}' is no causal language model but {what} (config.json); give another")
     if config.get("transformers_weights") is not None:
         raise LetheError(
@@ -94,10 +93,6 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
     for key in (*WIDTH_KEYS, *DEPTH_KEYS, "vocab_size", *WINDOW_KEYS, *PART_KEYS):
         if settings.get(key) is not None and not (key in PART_KEYS and isinstance(settings[key], list)):
             whole(name, settings, key)
-    for keys in NEEDED_KEYS:
-        given = [key for key in keys if key in settings]
-        if given and all(settings[key] is None for key in given):
-            whole(name, settings, given[0])
     experts = next((settings[key] for key in EXPERT_KEYS if type(settings.get(key)) is int), None)
     used = settings.get("num_experts_per_tok")
     if experts is not None and type(used) is int and used > experts:

@@ -59,7 +59,7 @@ def blamed(name: str, part: str, todo: str, settings: dict[str, Any]) -> Iterato
 def cause(error: Exception, settings: dict[str, Any] | None = None) -> str:
     """An error in one line: its message, with its type where the message alone says little.
 
-    A name that a library does not know is told with its setting.
+    A name that a library does not know is reported with its setting.
     """
     words = " ".join(str(error).split())
     if type(error).__name__.startswith("StrictDataclass"):  # its first line says only that there is a second
@@ -71,20 +71,6 @@ def cause(error: Exception, settings: dict[str, Any] | None = None) -> str:
             return f"{printable(keys[0], 80)}: {printable(repr(error.args[0]), 80)} is not known"
     plain = isinstance(error, OSError | ValueError | RuntimeError) and len(words) > 20
     return printable(words if plain else f"{type(error).__name__}: {words}".removesuffix(": "), 300)
-
-
-def refuse_unknown_type(name: str, settings: dict[str, Any]) -> None:
-    """Refuse a `model_type` that transformers does not know. (One that brings code for it is refused elsewhere.)"""
-    import transformers
-
-    kind = settings.get("model_type")
-    if kind is None:
-        raise LetheError(f"model '{name}': config.json has no model_type; take the model's own config.json")
-    if str(kind) not in transformers.CONFIG_MAPPING and not settings.get("auto_map"):
-        raise LetheError(
-            f"model '{name}': transformers {transformers.__version__} does not know model_type {printable(repr(kind), 80)} of "
-            f"config.json; take the model's own config.json, or update transformers"
-        )
 
 
 def refuse_misfit(
@@ -133,7 +119,7 @@ def refuse_misfit(
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """transformers without bars and without its table of what does not fit: it is told here."""
+    """transformers without bars and without its table of what does not fit, which is refused here."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

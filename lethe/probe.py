@@ -71,18 +71,16 @@ def probe(trainer: UnlearnTrainer) -> Probe:
 
 
 def document_bytes(trainer: UnlearnTrainer) -> int:
-    """Bytes of activations that the longest documents, one of each text, keep for the backward pass: of two less those of one.
+    """Bytes of activations that the longest documents, one of each text, keep for the backward pass.
 
-    The difference leaves out what is kept once for all, such as weights.
+    They are those of two less those of one, which leaves out what is kept once for all, such as weights.
     """
     model: nn.Module = trainer.model  # type: ignore[assignment]
     texts: Any = trainer.train_dataset.texts  # type: ignore[union-attr]
-    longest = {name: sorted(rows, key=len)[-2:] for name, rows in texts.items()}
+    longest = {name: (0, max(rows, key=len)) for name, rows in texts.items()}
     kept: list[int] = []
     for count in (1, 2):
-        item = {name: [(0, (rows * 2)[-1 - i]) for i in range(count)] for name, rows in longest.items()}
-        items = [{name: pairs[i] for name, pairs in item.items()} for i in range(count)]
-        batch: Any = trainer._prepare_inputs(trainer.data_collator(items))  # type: ignore[arg-type]
+        batch: Any = trainer._prepare_inputs(trainer.data_collator([longest] * count))  # type: ignore[arg-type]
         trainer.tokens = trainer.documents_in_update = dict.fromkeys(batch, 1)
         found: dict[int, int] = {}
 

@@ -123,6 +123,7 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
     them. Its saved configuration keeps them.
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
     from lethe.modelgate import blamed, depth_of, refuse_report
 
@@ -133,9 +134,9 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
         if ref.random:
             with torch.random.fork_rng():
                 torch.manual_seed(RANDOM_SEED)
-                model = _auto_model().from_config(config, dtype=kind, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
         else:
-            loaded: Any = _auto_model().from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 ref.path, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **_where(ref)
             )
             model, report = loaded
@@ -148,12 +149,6 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
             model = PeftModel.from_pretrained(model, ref.adapter)
         model.eval()
         return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer(ref)
-
-
-def _auto_model() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM
 
 
 def _config(ref: ModelRef) -> tuple[Any, dict[str, float]]:
@@ -190,12 +185,11 @@ def verify(ref: ModelRef) -> None:
 @functools.lru_cache(maxsize=64)
 def _verified(ref: ModelRef, files: tuple[tuple[str, int, int], ...]) -> None:
     """`verify`, once for the same `files`."""
-    from lethe.modelgate import blamed, refuse_misfit, refuse_tokens, refuse_unknown_type
+    from lethe.modelgate import blamed, refuse_misfit, refuse_tokens
 
     checked(ref)
     if not (ref.local or ref.random):
         modelfiles.refuse_adapter(ref.name, [name for name in modelfiles.ADAPTER[:1] if _optional(ref, name)])
-    refuse_unknown_type(ref.name, ref.config)
     with _readable(ref), blamed(ref.name, "config.json cannot be used", "take the model's own config.json", ref.config):
         config, _ = _config(ref)
     refuse_misfit(ref.name, config, ref.config, None if ref.random else modelfiles.shapes(ref.name, _weight_files(ref)))

@@ -119,12 +119,12 @@ def untouched(student: nn.Module, config: Any, layers: list[int]) -> list[str]:
     if config.lora and (share := left_out(student, config.lora, layers)) > SHARE and config.lora.targets != "attention":
         found.append(
             f"lora: {share:.0%} of the weights in the adapted blocks get no adapter (targets: {config.lora.targets}): "
-            f"LoRA adapts linear layers, not routers, nor experts that are kept as three-dimensional tensors; "
+            f"LoRA adapts linear layers, not routers, nor experts that are stored as three-dimensional tensors; "
             f"lora null trains all weights"
         )
     if config.optimizer == "muon" and (share := left_to_adamw(routes(student, "muon"))) > SHARE:
         found.append(
-            f"muon: experts, kept as three-dimensional tensors, are trained by AdamW: {share:.0%} of the blocks' matrices"
+            f"muon: experts, stored as three-dimensional tensors, are trained by AdamW: {share:.0%} of the blocks' matrices"
         )
     return found
 

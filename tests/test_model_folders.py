@@ -173,9 +173,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "rope": (settings(rope_parameters={"rope_type": "nonsense", "rope_theta": 1e4}), "rope_type: 'nonsense' is not known"),
     "dropout": (settings(attention_dropout="much"), "attention_dropout"),
     "padding token": (settings(pad_token_id=10**6), "Padding_idx"),
-    "unknown type": (settings(model_type="nonsense"), "does not know model_type 'nonsense'"),
-    "type a number": (settings(model_type=7), "does not know model_type 7"),
-    "no type": (text("config.json", '{"hidden_size": 32}'), "config.json has no model_type"),
+    "unknown type": (settings(model_type="nonsense"), "has model type `nonsense` but Transformers does not recognize"),
+    "type a number": (settings(model_type=7), "has model type `7` but Transformers does not recognize"),
+    "no type": (text("config.json", '{"hidden_size": 32}'), "Should have a `model_type` key"),
     "an encoder": (
         settings(model_type="bert", architectures=["BertForMaskedLM"]),
         "no causal language model but BertForMaskedLM",
