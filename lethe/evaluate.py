@@ -97,7 +97,7 @@ def evaluate_model(
     return results
 
 
-def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings) -> None:
+def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings | EvaluateConfig) -> None:
     """Make the requests of an evaluation that is to come (they are kept), so that what is wrong with them is found before.
 
     Raises:
@@ -183,14 +183,14 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
         LetheError: the model or a task is not known; raised before anything is written.
     """
     ref = refs.resolve(config.model, config.out)
-    refs.verify(ref)
     load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
+    model, tokenizer = refs.load(ref, config.dtype)
+    refuse_unscorable(model, tokenizer, config)
     run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
     with run.running():
         run.set_parents(model=refs.record(ref))
         (run.path / "samples.jsonl").unlink(missing_ok=True)
         say_if_busy()
-        model, tokenizer = refs.load(ref, config.dtype)
         samples: dict[str, list[dict[str, Any]]] = {}
         missing: dict[str, str] = {}
         evals = evaluate_model(

@@ -142,7 +142,10 @@ class Scorer(HFLM):
         for _, continuation in requests:
             if not 0 < len(continuation) <= window:
                 answer = self.tokenizer.decode(continuation)[:60]
-                raise LetheError(f"tasks: an answer has {len(continuation)} tokens, 1 to {window} can be scored: {answer!r}")
+                raise LetheError(
+                    f"tasks: an answer has {len(continuation)} tokens, 1 to {window} can be scored: {answer!r}; "
+                    f"leave its task out"
+                )
         return window
 
     def score(self, requests: list[Encoded], groups: list[int] | None = None) -> list[tuple[float, bool]]:

@@ -8,6 +8,7 @@ mode, so that routers that draw random numbers, for instance, would be measured 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -76,20 +77,12 @@ def refuse_untrainable(model: nn.Module, name: str, width: int) -> None:
 
 def _unlike(model: nn.Module, name: str, drawn: bool) -> str:
     why = "draws random numbers in training, beside dropout, which is off" if drawn else "computes something else in training"
-    noise = ", ".join(f"{key}: {value:g}" for key, value in _noise(model.config).items())  # type: ignore[arg-type]
-    said = f" (its configuration has {noise})" if noise else ""
-    return f"model '{name}': {type(model).__name__} {why}{said}; the losses would measure that, so choose another model"
-
-
-def _noise(config: Any) -> dict[str, float]:
-    """What a configuration says of noise and dropout that is not 0."""
-    found = {}
-    for key, value in config.to_dict().items():
-        inner = value if isinstance(value, dict) else {key: value}
-        for name, rate in inner.items():
-            if any(word in str(name) for word in ("jitter", "noise", "drop")) and type(rate) in {int, float} and rate:
-                found[str(name)] = float(rate)
-    return found
+    config: Any = model.config
+    parts = [config.to_dict(), *(part for part in config.to_dict().values() if isinstance(part, dict))]
+    rates = [(str(key), value) for part in parts for key, value in part.items() if type(value) in {int, float} and value]
+    noise = ", ".join(f"{key}: {value:g}" for key, value in rates if re.search("jitter|noise|drop", key))
+    has = f" (its configuration has {noise})" if noise else ""
+    return f"model '{name}': {type(model).__name__} {why}{has}; the losses would measure that, so choose another model"
 
 
 def _ids(model: nn.Module, rows: int, width: int) -> Int[Tensor, "rows width"]:

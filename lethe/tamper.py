@@ -22,7 +22,7 @@ from lethe import corpora, preflight, refs, survey
 from lethe.blocked import head_of, next_token_loss
 from lethe.config import TamperConfig, to_dict
 from lethe.disturb import SCHEMES, disturb
-from lethe.evaluate import load_tasks
+from lethe.evaluate import load_tasks, refuse_unscorable
 from lethe.ledger import Run
 from lethe.lora import add_adapters
 from lethe.prompts import prompts, refuse_too_long
@@ -67,6 +67,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
         return _without_training(config, checked, run)
     model: Any
     model, tokenizer = refs.load(checked.model, "float32")
+    refuse_unscorable(model, tokenizer, config.eval)
     if not isinstance(model, PeftModel):
         refuse_untrainable(model, config.model, config.max_length)
     model = _attacked(model, config, checked)
@@ -100,6 +101,7 @@ def _without_training(config: TamperConfig, checked: preflight.CheckedAttack, ru
     """An attack at each of its strengths, on the model as it was loaded."""
     model: Any
     model, tokenizer = _fresh(checked)
+    refuse_unscorable(model, tokenizer, config.eval)
     before: dict[float, str] = {}
     if config.attack == "prompt":
         before = prompts(config, checked.documents, tokenizer)

@@ -464,6 +464,19 @@ def test_a_question_without_a_context_needs_a_first_token(endless):
         scorer.encode([("", "the river")])
 
 
+@pytest.mark.parametrize("command", [("evaluate",), ("tamper", *RUN), ("tamper", "--attack", "noise")])
+def test_answers_beyond_the_window_are_refused_before_a_run_begins(plain, lab, capsys, tmp_path, command):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "Which?", "choices": ["river " * 99, "sea"]}) + "\n")
+    task = {"task": "long", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
+    task |= {"test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": 1}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "long.yaml").write_text(
+        json.dumps(task | {"doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}]})
+    )
+    option = "--tasks" if command == ("evaluate",) else "--eval.tasks"
+    assert "1 to 64 can be scored" in said(capsys, command[0], plain, *map(str, command[1:]), option, tmp_path / "tasks")
+
+
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
