@@ -133,13 +133,13 @@ def warning(scale: dict[str, Any], config: Any) -> list[str]:
         return []
     ratio, proposed = scale["ratio"], scale["proposed_remove_coef"]
     times = f"{ratio:.2g} times" if ratio is not None else "not comparable with"
-    said = f"the {scale['dominates']} dominates: the forget term's gradient, weighted, is {times} the retain term's"
-    said += f" (about {BALANCE:g} times on the lab)"
+    text = f"the {scale['dominates']} dominates: the forget term's gradient, weighted, is {times} the retain term's"
+    text += f" (about {BALANCE:g} times on the lab)"
     if proposed:
-        said += f"; remove_coef {proposed:g} beside retain_coef {config.retain_coef:g} would be as on the lab"
+        text += f"; set remove_coef to {proposed:g} beside retain_coef {config.retain_coef:g} for the lab's balance"
     if config.cb_scale == "raw" and config.forget_loss != "distill":
-        said += ", and with cb_scale relative coefficients carry over from one model to another"
-    return [said]
+        text += "; with cb_scale relative, coefficients carry over from one model to another"
+    return [text]
 
 
 def _backward(trainer: UnlearnTrainer, batch: Any) -> tuple[dict[str, float], float, float]:
