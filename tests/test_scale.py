@@ -200,7 +200,7 @@ def test_a_term_without_weight_is_said_with_coefficients_to_try(world, tmp_path,
     plan = inspect(recipe(world, tmp_path, remove_coef=balanced * factor))
     assert plan["scale"]["dominates"] == term
     said = " ".join(plan["warnings"])
-    assert f"the {term} dominates" in said and f"remove_coef {balanced:g} beside retain_coef 5" in said
+    assert f"the {term} dominates" in said and f"remove_coef to {balanced:g} beside retain_coef 5" in said
 
 
 @pytest.mark.parametrize(
