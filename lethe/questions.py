@@ -261,6 +261,8 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
         raise
     except Exception as error:  # data sets, their scripts and the network fail in a dozen ways, and definitions in more
         why = reason(error)
+        if isinstance(error, ImportError):
+            raise LetheError(f"tasks: the functions of '{name}' cannot be imported ({why}); install what they need") from error
         if files:
             raise LetheError(f"task_data: {source} cannot be used for '{name}' ({why}); mend its rows") from error
         if any(frame.name == "download" for frame in traceback.extract_tb(error.__traceback__)):

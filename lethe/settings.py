@@ -136,15 +136,16 @@ def _joined(words: list[str], config: type) -> list[str]:
     lists, mixed = _lists(config), _mixed(config)
     pairs = {name: kind for name, kind in fields_of(config).items() if kind in {dict[str, str], dict[str, Any]}}
     switches = {f"--{name}" for name, kind in fields_of(config).items() if kind is bool}
-    words = [part for word in words for part in (word.split("=", 1) if _head(word) in pairs and "=" in word else [word])]
+    several = lists.keys() | pairs.keys()
+    words = [part for word in words for part in (word.split("=", 1) if _head(word) in several and "=" in word else [word])]
     out: list[str] = []
     i = 0
     while i < len(words):
         word = words[i]
         i += 1
         name = word.removeprefix("--") if word.startswith("--") else ""
-        several = name in mixed and sum(1 for _ in itertools.takewhile(lambda w: not w.startswith("--"), words[i:])) != 1
-        if name not in lists and name not in pairs and not several:
+        count = sum(1 for _ in itertools.takewhile(lambda w: not w.startswith("--"), words[i:]))
+        if name not in several and (name not in mixed or count == 1):
             bare = word in switches and (i == len(words) or words[i].startswith("--"))
             out += [word, "true"] if bare else [word]
             continue
@@ -173,7 +174,10 @@ def _pairs(name: str, words: list[str], typed: bool) -> str:
     wrong = next((word for word, (key, _, value) in zip(words, parts, strict=True) if not key or not value), None)
     if wrong is not None or not words:
         raise LetheError(f"{name}: expected name=value, got {wrong!r}" if wrong is not None else f"{name}: expected name=value")
-    return json.dumps({key: _yaml(name, value) if typed else value for key, _, value in parts})
+    found = {key: _yaml(name, value) if typed else value for key, _, value in parts}
+    if len(found) < len(parts):
+        raise LetheError(f"{name}: a name is written twice in {printable(' '.join(words), 80)}; write each once")
+    return json.dumps(found)
 
 
 def _yaml(name: str, text: str) -> Any:
@@ -231,7 +235,9 @@ def _refuse_unusable(words: list[str], config: type) -> None:
         if max(depths, default=0) > DEEPEST:
             raise LetheError(f"{shown}: nested too deeply; a setting has {DEEPEST} levels at most")
         value = word.partition("=")[2] if word.startswith("--") else word
-        if value.startswith("{") and str not in options(kinds.get(name.removeprefix("--"), str)):
+        kind = kinds.get(name.removeprefix("--"), str)
+        holds_keys = any(dataclasses.is_dataclass(one) or typing.get_origin(one) in {dict, list} for one in options(kind))
+        if value.startswith(("{", "[{")) and holds_keys:
             _yaml(shown, value)
 
 

@@ -55,7 +55,8 @@ def refuse_unusable(name: str, value: Any) -> None:
         elif isinstance(value, list):
             left += [(name, inner, depth + 1) for inner in value]
         elif isinstance(value, str):
-            refuse_text(name, value, free=bool(FREE & set(name.split("."))))
+            for text in value.split(",") if name.endswith("tasks") else [value]:  # tasks may be named in one text
+                refuse_text(name, text, free=bool(FREE & set(name.split("."))))
         elif isinstance(value, int | float) and not abs(value) <= LARGEST:
             raise LetheError(f"{name}: expected a number between -1e15 and 1e15, got {printable(value, 40)}")
 

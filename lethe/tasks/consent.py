@@ -23,7 +23,11 @@ METRICS = frozenset(
     "exact_match f1 likelihood mcc perplexity ter word_perplexity".split()
 )
 """lm-eval's own metrics; it looks for any other in the evaluate library, which runs scripts, local ones too."""
-BUILDERS = {"pandas": "unpickles its files", "iceberg": "imports what its catalog names"}
+BUILDERS = {
+    "pandas": "unpickles its files",
+    "iceberg": "imports what its catalog names",
+    "sql": "runs any statement on any database",
+}
 """Builders of the datasets library that run what their files or settings name."""
 MOST_VALUES = 1_000_000
 _given: ContextVar[bool] = ContextVar("trust_task_code", default=False)
