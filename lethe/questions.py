@@ -105,13 +105,19 @@ class Leaf:
         """The first `limit` questions (0: all) in words.
 
         Raises:
-            LetheError: the task cannot ask one of them, or has too few examples for its prompt.
+            LetheError: the task cannot ask one of them, has too few examples for its prompt, or no right answer in any.
         """
         limit = self._known(limit)
         if limit not in self.worded:
             self.task.set_fewshot_seed(seed=SEED)  # examples are drawn one question after the other: each time the same
             docs = self.docs[:limit] if limit else self.docs
-            self.worded[limit] = [self._prompt(i, doc) for i, doc in enumerate(docs)]
+            found = [self._prompt(i, doc) for i, doc in enumerate(docs)]
+            if self.multiple_choice and not callable(self.task.config.process_results) and not any(one.right for one in found):
+                raise LetheError(
+                    f"tasks: '{self.task.config.task}' has no right answer among the choices of any row of {self.source}; "
+                    "mend its doc_to_target, or the rows"
+                )
+            self.worded[limit] = found
         return self.worded[limit]
 
     def _known(self, limit: int) -> int:
