@@ -223,7 +223,7 @@ def _ranges(numbers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Which fields a task reads, as far as its YAML says so: functions cannot be looked into."""
+    """Which fields a task reads, as far as its YAML shows; what functions read is not known."""
 
     fields: frozenset[str]
     choices: str | None
