@@ -59,7 +59,7 @@ class Axis:
         """
         name = RATIO.join(part.strip() for part in name.split("/"))
         if name.count(RATIO) > 1:
-            raise LetheError(f"vary: {printable(name, 80)} divides twice; a ratio is one field by another")
+            raise LetheError(f"vary: {name} divides twice; a ratio is one field by another")
         for field in name.split(RATIO):
             _refuse_unknown(field, attacked)
         given = numbers(given)
@@ -179,9 +179,7 @@ def settings_at(recipe: Mapping[str, Any], point: Point, attack: bool = False) -
 
 def _times(name: str, value: Any, unit: Any) -> float:
     if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in (value, unit)):
-        raise LetheError(
-            f"vary: {name} is a ratio, which only numbers have; got {printable(value, 80)} of {printable(unit, 80)}"
-        )
+        raise LetheError(f"vary: {name} is a ratio, which only numbers have; got {value} of {unit}")
     return value * unit
 
 
@@ -197,7 +195,7 @@ def _put(settings: dict[str, Any], name: str, value: Any) -> None:
     *way, last = name.split(".")
     for part in way:
         if isinstance(settings.get(part), str | list):  # a text by its name alone, or a mixture
-            raise LetheError(f"vary: {name} has no place, since {part} is {printable(settings[part], 80)}; vary {part} itself")
+            raise LetheError(f"vary: {name} has no place, since {part} is {settings[part]}; vary {part} itself")
         if settings.get(part) is None:  # lora.r on a recipe that is full-rank: adapters with their defaults
             settings[part] = vars(LoraSettings()).copy() if part == "lora" else {}
         settings = settings[part]

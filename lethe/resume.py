@@ -66,5 +66,8 @@ def go_on(run: Run) -> Run:
         from lethe.sweep import config_of
 
         settings = config_of(run)
-    made: Any = build(settings, run.record["config"] | {"out": str(run.path.parent)})
+    try:
+        made: Any = build(settings, run.record["config"] | {"out": str(run.path.parent)})
+    except LetheError as error:
+        raise LetheError(f"run: the config in '{run.path / 'run.json'}' cannot be used: {error}") from error
     return getattr(importlib.import_module(f"lethe.{module}"), FUNCTIONS.get(module, module))(made, run)

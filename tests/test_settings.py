@@ -404,6 +404,30 @@ def test_free_text_of_a_sweep_may_have_lines(recipe):
     assert config.goal == "What is\nlost?\n" and config.slurm.setup == ["a\nb"] and len(config.storage) > 300
 
 
+def test_many_tasks_may_be_named_in_one_text(recipe):
+    many = [f"mmlu_some_subject_{i}" for i in range(60)]
+    for words in (
+        ["--tasks", ",".join(many)],
+        [f"--tasks={','.join(many)}"],
+        ["--config", recipe(f"tasks: ['{','.join(many)}']")],
+    ):
+        assert made("--model", "x", *words, kind=c.EvaluateConfig).tasks == many
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--forget", '{"source": "a", "source": "b"}'],
+        ["--retain", '[{"source": "a", "weight": 1, "weight": 2}]'],
+        ["--eval.task_data", "a=b", "a=c"],
+        ["--eval.suites", '{"a": ["b"], "a": ["c"]}'],
+        ["--lora={r: 1, r: 2}"],
+    ],
+)
+def test_a_key_written_twice_on_the_command_line_is_refused(words):
+    assert "is written twice" in refusal("--source", "x", *words)
+
+
 def test_a_long_value_leaves_the_advice_readable():
     message = refusal("--source", "x", "--lr", "9" * 8000 + "x")
     assert message.startswith("lr: expected a number, got 999") and len(message) < 150

@@ -278,7 +278,7 @@ FAULTS: list[tuple[str, dict[str, str | bytes], str, str]] = [
         "/g",
         "in itself (g > h > i > g)",
     ),
-    ("a group of nothing", {"mine.yaml": text_of(), "g.yaml": "group: g\n"}, "/g", "stands for no task"),
+    ("a group of nothing", {"mine.yaml": text_of(), "g.yaml": "group: g\n"}, "/g", "has no tasks"),
     ("a group of numbers", {"mine.yaml": text_of(), "g.yaml": "group: g\ntask: [5]\n"}, "/g", "has 5 among its tasks"),
     ("an unknown member", {"mine.yaml": text_of(), "g.yaml": "group: g\ntask: [other]\n"}, "/g", "has 'other' among its tasks"),
     (
@@ -342,7 +342,7 @@ def test_inner_groups_and_tags_are_found(folder):
         ({"choices": ["", "a", "b"]}, "an answer is empty"),
     ],
 )
-def test_a_row_that_cannot_be_asked_is_named_before_anything_is_computed(folder, row, says):
+def test_a_row_without_a_prompt_is_named_before_anything_is_computed(folder, row, says):
     where = folder({"mine.yaml": text_of(target_delimiter='""')}, [*ROWS, ROWS[0] | {"question": "last"} | row])
     assert says in refusal([where])
 
