@@ -14,11 +14,11 @@ from typing import Any
 import optuna
 
 from lethe.errors import LetheError
+from lethe.folders import JOURNAL
 from lethe.ledger import write_atomically
 from lethe.reading import UnreadableError, json_of
 from lethe.record import TRIAL
 
-JOURNAL = "study.journal"
 FIRST = '{"op_code":'
 """How Optuna begins every record."""
 DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError)

@@ -84,7 +84,8 @@ def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
     try:
         yield advance
     finally:
-        line()
+        if done:  # a refusal says all there is
+            line()
 
 
 def _clock(seconds: float) -> str:

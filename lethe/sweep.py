@@ -29,6 +29,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from lethe import config as c
 from lethe import journal, launch
 from lethe.errors import LetheError
+from lethe.folders import refuse_links
 from lethe.launch import Launcher
 from lethe.ledger import STOP, Run, find_run, find_runs, refuse_run_folder
 from lethe.planners import Plan, Planner, inputs, planner_of
@@ -132,6 +133,7 @@ class Sweep:
         run = find_run(name.removeprefix("run:"), out)
         if run.record["kind"] != "sweep":
             raise LetheError(f"sweep: '{name}' is of kind {run.record['kind']}; `lethe runs` lists the sweeps")
+        refuse_links(run.path)
         return cls(run, build(config_of(run), run.record["config"]))
 
     def tasks(self, *states: TrialState, references_only: bool = False) -> list[Task]:
@@ -361,6 +363,8 @@ class Sweep:
                 if task.retried or task.get("status") == "diverged" or not task.get("stages"):
                     continue
                 kept = {k: v for k, v in task.trial.user_attrs.items() if k not in {"status", "reason", "log", "owner", "lost"}}
+                if len(task.runs(self.out)) < len(task.get("runs", [])):  # a folder is gone: they are made again
+                    del kept["runs"]
                 task.study.add_trial(
                     create_trial(
                         state=TrialState.WAITING,
