@@ -70,6 +70,8 @@ def refuse_links(folder: Path) -> None:
             if path.is_symlink():
                 optunas = path.name == f"{JOURNAL}.lock"  # a link to the journal, by the name that it had where it was made
                 if not optunas and not path.resolve().is_relative_to(inside):
-                    raise LetheError(f"run: '{path}' is a link to '{path.readlink()}', out of the run's folder; put the file there")
+                    raise LetheError(
+                        f"run: '{path}' is a link to '{path.readlink()}', out of the run's folder; put the file there"
+                    )
             elif not path.is_file() and not path.is_dir():
                 raise LetheError(f"run: '{path}' is no file that a run has written; remove it")

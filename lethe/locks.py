@@ -59,7 +59,7 @@ class FolderLock:
         if self.held:
             return
         try:
-            file = open(self.folder / LOCK, "a+", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
+            file = os.fdopen(os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         except OSError as error:
             raise LetheError(f"out: cannot write in '{self.folder}' ({error.strerror}); choose another folder") from error
         try:

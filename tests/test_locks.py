@@ -206,6 +206,15 @@ def test_a_second_demo_in_a_folder_is_refused(tmp_path):
     assert [path.name for path in out.iterdir()] == ["work.lock"]
 
 
+def test_a_lock_is_not_taken_through_a_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "work.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(LetheError, match="cannot write in"):
+        demo(DemoConfig(str(tmp_path / "demo")))
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_of_two_that_resume_a_run_at_once_one_does_and_one_is_refused(lab, tmp_path):
     run = Run.create("evaluate", "trial", to_dict(EvaluateConfig("lab:final", ["lab_retain"], limit=8)), tmp_path / "runs")

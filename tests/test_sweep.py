@@ -438,25 +438,19 @@ def test_a_missing_study_is_an_error_and_loses_no_run(grid, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_journal_that_was_cut_short_is_named_with_its_line(grid, tmp_path):
+def test_runs_that_were_deleted_are_missed_by_none_and_made_anew_by_retry(grid, tmp_path):
     copy = tmp_path / "runs" / grid.path.name
     shutil.copytree(grid.path.parent, copy.parent)
-    journal = copy / "study.journal"
-    content = journal.read_bytes()
-    journal.write_bytes(content[:-40])
-    last = len(content.splitlines())
-    with pytest.raises(LetheError, match=rf"study\.journal' is damaged in line {last};"):
-        Sweep.open(str(copy), str(copy.parent))
-    whole = [line for line in journal.read_bytes().splitlines(keepends=True) if _is_json(line)]
-    journal.write_bytes(b"".join(whole))
-    assert len(Sweep.open(str(copy), str(copy.parent)).tasks()) == len(Sweep.open(str(grid.path), "runs").tasks())
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        return bool(json.loads(line))
-    except ValueError:
-        return False
+    for run in find_runs(copy.parent):
+        if run.record["name"] in {"baseline", "ret1_rm5"}:
+            shutil.rmtree(run.path)
+    asked = str(copy), str(copy.parent)
+    found = {trial["name"]: trial for trial in status(SweepStatusConfig(*asked)).record["trials"]}
+    assert found["ret1_rm5"]["evals"] == {} and found["ret10_rm5"]["evals"] and not found["ret10_rm5"]["regime"]
+    (task,) = [task for task in Sweep.open(*asked).tasks() if task.get("name") == "ret1_rm5"]
+    task.study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs=task.trial.user_attrs))
+    retry(SweepRetryConfig(*asked))
+    assert Run.open(copy).record["trials"][-1]["evals"]
 
 
 @pytest.mark.slow

@@ -123,10 +123,11 @@ def _is_ours(out: Path, name: str, before: Hashes) -> bool:
 def _refuse_changed(out: Path, before: Hashes) -> None:
     for name in MAIN:
         if os.path.lexists(out / name) and not _is_ours(out, name, before):
-            why = "was changed since the report wrote it" if name in before else "no report has written"
+            why = "is not as a report has written it" if name in before else "this version of Lethe has not written"
             raise LetheError(f"out: '{out}' holds a file {name} that {why}; move it away, or choose another folder")
-    if (out / "charts").is_symlink():
-        raise LetheError(f"out: '{out / 'charts'}' is a link, and a report writes nothing outside its folder; remove it")
+    charts = out / "charts"
+    if charts.is_symlink() or (charts.exists() and not charts.is_dir()):
+        raise LetheError(f"out: '{charts}' is a link or a file, where a report needs a folder of its own; move it away")
 
 
 def _write(out: Path, files: dict[str, bytes], before: Hashes) -> None:
