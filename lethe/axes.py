@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lethe.config import LoraSettings, TamperConfig, UnlearnConfig
+from lethe.config import MAPPED, LoraSettings, TamperConfig, UnlearnConfig
 from lethe.config.checks import options
 from lethe.errors import LetheError, nearest, printable
 from lethe.settings import fields_of, numbers
@@ -35,6 +35,8 @@ MOST_STEPS = 1000
 RATIO = " / "
 NOT_SETTINGS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache"}
 """Fields of a recipe that do not change what is measured."""
+AS_BEFORE = [("cb_scale", "raw"), ("affine_examples", MAPPED)]
+"""Fields at the values that earlier versions had, whose records lack them: a sweep of theirs is resumed, not done again."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def key_of(kind: str, settings: Mapping[str, Any]) -> str:
 
 def that_matter(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run's numbers depend on, as they stand in its record."""
-    kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+    kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS and (name, value) not in AS_BEFORE}
     if kind == "unlearn":  # how often it is evaluated on the way changes nothing in how it ends
         kept["eval"] = {name: value for name, value in kept["eval"].items() if name != "every"}
     return _alike(json.loads(json.dumps(kept, default=str)))
