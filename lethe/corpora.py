@@ -271,9 +271,7 @@ def _body(record: dict[str, Any], source: TextSource, where: str) -> str:
     columns = _columns(source)
     for column in columns:
         if column in record and record[column] is None:
-            raise LetheError(
-                f"text '{source.source}', {where}: column '{column}' is null; give it a text, or remove it"
-            )
+            raise LetheError(f"text '{source.source}', {where}: column '{column}' is null; give it a text, or remove it")
         if not isinstance(record.get(column), str):
             have = ", ".join(k for k, v in record.items() if isinstance(v, str)) or "none"
             raise LetheError(

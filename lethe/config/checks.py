@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lethe.errors import UNSEEN, LetheError, printable
 from lethe.folders import refuse_name
 
-LARGEST = 1e15
+LARGEST = 1e18
 LONGEST = 10_000
 LONGEST_PART = 255
 DEEPEST = 20
@@ -58,7 +58,7 @@ def refuse_unusable(name: str, value: Any) -> None:
             for text in value.split(",") if name.endswith("tasks") else [value]:  # tasks may be named in one text
                 refuse_text(name, text, free=bool(FREE & set(name.split("."))))
         elif isinstance(value, int | float) and not abs(value) <= LARGEST:
-            raise LetheError(f"{name}: expected a number between -1e15 and 1e15, got {printable(value, 40)}")
+            raise LetheError(f"{name}: expected a number between -1e18 and 1e18, got {printable(value, 40)}")
 
 
 def refuse_text(name: str, text: str, free: bool) -> None:
