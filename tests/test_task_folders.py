@@ -326,6 +326,7 @@ def test_any_name_is_refused_in_one_line(name):
 
 def test_inner_groups_and_tags_are_found(folder):
     files = {"mine.yaml": text_of(tag="[some]"), "g.yaml": "group: g\ntask: [{group: inner, task: [mine]}, some]\n"}
+    files |= {"compose.yaml": "task: {build: 1}\n", "play.yaml": "- task: 1\n"}  # of other programs
     where = folder(files)
     assert [len(load_tasks([f"{where}/{name}"])[name]) for name in ("g", "some")] == [1, 1]
 

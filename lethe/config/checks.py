@@ -61,7 +61,8 @@ def refuse_unusable(name: str, value: Any) -> None:
         elif isinstance(value, int | float):
             most = LARGEST_WHOLE if isinstance(value, int) else LARGEST
             if not abs(value) <= most:
-                raise LetheError(f"{name}: expected a number between {-most:g} and {most:g}, got {printable(value, 40)}")
+                given = printable(value, 40) if isinstance(value, float) or value.bit_length() < 1000 else "one of many digits"
+                raise LetheError(f"{name}: expected a number between {-most:g} and {most:g}, got {given}")
 
 
 def refuse_text(name: str, text: str, free: bool) -> None:
