@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lethe.config import LoraSettings, TamperConfig, UnlearnConfig
+from lethe.config import MAPPED, LoraSettings, TamperConfig, UnlearnConfig
 from lethe.config.checks import options
 from lethe.errors import LetheError, nearest, printable
 from lethe.settings import fields_of, numbers
@@ -35,6 +35,8 @@ MOST_STEPS = 1000
 RATIO = " / "
 NOT_SETTINGS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache"}
 """Fields of a recipe that do not change what is measured."""
+AS_BEFORE = [("cb_scale", "raw"), ("affine_examples", MAPPED)]
+"""Fields at the values that earlier versions had, whose records lack them: a sweep of theirs is resumed, not done again."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Axis:
         """
         name = RATIO.join(part.strip() for part in name.split("/"))
         if name.count(RATIO) > 1:
-            raise LetheError(f"vary: {printable(name, 80)} divides twice; a ratio is one field by another")
+            raise LetheError(f"vary: {name} divides twice; a ratio is one field by another")
         for field in name.split(RATIO):
             _refuse_unknown(field, attacked)
         given = numbers(given)
@@ -179,9 +181,7 @@ def settings_at(recipe: Mapping[str, Any], point: Point, attack: bool = False) -
 
 def _times(name: str, value: Any, unit: Any) -> float:
     if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in (value, unit)):
-        raise LetheError(
-            f"vary: {name} is a ratio, which only numbers have; got {printable(value, 80)} of {printable(unit, 80)}"
-        )
+        raise LetheError(f"vary: {name} is a ratio, which only numbers have; got {value} of {unit}")
     return value * unit
 
 
@@ -197,7 +197,7 @@ def _put(settings: dict[str, Any], name: str, value: Any) -> None:
     *way, last = name.split(".")
     for part in way:
         if isinstance(settings.get(part), str | list):  # a text by its name alone, or a mixture
-            raise LetheError(f"vary: {name} has no place, since {part} is {printable(settings[part], 80)}; vary {part} itself")
+            raise LetheError(f"vary: {name} has no place, since {part} is {settings[part]}; vary {part} itself")
         if settings.get(part) is None:  # lora.r on a recipe that is full-rank: adapters with their defaults
             settings[part] = vars(LoraSettings()).copy() if part == "lora" else {}
         settings = settings[part]
@@ -251,7 +251,7 @@ def key_of(kind: str, settings: Mapping[str, Any]) -> str:
 
 def that_matter(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run's numbers depend on, as they stand in its record."""
-    kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+    kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS and (name, value) not in AS_BEFORE}
     if kind == "unlearn":  # how often it is evaluated on the way changes nothing in how it ends
         kept["eval"] = {name: value for name, value in kept["eval"].items() if name != "every"}
     return _alike(json.loads(json.dumps(kept, default=str)))

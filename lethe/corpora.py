@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lethe import reading, refs
 from lethe.config import TextSource, as_text_source
-from lethe.errors import LetheError, nearest, printable
+from lethe.errors import LetheError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -271,11 +271,9 @@ def _body(record: dict[str, Any], source: TextSource, where: str) -> str:
     columns = _columns(source)
     for column in columns:
         if column in record and record[column] is None:
-            raise LetheError(
-                f"text '{source.source}', {where}: column '{column}' is null; give it a text, or remove the {where[:4].strip()}"
-            )
+            raise LetheError(f"text '{source.source}', {where}: column '{column}' is null; give it a text, or remove it")
         if not isinstance(record.get(column), str):
-            have = printable(", ".join(k for k, v in record.items() if isinstance(v, str)), 400) or "none"
+            have = ", ".join(k for k, v in record.items() if isinstance(v, str)) or "none"
             raise LetheError(
                 f"text '{source.source}', {where}: no text column '{column}' (text columns: {have}); "
                 "name it with column or template"

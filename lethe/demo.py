@@ -134,4 +134,4 @@ class _Steps:
 def _weights_unchanged(run: Run) -> bool:
     """Whether the models that a run was made from still hold the weights that it recorded."""
     models = [p for role, p in (run.record.get("parents") or {}).items() if role != "affine" and "documents" not in p]
-    return all("ref" in p and refs.record(refs.resolve(p["ref"], run.path.parent)) == p for p in models)
+    return all(refs.record(refs.resolve(p["ref"], run.path.parent)) == p for p in models)

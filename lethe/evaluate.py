@@ -32,6 +32,7 @@ from lethe.questions import Leaf, Question, load_tasks, tokenizer_hash
 from lethe.scoring import Encoded, NotNumbersError, Scorer
 
 __all__ = ["NotNumbersError", "Scorer", "evaluate", "evaluate_model", "load_tasks", "measure", "value_of"]
+SAMPLED = ("doc_id", "doc_hash", "target", "choices", "right")
 DEGENERATE_SHARE = 0.9
 
 
@@ -98,7 +99,7 @@ def evaluate_model(
 
 
 def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings | EvaluateConfig) -> None:
-    """Make the requests of an evaluation that is to come (they are kept), so that what is wrong with them is found before.
+    """Build the requests of a later evaluation (they are cached), so that a fault in them is found before training.
 
     Raises:
         LetheError: an answer cannot be scored by this model.
@@ -226,15 +227,8 @@ def _chosen(question: dict[str, Any]) -> int:
 
 def _sample(question: dict[str, Any]) -> dict[str, Any]:
     """A line of samples.jsonl. `subtask` is the task that asked; `task` may be a group."""
-    kept = (
-        "doc_id",
-        "doc_hash",
-        "target",
-        "choices",
-        "right",
-        *(key for key in ("acc", "correct_prob", "acc_norm") if key in question),
-    )
-    return {"subtask": question["task"]} | {key: question[key] for key in kept} | {"log_likelihoods": _likelihoods(question)}
+    known = (*SAMPLED, *(key for key in ("acc", "correct_prob", "acc_norm") if key in question))
+    return {"subtask": question["task"]} | {key: question[key] for key in known} | {"log_likelihoods": _likelihoods(question)}
 
 
 @contextlib.contextmanager

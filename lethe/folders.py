@@ -9,6 +9,7 @@ from typing import Any
 from lethe.errors import LetheError, printable
 
 RUN = "run.json"
+JOURNAL = "study.journal"
 LONGEST_NAME = 255
 
 
@@ -60,7 +61,7 @@ def is_folder_name(value: Any) -> bool:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse to work in a run's folder that has links out of it: what is written there would be written elsewhere.
+    """Refuse to work in a run's folder that has links out of it (what is written there would be written elsewhere) or pipes.
 
     Raises:
         LetheError: there is one.
@@ -68,6 +69,11 @@ def refuse_links(folder: Path) -> None:
     inside = folder.resolve()
     for where, folders, files in os.walk(folder):
         for path in (Path(where) / name for name in (*folders, *files)):
-            lock = path.name.endswith(".lock")  # Optuna's is a link to its journal, by the name that this had elsewhere
-            if path.is_symlink() and not lock and not path.resolve().is_relative_to(inside):
-                raise LetheError(f"run: '{path}' is a link to '{path.readlink()}', out of the run's folder; put the file there")
+            if path.is_symlink():
+                optunas = path.name == f"{JOURNAL}.lock"  # a link to the journal, by the name that it had where it was made
+                if not optunas and not path.resolve().is_relative_to(inside):
+                    raise LetheError(
+                        f"run: '{path}' is a link to '{path.readlink()}', out of the run's folder; put the file there"
+                    )
+            elif not path.is_file() and not path.is_dir():
+                raise LetheError(f"run: '{path}' is no file that a run has written; remove it")

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from typing import Any
 
 from lethe import config as c
 from lethe.errors import LetheError, nearest, printable
-from lethe.ledger import Run, find_runs, now, refuse_run_folder
+from lethe.folders import RUN, slug
+from lethe.ledger import Run, find_runs, now, refuse_run_folder, write_atomically
 from lethe.logbook import NUMBER, TASKS, Column, LogTable, column, kind_of, marks, phrases, plain, read, setting, spaced
 from lethe.reading import UnreadableError, text_of
 
@@ -527,8 +527,8 @@ def _write(imported: Imported, records: list[tuple[dict[str, Any], list[dict[str
     created = now()
     for number, (made, curve) in enumerate(records):
         old = before.pop(made["id"], None)
-        slug = "".join(ch if ch.isalnum() or ch in "._-" else "-" for ch in made["name"]).encode()[:80].decode(errors="ignore")
-        path = old.path if old else out / f"{made['kind']}-{slug}-{made['id']}"
+        name = slug(made["name"]).encode()[:80].decode(errors="ignore")
+        path = old.path if old else out / f"{made['kind']}-{name}-{made['id']}"
         stamp = old.record["created"] if old else created.replace("+00:00", f".{number:06d}+00:00")
         run = Run(path, json.loads(json.dumps(made | {"created": stamp})))
         moved = old is not None and old.record != run.record
@@ -537,19 +537,12 @@ def _write(imported: Imported, records: list[tuple[dict[str, Any], list[dict[str
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 if curve or (path / "curve.jsonl").exists():
-                    _replace(path / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve))
-                _replace(path / "run.json", json.dumps(run.record, indent=2))
+                    write_atomically(path / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve), sync=False)
+                write_atomically(path / RUN, json.dumps(run.record, indent=2), sync=False)  # a long log would take minutes
             except OSError as error:
                 raise LetheError(f"out: cannot write to '{out}' ({error.strerror}); choose another folder") from error
         (imported.unchanged if same else imported.updated if old else imported.new).append(run)
     imported.gone = list(before.values())
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all, without waiting for the disk, which takes minutes for a long log: it can be imported again."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _content(record: dict[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any
 import optuna
 
 from lethe.errors import LetheError
+from lethe.folders import JOURNAL
 from lethe.ledger import write_atomically
 from lethe.reading import UnreadableError, json_of
 from lethe.record import TRIAL
 
-JOURNAL = "study.journal"
 FIRST = '{"op_code":'
 """How Optuna begins every record."""
 DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError)
@@ -106,21 +106,21 @@ def mend(file: Path) -> None:
 
 def _mended(file: Path) -> tuple[list[str], list[str]]:
     """The whole records of a journal, a line each, and what had to be done for that."""
-    *lines, last = file.read_bytes().decode(errors="replace").split("\n")
+    lines = file.read_bytes().decode(errors="replace").split("\n")
     kept, said, damaged = [], [], []
     for number, line in enumerate(lines, 1):
         whole = [line] if _is_record(line) else _apart(line)
-        if not whole:
+        if number == len(lines):  # it has no end, or is the end
+            said += [f"line {number} was cut short by a crash; " + ("its end is put back" if whole else "taken out")] * bool(
+                line
+            )
+        elif not whole:
             damaged.append(str(number))
         elif whole != [line]:
             said.append(f"line {number} holds two records, of which a crash cut the first short; {len(whole)} kept")
         kept += whole
     if damaged:
         raise LetheError(f"sweep: '{file}' is damaged in line {', '.join(damaged[:5])}; {_ADVICE}")
-    if last:
-        whole = [last] if _is_record(last) else _apart(last)
-        said.append(f"line {len(lines) + 1} was cut short by a crash; " + ("its end is put back" if whole else "taken out"))
-        kept += whole
     return kept, said
 
 

@@ -21,14 +21,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from lethe import garbage
 from lethe.errors import LetheError, PlainFormatter, full_disk, printable
 from lethe.folders import RUN, refuse_links, refuse_name, refuse_run_folder, slug
-from lethe.locks import FolderLock, HeldError, lives, seconds_since_written
+from lethe.locks import FolderLock, HeldError, lives, seconds_since_written, spoken
 from lethe.machine import environment, peak_memory, refuse_several_processes
 from lethe.record import last_row_of, record_of, rows_of
 
@@ -162,7 +162,7 @@ class Run:
         ours = alive is False or (alive and where["pid"] == os.getpid())
         if self.record["status"] == "running" and not ours and not self.silent:
             raise HeldError(
-                f"'{self.path}' is at work on {where.get('host')} (process {where.get('pid')}), which wrote to it "
+                f"'{self.path}' is in use by {spoken(where)}, which wrote to it "
                 f"{self.seconds_since_heartbeat:.0f} s ago; stop it there, or try again in {LOST_AFTER_SECONDS} s if it is gone"
             )
 
@@ -404,17 +404,22 @@ def _say_once(what: str) -> None:
 def find_runs(folder: str | Path) -> list[Run]:
     """Every run in `folder` (or in its `runs/`), oldest first; `folder` may be a run itself, or a sweep, with its runs."""
     folder = Path(folder)
-    if (folder / "run.json").exists():
+    if (folder / RUN).exists():
         first = Run.open(folder)
-        return [first, *(Run.open(folder.parent / name) for name in first.record.get("runs") or [])]
-    files = [*folder.glob("*/run.json"), *folder.glob("runs/*/run.json")]
+        return [first, *_readable(folder.parent / name for name in first.record.get("runs") or [])]
+    runs = _readable(file.parent for file in (*folder.glob(f"*/{RUN}"), *folder.glob(f"runs/*/{RUN}")))
+    return sorted(runs, key=lambda run: (run.record.get("created") or "", run.id))
+
+
+def _readable(folders: Iterable[Path]) -> list[Run]:
+    """The runs in these folders; one that cannot be read is named, and must not take the others with it."""
     runs = []
-    for file in files:
+    for folder in folders:
         try:
-            runs.append(Run.open(file.parent))
+            runs.append(Run.open(folder))
         except LetheError as error:
             _say_once(f"{error}; left out")
-    return sorted(runs, key=lambda run: (run.record.get("created") or "", run.id))
+    return runs
 
 
 def find_run(run_id: str, out: str | Path = "runs") -> Run:
@@ -440,14 +445,16 @@ def find_run(run_id: str, out: str | Path = "runs") -> Run:
     raise LetheError(f"run:{run_id} is not in '{out}', runs/ or */runs/; `lethe runs FOLDER` lists the runs of a folder")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`, whole or not at all."""
+def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> None:
+    """Replace `path`, whole or not at all; without `sync`, which may take long, a crash of the machine may leave it empty."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with temporary.open("xb") as file:  # never through a link
+            file.write(content.encode() if isinstance(content, str) else content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

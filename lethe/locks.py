@@ -59,22 +59,22 @@ class FolderLock:
         if self.held:
             return
         try:
-            file = (self.folder / LOCK).open("a+")
+            file = os.fdopen(os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         except OSError as error:
             raise LetheError(f"out: cannot write in '{self.folder}' ({error.strerror}); choose another folder") from error
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            who = file.read(200).strip() or "a machine that is not named"
+            who = file.read(200).strip() or spoken({})
             file.close()
-            raise HeldError(f"'{self.folder}' is at work on {who}; wait until it is done, or stop it first") from error
+            raise HeldError(f"'{self.folder}' is in use by {who}; wait until it is done, or stop it first") from error
         except OSError as error:
             logger.warning("no locks in %s (%s): start nothing there from two machines at once", self.folder, error.strerror)
         self._file = file
         with contextlib.suppress(OSError):  # of a full disk
             file.truncate(0)
-            file.write(f"{socket.gethostname()} (process {os.getpid()})\n")
+            file.write(spoken(identity()))
             file.flush()
 
     def release(self) -> None:
@@ -101,6 +101,11 @@ def identity(pid: int | None = None) -> dict[str, Any]:
     """What tells a process (this one) from all others: machine, number, and when it began."""
     pid = os.getpid() if pid is None else pid
     return {"host": socket.gethostname(), "pid": pid, "born": _born(pid)}
+
+
+def spoken(process: dict[str, Any]) -> str:
+    """The process of that `identity` in words; there may be none."""
+    return f"process {process['pid']} on {process['host']}" if {"pid", "host"} <= process.keys() else "another process"
 
 
 def lives(process: dict[str, Any]) -> bool | None:
@@ -135,12 +140,15 @@ def _boot() -> str:
 
 
 def seconds_since_written(file: Path) -> float:
-    """Seconds since `file` was written, by the clock of its file system; infinity if there is none."""
+    """Seconds since `file` was written, by the clock of its file system; infinity if there is none.
+
+    A time to come counts as one as long past: whoever works there would have written since that clock was set.
+    """
     try:
         facts = file.stat()
     except OSError:
         return float("inf")
-    return max(0.0, time.monotonic() + _ahead(facts.st_dev, file.parent) - facts.st_mtime)
+    return abs(time.monotonic() + _ahead(facts.st_dev, file.parent) - facts.st_mtime)
 
 
 def _ahead(device: int, folder: Path) -> float:

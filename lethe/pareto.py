@@ -203,7 +203,7 @@ class Pareto(Planner):
     def stop_hopeless(self, sweep: Sweep) -> None:
         """Ask running trials to stop that finished ones were clearly better than at the same step."""
         tasks = [task for task in sweep.tasks() if not task.is_reference and task.get("runs")]
-        done = [task.runs(sweep.out)[0] for task in tasks if task.status == "complete"]
+        done = [run for task in tasks if task.status == "complete" for run in task.runs(sweep.out)[:1]]
         curves = [(_steps(run), {row["step"]: row["evals"] for row in run.rows("curve.jsonl")}) for run in done]
         for task in tasks:
             for run in task.runs(sweep.out) if task.status == "running" else []:

@@ -266,10 +266,10 @@ class Planner:
         return found
 
     def baseline(self, sweep: Sweep, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The evaluation of the model that was unlearned; None where that failed."""
+        """The evaluation of the model that was unlearned; None where that failed, or is gone."""
         for task in sweep.tasks(references_only=True):
-            if task.get("model") == settings["model"] and task.status == "complete":
-                return task.runs(sweep.out)[0].record["evals"]
+            if task.get("model") == settings["model"] and task.status == "complete" and (runs := task.runs(sweep.out)):
+                return runs[0].record["evals"]
         return None
 
     def findings(self, sweep: Sweep) -> list[Finding]:

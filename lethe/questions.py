@@ -3,8 +3,8 @@
 Rendering prompts and tokenising them takes longer than scoring a small model, and is the same for every model with the same
 tokenizer. So the requests of a task are kept in $LETHE_HOME, under a name made of everything they depend on: the
 task's definition and documents, shots, limit, tokenizer and versions. Within a process task objects are kept too, and are
-loaded again only when a file that they come from has changed. Commands that train have the prompts made before they begin,
-so that a task that cannot give them is refused then.
+loaded again only when a file that they come from has changed. Commands that train build the prompts before they begin, so that
+a task that cannot give them is refused then.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ FORMAT = 2
 SEED = 1234
 MEASURED = ("acc", "correct_prob")
 SURE = 1000.0
-"""Log-likelihood by which an answer is ahead of all others where a task is tried with an answer of our own."""
+"""Log-likelihood by which the chosen answer leads where a task's function is called with invented answers."""
 _loaded: dict[str, tuple[str, dict[str, list[Leaf]]]] = {}
 _tokenizers: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question in words: context and answer of each choice. `right`: positions of right choices; None: it has none."""
+    """One question as text: context and answer of each choice. `right`: positions of right choices; None: it has no choices."""
 
     doc_id: int
     doc_hash: str
@@ -57,7 +57,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Question(Prompt):
-    """One question, in words and in tokens."""
+    """One question, as text and as tokens."""
 
     encoded: list[Encoded]
 
@@ -73,8 +73,8 @@ class Leaf:
     """Hash of the task's definition."""
     docs: list[dict[str, Any]]
     source: str = ""
-    """What its documents come from, in words."""
-    worded: dict[int, list[Prompt]] = field(default_factory=dict)
+    """What its documents come from, for messages."""
+    prompted: dict[int, list[Prompt]] = field(default_factory=dict)
     built: dict[str, list[Question]] = field(default_factory=dict)
 
     @property
@@ -83,7 +83,7 @@ class Leaf:
 
     @property
     def requests_a_choice(self) -> int:
-        """Mutual information asks for each choice without the question, too."""
+        """Mutual information scores each choice without the question, too."""
         return 2 if "acc_mutual_info" in self.task._metric_fn_list else 1
 
     def questions(self, scorer: Scorer, limit: int) -> list[Question]:
@@ -102,17 +102,23 @@ class Leaf:
         return self.built[key]
 
     def prompts(self, limit: int) -> list[Prompt]:
-        """The first `limit` questions (0: all) in words.
+        """The first `limit` questions (0: all) as text.
 
         Raises:
-            LetheError: the task cannot ask one of them, or has too few examples for its prompt.
+            LetheError: one has no prompt, or too few examples for it; or none has a right answer.
         """
         limit = self._known(limit)
-        if limit not in self.worded:
+        if limit not in self.prompted:
             self.task.set_fewshot_seed(seed=SEED)  # examples are drawn one question after the other: each time the same
             docs = self.docs[:limit] if limit else self.docs
-            self.worded[limit] = [self._prompt(i, doc) for i, doc in enumerate(docs)]
-        return self.worded[limit]
+            found = [self._prompt(i, doc) for i, doc in enumerate(docs)]
+            if self.multiple_choice and not callable(self.task.config.process_results) and not any(one.right for one in found):
+                raise LetheError(
+                    f"tasks: '{self.task.config.task}' has no right answer among the choices of any row of {self.source}; "
+                    "mend its doc_to_target, or the rows"
+                )
+            self.prompted[limit] = found
+        return self.prompted[limit]
 
     def _known(self, limit: int) -> int:
         return limit if limit < len(self.docs) else 0
@@ -128,19 +134,20 @@ class Leaf:
             if not all(pair[-1] for pair in pairs):
                 raise ValueError("an answer is empty")
             return Prompt(i, _doc_hash(doc), task.doc_to_target(doc), pairs, self._right(doc, len(pairs)))
-        except Exception as error:  # rows and functions do wrong in many ways
+        except Exception as error:  # rows and functions fail in many ways
             name = task.config.task
-            if self.shots and context is None and self._asks_without_examples(doc):
+            if self.shots and context is None and self._has_prompt_without_examples(doc):
                 there = len(getattr(getattr(task, "sampler", None), "df", []))
                 raise LetheError(
                     f"num_fewshot: '{name}' cannot give {self.shots} examples, it has {there} to draw from "
                     f"({reason(error)}); ask for fewer"
                 ) from error
             raise LetheError(
-                f"tasks: '{name}' cannot ask row {i + 1} of {self.source} ({reason(error)}): {printable(doc, 120)}; mend it"
+                f"tasks: '{name}' has no prompt for row {i + 1} of {self.source} ({reason(error)}): {printable(doc, 120)}; "
+                "correct the row"
             ) from error
 
-    def _asks_without_examples(self, doc: dict[str, Any]) -> bool:
+    def _has_prompt_without_examples(self, doc: dict[str, Any]) -> bool:
         with contextlib.suppress(Exception):
             self.task.fewshot_context(doc, num_fewshot=0)
             return True
@@ -149,8 +156,8 @@ class Leaf:
     def _right(self, doc: dict[str, Any], answers: int) -> list[int] | None:
         """The positions whose choice the task counts as right; None: it offers no choices.
 
-        lm-eval's own metrics go by the target. A task's own function is asked what it makes of a model that is sure of each
-        choice in turn. Either is tried once, so that one that does not work is found before a model is trained.
+        lm-eval's own metrics go by the target. A task's own function scores a model that is sure of each choice in turn. Either
+        is called here, so that one that fails is found before training.
         """
         self._value(doc, [(0.0, False)] * answers)
         if not self.multiple_choice:
@@ -197,8 +204,8 @@ def load_tasks(
         task_names: lm-eval tasks, groups or tags; or folders (see `tasks.locate`).
         task_data: local files instead of data sets, by task or group (see `tasks.data`).
         num_fewshot: examples in each prompt; None leaves it to the task.
-        limit: make the prompts of the first so many questions of each task at once (0: of all), to find out what is wrong with
-            them; None: not before they are needed.
+        limit: build the prompts of the first so many questions of each task now (0: of all), to find faults in them; None: when
+            they are needed.
 
     Raises:
         LetheError: a task is not known, cannot be measured here, or its data cannot be loaded.
@@ -250,10 +257,9 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
     try:
         manager = manager_of(name, folder, local, num_fewshot)
         loaded: Any = manager.load([name])
-        found = list(loaded["tasks"].values())
-        if not found:
-            raise LetheError(f"tasks: '{name}' stands for no task; list some under task")
-        leaves = [_leaf(task, loaded["groups"].get(name), num_fewshot, source) for task in found]
+        leaves = [_leaf(task, loaded["groups"].get(name), num_fewshot, source) for task in loaded["tasks"].values()]
+        if not leaves:
+            raise LetheError(f"tasks: the group '{name}' has no tasks; list some under task")
         if len({"correct_prob" in leaf.task._metric_fn_list for leaf in leaves}) > 1:
             raise LetheError(f"tasks: of '{name}' some tasks measure correct_prob and some acc; name the tasks one by one")
         return leaves
@@ -261,6 +267,8 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
         raise
     except Exception as error:  # data sets, their scripts and the network fail in a dozen ways, and definitions in more
         why = reason(error)
+        if isinstance(error, ImportError):
+            raise LetheError(f"tasks: the functions of '{name}' cannot be imported ({why}); install what they need") from error
         if files:
             raise LetheError(f"task_data: {source} cannot be used for '{name}' ({why}); mend its rows") from error
         if any(frame.name == "download" for frame in traceback.extract_tb(error.__traceback__)):

@@ -38,14 +38,16 @@ def record_of(folder: Path) -> dict[str, Any]:
         LetheError: it cannot be read, or a field is not of its type.
     """
     file = folder / RUN
+    advice = "put back a copy of it, or move the folder away"
     try:
+        if file.exists() and not file.is_file():  # a pipe would wait for somebody to write
+            raise UnreadableError("not a file")
         record = json_of(text_of(file), twice=True)
         wrong = RECORD(record) or _too_much(record)
     except UnreadableError as error:
-        raise LetheError(f"'{folder}' is not a run: {file} cannot be read ({error})") from error
+        raise LetheError(f"'{file}' cannot be read ({error}); {advice}") from error
     if wrong:
-        advice = "put back a copy of it, or move the folder away"
-        raise LetheError(f"'{folder}' cannot be used: {file} is not a run's record: {wrong.lstrip('.')}; {advice}")
+        raise LetheError(f"'{file}' is not a run's record: {wrong.lstrip('.: ')}; {advice}")
     return ABSENT | record
 
 
@@ -55,7 +57,7 @@ def rows_of(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
     A last line without its end was cut short by a crash, and is in neither.
     """
     try:
-        lines = file.read_bytes().split(b"\n")
+        lines = file.read_bytes().split(b"\n") if file.is_file() else []
     except OSError:
         return [], []
     found, wrong = [], []
@@ -70,6 +72,8 @@ def rows_of(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 def last_row_of(file: Path) -> dict[str, Any] | None:
     """The last line that fits, read from the file's end; None if there is none."""
+    if not file.is_file():
+        return None
     try:
         with file.open("rb") as lines:
             end = lines.seek(0, os.SEEK_END)

@@ -15,6 +15,7 @@ from lethe.ledger import STOP, Run, find_run
 from lethe.machine import refuse_several_processes
 from lethe.runs import is_imported
 from lethe.settings import build
+from lethe.trust import consented
 
 KINDS: dict[str, tuple[type, str]] = {
     "unlearn": (c.UnlearnConfig, "unlearn"),
@@ -44,7 +45,7 @@ def resume(config: c.ResumeConfig) -> Run:
     try:
         _refuse_ended(run)  # since it was read
         (run.path / STOP).unlink(missing_ok=True)
-        return go_on(run)
+        return go_on(run, config.trust_record)
     finally:
         run.lock.release()
 
@@ -54,8 +55,10 @@ def _refuse_ended(run: Run) -> None:
         raise LetheError(f"run: '{run.path}' is {run.status}, there is nothing to go on with; start a new run")
 
 
-def go_on(run: Run) -> Run:
+def go_on(run: Run, trusts: bool = False) -> Run:
     """Do what is left of a run that was queued or interrupted, with the function that makes runs of its kind.
+
+    `trusts`: the user agrees to what a sweep's record runs or opens.
 
     Runs are looked for, and made, beside it: its record may come from another machine.
     """
@@ -66,5 +69,12 @@ def go_on(run: Run) -> Run:
         from lethe.sweep import config_of
 
         settings = config_of(run)
-    made: Any = build(settings, run.record["config"] | {"out": str(run.path.parent)})
+    try:
+        made: Any = build(settings, run.record["config"] | {"out": str(run.path.parent)})
+    except LetheError as error:
+        raise LetheError(f"run: the config in '{run.path / 'run.json'}' cannot be used: {error}") from error
+    if isinstance(made, c.LaunchSettings):
+        consented(made, trusts)
+    elif trusts:
+        raise LetheError(f"trust_record: has no effect on a run of kind {run.record['kind']}; leave it out")
     return getattr(importlib.import_module(f"lethe.{module}"), FUNCTIONS.get(module, module))(made, run)

@@ -50,7 +50,7 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
     known = fields_of(config)
     for name in _dotted(plain, known):
         if name not in known:
-            raise LetheError(f"there is no setting '{printable(name, 80)}'{_nearest_field(name, known)}")
+            raise LetheError(f"there is no setting '{name}'{_nearest_field(name, known)}")
     for name, value in plain.items():
         refuse_unusable(name, value)
     words = [] if recipe is None else ["--config", str(recipe)]
@@ -122,9 +122,9 @@ def _named(words: list[str], config: type, positional: str | None) -> list[str]:
     if count == 0:
         return words
     if positional is None:
-        raise LetheError(f"'{printable(words[0], 80)}' is not a setting; settings are written --name value")
+        raise LetheError(f"'{words[0]}' is not a setting; settings are written --name value")
     if count > 1 and positional not in _lists(config):
-        raise LetheError(f"one {positional} is expected, got {count}: {printable(' '.join(words[:count]), 80)}")
+        raise LetheError(f"one {positional} is expected, got {count}: {' '.join(words[:count])}")
     return [f"--{positional}", *words]
 
 
@@ -136,15 +136,16 @@ def _joined(words: list[str], config: type) -> list[str]:
     lists, mixed = _lists(config), _mixed(config)
     pairs = {name: kind for name, kind in fields_of(config).items() if kind in {dict[str, str], dict[str, Any]}}
     switches = {f"--{name}" for name, kind in fields_of(config).items() if kind is bool}
-    words = [part for word in words for part in (word.split("=", 1) if _head(word) in pairs and "=" in word else [word])]
+    several = lists.keys() | pairs.keys()
+    words = [part for word in words for part in (word.split("=", 1) if _head(word) in several and "=" in word else [word])]
     out: list[str] = []
     i = 0
     while i < len(words):
         word = words[i]
         i += 1
         name = word.removeprefix("--") if word.startswith("--") else ""
-        several = name in mixed and sum(1 for _ in itertools.takewhile(lambda w: not w.startswith("--"), words[i:])) != 1
-        if name not in lists and name not in pairs and not several:
+        count = sum(1 for _ in itertools.takewhile(lambda w: not w.startswith("--"), words[i:]))
+        if name not in several and (name not in mixed or count == 1):
             bare = word in switches and (i == len(words) or words[i].startswith("--"))
             out += [word, "true"] if bare else [word]
             continue
@@ -173,7 +174,10 @@ def _pairs(name: str, words: list[str], typed: bool) -> str:
     wrong = next((word for word, (key, _, value) in zip(words, parts, strict=True) if not key or not value), None)
     if wrong is not None or not words:
         raise LetheError(f"{name}: expected name=value, got {wrong!r}" if wrong is not None else f"{name}: expected name=value")
-    return json.dumps({key: _yaml(name, value) if typed else value for key, _, value in parts})
+    found = {key: _yaml(name, value) if typed else value for key, _, value in parts}
+    if len(found) < len(parts):
+        raise LetheError(f"{name}: a name is written twice in {' '.join(words)}; write each once")
+    return json.dumps(found)
 
 
 def _yaml(name: str, text: str) -> Any:
@@ -225,14 +229,16 @@ def _refuse_unusable(words: list[str], config: type) -> None:
     kinds, name = fields_of(config), ""
     for word in words:
         name = word.partition("=")[0] if word.startswith("--") else name
-        shown = printable(name.removeprefix("--"), 80)
-        refuse_text(shown, word, free=True)
+        setting = name.removeprefix("--")
+        refuse_text(setting, word, free=True)
         depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
         if max(depths, default=0) > DEEPEST:
-            raise LetheError(f"{shown}: nested too deeply; a setting has {DEEPEST} levels at most")
+            raise LetheError(f"{setting}: nested too deeply; a setting has {DEEPEST} levels at most")
         value = word.partition("=")[2] if word.startswith("--") else word
-        if value.startswith("{") and str not in options(kinds.get(name.removeprefix("--"), str)):
-            _yaml(shown, value)
+        kind = kinds.get(setting, str)
+        holds_keys = any(dataclasses.is_dataclass(one) or typing.get_origin(one) in {dict, list} for one in options(kind))
+        if value.startswith(("{", "[{")) and holds_keys:
+            _yaml(setting, value)
 
 
 def _refuse_unknown(words: list[str], config: type) -> None:
@@ -244,26 +250,25 @@ def _refuse_unknown(words: list[str], config: type) -> None:
             if name == "config":
                 _refuse_unknown_in_recipe(value or (words[i + 1] if i + 1 < len(words) else ""), known)
             elif name not in known and name not in own and not name.endswith(".help"):
-                raise LetheError(f"there is no setting '--{printable(name, 80)}'{_nearest_field(name, known)}")
+                raise LetheError(f"there is no setting '--{name}'{_nearest_field(name, known)}")
         elif word.startswith("-") and word != "-h" and not re.fullmatch(r"-\d.*", word):
-            raise LetheError(f"there is no setting '{printable(word, 80)}'; settings are written --name value")
+            raise LetheError(f"there is no setting '{word}'; settings are written --name value")
 
 
 def _refuse_unknown_in_recipe(file: str, known: dict[str, Any]) -> None:
-    shown = printable(file, 80)
     try:
         content = reading.yaml_of(reading.text_of(file))
     except reading.UnreadableError as error:
-        raise LetheError(f"config: '{shown}' cannot be read ({error})") from error
+        raise LetheError(f"config: '{file}' cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise LetheError(f"config: '{shown}' holds no settings; a recipe is a list of name: value lines")
+        raise LetheError(f"config: '{file}' holds no settings; a recipe is a list of name: value lines")
     for name in _dotted(content, known):
         if name not in known:
-            raise LetheError(f"config: '{shown}' has an unknown field '{printable(name, 80)}'{_nearest_field(name, known)}")
+            raise LetheError(f"config: '{file}' has an unknown field '{name}'{_nearest_field(name, known)}")
     try:
         refuse_unusable("", content)
     except LetheError as error:
-        raise LetheError(f"config: '{shown}': {error}") from error
+        raise LetheError(f"config: '{file}': {error}") from error
 
 
 def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
@@ -294,7 +299,7 @@ def _one_line(message: str, config: type) -> str:
         field = missing.group(1) if missing else ""
         stray = message.partition("unrecognized arguments: ")[2]
         if stray:
-            return f"'{printable(stray, 80)}' belongs to no setting; one that is no list takes one value, as --name value"
+            return f"'{stray}' belongs to no setting; one that is no list takes one value, as --name value"
         return f"{field}: this setting is required" if field else " ".join(message.split())
     got = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)
     given = printable(got[0].strip(), 80) if got else "something else"

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 from lethe import garbage
 from lethe.config import SlurmSettings, minutes
 from lethe.errors import LetheError
+from lethe.folders import slug
 from lethe.ledger import Terminated
 
 WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "STOPPED", "RESV_DEL_HOLD"}
@@ -82,7 +83,7 @@ def submit(work: Work, folder: str | Path, settings: SlurmSettings, name: str) -
         folder, max_num_timeout=settings.max_timeouts, python=PATIENTLY + shlex.quote(sys.executable)
     )
     executor.update_parameters(
-        job_name=name,
+        job_name=slug(name),  # it stands in the job's script
         partition=settings.partition,
         account=settings.account,
         time=minutes(settings.time),

@@ -124,7 +124,7 @@ class Suite(Planner):
         return len(self.plans_of_all())
 
     def checked(self) -> Any:
-        """The configuration with its suite in it, after every attack was looked at.
+        """The configuration with its suite in it, after every attack was checked.
 
         Raises:
             LetheError: an attack could not work.

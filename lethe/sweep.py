@@ -29,10 +29,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from lethe import config as c
 from lethe import journal, launch
 from lethe.errors import LetheError
+from lethe.folders import refuse_links
 from lethe.launch import Launcher
 from lethe.ledger import STOP, Run, find_run, find_runs, refuse_run_folder
 from lethe.planners import Plan, Planner, inputs, planner_of
 from lethe.progress import bar
+from lethe.trust import consented, trust
 
 logger = logging.getLogger(__name__)
 Settings = c.SweepConfig | c.SuiteConfig
@@ -92,12 +94,13 @@ class Task:
         return bool(self.get("stages")) and not self.retried
 
     def runs(self, out: Path) -> list[Run]:
-        """Its runs, as far as they were made; those of a trial at its end are read once."""
+        """Its runs, as far as they were made. Those of a trial at its end are read once; none, where one of them is gone."""
         found = self.ended.get(self.trial._trial_id)
         if found is None:
             folders = [out / name for name in self.get("runs", [])]
             found = [Run.open(folder) for folder in folders if folder.exists()]
             if self.state not in TO_DO:
+                found = found if len(found) == len(folders) else []
                 self.ended[self.trial._trial_id] = found
         return found
 
@@ -121,18 +124,21 @@ class Sweep:
         )
 
     @classmethod
-    def open(cls, name: str, out: str) -> Sweep:
-        """The sweep of that id, or folder.
+    def open(cls, name: str, out: str, trusts: bool = False) -> Sweep:
+        """The sweep of that id, or folder. `trusts`: the user agrees to what its record runs or opens.
 
         Raises:
-            LetheError: there is none.
+            LetheError: there is none, or its record runs or opens what the user has not agreed to.
         """
         from lethe.settings import build
 
         run = find_run(name.removeprefix("run:"), out)
         if run.record["kind"] != "sweep":
             raise LetheError(f"sweep: '{name}' is of kind {run.record['kind']}; `lethe runs` lists the sweeps")
-        return cls(run, build(config_of(run), run.record["config"]))
+        refuse_links(run.path)
+        config = build(config_of(run), run.record["config"])
+        consented(config, trusts)
+        return cls(run, config)
 
     def tasks(self, *states: TrialState, references_only: bool = False) -> list[Task]:
         """The trials in these states (none: in any), those that measure references first, in order of proposal."""
@@ -361,6 +367,8 @@ class Sweep:
                 if task.retried or task.get("status") == "diverged" or not task.get("stages"):
                     continue
                 kept = {k: v for k, v in task.trial.user_attrs.items() if k not in {"status", "reason", "log", "owner", "lost"}}
+                if len(task.runs(self.out)) < len(task.get("runs", [])):  # a folder is gone: they are made again
+                    del kept["runs"]
                 task.study.add_trial(
                     create_trial(
                         state=TrialState.WAITING,
@@ -428,6 +436,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
             journal.storage_of(config.storage, Path(config.out))
         run = Run.create("sweep", planner_of(config).title, c.to_dict(config), config.out)
         run.update(goal=config.goal, plan={"runs": planner_of(config).expected})
+        trust(config)
     with run.running():
         made = Sweep(run, config)
         made.control()
@@ -442,7 +451,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
 
 def status(settings: c.SweepStatusConfig) -> Run:
     """The sweep's record as it stands now, read from its study and its runs."""
-    found = Sweep.open(settings.sweep, settings.out)
+    found = Sweep.open(settings.sweep, settings.out, settings.trust_record)
     found.run.record["trials"] = [found.row(task) for task in found.tasks() if task.stands]
     found.run.record["conclusions"] = found.planner.conclusions(found)
     return found.run
@@ -450,7 +459,7 @@ def status(settings: c.SweepStatusConfig) -> Run:
 
 def retry(settings: c.SweepRetryConfig) -> Run:
     """Take up failed and cancelled trials again; a sweep that nobody controls is gone on with."""
-    found = Sweep.open(settings.sweep, settings.out)
+    found = Sweep.open(settings.sweep, settings.out, settings.trust_record)
     if not found.retry():
         raise LetheError(f"sweep: '{settings.sweep}' has no failed or cancelled run to take up again")
     if found.run.status == "running":
@@ -465,7 +474,7 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     Raises:
         LetheError: there is nothing to cancel, or a run does not stop.
     """
-    found = Sweep.open(settings.sweep, settings.out)
+    found = Sweep.open(settings.sweep, settings.out, settings.trust_record)
     if not found.cancel() and found.run.status != "running":
         raise LetheError(f"sweep: '{settings.sweep}' is {found.run.status}; there is nothing to cancel")
     deadline = time.monotonic() + launch.SECONDS_TO_SAVE

@@ -136,3 +136,10 @@ def test_a_range_without_steps_is_no_grid():
 def test_a_template_over_an_unknown_field_is_refused():
     with pytest.raises(LetheError, match="retain_coef"):
         axes.name_at("ret{retian_coef}", RECIPE, {}, None)
+
+
+def test_a_record_of_an_earlier_version_has_the_same_key():
+    before = {name: value for name, value in RECIPE.items() if name not in {"cb_scale", "affine_examples"}}
+    assert len(before) == len(RECIPE) - 2
+    assert axes.key_of("unlearn", before) == axes.key_of("unlearn", RECIPE)
+    assert axes.key_of("unlearn", RECIPE | {"cb_scale": "relative"}) != axes.key_of("unlearn", RECIPE)

@@ -109,7 +109,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"text": null}', "line 2: column 'text' is null; give it a text, or remove the line"),
+        ('{"text": null}', "line 2: column 'text' is null; give it a text, or remove it"),
         ('{"text": "a", "text": "b"}', "line 2: 'text' is written twice"),
         ('{"text": "half \\ud83d"}', "line 2: half of a character"),
         ('{"text": "a", "b": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: nested too deeply"),

@@ -365,7 +365,7 @@ def test_a_damaged_record_is_refused_in_words(run, content):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(LetheError, match="is not a run"):
+    with pytest.raises(LetheError, match=r"cannot be read .there is no such file."):
         Run.open(tmp_path)
 
 

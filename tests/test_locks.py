@@ -67,7 +67,7 @@ def test_a_run_at_work_is_refused_by_every_entry_and_killed_is_let_go(run, by, c
         before = (run.path / "run.json").read_bytes()
         assert main(["resume", str(run.path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"is at work on {socket.gethostname()} (process {process.pid})" in line and "stop it first" in line
+        assert f"is in use by process {process.pid} on {socket.gethostname()};" in line and "stop it first" in line
         with pytest.raises(HeldError), Run.open(run.path).running():
             pass
         launch.work([run.path])
@@ -110,7 +110,9 @@ def test_what_was_done_since_the_record_was_read_is_seen(run):
     assert earlier.status == "complete"
 
 
-@pytest.mark.parametrize(("by", "refused"), [(0, True), (-TWO_DAYS, False)], ids=["fresh", "silent"])
+@pytest.mark.parametrize(
+    ("by", "refused"), [(0, True), (-TWO_DAYS, False), (TWO_DAYS, False)], ids=["fresh", "silent", "copied"]
+)
 def test_another_machine_that_writes_to_the_run_keeps_it_whatever_its_clock_says(run, by, refused):
     """Its lock is not seen here: the file system has none for both."""
     for heartbeat in ("2001-01-01T00:00:00+00:00", "2101-01-01T00:00:00+00:00", now()):
@@ -119,7 +121,7 @@ def test_another_machine_that_writes_to_the_run_keeps_it_whatever_its_clock_says
         found = Run.open(run.path)
         assert found.status == ("running" if refused else "lost")
         if refused:
-            with pytest.raises(HeldError, match=r"on node7 \(process 123\), which wrote to it . s ago; stop it there, or try"):
+            with pytest.raises(HeldError, match=r"process 123 on node7, which wrote to it . s ago; stop it there, or try"):
                 found.hold()
         else:
             found.hold()
@@ -199,9 +201,18 @@ def test_a_second_demo_in_a_folder_is_refused(tmp_path):
     out.mkdir()
     first = FolderLock(out)
     first.acquire()
-    with pytest.raises(HeldError, match=f"'{out}' is at work on .* .process {os.getpid()}"):
+    with pytest.raises(HeldError, match=f"'{out}' is in use by process {os.getpid()} on "):
         demo(DemoConfig(str(out)))
     assert [path.name for path in out.iterdir()] == ["work.lock"]
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "work.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(LetheError, match="cannot write in"):
+        demo(DemoConfig(str(tmp_path / "demo")))
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,6 +188,41 @@ def test_an_artifact_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
     (run.path / "adapter").unlink()
     shutil.copytree(tmp_path / "elsewhere", run.path / "adapter")
     assert run.artifact("adapter") == run.path / "adapter"
+
+
+@pytest.mark.parametrize("name", ["work.lock", "sweep.lock", "metrics.jsonl", "study.journal"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_nothing_is_written_through_a_link_or_to_a_pipe(name, kind, tmp_path):
+    path = stored(tmp_path / "runs", "sweep")
+    (tmp_path / "mine").write_text("mine")
+    if kind == "link":
+        (path / name).symlink_to(tmp_path / "mine")
+    else:
+        os.mkfifo(path / name)
+    for words in (["resume"], ["sweep", "status"], ["sweep", "retry"], ["sweep", "cancel"]):
+        assert main([*words, str(path)]) == 2
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_pipe_in_the_place_of_a_record_is_left_out(tmp_path, capsys):
+    stored(tmp_path, "unlearn")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "run.json")
+    assert [run.record["kind"] for run in find_runs(tmp_path)] == ["unlearn"]
+    assert main(["resume", str(tmp_path / "pipe")]) == 2 and "(not a file)" in capsys.readouterr().err
+
+
+def test_the_link_that_optuna_locks_with_is_no_link_out_of_the_folder(tmp_path):
+    run = Run.open(stored(tmp_path, "unlearn"))
+    (run.path / "study.journal.lock").symlink_to("/elsewhere/study.journal")
+    run.hold()
+
+
+def test_a_run_of_a_sweep_that_is_gone_does_not_hide_the_others(tmp_path, caplog):
+    sweep = Run.open(stored(tmp_path, "sweep"))
+    sweep.update(runs=["unlearn-gone", stored(tmp_path, "unlearn").name])
+    assert [run.record["kind"] for run in find_runs(sweep.path)] == ["sweep", "unlearn"]
+    assert "unlearn-gone" in caplog.text
 
 
 def test_a_log_line_is_one_line_without_control_characters():

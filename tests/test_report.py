@@ -314,7 +314,7 @@ def test_a_second_report_replaces_the_first(study: Folder, tmp_path: Path) -> No
 def test_a_page_that_is_no_reports_is_not_replaced(study: Folder, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("my own page")
-    with pytest.raises(LetheError, match=r"holds a file index\.html that no report has written"):
+    with pytest.raises(LetheError, match=r"holds a file index\.html that this version of Lethe has not written"):
         report(ReportConfig([str(study.path)], str(tmp_path / "site")))
     assert [path.name for path in (tmp_path / "site").iterdir()] == ["index.html"]
     assert (tmp_path / "site" / "index.html").read_text() == "my own page"
@@ -687,7 +687,7 @@ def test_what_somebody_has_changed_in_a_report_stays_and_is_named(
     assert [path.name for path in (out / "charts").iterdir()] == ["losses.svg"]
     assert "losses.svg is not as a report has written it" in caplog.text
     (out / "tables.md").write_text("my tables")
-    with pytest.raises(LetheError, match=r"tables\.md that was changed since the report wrote it"):
+    with pytest.raises(LetheError, match=r"tables\.md that is not as a report has written it"):
         report(ReportConfig([str(single)], str(out)))
     assert (out / "tables.md").read_text() == "my tables"
 

@@ -382,7 +382,7 @@ def test_a_recipe_that_cannot_be_read_is_refused(recipe, content, expected):
         ("\ufeffname: marked", "name", "marked"),
         ("name: Übergröße – 文", "name", "Übergröße – 文"),
         (f"name: {'n' * 234}", "name", "n" * 234),
-        ("max_steps: 1000000000000000", "max_steps", 10**15),
+        ("max_steps: 1000000000000000000", "max_steps", 10**18),
         ("seed: 4294967295", "seed", 2**32 - 1),
         ("eval: &a {tasks: [x], limit: 3}\nlora: {<<: {r: 4}}", "lora", LoraSettings(r=4)),
         (
@@ -402,6 +402,30 @@ def test_free_text_of_a_sweep_may_have_lines(recipe):
     text = "goal: |\n  What is\n  lost?\nvary: {lr: [1]}\nlauncher: slurm\nslurm: {setup: ['a\n\n  b']}\n"
     config = made("--config", recipe(text + f"storage: postgresql://{'p' * 300}@host/db\n"), kind=c.SweepConfig)
     assert config.goal == "What is\nlost?\n" and config.slurm.setup == ["a\nb"] and len(config.storage) > 300
+
+
+def test_many_tasks_may_be_named_in_one_text(recipe):
+    many = [f"mmlu_some_subject_{i}" for i in range(60)]
+    for words in (
+        ["--tasks", ",".join(many)],
+        [f"--tasks={','.join(many)}"],
+        ["--config", recipe(f"tasks: ['{','.join(many)}']")],
+    ):
+        assert made("--model", "x", *words, kind=c.EvaluateConfig).tasks == many
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--forget", '{"source": "a", "source": "b"}'],
+        ["--retain", '[{"source": "a", "weight": 1, "weight": 2}]'],
+        ["--eval.task_data", "a=b", "a=c"],
+        ["--eval.suites", '{"a": ["b"], "a": ["c"]}'],
+        ["--lora={r: 1, r: 2}"],
+    ],
+)
+def test_a_key_written_twice_on_the_command_line_is_refused(words):
+    assert "is written twice" in refusal("--source", "x", *words)
 
 
 def test_a_long_value_leaves_the_advice_readable():

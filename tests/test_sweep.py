@@ -451,6 +451,22 @@ def test_the_last_line_of_a_journal_that_was_cut_short_is_taken_out_and_named(gr
 
 
 @pytest.mark.slow
+def test_runs_that_were_deleted_are_missed_by_none_and_made_anew_by_retry(grid, tmp_path):
+    copy = tmp_path / "runs" / grid.path.name
+    shutil.copytree(grid.path.parent, copy.parent)
+    for run in find_runs(copy.parent):
+        if run.record["name"] in {"baseline", "ret1_rm5"}:
+            shutil.rmtree(run.path)
+    asked = str(copy), str(copy.parent)
+    found = {trial["name"]: trial for trial in status(SweepStatusConfig(*asked)).record["trials"]}
+    assert found["ret1_rm5"]["evals"] == {} and found["ret10_rm5"]["evals"] and not found["ret10_rm5"]["regime"]
+    (task,) = [task for task in Sweep.open(*asked).tasks() if task.get("name") == "ret1_rm5"]
+    task.study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs=task.trial.user_attrs))
+    retry(SweepRetryConfig(*asked))
+    assert Run.open(copy).record["trials"][-1]["evals"]
+
+
+@pytest.mark.slow
 def test_a_run_is_not_taken_over_when_a_file_that_it_reads_has_changed(lab, tmp_path):
     rows = [{"question": f"{i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
     data = tmp_path / "questions.jsonl"

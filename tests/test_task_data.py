@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -245,6 +246,30 @@ def test_other_kinds_of_tasks_are_scored_as_lm_eval_scores_them(loaded, tmp_path
     chance = {"loglikelihood": None, "several contexts": 0.5}.get(kind, 0.25)
     assert result.get("chance") == chance
     assert max(map(int, result.get("answers", {"0": 12}))) < (4 if chance == 0.25 else 2)
+
+
+INNER = {"text": ["stone", "cork", "iron"], "label": ["A", "B", "C"]}
+HUB_ROWS: dict[str, dict] = {
+    "arc_easy": {"question": "Q?", "choices": INNER, "answerKey": "B"},
+    "hellaswag": {"ctx_a": "Q", "ctx_b": "it", "endings": ["x", "y", "z", "w"], "activity_label": "A", "label": "1"},
+    "belebele_eng_Latn": {"flores_passage": "P", "question": "Q?", "correct_answer_num": "2"}
+    | {f"mc_answer{i}": f"a{i}" for i in range(1, 5)},
+    "xcopa_it": {"premise": "P.", "choice1": "x", "choice2": "y", "question": "cause", "label": 1},
+    "logiqa": {"context": "P", "question": "Q?", "options": ["w", "x", "y", "z"], "label": "b"},
+    "lambada_openai": {"text": "a stone that floats"},
+}
+
+
+@pytest.mark.parametrize(("task", "row"), HUB_ROWS.items(), ids=HUB_ROWS)
+def test_rows_of_a_hub_data_set_are_taken_whatever_a_task_makes_of_them(tmp_path, task, row):
+    """Choices in an inner field, an answer made by a template, prompts and rows made by functions."""
+    first, *rest = row
+    some = [{first: f"{i} {row[first]}"} | {key: row[key] for key in rest} for i in range(3)]
+    (leaf,) = load_tasks([task], {task: write(tmp_path / "d.jsonl", some)}, limit=0)[task]
+    assert len(leaf.prompts(0)) == 3
+    without = write(tmp_path / "d.jsonl", [*some[:2], {key: row[key] for key in rest}])
+    with pytest.raises(LetheError, match=f"'{re.escape(without)}'"):
+        load_tasks([task], {task: without}, limit=0)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

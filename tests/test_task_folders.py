@@ -278,7 +278,7 @@ FAULTS: list[tuple[str, dict[str, str | bytes], str, str]] = [
         "/g",
         "in itself (g > h > i > g)",
     ),
-    ("a group of nothing", {"mine.yaml": text_of(), "g.yaml": "group: g\n"}, "/g", "stands for no task"),
+    ("a group of nothing", {"mine.yaml": text_of(), "g.yaml": "group: g\n"}, "/g", "has no tasks"),
     ("a group of numbers", {"mine.yaml": text_of(), "g.yaml": "group: g\ntask: [5]\n"}, "/g", "has 5 among its tasks"),
     ("an unknown member", {"mine.yaml": text_of(), "g.yaml": "group: g\ntask: [other]\n"}, "/g", "has 'other' among its tasks"),
     (
@@ -326,6 +326,7 @@ def test_any_name_is_refused_in_one_line(name):
 
 def test_inner_groups_and_tags_are_found(folder):
     files = {"mine.yaml": text_of(tag="[some]"), "g.yaml": "group: g\ntask: [{group: inner, task: [mine]}, some]\n"}
+    files |= {"compose.yaml": "task: {build: 1}\n", "play.yaml": "- task: 1\n"}  # of other programs
     where = folder(files)
     assert [len(load_tasks([f"{where}/{name}"])[name]) for name in ("g", "some")] == [1, 1]
 
@@ -342,7 +343,7 @@ def test_inner_groups_and_tags_are_found(folder):
         ({"choices": ["", "a", "b"]}, "an answer is empty"),
     ],
 )
-def test_a_row_that_cannot_be_asked_is_named_before_anything_is_computed(folder, row, says):
+def test_a_row_without_a_prompt_is_named_before_anything_is_computed(folder, row, says):
     where = folder({"mine.yaml": text_of(target_delimiter='""')}, [*ROWS, ROWS[0] | {"question": "last"} | row])
     assert says in refusal([where])
 

@@ -51,23 +51,25 @@ def refuse_unusable(name: str, value: Any) -> None:
             if odd := [key for key in value if not isinstance(key, str)]:
                 raise LetheError(f"{name}: {printable(repr(odd[0]), 80)} is no name; write it in quotes")
             for key in value:
-                refuse_text(f"{name}: the name '{printable(key, 80)}'", key, free=False)
+                refuse_text(f"{name}: the name '{key}'", key, free=False)
             left += [(f"{name}.{key}" if name else key, inner, depth + 1) for key, inner in value.items()]
         elif isinstance(value, list):
             left += [(name, inner, depth + 1) for inner in value]
         elif isinstance(value, str):
-            refuse_text(name, value, free=bool(FREE & set(name.split("."))))
+            for text in value.split(",") if name.endswith("tasks") else [value]:  # tasks may be named in one text
+                refuse_text(name, text, free=bool(FREE & set(name.split("."))))
         elif isinstance(value, int | float):
             most = LARGEST_WHOLE if isinstance(value, int) else LARGEST
             if not abs(value) <= most:
-                raise LetheError(f"{name}: expected a number between {-most:g} and {most:g}, got {printable(value, 40)}")
+                given = printable(value, 40) if isinstance(value, float) or value.bit_length() < 1000 else "one of many digits"
+                raise LetheError(f"{name}: expected a number between {-most:g} and {most:g}, got {given}")
 
 
 def refuse_text(name: str, text: str, free: bool) -> None:
     """Refuse text that no setting can hold; `free`: it may have lines, and need not be a name."""
     unseen = UNSEEN.search(text.translate({9: None, 10: None, 13: None}) if free else text)
     if unseen:
-        raise LetheError(f"{name}: holds the control character {printable(ascii(unseen[0]))}; leave it out")
+        raise LetheError(f"{name}: holds the control character {unseen[0]!a}; leave it out")
     if len(text) > LONGEST:
         raise LetheError(f"{name}: has {len(text)} characters, {LONGEST} at most are taken")
     longest = max((len(part.encode()) for part in text.split("/")), default=0)

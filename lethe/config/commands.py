@@ -173,6 +173,8 @@ class ResumeConfig:
     """The run: its id, a part of its folder's name that fits no other, or its folder."""
     out: str = "runs"
     """Folder of runs to look in, too."""
+    trust_record: bool = False
+    """true: run the shell lines and open the database that a sweep's record names, though you have started none with them."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -211,6 +211,8 @@ class SweepStatusConfig:
     """The sweep: its id, a unique part of its folder's name, or its folder."""
     out: str = "runs"
     """Folder that it is looked for in."""
+    trust_record: bool = False
+    """true: run the shell lines and open the database that its record names, though you have started no sweep with them."""
 
     def __post_init__(self) -> None:
         check_types(self)

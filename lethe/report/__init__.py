@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lethe.errors import LetheError
-from lethe.ledger import refuse_run_folder
+from lethe.ledger import refuse_run_folder, write_atomically
 from lethe.reading import UnreadableError, json_of, text_of
 from lethe.report.layout import escaped, shown
 
@@ -64,8 +64,15 @@ def check_out(out: str | Path) -> Hashes:
         LetheError: the folder is a run or a file, or holds a page or tables that no report has written.
     """
     refuse_run_folder(out)
-    before = _written(Path(out))
-    _refuse_changed(Path(out), before)
+    out = Path(out)
+    before = _written(out)
+    for name in MAIN:
+        if os.path.lexists(out / name) and not _is_ours(out, name, before):
+            why = "is not as a report has written it" if name in before else "this version of Lethe has not written"
+            raise LetheError(f"out: '{out}' holds a file {name} that {why}; move it away, or choose another folder")
+    charts = out / "charts"
+    if charts.is_symlink() or (charts.exists() and not charts.is_dir()):
+        raise LetheError(f"out: '{charts}' is a link or a file, where a report needs a folder of its own; move it away")
     return before
 
 
@@ -120,15 +127,6 @@ def _is_ours(out: Path, name: str, before: Hashes) -> bool:
     return hashlib.sha256(path.read_bytes()).hexdigest() in before.get(name, [])
 
 
-def _refuse_changed(out: Path, before: Hashes) -> None:
-    for name in MAIN:
-        if os.path.lexists(out / name) and not _is_ours(out, name, before):
-            why = "was changed since the report wrote it" if name in before else "no report has written"
-            raise LetheError(f"out: '{out}' holds a file {name} that {why}; move it away, or choose another folder")
-    if (out / "charts").is_symlink():
-        raise LetheError(f"out: '{out / 'charts'}' is a link, and a report writes nothing outside its folder; remove it")
-
-
 def _write(out: Path, files: dict[str, bytes], before: Hashes) -> None:
     """Replace each file whole, and remove charts of an earlier report that this one has not."""
     own = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
@@ -138,23 +136,15 @@ def _write(out: Path, files: dict[str, bytes], before: Hashes) -> None:
     either = {name: [*own.get(name, []), *before.get(name, [])] for name in {**own, **before}}
     try:
         (out / "charts").mkdir(parents=True, exist_ok=True)
-        _replace(out / WRITTEN, _listed(either))  # first: a report that is cut off is one, too
+        write_atomically(out / WRITTEN, _listed(either))  # first: a report that is cut off is one, too
         for name in set(files) - set(left):
-            _replace(out / name, files[name])
+            write_atomically(out / name, files[name])
         for name in set(before) - set(files) - set(left):
             (out / name).unlink(missing_ok=True)
-        _replace(out / WRITTEN, _listed({name: hashes for name, hashes in own.items() if name not in left}))
+        write_atomically(out / WRITTEN, _listed({name: hashes for name, hashes in own.items() if name not in left}))
     except OSError as error:
         raise LetheError(f"out: cannot write to '{out}' ({error.strerror}); choose another folder") from error
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    with temporary.open("xb") as file:  # never through a link
-        file.write(content)
-    temporary.replace(path)
-
-
-def _listed(files: Hashes) -> bytes:
-    return json.dumps({"files": files}, indent=1).encode()
+def _listed(files: Hashes) -> str:
+    return json.dumps({"files": files}, indent=1)

@@ -8,7 +8,6 @@ the whole report either: it gets a table of its own, which says in what it diffe
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from typing import Any
 
 from lethe.ledger import Run, Status
 from lethe.regimes import PROVENANCE, provenance
-from lethe.report.layout import LONGEST, Table, percent, setting, short, shown
+from lethe.report.layout import LONGEST, Table, compact, percent, setting, short, shown
+from lethe.runs import number
 
 Evals = dict[str, dict[str, Any]]
-LARGEST = 10**15
-"""The largest whole number of a record that a report calculates with; what is larger counts as infinite."""
 
 
 class Shown(Run):
@@ -43,8 +41,8 @@ class Shown(Run):
 
     @cached_property
     def curve(self) -> list[dict[str, Any]]:
-        """The lines of curve.jsonl that are evaluations."""
-        return [line for line in self.rows("curve.jsonl") if isinstance(line, dict) and isinstance(line.get("evals"), dict)]
+        """The lines of curve.jsonl: evaluations on the way."""
+        return self.rows("curve.jsonl")
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -70,7 +68,7 @@ class Shown(Run):
     def evaluations(self) -> Iterator[tuple[str, Evals]]:
         """Every evaluation, with its place in the run. An attack's last one stands in its curve and in its record."""
         for row in self.record.get("checkpoints") or []:
-            yield str(row["name"]), row["evals"]
+            yield row["name"], row["evals"]
         for line in self.curve:
             yield f"step {line['step']}", line["evals"]
         if self.record.get("evals") and self.record["kind"] != "lab":
@@ -89,15 +87,13 @@ class Apart:
 
 
 def clean(value: Any) -> Any:
-    """A copy of what was read from JSON, with texts on one line without control characters, and no boundless numbers."""
+    """A copy of what was read from JSON, with texts on one line without control characters."""
     if isinstance(value, str):
         return shown(value) if len(value) > LONGEST or not value.isprintable() else value
     if isinstance(value, dict):
         return {clean(key): clean(item) for key, item in value.items()}
     if isinstance(value, list):
         return [clean(item) for item in value]
-    if isinstance(value, int) and abs(value) > LARGEST:
-        return math.inf if value > 0 else -math.inf
     return value
 
 
@@ -138,12 +134,11 @@ def apart_table(apart: list[Apart]) -> Table:
     for several in groups.values():
         for each in several[:1] + several[1:][-1:]:
             result, usual, record = each.result, each.usual, each.run.record
-            value = result.get("acc", result.get("correct_prob")) if isinstance(result, dict) else result
-            number = percent(value) if usual and "acc" in result else f"{value:.4g}" if isinstance(value, float) else str(value)
+            value = percent(result["acc"]) if usual and "acc" in result else compact(number(result))
             keys = [key for key in PROVENANCE if usual and result.get(key) != usual.get(key)]
             why = "; ".join(f"{key} {_brief(key, result)}, not {_brief(key, usual or {})}" for key in keys)
             name = f"{record['kind']} {record['name']} ({each.run.id})"
-            rows.append([name, each.place, each.task, number, why or "no number from 0 to 1"])
+            rows.append([name, each.place, each.task, value, why or "no number from 0 to 1"])
     lead = (
         "Each of these numbers was measured otherwise than those of its task in the other tables, so it stands in none of them."
     )
@@ -156,10 +151,7 @@ def _brief(key: str, result: dict[str, Any]) -> str:
     return short(str(value)) if key == "fingerprint" and value else str(value)
 
 
-def _is_share(result: Any) -> bool:
-    """Whether a result has a value with its interval, all of them finite and from 0 to 1."""
-    if not isinstance(result, dict) or not {"low", "high"} < set(result) or not {"acc", "correct_prob"} & set(result):
-        return False
-    numbers = [result[key] for key in ("acc", "correct_prob", "low", "high") if key in result]
-    numbers += [result["chance"]] if result.get("chance") is not None else []
-    return all(type(number) in {int, float} and -1e-9 <= number <= 1 + 1e-9 for number in numbers)
+def _is_share(result: dict[str, Any]) -> bool:
+    """Whether a result has a value with its interval, all of them from 0 to 1."""
+    values = [result[key] for key in ("acc", "correct_prob", "low", "high", "chance") if key in result]
+    return "low" in result and all(-1e-9 <= value <= 1 + 1e-9 for value in values)

@@ -115,8 +115,8 @@ def shown(text: str, most: int | None = LONGEST) -> str:
 
 
 def escaped(text: str) -> str:
-    """A line of markdown that shows a text as it is: no heading, link, HTML or emphasis comes of a name."""
-    line = _MARKUP.sub(r"\\\g<0>", shown(text, None))
+    """Markdown that shows a line of text as it is: no heading, link, HTML or emphasis comes of a name."""
+    line = _MARKUP.sub(r"\\\g<0>", text)
     return _FIRST.sub(r"\\", line, count=1) if re.match(r"[#>+=:-]|\d{1,9}[.)]", line) else line
 
 

@@ -2,7 +2,7 @@
 
 lm-eval indexes some 14,000 YAML files before it can load one task. Here a task's folder is found by the files that are named
 like it, else by all files' first words, and only that folder is given to lm-eval. A folder of one's own is named by its path;
-its files are read here before lm-eval reads them, and refused where they would run Python without consent (see `consent`).
+its files are read here before lm-eval reads them, and refused if they would run Python without consent (see `consent`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def locate(tasks: Iterable[str]) -> dict[str, Path]:
         if found is None or not _is_trusted(found):
             near = [known for known in (*own, *_lm_eval_tasks()) if known[:2] == name[:2] and abs(len(known) - len(name)) < 4]
             alike = near if near and len(near) < 2000 else list(own)  # comparing all 14,000 takes seconds
-            raise LetheError(f"tasks: there is no task '{printable(name, 80)}'{nearest(name, alike)}")
+            raise LetheError(f"tasks: there is no task '{name}'{nearest(name, alike)}")
         folders[name] = found
     if not folders:
         raise LetheError("tasks: name at least one task, such as lab_forget_robust")
@@ -92,11 +92,11 @@ def definitions(folder: Path) -> dict[str, dict[str, Any]]:
         name = content.get("group", content.get("task"))
         if isinstance(name, str):
             found.setdefault(name, content)
-        elif name is not None and not trusted:
+        elif name is not None and not isinstance(name, list | dict) and not trusted:  # lm-eval skips those
             raise LetheError(f"tasks: '{file}' names {printable(repr(name), 80)}; the name of a task is text")
     for name in () if trusted else found:
         if name != printable(name) or len(name) > LONGEST_NAME or set(name) & set("/\\"):
-            raise LetheError(f"tasks: '{folder}' names a task '{printable(name, 80)}'; use letters, digits, '_', '-' and '.'")
+            raise LetheError(f"tasks: '{folder}' names a task '{name}'; use letters, digits, '_', '-' and '.'")
         leaves(name, found)
     return found
 
@@ -168,11 +168,11 @@ def _definition(file: Path, trusted: bool, seen: set[str]) -> dict[str, Any] | N
         content = yaml_of(text_of(file), _FastLoader if trusted else TaskLoader)
         python = None if trusted else python_in(content)
     except (UnreadableError, ValueError) as error:  # ValueError: a NUL in an included path
-        raise LetheError(f"tasks: '{printable(file, 200)}' cannot be read ({error}); mend it, or leave it out") from error
+        raise LetheError(f"tasks: '{file}' cannot be read ({error}); mend it, or leave it out") from error
     if python and not trusts_task_code():
         raise LetheError(
-            f"tasks: '{file}' runs Python ({printable(python, 120)}), which can do whatever you can; read it, and if you "
-            "trust it, add --trust_task_code true (in Python: with lethe.trust_task_code():)"
+            f"tasks: '{file}' runs Python ({printable(python, 120)}) with all your permissions; read it, and if you trust it, "
+            "add --trust_task_code true (in Python: with lethe.trust_task_code():)"
         )
     if not isinstance(content, dict):
         return None
@@ -181,7 +181,7 @@ def _definition(file: Path, trusted: bool, seen: set[str]) -> dict[str, Any] | N
     for path in included if isinstance(included, list) else [included]:
         inner = _definition(Path(real).parent / os.path.expanduser(path), trusted, seen) if isinstance(path, str) else None
         if inner is None:
-            raise LetheError(f"tasks: '{file}' includes {printable(path, 80)}, which has no settings; name a task file there")
+            raise LetheError(f"tasks: '{file}' includes {path}, which has no settings; name a task file there")
         base |= inner
     return base | content
 

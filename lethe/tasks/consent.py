@@ -2,9 +2,9 @@
 
 A task file in lm-eval's format is more than data: `!function` imports a module beside it, a metric that lm-eval does not have
 is fetched and run as a script, some builders of data sets unpickle or import what they are given. lm-eval's own tasks and
-Lethe's are trusted. A folder of somebody else's runs nothing until the user says so, on the command line
-(`--trust_task_code true`) or in Python (`with lethe.trust_task_code():`). Consent is handed to the workers and jobs that this
-command starts; a recipe or a run's record cannot give it. Templates need no consent: `harness` renders them in a sandbox.
+Lethe's are trusted. Any other folder runs nothing without consent, on the command line (`--trust_task_code true`) or in Python
+(`with lethe.trust_task_code():`). The workers and jobs that a command starts have its consent; no recipe or record can give
+it. Templates need no consent: `harness` renders them in a sandbox.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ METRICS = frozenset(
     "exact_match f1 likelihood mcc perplexity ter word_perplexity".split()
 )
 """lm-eval's own metrics; it looks for any other in the evaluate library, which runs scripts, local ones too."""
-BUILDERS = {"pandas": "unpickles its files", "iceberg": "imports what its catalog names"}
+BUILDERS = {
+    "pandas": "unpickles its files",
+    "iceberg": "imports what its catalog names",
+    "sql": "runs any statement on any database",
+}
 """Builders of the datasets library that run what their files or settings name."""
 MOST_VALUES = 1_000_000
 _given: ContextVar[bool] = ContextVar("trust_task_code", default=False)
@@ -54,7 +58,7 @@ class Python(str):
 
 
 class TaskLoader(Loader):
-    """Imports nothing: what YAML has no plain type for becomes text (`Python`)."""
+    """Imports nothing: a value with a tag that YAML does not define becomes text (`Python`)."""
 
 
 def _as_text(loader: yaml.Loader, tag: str, node: yaml.Node) -> Python:
@@ -69,7 +73,7 @@ def python_in(content: Any) -> str | None:
     """What in the content of a task file would run as Python, in a few words; None if nothing would.
 
     Raises:
-        UnreadableError: it refers to itself, or names so many values through aliases that nobody can read them.
+        UnreadableError: it refers to itself, or holds too many values through aliases.
     """
     left, seen = [content], 0
     while left:
@@ -89,7 +93,7 @@ def python_in(content: Any) -> str | None:
 
 
 def _python_named(settings: dict[Any, Any]) -> str | None:
-    """Settings of a task that are plain text and yet make lm-eval run Python, or read a file that was not looked into."""
+    """Settings of a task that are plain text and yet make lm-eval run Python, or read a file that was not checked."""
     metrics = settings.get("metric_list")
     for one in metrics if isinstance(metrics, list) else ():
         name = one.get("metric", "acc") if isinstance(one, dict) else "acc"

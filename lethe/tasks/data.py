@@ -171,7 +171,7 @@ def _checked(
     asked = _asked(definition)
     if rows and not any(row.get("split") in {None, "", asked} for row in rows):
         splits = printable(", ".join(sorted({row["split"] for row in rows})), 80)
-        whose = f" of {only}" if only else ""
+        whose = f" of {only}" if definition.get("dataset_name") else ""
         raise LetheError(
             f"task_data: '{file}' has no row{whose} in the split {asked}, only in {splits}; leave out the field split"
         )
@@ -223,21 +223,28 @@ def _ranges(numbers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Which fields a task reads, as far as its YAML says so: functions cannot be looked into."""
+    """Which fields a task reads, as far as its YAML shows; what functions read is not known."""
 
     fields: frozenset[str]
     choices: str | None
+    """The field that lists the choices as texts."""
     answer: str | None
+    """The field that holds nothing but the right choice."""
     letters: tuple[str, ...]
+    prompt: bool
+    """Whether the fields include all that a question is made of."""
 
     @classmethod
     def of(cls, definition: Row) -> _Shape:
+        if definition.get("process_docs"):  # its rows are others than the file's
+            return cls(frozenset(), None, None, (), False)
         text, target, choice = (definition.get(f"doc_to_{part}") for part in ("text", "target", "choice"))
         fields = _fields(text) | _fields(target) | _fields(choice)
         letters = tuple(choice) if isinstance(choice, list) else ()
+        nested = re.search(r"\bchoices\s*(\.|\[\s*['\"])", f"{text} {target} {choice}")
         named = choice if isinstance(choice, str) and choice in fields else "choices" if "choices" in fields else None
-        targets = _fields(target)
-        return cls(frozenset(fields), named, next(iter(targets)) if len(targets) == 1 else None, letters)
+        answer = re.fullmatch(r"(?:{{\s*)?(\w+)(?:\s*}})?", target) if isinstance(target, str) else None
+        return cls(frozenset(fields), None if nested else named, answer and answer[1], letters, bool(_fields(text)))
 
     def wrong_with(self, row: Row) -> str | None:
         """What is wrong with a row, in a few words; None if nothing is."""
@@ -268,7 +275,7 @@ class _Shape:
 
     def question(self, row: Row) -> str:
         """What a row asks: all its fields but the answer, choices in any order."""
-        asked = {name: row.get(name) for name in self.fields if name != self.answer} if self.fields else row
+        asked = {name: row.get(name) for name in (self.fields if self.prompt else row) if name != self.answer}
         if self.choices and isinstance(asked.get(self.choices), list):
             asked = asked | {self.choices: sorted(map(str, row[self.choices]))}
         asked = {name: " ".join(value.split()) if isinstance(value, str) else value for name, value in asked.items()}

@@ -1,4 +1,4 @@
-"""A task folder as lm-eval is given it: its index, with local files in place of data sets; and what to say when that fails."""
+"""A task folder as lm-eval loads it: its index, with local files in place of data sets; and the words of its errors."""
 
 from __future__ import annotations
 

@@ -1,0 +1,83 @@
+"""A sweep's record runs shell lines and opens a database only where the user has started a sweep with them, or says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lethe import launch, slurm
+from lethe.cli import main
+from lethe.config import SweepConfig, to_dict
+from lethe.ledger import Run
+from lethe.trust import trust
+
+SLURM = {"launcher": "slurm", "slurm": {"setup": ["touch ran"], "extra": {"qos": "long"}}}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LETHE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def config(**settings) -> SweepConfig:
+    own = {"slurm": slurm.SlurmSettings(**settings.pop("slurm", {}))}
+    return SweepConfig(unlearn={"source": "lab:final"}, vary={"lr": [1, 2]}, **own, **settings)
+
+
+def stored(**settings) -> Path:
+    return Run.create("sweep", "grid", to_dict(config(**settings)), "runs").path
+
+
+def commands(path: Path) -> list[list[str]]:
+    return [["resume", str(path)], *(["sweep", name, str(path)] for name in ("status", "retry", "cancel"))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [(SLURM, '{"slurm.setup": ["touch ran"], "slurm.extra": {"qos": "long"}}'), ({"storage": "sqlite:///made.db"}, "made.db")],
+    ids=["slurm", "storage"],
+)
+def test_what_a_record_runs_or_opens_is_shown_and_refused_without_consent(settings, said, capsys):
+    path = stored(**settings)
+    for words in commands(path):
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line and "--trust_record true" in line
+    launch.work([path])  # as a trial of another sweep, in a worker
+    assert "--trust_record" in Run.open(path).record["reason"]
+    assert not Path("made.db").exists()
+
+
+def test_consent_is_asked_for_once(capsys):
+    path = stored(storage="sqlite:///made.db")
+    assert main(["sweep", "status", str(path), "--trust_record", "true"]) == 0 and Path("made.db").exists()
+    assert main(["sweep", "status", str(path)]) == 0
+    other = stored(storage="sqlite:///other.db")
+    assert main(["sweep", "status", str(other)]) == 2
+
+
+def test_what_the_user_has_started_a_sweep_with_needs_no_consent():
+    trust(config(**SLURM))
+    assert main(["sweep", "status", str(stored(**SLURM))]) == 0
+    assert main(["sweep", "status", str(stored())]) == 0
+
+
+def test_consent_that_nothing_reads_is_refused(capsys):
+    run = Run.create("evaluate", "eval", {"model": "lab:final"}, "runs")
+    assert main(["resume", str(run.path), "--trust_record", "true"]) == 2
+    assert "trust_record: has no effect on a run of kind evaluate" in capsys.readouterr().err
+
+
+def test_a_trials_name_adds_no_line_to_a_jobs_script(monkeypatch):
+    """It may come from somebody else's study."""
+    import submitit
+
+    given = {}
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+    monkeypatch.setattr(submitit.SlurmExecutor, "__init__", lambda self, *args, **more: None)
+    monkeypatch.setattr(submitit.SlurmExecutor, "update_parameters", lambda self, **more: given.update(more))
+    monkeypatch.setattr(submitit.SlurmExecutor, "submit", lambda self, work: type("Job", (), {"job_id": "7"}))
+    slurm.submit(print, "jobs", slurm.SlurmSettings(), "lethe-1-a\ntouch ran #")  # type: ignore[arg-type]
+    assert given["job_name"] == "lethe-1-a-touch-ran--"
