@@ -99,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     except _NotComplete as error:
         print(f"lethe: {printable(error, LONGEST)}", file=sys.stderr)
         return 1
+    except PermissionError as error:
+        print(f"lethe: '{printable(error.filename, 300)}': no permission; ask whoever it belongs to", file=sys.stderr)
+        return 2
     except Exception as error:
         if not full_disk(error):
             raise

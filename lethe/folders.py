@@ -1,4 +1,4 @@
-"""Folders of runs: what may be the name of one, where one may be made, and that what is written there stays there."""
+"""Folders of runs: which names they may have, where they may be made, and that nothing is written outside of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refuse_run_folder(out: str | Path) -> None:
 
 
 def refuse_name(name: str) -> None:
-    """Refuse a name that no run's folder can have, or that a terminal would act on.
+    """Refuse a name that no folder can have, or with control characters.
 
     Raises:
         LetheError: it is empty, too long, or has control characters.

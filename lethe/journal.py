@@ -1,8 +1,8 @@
 """A sweep's study: Optuna's journal in the sweep's folder, or a database. It is read before anything is written to it.
 
-A process that is killed while it writes leaves a last line that is cut short; whoever writes next would join its own to it. So
-what is cut short is taken out first, and two records in one line are told apart. A record that is lost so costs nothing: what
-came of a trial is read from its runs. Any other damage is refused.
+A process that is killed while it writes leaves a last line that is cut short, and the next record would join it. So what is
+cut short is removed first, and two records in one line are separated. A record lost in this way costs nothing, since the result
+of a trial is read from its runs. Any other damage is refused.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def storage_of(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
 
 
 def mend(file: Path) -> None:
-    """Take out of a journal what was cut short by a crash, and say so.
+    """Remove from a journal what was cut short by a crash, and report it.
 
     Raises:
         LetheError: something else is wrong with it, or it cannot be written.
@@ -105,15 +105,14 @@ def mend(file: Path) -> None:
 
 
 def _mended(file: Path) -> tuple[list[str], list[str]]:
-    """The whole records of a journal, a line each, and what had to be done for that."""
+    """The whole records of a journal, one a line, and what was changed to get them."""
     lines = file.read_bytes().decode(errors="replace").split("\n")
     kept, said, damaged = [], [], []
     for number, line in enumerate(lines, 1):
         whole = [line] if _is_record(line) else _apart(line)
-        if number == len(lines):  # it has no end, or is the end
-            said += [f"line {number} was cut short by a crash; " + ("its end is put back" if whole else "taken out")] * bool(
-                line
-            )
+        if number == len(lines):
+            if line:  # without a line break
+                said.append(f"line {number} was cut short by a crash; " + ("its end is put back" if whole else "taken out"))
         elif not whole:
             damaged.append(str(number))
         elif whole != [line]:

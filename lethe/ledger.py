@@ -137,7 +137,7 @@ class Run:
     def hold(self, job_id: str | None = None) -> None:
         """Take the run for this process, until it has run or `lock` is released; its record is read again.
 
-        `job_id`: the Slurm job of this process, of which an earlier process of the same job cannot be left.
+        `job_id`: the Slurm job of this process. Slurm has ended earlier processes of the same job.
 
         Raises:
             HeldError: another process works on it.
@@ -156,7 +156,7 @@ class Run:
             raise
 
     def _refuse_held(self) -> None:
-        """Refuse a run that a process is at by its record, though the lock was free: another machine's, or one with no lock."""
+        """Refuse a run that is in use by its record although the lock is free: by another machine, or without a lock."""
         where = self.record.get("environment") or {}
         alive = lives(where)
         ours = alive is False or (alive and where["pid"] == os.getpid())
@@ -183,8 +183,8 @@ class Run:
             write_atomically(self.path / RUN, json.dumps(self.record, indent=2, default=str))
 
     def try_to_record(self, **facts: Callable[[], Any]) -> None:
-        """Record what each function returns. One that fails is a warning, with its reason under `missing`: what a run has made
-        is worth more than what is said about it."""
+        """Record what each function returns. One that fails is a warning, with its reason under `missing`: it must not cost the
+        run its result."""
         for name, fact in facts.items():
             try:
                 value = fact()
@@ -222,7 +222,8 @@ class Run:
             lines.write(json.dumps(row, default=str).encode() + b"\n")
 
     def rows(self, file: str) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl` or `curve.jsonl`, without the one that a crash cut short and any other that is none."""
+        """The rows of `metrics.jsonl` or `curve.jsonl`. Lines that are no rows are left out, and reported unless a crash cut
+        the last one short."""
         rows, wrong = rows_of(self.path / file)
         if wrong:
             lines = ", ".join(map(str, wrong[:5])) + " …" * (len(wrong) > 5)
@@ -395,7 +396,7 @@ _said: set[str] = set()
 
 
 def _say_once(what: str) -> None:
-    """An error, since numbers are missing from what is made of these runs."""
+    """Log an error once: numbers are missing from what is made of these runs."""
     if what not in _said:
         logger.error("%s", what)
     _said.add(what)
@@ -404,7 +405,7 @@ def _say_once(what: str) -> None:
 def find_runs(folder: str | Path) -> list[Run]:
     """Every run in `folder` (or in its `runs/`), oldest first; `folder` may be a run itself, or a sweep, with its runs."""
     folder = Path(folder)
-    if (folder / RUN).exists():
+    if os.path.exists(folder / RUN):
         first = Run.open(folder)
         return [first, *_readable(folder.parent / name for name in first.record.get("runs") or [])]
     runs = _readable(file.parent for file in (*folder.glob(f"*/{RUN}"), *folder.glob(f"runs/*/{RUN}")))
@@ -430,7 +431,7 @@ def find_run(run_id: str, out: str | Path = "runs") -> Run:
     """
     if not run_id:
         raise LetheError("run: names no run; write run:ID")
-    if (Path(run_id) / "run.json").exists():
+    if os.path.exists(Path(run_id) / RUN):
         return Run.open(run_id)
     files = [*Path(out).glob("*/run.json"), *Path("runs").glob("*/run.json"), *Path().glob("*/runs/*/run.json")]
     folders = {file.parent.resolve(): file.parent for file in files}

@@ -1,12 +1,12 @@
-"""Who works in a folder: one process at a time, and how anybody else can tell that it still does.
+"""Which process works in a folder, one at a time, and whether it is still there.
 
     FolderLock(folder).acquire()    refused while another process has it; gone with the process that has it
     lives(environment)              whether the process that a run's record names is still there: by its number and its start
     seconds_since_written(file)     its age by the clock of its own file system
 
-The lock is flock's, on a file in the folder: the kernel lets go of it when the process dies, however it dies. Other machines
-see it where the file system has locks for all of them (NFS from version 4 on, Lustre with `flock`). Where it has none, what is
-left is the record, whose file the process renews; nothing here reads the clock of a machine to judge another.
+The lock is an flock on a file in the folder. The kernel releases it when the process dies. Other machines see it where the file
+system shares locks between them (NFS from version 4 on, Lustre with `flock`). Elsewhere only the record tells: the process
+renews its file. No machine is judged by the clock of another.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lethe.errors import LetheError
 
 LOCK = "work.lock"
 CLOCK_SECONDS = 60
-"""How long the difference between a file system's clock and this machine's is taken for the same."""
+"""How long a measured difference between a file system's clock and this machine's is used."""
 logger = logging.getLogger(__name__)
 _clocks: dict[int, tuple[float, float]] = {}
 
@@ -39,7 +39,7 @@ class HeldError(LetheError):
 
 
 class FolderLock:
-    """The right to work in a folder. `shared`: with all others that want it shared, as a sweep's controllers do."""
+    """The right to work in a folder. `shared`: together with others that take it so, as the controllers of a sweep do."""
 
     def __init__(self, folder: Path, shared: bool = False):
         self.folder, self.shared = folder, shared
@@ -140,9 +140,9 @@ def _boot() -> str:
 
 
 def seconds_since_written(file: Path) -> float:
-    """Seconds since `file` was written, by the clock of its file system; infinity if there is none.
+    """Seconds since `file` was written, by the clock of its file system; infinity if there is no such file.
 
-    A time to come counts as one as long past: whoever works there would have written since that clock was set.
+    A time in the future counts as one in the past: a process at work would have written again since the clock was set.
     """
     try:
         facts = file.stat()
@@ -152,7 +152,7 @@ def seconds_since_written(file: Path) -> float:
 
 
 def _ahead(device: int, folder: Path) -> float:
-    """What a file system's clock shows beyond `time.monotonic()`: told from a new file, where one can be written."""
+    """What a file system's clock shows beyond `time.monotonic()`, measured with a new file where one can be written."""
     ahead, measured = _clocks.get(device, (0.0, float("-inf")))
     if time.monotonic() - measured > CLOCK_SECONDS:
         measured = time.monotonic()

@@ -1,9 +1,9 @@
-"""What the files of a run hold, and reading them: the one gate for records that somebody else wrote, edited or cut short.
+"""Reading the files of a run, which somebody else may have written, edited or cut short.
 
     record_of(folder) -> dict        run.json, or a refusal that names the file, the field and what to do
-    rows_of(file) -> list of dicts   the lines of metrics.jsonl, batches.jsonl, curve.jsonl or samples.jsonl that fit
+    rows_of(file) -> list of dicts   the valid lines of metrics.jsonl, batches.jsonl, curve.jsonl or samples.jsonl
 
-Everything behind it relies on the types that `RECORD` and `ROWS` declare, and on names and paths that stay in the run's folder.
+All other code relies on the types that `RECORD` and `ROWS` declare, and on names and paths that stay in the run's folder.
 Fields that are not declared may hold any value. Nothing here imports torch.
 """
 
@@ -40,7 +40,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     file = folder / RUN
     advice = "put back a copy of it, or move the folder away"
     try:
-        if file.exists() and not file.is_file():  # a pipe would wait for somebody to write
+        if os.path.exists(file) and not os.path.isfile(file):  # a pipe would wait for somebody to write
             raise UnreadableError("not a file")
         record = json_of(text_of(file), twice=True)
         wrong = RECORD(record) or _too_much(record)
@@ -52,12 +52,12 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def rows_of(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The lines that fit, as far as there is a file; and the numbers of those that do not.
+    """The valid rows of a file, if there is one, and the numbers of the other lines.
 
-    A last line without its end was cut short by a crash, and is in neither.
+    A last line without a line break was cut short by a crash, and is in neither.
     """
     try:
-        lines = file.read_bytes().split(b"\n") if file.is_file() else []
+        lines = file.read_bytes().split(b"\n") if os.path.isfile(file) else []
     except OSError:
         return [], []
     found, wrong = [], []
@@ -71,8 +71,8 @@ def rows_of(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def last_row_of(file: Path) -> dict[str, Any] | None:
-    """The last line that fits, read from the file's end; None if there is none."""
-    if not file.is_file():
+    """The last valid row, read from the file's end; None if there is none."""
+    if not os.path.isfile(file):
         return None
     try:
         with file.open("rb") as lines:
@@ -172,7 +172,7 @@ def _is_inside(value: Any) -> bool:
 
 
 def _too_much(value: Any, depth: int = DEEPEST) -> str | None:
-    """What no field may hold: a whole number that is no float, more levels than any record has."""
+    """What no field may hold: a whole number beyond 2^63, or more levels than `DEEPEST`."""
     if depth == 0:
         return " is nested too deeply"
     for key, item in value.items() if type(value) is dict else enumerate(value):
@@ -301,7 +301,7 @@ RECORD = _fields(
     trials=_maybe(_list(_trial)),
     runs=_list(_name),
     sweep=_fields(id=_text, trial=_text),
-    suite=_object,
+    suite=_fields(general_bound=_number),
     imported=_fields(
         *("file", "line", "group", "table"),
         **dict.fromkeys(("file", "path", "group", "notes"), _text),
@@ -312,7 +312,7 @@ RECORD = _fields(
     ),
 )
 ROWS: dict[str, Check] = {
-    "metrics.jsonl": _fields("step", step=_whole),
+    "metrics.jsonl": _fields("step", step=_whole, attack_tokens=_number),
     "batches.jsonl": _fields("step", step=_whole),
     "curve.jsonl": _fields("step", "evals", step=_whole, evals=_evals, strength=_number, tokens=_number),
     "samples.jsonl": _fields("task", task=_text),

@@ -101,3 +101,15 @@ def test_no_text_of_a_table_reaches_a_terminal_raw():
     table = Table(hostile, [hostile], [[hostile]], [hostile], hostile)
     assert not {"\x1b", "\x07", "\u202e"} & set(table.text() + table.markdown() + table.html())
     assert "[red]a" in table.text()
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch, capsys):
+    """As the adapter of somebody else's run; tests may run as root, to whom nothing is denied."""
+    import lethe.ledger
+
+    def denied(*_: object) -> list[Run]:
+        raise PermissionError(13, "Permission denied", "adapter\n.safetensors")
+
+    monkeypatch.setattr(lethe.ledger, "find_runs", denied)
+    assert main(["runs", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "lethe: 'adapter\\n.safetensors': no permission; ask whoever it belongs to\n"
