@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lethe import TamperConfig, UnlearnConfig, unlearn
-from lethe.config import ATTACKED, EvalSettings, SweepConfig
+from lethe.config import ATTACKED, UNLEARNED, EvalSettings, SweepConfig
 from lethe.lab import PRESETS, active_preset
 from lethe.planners import planner_of
 from lethe.preflight import plan
@@ -30,7 +30,7 @@ def test_a_recipe_names_itself_and_is_valid(recipe):
     else:
         config, command = from_recipe(UnlearnConfig, recipe), f"lethe unlearn --config {path}"
     assert command in recipe.read_text()
-    assert plan(config, config.num_train_examples)["steps"] > 0
+    assert plan(config, config.num_train_examples or UNLEARNED)["steps"] > 0
 
 
 @pytest.mark.parametrize("recipe", SWEEPS, ids=lambda path: path.stem)
