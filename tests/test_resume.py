@@ -337,7 +337,7 @@ def test_what_cannot_be_resumed_is_refused(stopped, tmp_path):
         resume(ResumeConfig(str(run.path)))
     worker = Run.open(stopped.path)
     worker.hold()
-    with pytest.raises(LetheError, match="is at work"):
+    with pytest.raises(LetheError, match="is in use"):
         resume(ResumeConfig(str(stopped.path)))
     worker.lock.release()
     stopped.update(status="failed", parents={"forget": stopped.record["parents"]["forget"] | {"sha256": "other"}})
