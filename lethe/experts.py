@@ -43,8 +43,10 @@ def routers(model: nn.Module) -> set[int]:
     widths = _counts(config.get_text_config().to_dict())
     if not widths:
         return set()
-    linear = [m for block in blocks(model) for m in block.modules() if isinstance(m, nn.Linear)]
-    return {id(m) for m in linear if m.out_features in widths | {1}}
+    inside = [m for block in blocks(model) for m in block.modules()]
+    # Keys and values may be as wide as there are experts; they are attention's own layers.
+    own = {id(m) for a in inside if type(a).__name__.endswith("Attention") for m in a.children()}
+    return {id(m) for m in inside if isinstance(m, nn.Linear) and m.out_features in widths | {1} and id(m) not in own}
 
 
 def fused(module: nn.Module) -> list[Tensor]:

@@ -25,7 +25,7 @@ from lethe.config import AffineConfig, EvalSettings, LoraSettings, TamperConfig,
 from lethe.disturb import disturb
 from lethe.errors import LetheError
 from lethe.ledger import Run
-from lethe.lora import add_adapters
+from lethe.lora import add_adapters, linear_layers
 from lethe.optimizers import routes
 from lethe.scoring import Scorer
 from lethe.suitability import refuse_untrainable
@@ -303,6 +303,13 @@ def test_a_row_that_sees_what_comes_after_it_is_refused(pair):
         block.register_forward_pre_hook(lambda _, args: (args[0] + args[0].mean(1, keepdim=True), *args[1:]))
     with pytest.raises(LetheError, match="when padding or other documents"):
         refuse_untrainable(model, "both-sides", LENGTH)
+
+
+def test_keys_and_values_as_wide_as_there_are_experts_are_no_routers(make_model, tmp_path):
+    folder = make_model("mixtral", tmp_path / "m", num_local_experts=16, num_key_value_heads=2)
+    model = refs.load(refs.resolve(str(folder)))[0]
+    assert model.model.layers[0].self_attn.k_proj.out_features == 16
+    assert {name.rsplit(".", 1)[-1] for name in linear_layers(model, 3)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
