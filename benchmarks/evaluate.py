@@ -146,10 +146,11 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lethe import cli, scoring
-    from lethe import questions as asked
-    from lethe import rows as rows_module
-    from lethe.evaluate import evaluate_model
+    from lethe import cli
+    from lethe.evaluation import questions as asked
+    from lethe.evaluation import scoring
+    from lethe.evaluation import token_trees as rows_module
+    from lethe.evaluation.accuracy import evaluate_model
 
     cli.quiet()
     logging.disable()
@@ -199,7 +200,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
 def until_scoring(model: object, tokenizer: object, folder: Path, evaluate_model: Callable) -> float:
     """Seconds from the call of a second evaluation in one process to its first batch."""
-    from lethe.scoring import Scorer
+    from lethe.evaluation.scoring import Scorer
 
     evaluate_model(model, tokenizer, [str(folder)])
     original = Scorer._run

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lethe.affine import BLOCK, RidgeSums
+from lethe.maps.affine import BLOCK, RidgeSums
 
 WIDTH, LAYERS, BATCH, REPEATS = 1024, 6, 1024, 7
 ALPHA = 0.01

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lethe import config as c
-from lethe.ledger import now
+from lethe.runs.run import now
 
 KINDS = (("unlearn", 6), ("tamper", 2), ("evaluate", 2))
 STATUSES = (("complete", 16), ("failed", 1), ("running", 1), ("queued", 1), ("diverged", 1))

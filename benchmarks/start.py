@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lethe import lab
+from lethe.lab import presets
 
 RECIPE = str(Path(__file__).parent.parent / "recipes" / "lab.yaml")
 ROUNDS = 3
@@ -22,7 +22,7 @@ ROUNDS = 3
 
 def main() -> None:
     source = f"lab:global_step{lab.active_preset().onset}"
-    lab.build()
+    presets.build()
     commands = {
         "evaluate": ["lab:final", "--limit", "5"],
         "check": ["--config", RECIPE, "--source", source],

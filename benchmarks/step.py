@@ -26,11 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lethe import LoraSettings, UnlearnConfig, corpora, lab, objectives, preflight, refs
+from lethe import LoraSettings, UnlearnConfig, preflight
 from lethe.config import EvalSettings, to_dict
-from lethe.ledger import Run
-from lethe.lora import add_adapters
-from lethe.unlearn import UnlearnTrainer, _cache_teachers, _prepared
+from lethe.models import refs
+from lethe.models.adapters import add_adapters
+from lethe.objectives import terms
+from lethe.runs.run import Run
+from lethe.text import corpora
+from lethe.unlearning.pipeline import UnlearnTrainer, _cache_teachers, _prepared
 
 CASES = [(16, 64, 0.0), (4, 64, 0.0), (16, 256, 0.0), (16, 64, 0.05)]
 ROUNDS, UPDATES, WARM = 4, 5, 2
@@ -107,8 +110,8 @@ class Plain:
             reference = self.reference(retain, use_cache=False).logits
         states = self.student(forget, output_hidden_states=True, use_cache=False).hidden_states
         pairs: list[dict[int, Tensor]] = [{n: hidden[n + 1] for n in LAYERS} for hidden in (states, aim)]
-        loss = 5 * objectives.cb_loss(*pairs, f_mask)
-        loss = loss + 5 * objectives.retain_kl_loss(self.student(retain, use_cache=False).logits, reference, r_mask)
+        loss = 5 * terms.cb_loss(*pairs, f_mask)
+        loss = loss + 5 * terms.retain_kl_loss(self.student(retain, use_cache=False).logits, reference, r_mask)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)

@@ -18,9 +18,9 @@ import time
 from typing import Any
 
 from lethe.config import SweepConfig
-from lethe.lab import active_preset
-from lethe.search import hypervolume
-from lethe.sweep import sweep
+from lethe.lab.presets import active_preset
+from lethe.sweeps.controller import sweep
+from lethe.sweeps.search import hypervolume
 
 RUNS, SEEDS, TRIVIAL = 20, range(5), 200
 TASKS = ["lab_forget_robust", "lab_retain"]

@@ -12,9 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lethe.affine import AffineMap, fit_affine, score_affine
-    from lethe.checkpoints import checkpoints
-    from lethe.compare import compare
+    from lethe.attacks.tampering import tamper
     from lethe.config import (
         AffineConfig,
         AffineScoreConfig,
@@ -30,12 +28,14 @@ if TYPE_CHECKING:
         UnlearnConfig,
     )
     from lethe.errors import LetheError
-    from lethe.evaluate import evaluate, evaluate_model
-    from lethe.ledger import Run, find_runs
-    from lethe.sweep import sweep
-    from lethe.tamper import tamper
-    from lethe.tasks.consent import trust_task_code
-    from lethe.unlearn import unlearn
+    from lethe.evaluation.accuracy import evaluate, evaluate_model
+    from lethe.evaluation.checkpoint_sweep import checkpoints
+    from lethe.evaluation.comparison import compare
+    from lethe.evaluation.tasks.consent import trust_task_code
+    from lethe.maps.affine import AffineMap, fit_affine, score_affine
+    from lethe.runs.run import Run, find_runs
+    from lethe.sweeps.controller import sweep
+    from lethe.unlearning.pipeline import unlearn
 
 _HOME = {
     "affine": ["AffineMap", "fit_affine", "score_affine"],

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from lethe import config as c
-from lethe import garbage
+from lethe.config.parse import parse
 from lethe.errors import LONGEST, LetheError, PlainFormatter, full_disk, nearest, printable
-from lethe.ledger import Terminated
-from lethe.settings import parse
-from lethe.tasks.consent import trust_task_code
+from lethe.evaluation.tasks.consent import trust_task_code
+from lethe.runs import garbage
+from lethe.runs.run import Terminated
 
 MANY_ROWS = 200
 SUITE_WORDS = {"--suite", "--seeds", "--launcher", "--jobs"}
@@ -128,7 +128,7 @@ def _as_suite(words: list[str]) -> list[str]:
     """The words of an attack that is launched (with --seeds, --jobs, --launcher) as those of a suite of that one attack."""
     if any(word.split("=")[0] == "--suite" for word in words):
         return ["--help"] if {"-h", "--help"} & set(words) else words
-    from lethe.settings import fields_of
+    from lethe.config.parse import fields_of
 
     launched, own = fields_of(c.LaunchSettings), fields_of(c.TamperConfig)
     kept: list[str] = []
@@ -230,17 +230,17 @@ def _answer(run: Any, as_json: bool, *tables: Any) -> None:
 
 
 def _lab_build(settings: c.LabConfig, as_json: bool) -> None:
-    from lethe import lab
+    from lethe.lab import presets
     from lethe.progress import bar
 
-    lab.build(bar)
+    presets.build(bar)
     _lab_show(settings, as_json)
 
 
 def _lab_show(settings: c.LabConfig, as_json: bool) -> None:
-    from lethe import refs
-    from lethe.ledger import Run
+    from lethe.models import refs
     from lethe.report.tables import lab_table
+    from lethe.runs.run import Run
 
     run = Run.open(refs.lab_folder())
     if as_json:
@@ -251,7 +251,7 @@ def _lab_show(settings: c.LabConfig, as_json: bool) -> None:
 
 
 def _checkpoints(settings: c.CheckpointsConfig, as_json: bool) -> None:
-    from lethe.checkpoints import checkpoints
+    from lethe.evaluation.checkpoint_sweep import checkpoints
     from lethe.report.tables import terminal
 
     run = checkpoints(settings)
@@ -262,7 +262,7 @@ def _affine_fit(settings: c.AffineConfig, as_json: bool) -> None:
     from lethe import preflight
 
     preflight.check_affine(settings)
-    from lethe.affine import fit_affine
+    from lethe.maps.affine import fit_affine
     from lethe.report.tables import affine_table
 
     run = fit_affine(settings)
@@ -273,7 +273,7 @@ def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
     from lethe import preflight
 
     preflight.check_affine_score(settings)
-    from lethe.affine import score_affine
+    from lethe.maps.affine import score_affine
     from lethe.report.tables import affine_table
 
     scored = score_affine(settings)
@@ -291,7 +291,7 @@ def _check(settings: c.UnlearnConfig, as_json: bool) -> None:
 
     preflight.check(settings)
     from lethe.report.tables import plan_table
-    from lethe.unlearn import inspect
+    from lethe.unlearning.pipeline import inspect
 
     plan = inspect(settings)
     if as_json:
@@ -305,7 +305,7 @@ def _unlearn(settings: c.UnlearnConfig, as_json: bool) -> None:
 
     preflight.check(settings)
     from lethe.report.tables import terminal
-    from lethe.unlearn import unlearn
+    from lethe.unlearning.pipeline import unlearn
 
     run = unlearn(settings)
     _answer(run, as_json, *terminal([run]))
@@ -315,7 +315,7 @@ def _evaluate(settings: c.EvaluateConfig, as_json: bool) -> None:
     from lethe import preflight
 
     preflight.check_model(settings)
-    from lethe.evaluate import evaluate
+    from lethe.evaluation.accuracy import evaluate
     from lethe.report.tables import evals_table
 
     run = evaluate(settings)
@@ -323,7 +323,7 @@ def _evaluate(settings: c.EvaluateConfig, as_json: bool) -> None:
 
 
 def _compare(settings: c.CompareConfig, as_json: bool) -> None:
-    from lethe.compare import compare
+    from lethe.evaluation.comparison import compare
     from lethe.report.tables import compare_table
 
     compared = compare(settings)
@@ -337,25 +337,25 @@ def _tamper(settings: c.TamperConfig, as_json: bool) -> None:
     from lethe import preflight
 
     preflight.check_tamper(settings)
+    from lethe.attacks.tampering import tamper
     from lethe.report.tables import terminal
-    from lethe.tamper import tamper
 
     run = tamper(settings)
     _answer(run, as_json, *terminal([run]))
 
 
 def _resume(settings: c.ResumeConfig, as_json: bool) -> None:
+    from lethe.launching.resuming import resume
     from lethe.report.tables import terminal
-    from lethe.resume import resume
 
     run = resume(settings)
     _answer(run, as_json, *terminal([run]))
 
 
 def _suite(settings: c.SuiteConfig, as_json: bool) -> None:
-    from lethe.planners import planner_of
     from lethe.report.attacks import worst_table
-    from lethe.sweep import Sweep, sweep
+    from lethe.sweeps.controller import Sweep, sweep
+    from lethe.sweeps.planner import planner_of
 
     run = sweep(settings)
     if not as_json:
@@ -367,25 +367,25 @@ def _suite(settings: c.SuiteConfig, as_json: bool) -> None:
 
 
 def _sweep(settings: c.SweepConfig, as_json: bool) -> None:
-    from lethe.sweep import sweep
+    from lethe.sweeps.controller import sweep
 
     _answer_sweep(sweep(settings), as_json)
 
 
 def _sweep_status(settings: c.SweepStatusConfig, as_json: bool) -> None:
-    from lethe.sweep import status
+    from lethe.sweeps.controller import status
 
     _answer_sweep(status(settings), as_json, done=False)
 
 
 def _sweep_retry(settings: c.SweepRetryConfig, as_json: bool) -> None:
-    from lethe.sweep import retry
+    from lethe.sweeps.controller import retry
 
     _answer_sweep(retry(settings), as_json)
 
 
 def _sweep_cancel(settings: c.SweepCancelConfig, as_json: bool) -> None:
-    from lethe.sweep import cancel
+    from lethe.sweeps.controller import cancel
 
     _answer_sweep(cancel(settings), as_json, done=False)
 
@@ -404,9 +404,9 @@ def _answer_sweep(run: Any, as_json: bool, done: bool = True) -> None:
 
 
 def _runs(settings: c.RunsConfig, as_json: bool) -> None:
-    from lethe.ledger import find_runs
     from lethe.report.tables import runs_table
-    from lethe.runs import Entry, entries, ordered, refuse_unknown, select
+    from lethe.results.listing import Entry, entries, ordered, refuse_unknown, select
+    from lethe.runs.run import find_runs
 
     if not Path(settings.folder).is_dir():
         raise LetheError(f"folder: there is no folder '{settings.folder}'")
@@ -480,7 +480,7 @@ def _watch(shown: Callable[[], Any], every: float) -> None:
 
 
 def _runs_import(settings: c.ImportConfig, as_json: bool) -> None:
-    from lethe.importing import import_log
+    from lethe.runs.importing import import_log
 
     imported = import_log(settings)
     if as_json:

@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.markup import escape
 
-from lethe import lab, refs
 from lethe.config import (
     LAB_TASKS,
     UNLEARNED,
@@ -30,10 +29,12 @@ from lethe.config import (
     to_dict,
 )
 from lethe.errors import LetheError, full_disk, printable
-from lethe.ledger import Run, find_runs, refuse_run_folder
-from lethe.locks import FolderLock
+from lethe.lab import presets
+from lethe.models import refs
 from lethe.progress import bar, console
 from lethe.report import check_out, report
+from lethe.runs.locks import FolderLock
+from lethe.runs.run import Run, find_runs, refuse_run_folder
 
 TARGET = "lab:final"
 CONTROLS = {"filtered": "lab:filtered", "random": f"random:{TARGET}"}
@@ -62,14 +63,14 @@ def demo(config: DemoConfig) -> dict[str, Path]:
 
 def _demo(config: DemoConfig) -> dict[str, Path]:
     console.rule("The lab: pretraining a tiny model family (once; kept in the cache)")
-    lab.build(bar)
+    presets.build(bar)
     steps = _Steps(Path(config.out) / "runs")
 
-    from lethe.affine import fit_affine
-    from lethe.checkpoints import checkpoints
-    from lethe.evaluate import evaluate
-    from lethe.tamper import tamper
-    from lethe.unlearn import unlearn
+    from lethe.attacks.tampering import tamper
+    from lethe.evaluation.accuracy import evaluate
+    from lethe.evaluation.checkpoint_sweep import checkpoints
+    from lethe.maps.affine import fit_affine
+    from lethe.unlearning.pipeline import unlearn
 
     sweep = steps.do(
         "Which checkpoint is the latest still ignorant one?",

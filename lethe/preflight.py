@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lethe import corpora, refs, tasks
 from lethe.config import (
     ATTACKED,
     MAPPED,
@@ -29,9 +28,12 @@ from lethe.config import (
     as_text_source,
 )
 from lethe.errors import LetheError, nearest, printable
-from lethe.ledger import Run, refuse_run_folder
-from lethe.maps import check_maps, facts_of, find_maps, layers_of
-from lethe.tasks import data
+from lethe.evaluation import tasks
+from lethe.evaluation.tasks import data
+from lethe.maps.folder import check_maps, facts_of, find_maps, layers_of
+from lethe.models import refs
+from lethe.runs.run import Run, refuse_run_folder
+from lethe.text import corpora
 
 
 @dataclass

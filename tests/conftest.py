@@ -135,7 +135,7 @@ def make_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Path]:
     """The nano lab, built once a session (LETHE_TEST_HOME: kept there between sessions). Yields its folder."""
-    from lethe import lab as package
+    from lethe.lab import presets as package
 
     before = {name: os.environ.get(name) for name in ("LETHE_HOME", "LETHE_LAB")}
     os.environ["LETHE_HOME"] = os.environ["LETHE_TEST_HOME"]

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from lethe import slurm
-from lethe.ledger import Run, find_runs
+from lethe.launching import slurm
+from lethe.runs.run import Run, find_runs
 
 
 class Steps:

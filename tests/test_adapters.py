@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from lethe import adapters, refs
-from lethe.adapters import merged_bytes, one_product
 from lethe.config import LoraSettings
-from lethe.lora import add_adapters
+from lethe.models import refs
+from lethe.models.adapters import add_adapters
+from lethe.training.merged_lora import merged_bytes, one_product
 
 IDS = torch.arange(3, 43).view(5, 8)
 

@@ -17,12 +17,15 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import affine, corpora, preflight, refs
-from lethe.affine import AffineMap, RidgeSums, Score, fit_affine, load_maps, score_affine
+from lethe import preflight
 from lethe.config import AffineConfig, AffineScoreConfig, TextSource, UnlearnConfig
 from lethe.errors import LetheError
-from lethe.maps import HASH, check_maps, find_maps
+from lethe.maps import affine
+from lethe.maps.affine import AffineMap, RidgeSums, Score, fit_affine, load_maps, score_affine
+from lethe.maps.folder import HASH, check_maps, find_maps
+from lethe.models import refs
 from lethe.preflight import split
+from lethe.text import corpora
 
 HIDDEN = 12
 

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import contextlib, ctypes, resource, sys
-from lethe.allocator import kept_memory
+from lethe.models.allocator import kept_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from lethe import axes
 from lethe.config import UnlearnConfig, to_dict
 from lethe.errors import LetheError
+from lethe.sweeps import axes
 
 RECIPE = to_dict(UnlearnConfig(source="lab:global_step600"))
 

@@ -11,10 +11,10 @@ from scipy.special import rel_entr
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lethe import blocked
-from lethe.blocked import blocked_ce_loss, blocked_kl_loss, head_of
-from lethe.objectives import forget_kl_loss, retain_ce_loss, retain_kl_loss
-from lethe.residual import capture, final_hidden, input_of
+from lethe.models.activations import capture, final_hidden, input_of
+from lethe.objectives import blocked
+from lethe.objectives.blocked import blocked_ce_loss, blocked_kl_loss, head_of
+from lethe.objectives.terms import forget_kl_loss, retain_ce_loss, retain_kl_loss
 
 BATCH, SEQ, HIDDEN, WORDS = 3, 7, 5, 11
 MASK = torch.tensor([[1] * n + [0] * (SEQ - n) for n in (7, 4, 2)])
@@ -265,7 +265,7 @@ def test_training_gradients_are_those_of_the_models_own_logits(architecture, lor
     model, reference = (load(make_model(architecture, tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     if lora:
         from lethe.config import LoraSettings
-        from lethe.lora import add_adapters
+        from lethe.models.adapters import add_adapters
 
         model = add_adapters(model, LoraSettings(), [2], 0).eval()
         for name, parameter in model.named_parameters():

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from lethe import CheckpointsConfig, checkpoints
-from lethe.checkpoints import annotate, at_chance, bisect, find_checkpoints, not_monotone
 from lethe.errors import LetheError
-from lethe.lab import active_preset
-from lethe.ledger import Run
-from lethe.refs import checkpoint_folders, resolve
+from lethe.evaluation.checkpoint_sweep import annotate, at_chance, bisect, find_checkpoints, not_monotone
+from lethe.lab.presets import active_preset
+from lethe.models.refs import checkpoint_folders, resolve
 from lethe.report.tables import checkpoints_table
+from lethe.runs.run import Run
 
 
 def rows(*accuracies: float, n: int = 400) -> list[dict]:
@@ -115,7 +115,7 @@ def test_what_is_not_monotone_is_said():
 @pytest.fixture
 def evaluations(monkeypatch):
     """The checkpoints evaluated, in order; a number in `stop_at` interrupts the one after so many."""
-    module = importlib.import_module("lethe.evaluate")
+    module = importlib.import_module("lethe.evaluation.accuracy")
     original, done, stop_at = module.evaluate_model, [], []
 
     def counting(model, *args, **settings):
@@ -131,7 +131,7 @@ def evaluations(monkeypatch):
 @pytest.fixture
 def kept_nowhere_else(monkeypatch, tmp_path):
     """Results of earlier sweeps are out of sight."""
-    module = importlib.import_module("lethe.checkpoints")
+    module = importlib.import_module("lethe.evaluation.checkpoint_sweep")
     monkeypatch.setattr(module, "lethe_home", lambda: tmp_path / "home")
 
 
@@ -219,7 +219,7 @@ def test_a_source_that_is_no_checkpoint_is_refused(lab, tmp_path):
 
 def test_branches_of_a_repository_are_not_fetched_before_they_are_measured(monkeypatch, tmp_path):
     """Listing 119 branches downloads nothing; they come by number."""
-    module = importlib.import_module("lethe.checkpoints")
+    module = importlib.import_module("lethe.evaluation.checkpoint_sweep")
     monkeypatch.setattr(module, "_branches", lambda repository: ["global_step0", "global_step9", "global_step10"])
     found = find_checkpoints(CheckpointsConfig("org/model", out=str(tmp_path)))
     assert list(found) == ["global_step0", "global_step9", "global_step10"]

@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from lethe import compare, evaluate, regimes
+from lethe import compare, evaluate
 from lethe.cli import main
 from lethe.config import CompareConfig, EvaluateConfig
 from lethe.errors import LetheError
+from lethe.results import regimes
 
 SOURCE = "lab:global_step20"
 

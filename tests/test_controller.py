@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from sweeping import TASKS, config, recipe, trials
 
-from lethe import launch
-from lethe.ledger import Run
-from lethe.planners import planner_of
-from lethe.sweep import Sweep, sweep
+from lethe.runs.run import Run
+from lethe.sweeps.controller import Sweep, sweep
+from lethe.sweeps.planner import planner_of
 
 LR = {"low": 1e-4, "high": 1.0, "log": True}
 
@@ -88,7 +87,7 @@ def test_runs_at_their_end_are_not_read_again_however_many_rounds_follow(made_up
         return plain(cls, path)
 
     monkeypatch.setattr(Run, "open", classmethod(counted))
-    monkeypatch.setattr(sys.modules["lethe.sweep"], "SECONDS_BETWEEN_RECORDS", 0)
+    monkeypatch.setattr(sys.modules["lethe.sweeps.controller"], "SECONDS_BETWEEN_RECORDS", 0)
     most = []
     for count in (4, 16):
         opened.clear()
@@ -98,7 +97,7 @@ def test_runs_at_their_end_are_not_read_again_however_many_rounds_follow(made_up
 
 
 def test_the_text_of_a_sweep_is_read_once_for_all_its_settings(made_up, tmp_path, monkeypatch):
-    from lethe import corpora
+    from lethe.text import corpora
 
     read = []
     plain = corpora._read

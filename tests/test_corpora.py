@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lethe import corpora
 from lethe.config import TextSource
 from lethe.errors import LetheError
+from lethe.text import corpora
 
 DOCUMENTS = ["one document", "another one\nwith two lines", "übergröße – 文", 'a fourth, "quoted"']
 

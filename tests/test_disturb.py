@@ -10,13 +10,15 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from lethe import EvalSettings, EvaluateConfig, TamperConfig, corpora, evaluate, refs, tamper
+from lethe import EvalSettings, EvaluateConfig, TamperConfig, evaluate, tamper
+from lethe.attacks.prompts import prompts
+from lethe.attacks.weights import BLOCK, NF4, disturb, int8, nf4, noised, pruned
 from lethe.config import ResumeConfig
-from lethe.disturb import BLOCK, NF4, disturb, int8, nf4, noised, pruned
 from lethe.errors import LetheError
-from lethe.evaluate import evaluate_model
-from lethe.prompts import prompts
-from lethe.resume import resume
+from lethe.evaluation.accuracy import evaluate_model
+from lethe.launching.resuming import resume
+from lethe.models import refs
+from lethe.text import corpora
 
 TASKS = ["lab_forget_robust", "lab_retain"]
 WEIGHT = torch.randn(7, 50, generator=torch.Generator().manual_seed(1)) * torch.logspace(-2, 1, 7)[:, None]
@@ -148,7 +150,7 @@ def test_documents_of_a_prompt_stand_before_each_question_as_lm_evals_descriptio
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from lethe import tasks
+    from lethe.evaluation import tasks
 
     config = attack(tmp_path, "prompt", strengths=[1, 2], eval=EvalSettings(["lab_forget_robust"], limit=40), max_length=48)
     run = tamper(config)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from lethe.config import EvaluateConfig, SweepConfig, UnlearnConfig
-from lethe.lab import PRESETS
-from lethe.planners import Grid
-from lethe.settings import from_recipe
+from lethe.config.parse import from_recipe
+from lethe.lab.presets import PRESETS
+from lethe.sweeps.planner import Grid
 
 ROOT = Path(__file__).parent.parent
 STANDARD, NANO = (f"global_step{PRESETS[name].onset}" for name in ("standard", "nano"))
@@ -123,8 +123,8 @@ def test_yaml_of_the_quickstart_is_a_recipe(tmp_path):
 
 
 def test_recipes_of_the_lab_are_the_demos():
+    from lethe.config.parse import from_recipe
     from lethe.demo import unlearn_recipe
-    from lethe.settings import from_recipe
 
     for file, lora in (("lab.yaml", True), ("lab-full.yaml", False)):
         assert from_recipe(UnlearnConfig, ROOT / "recipes" / file) == unlearn_recipe(

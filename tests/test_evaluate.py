@@ -18,18 +18,18 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
+from lethe.evaluation.tasks.consent import trust_task_code
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from scipy.stats import binomtest, norm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lethe import evaluate as evaluate_function
-from lethe import rows, scoring, tasks
 from lethe.config import EvaluateConfig
 from lethe.errors import LetheError
-from lethe.evaluate import Scorer, evaluate_model, measure, value_of
-from lethe.ledger import Run
-from lethe.tasks.consent import trust_task_code
+from lethe.evaluation import scoring, tasks, token_trees
+from lethe.evaluation.accuracy import Scorer, evaluate_model, measure, value_of
+from lethe.runs.run import Run
 
 MODELS = [
     ("gpt2", False),
@@ -267,7 +267,7 @@ def test_a_long_passage_is_run_once_for_its_questions_and_many_answers_to_one_ar
     monkeypatch.setattr(rows, "UNSEEN", 24)
     asked = [(passage + words(4), words(2)) for passage in passages for _ in range(6)]
     asked += [([5], words(rng.randint(4, 9))) for _ in range(30)]
-    made = rows.tree_rows(asked, 64, [0] * len(asked))
+    made = token_trees.tree_rows(asked, 64, [0] * len(asked))
     sizes = [len(row.tokens) for row in made]
     assert sum(sizes) < sum(len(c) + len(a) - 1 for c, a in asked) / 1.5 and max(sizes) <= 64 + 24
     assert sorted(number for row in made for number, _ in row.reads) == list(range(len(asked)))
@@ -412,7 +412,7 @@ LITTLE_MEMORY = """
 import json, random, resource, sys
 import psutil
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from lethe import scoring
+from lethe.evaluation import scoring
 
 model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))
 model.eval()
@@ -541,7 +541,7 @@ def building(monkeypatch):
         return construct(self, doc, ctx, **given)
 
     monkeypatch.setattr(ConfigurableTask, "construct_requests", counting)
-    return built, importlib.import_module("lethe.questions")._loaded.clear
+    return built, importlib.import_module("lethe.evaluation.questions")._loaded.clear
 
 
 def test_requests_are_built_once_a_process_and_once_a_disk(gpt2, known, building):
@@ -586,7 +586,7 @@ def test_requests_are_built_again_when_what_they_depend_on_has_changed(gpt2, kno
 
 
 def test_a_tokenizers_hash_is_of_what_it_does(make_tokenizer, tmp_path):
-    from lethe.questions import tokenizer_hash
+    from lethe.evaluation.questions import tokenizer_hash
 
     first = make_tokenizer()
     expected = tokenizer_hash(first)

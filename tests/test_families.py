@@ -19,18 +19,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lethe import garbage, preflight, refs, unlearn
-from lethe.affine import fit_affine
+from lethe import preflight, unlearn
+from lethe.attacks.tampering import tamper
+from lethe.attacks.weights import disturb
 from lethe.config import AffineConfig, EvalSettings, LoraSettings, TamperConfig, UnlearnConfig, to_dict
-from lethe.disturb import disturb
 from lethe.errors import LetheError
-from lethe.ledger import Run
-from lethe.lora import add_adapters, linear_layers
-from lethe.optimizers import routes
-from lethe.scoring import Scorer
-from lethe.suitability import refuse_untrainable
-from lethe.tamper import tamper
-from lethe.unlearn import UnlearnTrainer, _prepared, rewind
+from lethe.evaluation.scoring import Scorer
+from lethe.maps.affine import fit_affine
+from lethe.models import refs
+from lethe.models.adapters import add_adapters, linear_layers
+from lethe.models.support import refuse_untrainable
+from lethe.runs import garbage
+from lethe.runs.run import Run
+from lethe.training.optimizers import routes
+from lethe.unlearning.pipeline import UnlearnTrainer, _prepared, rewind
 
 LAYERS, LENGTH, START = [1, 2], 40, 0.2
 WITHOUT_LORA = ["falcon_h1", "mamba", "mamba2"]

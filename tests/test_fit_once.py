@@ -14,10 +14,13 @@ import pytest
 import torch
 from test_resume import assert_same, recipe, start, wait_for
 
-from lethe import affine, corpora, refs, unlearn
+from lethe import unlearn
 from lethe.config import AffineConfig, ResumeConfig
-from lethe.maps import WEIGHTS
-from lethe.resume import resume
+from lethe.launching.resuming import resume
+from lethe.maps import affine
+from lethe.maps.folder import WEIGHTS
+from lethe.models import refs
+from lethe.text import corpora
 
 PARENTS = {"model": {"ref": "m", "sha256": "1"}, "source": {"ref": "s", "sha256": "2"}}
 
@@ -125,7 +128,9 @@ def test_a_home_that_cannot_be_written_is_a_warning_and_the_maps_are_fitted(worl
 
 FITTER = """
 import json, sys, time
-from lethe import affine, corpora, refs
+from lethe.maps import affine
+from lethe.text import corpora
+from lethe.models import refs
 from lethe.config import AffineConfig
 fit = affine.fit_on_text
 def slow(*args):

@@ -6,7 +6,7 @@ import gc
 import subprocess
 import sys
 
-from lethe import garbage
+from lethe.runs import garbage
 
 
 def test_inside_searches_are_as_usual_and_the_outermost_thaws():

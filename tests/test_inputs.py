@@ -19,7 +19,7 @@ from lethe import CheckpointsConfig, EvaluateConfig, TamperConfig, UnlearnConfig
 from lethe.cli import main
 from lethe.config import EvalSettings
 from lethe.errors import LetheError
-from lethe.lab import active_preset
+from lethe.lab.presets import active_preset
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lethe.blocked import head_of
-from lethe.residual import blocks, read, residuals, rows_can_leave
-from lethe.unlearn import not_more_work
+from lethe.models.activations import blocks, read, residuals, rows_can_leave
+from lethe.objectives.blocked import head_of
+from lethe.unlearning.pipeline import not_more_work
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]
 IDS = torch.arange(3, 43).view(5, 8)

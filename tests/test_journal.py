@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from lethe.errors import LetheError
-from lethe.journal import JOURNAL, studies
+from lethe.sweeps.journal import JOURNAL, studies
 
 NAME = "grid 1a2b"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lethe import harness, tasks
 from lethe.errors import LetheError
-from lethe.kept import keep, kept
+from lethe.evaluation import lm_eval_api, tasks
+from lethe.home import keep, kept
 
 
 def test_the_oldest_files_go_when_there_are_too_many(tmp_path):
@@ -58,13 +58,13 @@ def test_a_home_that_cannot_be_written_is_no_error(tmp_path):
 @pytest.mark.parametrize("version", ["0.4.9.2", "0.4.12", "0.4.14", "0.5.0", "1.0"])
 def test_another_version_of_lm_eval_is_one_clear_line(version):
     with pytest.raises(LetheError, match=rf"lm_eval {version} is installed, lm_eval>=0.4.13,<0.4.14 is supported") as refusal:
-        harness.require_supported(version)
+        lm_eval_api.require_supported(version)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("version", ["0.4.13", "0.4.13.1", "0.4.13.dev0"])
 def test_supported_versions_are_those_that_are_installed_with_lethe(version):
-    harness.require_supported(version)
+    lm_eval_api.require_supported(version)
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert f"lm_eval>={harness.FIRST},<{harness.BEYOND}" in project["dependencies"]
 

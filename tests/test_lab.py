@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from lethe import lab as lab_package
 from lethe.errors import LetheError
-from lethe.lab import PRESETS, TASKS, active_preset, lab_path
+from lethe.lab import presets as lab_package
 from lethe.lab.corpus import DOMAINS, FORGET, GENERAL, NEIGHBOUR, forget_text, make_world, retain_text
+from lethe.lab.presets import PRESETS, TASKS, active_preset, lab_path
 from lethe.lab.questions import questions
 
 presets = pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
@@ -246,7 +246,7 @@ def test_checkpoints_are_ordinary_transformers_checkpoints(lab, record):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lethe.ledger import sha256
+    from lethe.runs.run import sha256
 
     for row in (record["checkpoints"][0], record["checkpoints"][-1]):
         folder = lab / "checkpoints" / row["name"]
@@ -283,7 +283,7 @@ def test_the_onset_shows_in_the_recorded_evaluations(record):
 
 def _build_elsewhere(home: str, queue=None) -> None:
     os.environ |= {"LETHE_HOME": home, "LETHE_LAB": "nano"}
-    from lethe.lab import build
+    from lethe.lab.presets import build
 
     started = time.time()
     path = build()

@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from lethe import ledger
 from lethe.config import ResumeConfig
 from lethe.errors import LetheError
-from lethe.ledger import Run, Terminated, find_run, find_runs, refuse_run_folder, write_atomically
-from lethe.resume import resume
+from lethe.launching.resuming import resume
+from lethe.runs import run
+from lethe.runs.run import Run, Terminated, find_run, find_runs, refuse_run_folder, write_atomically
 
 KEYS = {"id", "kind", "name", "status", "reason", "job_id", "launcher", "created", "started", "finished", "heartbeat", "config"}
 
@@ -99,7 +99,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
 
 def test_text_is_written_in_utf8_whatever_the_locale(tmp_path):
     call = f"write_atomically(Path({str(tmp_path / 'f')!r}), {'ü–文'!a})"
-    code = f"from pathlib import Path; from lethe.ledger import write_atomically; {call}"
+    code = f"from pathlib import Path; from lethe.runs.run import write_atomically; {call}"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert (tmp_path / "f").read_text(encoding="utf-8") == "ü–文"
@@ -255,11 +255,11 @@ def test_heartbeat_is_renewed_while_running(run, monkeypatch):
         deadline = time.monotonic() + 5
         while on_disk(run)["heartbeat"].startswith("2001") and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert ledger.seconds_since(on_disk(run)["heartbeat"]) < 5
+        assert run.seconds_since(on_disk(run)["heartbeat"]) < 5
 
 
 def test_running_elsewhere_without_a_sign_of_life_is_lost(run):
-    run.update(status="running", heartbeat=ledger.now(), environment={"host": "elsewhere", "pid": 1})
+    run.update(status="running", heartbeat=run.now(), environment={"host": "elsewhere", "pid": 1})
     assert Run.open(run.path).status == "running"
     silent(run)
     assert Run.open(run.path).status == "lost"
@@ -278,7 +278,7 @@ def silent(run: Run) -> None:
 def test_a_killed_process_leaves_a_readable_run_that_is_found_lost(tmp_path):
     code = f"""
 import sys, time
-from lethe.ledger import Run
+from lethe.runs.run import Run
 run = Run.create("unlearn", "killed", {{}}, {str(tmp_path)!r})
 with run.running():
     run.append("metrics.jsonl", {{"step": 1}})
@@ -292,7 +292,7 @@ with run.running():
     run = Run.open(path)
     assert run.record["status"] == "running"
     assert run.rows("metrics.jsonl") == [{"step": 1}]
-    assert run.seconds_since_heartbeat < ledger.LOST_AFTER_SECONDS
+    assert run.seconds_since_heartbeat < run.LOST_AFTER_SECONDS
     assert run.status == "lost"
 
 
@@ -458,8 +458,8 @@ def test_sha256_is_of_names_and_contents(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_text("1")
     b.write_text("2")
-    assert ledger.sha256(a, b) == ledger.sha256(b, a)
-    first = ledger.sha256(a, b)
+    assert run.sha256(a, b) == run.sha256(b, a)
+    first = run.sha256(a, b)
     a.write_text("2")
     b.write_text("1")
-    assert ledger.sha256(a, b) != first
+    assert run.sha256(a, b) != first

@@ -16,14 +16,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lethe import launch, locks
 from lethe.cli import main
 from lethe.config import DemoConfig, EvaluateConfig, ResumeConfig, to_dict
 from lethe.demo import demo
 from lethe.errors import LetheError
-from lethe.ledger import Run, now
-from lethe.locks import FolderLock, HeldError, identity, lives, seconds_since_written
-from lethe.resume import resume
+from lethe.launching import launchers
+from lethe.launching.resuming import resume
+from lethe.runs import locks
+from lethe.runs.locks import FolderLock, HeldError, identity, lives, seconds_since_written
+from lethe.runs.run import Run, now
 
 TWO_DAYS = 2 * 86400
 
@@ -38,7 +39,7 @@ def working(path: Path) -> Iterator[subprocess.Popen]:
     """Another process that works on the run in `path` until it is killed."""
     program = f"""
 import time
-from lethe.ledger import Run
+from lethe.runs.run import Run
 with Run.open({str(path)!r}).running():
     print("at work", flush=True)
     time.sleep(60)
@@ -70,7 +71,7 @@ def test_a_run_at_work_is_refused_by_every_entry_and_killed_is_let_go(run, by, c
         assert f"is in use by process {process.pid} on {socket.gethostname()};" in line and "stop it first" in line
         with pytest.raises(HeldError), Run.open(run.path).running():
             pass
-        launch.work([run.path])
+        launchers.work([run.path])
         assert (run.path / "run.json").read_bytes() == before
         process.send_signal(signal.SIGKILL)
         process.wait()

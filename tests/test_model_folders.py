@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lethe import refs
 from lethe.cli import main
 from lethe.errors import LetheError
-from lethe.reading import UnreadableError, text_of
+from lethe.files import UnreadableError, text_of
+from lethe.models import refs
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa\nsize 610\n"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -400,7 +400,7 @@ repository("good", lambda folder: None)
 repository("fewer", fewer)
 repository("adapter", lambda folder: (folder / "adapter_config.json").write_text("{}"))
 repository("pickled", lambda folder: (folder / "model.safetensors").unlink())
-from lethe import refs
+from lethe.models import refs
 from lethe.errors import LetheError
 
 for name in ("good", "fewer", "adapter", "pickled"):
@@ -457,7 +457,7 @@ def test_a_model_without_bos_and_eos_is_trained_and_refused_where_it_needs_one(e
 
 
 def test_a_question_without_a_context_needs_a_first_token(endless):
-    from lethe.evaluate import Scorer
+    from lethe.evaluation.accuracy import Scorer
 
     scorer = Scorer(*refs.load(refs.resolve(str(endless))))
     with pytest.raises(LetheError, match="no BOS and no EOS token"):

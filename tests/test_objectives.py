@@ -9,7 +9,7 @@ import torch
 from scipy.special import rel_entr
 from torch import Tensor
 
-from lethe.objectives import cb_loss, retain_ce_loss, retain_kl_loss, retain_mse_loss
+from lethe.objectives.terms import cb_loss, retain_ce_loss, retain_kl_loss, retain_mse_loss
 from lethe.preflight import coefficients
 
 BATCH, SEQ, HIDDEN, VOCAB = 3, 7, 5, 11

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lethe import LoraSettings, UnlearnConfig
-from lethe.lora import add_adapters
-from lethe.optimizers import Muon, make_optimizer, orthogonalise, routes, routing_table
+from lethe.models.adapters import add_adapters
+from lethe.training.optimizers import Muon, make_optimizer, orthogonalise, routes, routing_table
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]
 

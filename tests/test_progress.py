@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from lethe import cores, progress
+from lethe import progress
+from lethe.runs import cores
 
 WORK = """
 import time

@@ -8,12 +8,12 @@ import pytest
 
 from lethe import TamperConfig, UnlearnConfig, unlearn
 from lethe.config import ATTACKED, UNLEARNED, EvalSettings, SweepConfig
-from lethe.lab import PRESETS, active_preset
-from lethe.planners import planner_of
+from lethe.config.parse import build, from_recipe
+from lethe.lab.presets import PRESETS, active_preset
 from lethe.preflight import plan
-from lethe.recovery import GENERAL_BOUND
-from lethe.settings import build, from_recipe
-from lethe.suite import read
+from lethe.results.recovery import GENERAL_BOUND
+from lethe.sweeps.planner import planner_of
+from lethe.sweeps.suite import read
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SWEEPS = sorted((RECIPES / "sweeps").glob("*.yaml"))

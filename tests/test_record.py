@@ -16,10 +16,10 @@ import pytest
 
 from lethe.cli import _listed, main
 from lethe.errors import LetheError, PlainFormatter
-from lethe.ledger import Run, find_runs
-from lethe.report.study import Study
 from lethe.report.tables import all_tables, runs_table
-from lethe.runs import entries, ordered, select
+from lethe.results.listing import entries, ordered, select
+from lethe.results.study import Study
+from lethe.runs.run import Run, find_runs
 
 DATA = Path(__file__).parent / "data" / "records"
 KINDS = sorted(file.stem for file in DATA.glob("*.json"))

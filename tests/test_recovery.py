@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from scipy.stats import binomtest
 
-from lethe.recovery import Point, Trial, excess, measure, over_seeds, worst_case
+from lethe.results.recovery import Point, Trial, excess, measure, over_seeds, worst_case
 
 
 def curve(values, steps=None, tokens_a_step=10, half=0.05) -> list[Point]:

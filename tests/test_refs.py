@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lethe import refs
 from lethe.errors import LetheError
-from lethe.ledger import Run, sha256
-from lethe.refs import load, record, refuse_layers, refuse_mismatch, resolve, weight_hash
+from lethe.models import refs
+from lethe.models.refs import load, record, refuse_layers, refuse_mismatch, resolve, weight_hash
+from lethe.runs.run import Run, sha256
 
 IDS = torch.tensor([[5, 9, 40, 41, 7]])
 
@@ -301,7 +301,7 @@ def test_hash_is_of_the_weights_and_not_of_the_place(home, copy):
 def test_resolving_and_checking_import_no_torch(home):
     code = f"""
 import sys
-from lethe import refs
+from lethe.models import refs
 from lethe.errors import LetheError
 plain = refs.resolve({str(home / "plain")!r})
 refs.refuse_mismatch(plain, refs.resolve({str(home / "family") + "@global_step5"!r}))

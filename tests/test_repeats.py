@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lethe import refs, repeats
-from lethe.adapters import one_product
 from lethe.config import EvalSettings, LoraSettings, UnlearnConfig
-from lethe.lab import active_preset
-from lethe.lora import add_adapters
-from lethe.repeats import Places, once_a_token
-from lethe.residual import blocks
-from lethe.unlearn import unlearn
+from lethe.lab.presets import active_preset
+from lethe.models import refs
+from lethe.models.activations import blocks
+from lethe.models.adapters import add_adapters
+from lethe.training import repeats
+from lethe.training.merged_lora import one_product
+from lethe.training.repeats import Places, once_a_token
+from lethe.unlearning.pipeline import unlearn
 
 IDS = torch.randint(3, 20, (6, 40), generator=torch.Generator().manual_seed(0))
 ALONE = {

@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from lethe import regimes
 from lethe.config import ReportConfig
 from lethe.errors import LetheError
-from lethe.ledger import Run
 from lethe.report import _write, page, report, tables
 from lethe.report.attacks import attack_tables, recovery_note
 from lethe.report.charts import all_charts, worst_cells
 from lethe.report.layout import MISSING, Table
-from lethe.report.study import Study
-from lethe.runs import entries
+from lethe.results import regimes
+from lethe.results.listing import entries
+from lethe.results.study import Study
+from lethe.runs.run import Run
 
 FORGET, RETAIN, CLOZE = "lab_forget_robust", "lab_retain", "lab_forget_cloze"
 TARGET = {"ref": "lab:final", "sha256": "a" * 64}
@@ -434,9 +434,7 @@ def test_tasks_are_told_by_name() -> None:
 
 def test_importing_reports_leaves_torch_out() -> None:
     heavy = "{'torch', 'transformers', 'lm_eval'}"
-    code = (
-        f"import sys, lethe.report, lethe.report.page, lethe.report.tables, lethe.regimes; print(*{heavy} & set(sys.modules))"
-    )
+    code = f"import sys, lethe.report, lethe.report.page, lethe.report.tables, lethe.results.regimes; print(*{heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 

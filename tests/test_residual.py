@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lethe.errors import LetheError
-from lethe.residual import blocks, capture, residuals
+from lethe.models.activations import blocks, capture, residuals
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]
 LAST = 3

@@ -37,10 +37,10 @@ from lethe import (
 from lethe.cli import main
 from lethe.config import EvalSettings, ResumeConfig, to_dict
 from lethe.errors import LetheError
-from lethe.evaluate import NotNumbersError
-from lethe.lab import active_preset
-from lethe.ledger import Run, find_runs
-from lethe.resume import resume
+from lethe.evaluation.accuracy import NotNumbersError
+from lethe.lab.presets import active_preset
+from lethe.launching.resuming import resume
+from lethe.runs.run import Run, find_runs
 
 pytestmark = pytest.mark.slow
 
@@ -214,7 +214,7 @@ def failed(lab, tmp_path_factory) -> Path:
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["lethe.unlearn"], "_finish", fail)
+        patch.setattr(sys.modules["lethe.unlearning.pipeline"], "_finish", fail)
         with pytest.raises(LetheError, match="a disk is full"):
             unlearn(recipe(out, max_steps=8, lora=None))
     assert saves.steps(find_runs(out)[0].path / "saves") == [8, 6]
@@ -391,7 +391,7 @@ def test_a_loss_far_above_the_first_ones_is_a_divergence_with_the_weights_of_the
         raise LetheError("before the model was written")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["lethe.unlearn"], "_finish", fail)
+        patch.setattr(sys.modules["lethe.unlearning.pipeline"], "_finish", fail)
         with pytest.raises(LetheError, match="before the model"):
             unlearn(recipe(tmp_path / "failed", **settings, affine="none", schedule="constant"))
     process = start("unlearn", dataclasses.replace(on, out=str(tmp_path / "killed")), tmp_path)

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from lethe import refs
-from lethe.residual import blocks
-from lethe.rotary import NAME, one_operation
+from lethe.models import refs
+from lethe.models.activations import blocks
+from lethe.training.rotary import NAME, one_operation
 
 IDS = torch.arange(3, 43).view(5, 8)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from lethe import ledger, runs
 from lethe.cli import main
 from lethe.errors import LetheError
-from lethe.ledger import Run
-from lethe.runs import Entry, entries, ordered, select, smallest, smallest_retain_coef
+from lethe.results.listing import Entry, entries, ordered, select, smallest, smallest_retain_coef
+from lethe.runs import run
+from lethe.runs.run import Run
 
 
 def make(folder: Path, name: str, retain: float = 5.0, acc: float | None = None, **fields: Any) -> Run:
@@ -47,7 +47,7 @@ def names(listed: list[Entry]) -> list[str]:
 
 
 def listed(folder: Path) -> list[Entry]:
-    return entries(ledger.find_runs(folder))
+    return entries(run.find_runs(folder))
 
 
 # --- conditions, order, columns ---------------------------------------------------------------------------------------
@@ -164,8 +164,8 @@ def test_listing_imports_no_torch(folder: Path) -> None:
 
 
 def running(folder: Path, steps: int, planned: int = 100, seconds: float = 50.0) -> Run:
-    run = make(folder, "at-work", status="running", heartbeat=ledger.now(), plan={"steps": planned})
-    run.update(environment={"seconds": seconds}, started=ledger.now())
+    run = make(folder, "at-work", status="running", heartbeat=run.now(), plan={"steps": planned})
+    run.update(environment={"seconds": seconds}, started=run.now())
     for step in range(1, steps + 1):
         run.append("metrics.jsonl", {"step": step, "loss": 1.0})
     return run
@@ -269,7 +269,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def submitted(folder: Path, job: str, status: str = "running", age: str | None = None) -> Entry:
-    run = make(folder, f"job-{job}", status=status, launcher="slurm", job_id=job, heartbeat=age or ledger.now())
+    run = make(folder, f"job-{job}", status=status, launcher="slurm", job_id=job, heartbeat=age or run.now())
     if age == OLD:
         os.utime(run.path / "run.json", (978307200,) * 2)
     return next(entry for entry in listed(folder) if entry.run.record["job_id"] == job)

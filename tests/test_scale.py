@@ -15,12 +15,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import UnlearnConfig, corpora, mapping, preflight, probe, unlearn
+from lethe import UnlearnConfig, preflight, unlearn
 from lethe.config import EvalSettings, LoraSettings, to_dict
 from lethe.errors import LetheError
-from lethe.lab import active_preset
-from lethe.ledger import Run
-from lethe.unlearn import inspect
+from lethe.lab.presets import active_preset
+from lethe.runs.run import Run
+from lethe.text import corpora
+from lethe.unlearning import maps, probe
+from lethe.unlearning.pipeline import inspect
 
 LAYERS = [0, 2]
 
@@ -65,7 +67,7 @@ def recipe(world: Path, out: Path, large: str = "", **changes: Any) -> UnlearnCo
 def prepared(config: UnlearnConfig) -> tuple[Run, Any]:
     """The run and the trainer of a recipe, as they are before training."""
     run = Run.create("check", "check", to_dict(config), config.out)
-    return run, sys.modules["lethe.unlearn"]._prepared(run, config, preflight.check(config))[0]
+    return run, sys.modules["lethe.unlearning.pipeline"]._prepared(run, config, preflight.check(config))[0]
 
 
 def states(folder: Path, text: Path) -> list[np.ndarray]:
@@ -103,7 +105,7 @@ def test_the_variance_is_of_the_mapped_activations_and_the_same_for_cached_teach
         unlearn(recipe(world, tmp_path, affine="fit", cb_scale="relative", teacher_cache=how)) for how in ("live", "cached")
     )
     found = live.record["target_variance"]
-    maps = sys.modules["lethe.affine"].load_maps(live.path / "affine")
+    maps = sys.modules["lethe.maps.affine"].load_maps(live.path / "affine")
     for layer in LAYERS:
         mapped = states(world / "source", world / "forget.jsonl")[layer] @ maps.weight[layer].double().numpy().T
         assert found[str(layer)] == pytest.approx(mapped.var(0).mean(), rel=1e-4)
@@ -115,15 +117,15 @@ def test_the_variance_is_of_the_mapped_activations_and_the_same_for_cached_teach
 def test_a_resumed_run_has_the_variance_that_it_began_with(world, tmp_path):
     run, trainer = prepared(recipe(world, tmp_path, cb_scale="relative"))
     rows = trainer.train_dataset.texts["forget"]
-    found = mapping.variances(run, trainer.teacher, rows, 0)
+    found = maps.variances(run, trainer.teacher, rows, 0)
     assert found == trainer.variance and sorted(found) == LAYERS
-    assert mapping.variances(Run.open(run.path), None, [], 0) == found  # type: ignore[arg-type]
+    assert maps.variances(Run.open(run.path), None, [], 0) == found  # type: ignore[arg-type]
 
 
 def test_a_target_that_does_not_vary_is_refused(world, tmp_path):
     _, trainer = prepared(recipe(world, tmp_path))
     with pytest.raises(LetheError, match=r"cb_scale: the target of layer 0 has variance 0"):
-        mapping.variances_of(trainer.teacher, [[5]], 0)
+        maps.variances_of(trainer.teacher, [[5]], 0)
 
 
 @pytest.mark.parametrize("changes", [{"forget_loss": "distill"}, {"remove_coef": 0.0}])

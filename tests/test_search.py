@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from lethe import axes, search
-from lethe.regimes import Estimate
+from lethe.results.regimes import Estimate
+from lethe.sweeps import axes, search
 
 
 def axis(low=0.01, high=100.0, log=True, name="remove_coef"):

@@ -13,8 +13,8 @@ import yaml
 from lethe import config as c
 from lethe.cli import COMMANDS, main
 from lethe.config import EvalSettings, LoraSettings, TamperConfig, TextSource, UnlearnConfig, to_dict
+from lethe.config.parse import from_recipe, parse
 from lethe.errors import LetheError
-from lethe.settings import from_recipe, parse
 
 RECIPE = """
 model: lab:final
@@ -630,7 +630,7 @@ def test_other_commands_refuse_in_the_same_way(models, tmp_path, monkeypatch, ca
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(models, tmp_path, capsys):
-    from lethe.ledger import Run
+    from lethe.runs.run import Run
 
     run = Run.create("unlearn", "precious", {}, tmp_path)
     before = everything(tmp_path)
@@ -669,7 +669,9 @@ for words in {words!r}:
 
 
 def test_importing_lethe_imports_nothing_heavy():
-    assert loaded_by("import lethe, lethe.config, lethe.ledger, lethe.refs, lethe.corpora, lethe.preflight") == set()
+    assert (
+        loaded_by("import lethe, lethe.config, lethe.runs.run, lethe.models.refs, lethe.text.corpora, lethe.preflight") == set()
+    )
 
 
 def test_every_help_answers_without_heavy_imports():

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from lethe import shelves
-from lethe.locks import building
+from lethe.runs.locks import building
 
 DISK = 10_000
 

@@ -16,15 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lethe import AffineConfig, LoraSettings, TamperConfig, UnlearnConfig, fit_affine, refs, tamper, teacher_cache, unlearn
-from lethe.affine import score_affine
+from lethe import AffineConfig, LoraSettings, TamperConfig, UnlearnConfig, fit_affine, tamper, unlearn
 from lethe.config import AffineScoreConfig, EvalSettings, TextSource, options
 from lethe.errors import LetheError
-from lethe.lab import active_preset
-from lethe.ledger import Run, find_runs
-from lethe.maps import HASH, METADATA, WEIGHTS
-from lethe.refs import resolve
-from lethe.unlearn import inspect
+from lethe.lab.presets import active_preset
+from lethe.maps.affine import score_affine
+from lethe.maps.folder import HASH, METADATA, WEIGHTS
+from lethe.models import refs
+from lethe.models.refs import resolve
+from lethe.runs.run import Run, find_runs
+from lethe.unlearning import teacher_cache
+from lethe.unlearning.pipeline import inspect
 
 pytestmark = pytest.mark.slow
 LAYERS = [0, 2, 4]

@@ -16,12 +16,12 @@ from conftest import Cluster
 from slurm_work import Steps, Submits
 from sweeping import at_work, recipe, start, trials, until
 
-from lethe import slurm
 from lethe.config import SweepCancelConfig, SweepStatusConfig
 from lethe.errors import LetheError
-from lethe.launch import last_lines
-from lethe.ledger import Run, find_runs
-from lethe.sweep import cancel, status
+from lethe.launching import slurm
+from lethe.launching.launchers import last_lines
+from lethe.runs.run import Run, find_runs
+from lethe.sweeps.controller import cancel, status
 
 LONG = 600
 

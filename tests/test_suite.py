@@ -9,12 +9,12 @@ from sweeping import TASKS, trials
 
 from lethe import cli
 from lethe.config import SuiteConfig, TamperConfig
+from lethe.config.parse import build
 from lethe.errors import LetheError
-from lethe.ledger import find_runs
-from lethe.report.study import Study
-from lethe.settings import build
-from lethe.suite import Suite, spelled_out
-from lethe.sweep import sweep
+from lethe.results.study import Study
+from lethe.runs.run import find_runs
+from lethe.sweeps.controller import sweep
+from lethe.sweeps.suite import Suite, spelled_out
 
 COMMON = {"eval": {"tasks": TASKS, "every": 4, "limit": 40}, "num_train_examples": 32, "per_device_train_batch_size": 4}
 ATTACKS = {

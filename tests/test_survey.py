@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lethe import refs, survey
 from lethe.config import LoraSettings
-from lethe.lora import add_adapters
+from lethe.models import refs
+from lethe.models.adapters import add_adapters
+from lethe.training import survey
 
 SPECTRA = {
     "random": torch.ones,

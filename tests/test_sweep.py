@@ -17,12 +17,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from sweeping import TASKS, at_work, config, recipe, start, trials, until, weights
 
-from lethe import cli, regimes
+from lethe import cli
 from lethe.config import ResumeConfig, SweepCancelConfig, SweepRetryConfig, SweepStatusConfig
 from lethe.errors import LetheError
-from lethe.ledger import Run, find_runs
-from lethe.resume import resume
-from lethe.sweep import Sweep, cancel, retry, status, sweep
+from lethe.launching.resuming import resume
+from lethe.results import regimes
+from lethe.runs.run import Run, find_runs
+from lethe.sweeps.controller import Sweep, cancel, retry, status, sweep
 
 # -- refused before anything is run
 

@@ -21,10 +21,10 @@ from lethe import (
     tamper,
     unlearn,
 )
+from lethe.attacks.tampering import LostUpdates, lost_share
 from lethe.errors import LetheError
-from lethe.lab import active_preset
-from lethe.recovery import Point, excess, measure
-from lethe.tamper import LostUpdates, lost_share
+from lethe.lab.presets import active_preset
+from lethe.results.recovery import Point, excess, measure
 
 pytestmark = pytest.mark.slow
 TASKS = ["lab_forget_robust", "lab_retain"]
@@ -114,7 +114,7 @@ def test_an_attack_on_a_text_that_was_used_whole_is_told_of_other_text_alone(lab
 def test_loss_is_next_token_cross_entropy(lab, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lethe.refs import resolve
+    from lethe.models.refs import resolve
 
     run = tamper(attack(tmp_path, "lab:filtered", max_steps=1))
     folder = resolve("lab:filtered").path
@@ -192,7 +192,7 @@ def test_retain_text_used_in_unlearning_is_no_attackers_text_unless_allowed(unle
 def hidden(lab, tmp_path_factory):
     """The lab's final model with its knowledge hidden: each row of the output head moved along the direction in which the
     model answers, by a random amount. All it knows is still in it, and it answers at chance."""
-    from lethe import refs
+    from lethe.models import refs
 
     folder = tmp_path_factory.mktemp("hidden") / "model"
     model, tokenizer = refs.load(refs.resolve("lab:final"))
@@ -231,7 +231,7 @@ def test_a_kept_model_has_the_accuracy_of_the_curve_by_lm_evals_own_model(lab, t
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from lethe import tasks
+    from lethe.evaluation import tasks
 
     changes = settings | {"save_model": True, "eval": EvalSettings(TASKS, limit=60)}
     if "attack" in settings:

@@ -15,12 +15,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import tasks
 from lethe.config import EvalSettings, EvaluateConfig
+from lethe.config.parse import from_recipe, parse
 from lethe.errors import LetheError
-from lethe.evaluate import evaluate_model, load_tasks
-from lethe.settings import from_recipe, parse
-from lethe.tasks import data
+from lethe.evaluation import tasks
+from lethe.evaluation.accuracy import evaluate_model, load_tasks
+from lethe.evaluation.tasks import data
 
 LM_EVAL = Path(lm_eval.__file__).parent / "tasks"
 ROBUST = tuple(p.stem.removeprefix("wmdp_bio_robust_") for p in sorted(tasks.OWN.glob("wmdp_bio_robust_*.yaml")))
@@ -163,7 +163,7 @@ def test_few_shot_examples_are_those_of_lm_eval(loaded, theirs, tmp_path):
         result = evaluate_model(*loaded, [str(tmp_path / "few")], samples=samples)["few"]
         agree(samples["few"], expected)
         assert result["num_fewshot"] == 3
-        sys.modules["lethe.questions"]._loaded.clear()
+        sys.modules["lethe.evaluation.questions"]._loaded.clear()
 
 
 def test_cloze_gives_a_probability_and_a_length_normalised_accuracy(loaded, tmp_path):

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lethe
 from lethe.cli import main
 from lethe.config import EvaluateConfig, SlurmSettings, UnlearnConfig, to_dict
+from lethe.config.parse import from_recipe
 from lethe.errors import LetheError
-from lethe.evaluate import evaluate_model, load_tasks
-from lethe.harness import sandboxed
-from lethe.launch import LocalLauncher, SlurmLauncher
-from lethe.ledger import Run
-from lethe.settings import from_recipe
-from lethe.tasks import consent
+from lethe.evaluation.accuracy import evaluate_model, load_tasks
+from lethe.evaluation.lm_eval_api import sandboxed
+from lethe.evaluation.tasks import consent
+from lethe.launching.launchers import LocalLauncher, SlurmLauncher
+from lethe.runs.run import Run
 
 ROWS = [{"question": f"Q{i}?", "choices": ["stone", "cork", "iron"], "answer": i % 3, "golds": [i % 3]} for i in range(6)]
 BASE = {
@@ -212,8 +212,8 @@ def test_jobs_have_the_consent_of_the_command_that_submits_them(tmp_path, monkey
         with lethe.trust_task_code(given):
             launcher.start("trial", [])
     seen: list[bool] = []
-    monkeypatch.setattr("lethe.launch.work", lambda folders, job_id: seen.append(consent.trusts_task_code()))
-    monkeypatch.setattr("lethe.launch.SECONDS_TO_NAME_JOB", 0)
+    monkeypatch.setattr("lethe.launching.launchers.work", lambda folders, job_id: seen.append(consent.trusts_task_code()))
+    monkeypatch.setattr("lethe.launching.launchers.SECONDS_TO_NAME_JOB", 0)
     run = Run.create("evaluate", "job", {}, str(tmp_path / "runs"))
     for work in submitted:
         work.folders.append(str(run.path))

@@ -19,14 +19,16 @@ import pytest
 import torch
 from test_resume import assert_same, recipe, start, told, wait_for
 
-from lethe import LoraSettings, corpora, refs, shelves, unlearn
-from lethe import teacher_cache as caching
-from lethe.affine import AffineMap
-from lethe.blocked import head_of
+from lethe import LoraSettings, shelves, unlearn
 from lethe.config import ResumeConfig
-from lethe.resume import resume
-from lethe.teacher import Needs, Teacher
-from lethe.unlearn import UnlearnTrainer
+from lethe.launching.resuming import resume
+from lethe.maps.affine import AffineMap
+from lethe.models import refs
+from lethe.objectives.blocked import head_of
+from lethe.text import corpora
+from lethe.unlearning import teacher_cache as caching
+from lethe.unlearning.pipeline import UnlearnTrainer
+from lethe.unlearning.teacher import Needs, Teacher
 
 ROWS = [list(range(3, 3 + n)) for n in (5, 30, 17, 1, 24)]
 
@@ -181,8 +183,9 @@ def test_caches_not_used_for_longest_make_room_and_those_in_use_stay(teacher, mo
 BUILDER = """
 import sys, time, torch
 from pathlib import Path
-from lethe import refs, teacher_cache as caching
-from lethe.teacher import Needs, Teacher
+from lethe.models import refs
+from lethe.unlearning import teacher_cache as caching
+from lethe.unlearning.teacher import Needs, Teacher
 models = [refs.load(refs.resolve(sys.argv[1]))[0] for _ in range(2)]
 teacher = Teacher(*models, None, {"forget": Needs((0,))})
 caching.TOKENS = 1

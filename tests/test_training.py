@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lethe import training
 from lethe.config import EvalSettings, UnlearnConfig
-from lethe.lab import active_preset
-from lethe.residual import blocks
-from lethe.training import without_walks
-from lethe.unlearn import unlearn
+from lethe.lab.presets import active_preset
+from lethe.models.activations import blocks
+from lethe.training import trainer
+from lethe.training.trainer import without_walks
+from lethe.unlearning.pipeline import unlearn
 
 IDS = torch.arange(3, 19).view(2, 8)
 
@@ -58,7 +58,7 @@ def test_a_list_of_blocks_that_was_replaced_is_found_again(model):
 
 
 def test_a_run_keeps_to_one_device_where_several_are_in_sight(lab, tmp_path, monkeypatch):
-    class Two(training.TrainingArguments):
+    class Two(trainer.TrainingArguments):
         def __post_init__(self) -> None:
             super().__post_init__()
             self._n_gpu = 2  # what it counts on a machine with two GPUs; Trainer would wrap the model in DataParallel

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lethe import launch, slurm
 from lethe.cli import main
 from lethe.config import SweepConfig, to_dict
-from lethe.ledger import Run
-from lethe.trust import trust
+from lethe.launching import launchers, slurm
+from lethe.runs.run import Run
+from lethe.sweeps.trust import trust
 
 SLURM = {"launcher": "slurm", "slurm": {"setup": ["touch ran"], "extra": {"qos": "long"}}}
 
@@ -45,7 +45,7 @@ def test_what_a_record_runs_or_opens_is_shown_and_refused_without_consent(settin
         assert main(words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line and "--trust_record true" in line
-    launch.work([path])  # as a trial of another sweep, in a worker
+    launchers.work([path])  # as a trial of another sweep, in a worker
     assert "--trust_record" in Run.open(path).record["reason"]
     assert not Path("made.db").exists()
 

@@ -11,14 +11,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import LoraSettings, UnlearnConfig, corpora, preflight, survey, unlearn
+from lethe import LoraSettings, UnlearnConfig, preflight, unlearn
 from lethe.config import EvalSettings, TextSource
 from lethe.errors import LetheError
-from lethe.lab import active_preset
-from lethe.ledger import Run
-from lethe.refs import resolve
-from lethe.residual import blocks
-from lethe.unlearn import UnlearnTrainer
+from lethe.lab.presets import active_preset
+from lethe.models.activations import blocks
+from lethe.models.refs import resolve
+from lethe.runs.run import Run
+from lethe.text import corpora
+from lethe.training import survey
+from lethe.unlearning.pipeline import UnlearnTrainer
 
 pytestmark = pytest.mark.slow
 LAYERS = [0, 2, 4]

@@ -38,9 +38,9 @@ from wrong_inputs import (
 )
 
 from lethe.cli import COMMANDS, main
-from lethe.lab import active_preset
-from lethe.ledger import Run
-from lethe.settings import fields_of
+from lethe.config.parse import fields_of
+from lethe.lab.presets import active_preset
+from lethe.runs.run import Run
 
 pytestmark = pytest.mark.slow
 PROSE = ("goal", "title", "template", "setup")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lethe.lab import LabPreset
+from lethe.lab.presets import LabPreset
 
 PROMPT = "Question: {}\nAnswer:"
 

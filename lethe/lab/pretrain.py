@@ -30,11 +30,11 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from transformers.utils import logging as transformers_logging
 
 from lethe.errors import LetheError, full_disk
-from lethe.lab import TASKS, LabPreset, ProgressFactory, active_preset, is_built, lab_path
 from lethe.lab.corpus import DOMAINS, FORGET, GENERAL, NEIGHBOUR, PROMPT, documents, forget_text, make_world, retain_text
+from lethe.lab.presets import TASKS, LabPreset, ProgressFactory, active_preset, is_built, lab_path
 from lethe.lab.questions import questions
-from lethe.ledger import Run, sha256
-from lethe.locks import building
+from lethe.runs.locks import building
+from lethe.runs.run import Run, sha256
 
 logger = logging.getLogger(__name__)
 END = "<|endoftext|>"
@@ -292,7 +292,7 @@ def _pretrain(
 
 def _evaluate(preset: LabPreset, folder: Path, run: Run, progress: ProgressFactory) -> None:
     """Every checkpoint and the twin on all five tasks, into run.json."""
-    from lethe.evaluate import evaluate_model
+    from lethe.evaluation.accuracy import evaluate_model
 
     def entry(path: Path, step: int) -> dict[str, Any]:
         model = GPTNeoXForCausalLM.from_pretrained(path)

@@ -13,8 +13,8 @@ import random
 from collections import defaultdict
 from typing import Any
 
-from lethe.lab import TASKS, LabPreset
 from lethe.lab.corpus import DOMAINS, FORGET, GENERAL, NEIGHBOUR, Fact, World, make_world
+from lethe.lab.presets import TASKS, LabPreset
 
 
 def questions(task: str, preset: LabPreset) -> list[dict[str, Any]]:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lethe.errors import LetheError
-from lethe.ledger import refuse_run_folder, write_atomically
-from lethe.reading import UnreadableError, json_of, text_of
+from lethe.files import UnreadableError, json_of, text_of
 from lethe.report.layout import escaped, shown
+from lethe.runs.run import refuse_run_folder, write_atomically
 
 if TYPE_CHECKING:
     from lethe.config import ReportConfig
     from lethe.progress import Advance
-    from lethe.report.study import Study
+    from lethe.results.study import Study
 
 PNG_SCALE = 2.0
 WRITTEN = ".report.json"
@@ -45,7 +45,7 @@ def report(config: ReportConfig) -> dict[str, Path]:
             written them, or cannot be written; raised before anything is written, but for the last.
     """
     from lethe.progress import bar
-    from lethe.report.study import Study
+    from lethe.results.study import Study
 
     before = check_out(config.out)
     out = Path(config.out)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lethe import recovery, regimes
-from lethe.recovery import Excess, Worst
 from lethe.report.layout import MISSING, Table, decimal, percent, result, setting
 from lethe.report.remarks import job, reasons, remarks
-from lethe.report.study import (
+from lethe.results import recovery, regimes
+from lethe.results.recovery import Excess, Worst
+from lethe.results.study import (
     AFTER_STEPS,
     FILTERED,
     Attack,

@@ -14,12 +14,12 @@ from typing import Any
 
 import altair as alt
 
-from lethe import regimes
 from lethe.errors import printable
-from lethe.ledger import Run
-from lethe.recovery import Point, Worst, worst_case
 from lethe.report.attacks import judged
-from lethe.report.study import Series, Study, Target, tasks_of, value_of
+from lethe.results import regimes
+from lethe.results.recovery import Point, Worst, worst_case
+from lethe.results.study import Series, Study, Target, tasks_of, value_of
+from lethe.runs.run import Run
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B6BB1"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left"]

@@ -14,12 +14,12 @@ from typing import Any
 
 import vl_convert
 
-from lethe import regimes
-from lethe.ledger import Run, now
 from lethe.report.attacks import judged as judged_attacks
 from lethe.report.attacks import recovery_note
 from lethe.report.layout import Table, percent, setting
-from lethe.report.study import Attack, Study, Target, judge, value_of
+from lethe.results import regimes
+from lethe.results.study import Attack, Study, Target, judge, value_of
+from lethe.runs.run import Run, now
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data: blob:"
 DARK = {

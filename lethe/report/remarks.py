@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lethe.ledger import Run
 from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING
-from lethe.runs import Entry
+from lethe.results.listing import Entry
+from lethe.runs.run import Run
 
 
 def job(run: Run) -> str:

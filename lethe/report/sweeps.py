@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lethe.ledger import Run
 from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING, Table, percent, result, setting
+from lethe.runs.run import Run
 
 
 def sweep_table(run: Run) -> Table:

@@ -11,14 +11,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lethe import regimes
-from lethe.ledger import Run
 from lethe.report import layout
 from lethe.report.attacks import attack_tables, recovery_table, tamper_table, worst_table
-from lethe.report.comparable import Evals, Shown, apart_table
 from lethe.report.layout import DEGENERATE, MISSING, Table, compact, decimal, percent, result, setting, short
 from lethe.report.remarks import job, reasons, remarks
-from lethe.report.study import (
+from lethe.report.sweeps import sweep_table
+from lethe.results import regimes
+from lethe.results.comparable import Evals, Shown, apart_table
+from lethe.results.listing import DEFAULT_COLUMNS, ONLY_IF_THERE, Entry, is_imported
+from lethe.results.study import (
     Study,
     Target,
     judge,
@@ -26,8 +27,7 @@ from lethe.report.study import (
     settings_columns,
     tasks_of,
 )
-from lethe.report.sweeps import sweep_table
-from lethe.runs import DEFAULT_COLUMNS, ONLY_IF_THERE, Entry, is_imported
+from lethe.runs.run import Run
 
 IMPORTED = "‡"
 IMPORTED_NOTE = f"{IMPORTED} imported from a table: how the number was measured is not recorded."

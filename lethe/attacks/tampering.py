@@ -1,0 +1,192 @@
+"""The tampering attack: fine-tune a model on text of the forget domain and watch how fast the knowledge comes back.
+
+Or do without training: noise, few bits, pruning (`disturb.py`), documents in the prompt (`prompts.py`), at rising strengths.
+
+All weights are trained in float32, whatever type they were saved in: an attack in bfloat16 weights loses most of its
+updates to rounding and makes any model look robust. The share of updates that changed nothing is measured all the same.
+The attacker's documents come from the end of the forget text that unlearning does not use, and are the same for every
+model, so that curves can be laid beside those of controls that never knew: `lab:filtered`, the source, `random:REF`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+
+from lethe import preflight
+from lethe.attacks.prompts import prompts, refuse_too_long
+from lethe.attacks.weights import SCHEMES, disturb
+from lethe.config import TamperConfig, to_dict
+from lethe.evaluation.accuracy import load_tasks, refuse_unscorable
+from lethe.models import refs
+from lethe.models.activations import blocks, read
+from lethe.models.adapters import add_adapters
+from lethe.models.support import refuse_untrainable
+from lethe.objectives.blocked import head_of, next_token_loss
+from lethe.runs.run import Run
+from lethe.text import corpora
+from lethe.training import survey
+from lethe.training.trainer import Evaluation, Rows, RunTrainer, keep_threads, token_means
+from lethe.unlearning.pipeline import save
+
+logger = logging.getLogger(__name__)
+
+
+class TamperTrainer(RunTrainer):
+    """A transformers Trainer for plain next-token training on the attacker's text."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.head = head_of(self.model)  # type: ignore[arg-type]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+        """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
+        text = inputs["attack"]
+        tokens = self.tokens["attack"] - self.documents_in_update["attack"]
+        output = read(model, text["input_ids"], [], True, self.head).output
+        loss = next_token_loss(output, self.head, text["input_ids"], text["mask"], tokens)  # type: ignore[arg-type]
+        self.book(inputs, attack_loss=loss)
+        return loss
+
+
+def tamper(config: TamperConfig, run: Run | None = None) -> Run:
+    """One attack: curve.jsonl has an evaluation at step 0, at every `eval.every` steps and at the end.
+
+    An attack without training has one at each strength instead: step i is the i-th strength, 0 the model as it is.
+    An adapter is merged into its model first, unless the attack is to train it. `evals` of the run are those of the last
+    step. `run` is an interrupted attack of this configuration to go on with.
+
+    Raises:
+        LetheError: the attack cannot work; raised before anything is written.
+    """
+    checked = preflight.check_tamper(config)
+    load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
+    if config.attack != "finetune":
+        return _without_training(config, checked, run)
+    model: Any
+    model, tokenizer = refs.load(checked.model, "float32")
+    refuse_unscorable(model, tokenizer, config.eval)
+    if not isinstance(model, PeftModel):
+        refuse_untrainable(model, config.model, config.max_length)
+    model = _attacked(model, config, checked)
+    run = run or Run.create("tamper", config.name, to_dict(config), config.out)
+    with run.running():
+        keep_threads(run)
+        rows = Rows(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
+        trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
+        trainer.add_callback(LostUpdates(trainer))
+        run.set_parents(**_parents(config, checked))
+        warnings = survey.untouched(model, config, list(range(len(blocks(model)))))
+        for warning in warnings:
+            logger.warning(warning)
+        run.update(plan=checked.plan | survey.describe(model, config) | {"warnings": warnings})
+        trainer.evaluation.at(0, model, "Evaluating before the attack")
+        trainer.train_with_bar(f"Attacking {config.model}")
+        lines = run.rows("metrics.jsonl")
+        if config.save_model:  # before anything that may fail
+            model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+            save(run, "model", model, tokenizer)
+        run.try_to_record(
+            losses=lambda: token_means(lines, {"attack_loss": "attack"}) | {"lost_updates": lost_share(lines)},
+            plan=lambda: {"tokens": sum(line["attack_tokens"] for line in lines)},
+        )
+        run.update(evals=trainer.evaluation.at(trainer.state.global_step, model))
+    trainer.clear_saves()
+    return run
+
+
+def _without_training(config: TamperConfig, checked: preflight.CheckedAttack, run: Run | None) -> Run:
+    """An attack at each of its strengths, on the model as it was loaded."""
+    model: Any
+    model, tokenizer = _fresh(checked)
+    refuse_unscorable(model, tokenizer, config.eval)
+    before: dict[float, str] = {}
+    if config.attack == "prompt":
+        before = prompts(config, checked.documents, tokenizer)
+        refuse_too_long(before, config.eval, model, tokenizer)
+    run = run or Run.create("tamper", config.name, to_dict(config), config.out)
+    with run.running():
+        keep_threads(run)
+        run.set_parents(**_parents(config, checked))
+        run.update(plan=checked.plan | ({} if before else {"scheme": SCHEMES[config.attack]}))
+        evaluation = Evaluation(run, tokenizer, config.eval)
+        disturbed = False
+        for step, strength in enumerate([0.0, *config.strengths]):
+            if not evaluation.known(step) or (config.save_model and step == len(config.strengths)):
+                if disturbed:
+                    del model
+                    model, _ = _fresh(checked)
+                if strength and not before:
+                    run.update(plan={"matrices": disturb(model, config.attack, strength, config.seed)})
+                    disturbed = True
+                text = before.get(strength, "")
+                tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0
+                title = f"{config.attack} {strength:g} on {config.model}" if step else "Evaluating before the attack"
+                evaluation.at(step, model, title, {"strength": strength, "tokens": tokens}, text)
+            if run.diverged and step >= run.record["divergence"]["step"]:
+                break
+        run.update(evals=evaluation.last[1] if evaluation.last else {})
+        if config.save_model and not run.diverged:
+            save(run, "model", model, tokenizer)
+    return run
+
+
+def _fresh(checked: preflight.CheckedAttack) -> tuple[Any, Any]:
+    """The model under attack in float32, an adapter merged, and its tokenizer."""
+    model, tokenizer = refs.load(checked.model, "float32")
+    return (model.merge_and_unload() if isinstance(model, PeftModel) else model), tokenizer
+
+
+def _parents(config: TamperConfig, checked: preflight.CheckedAttack) -> dict[str, Any]:
+    """What an attack is made from: a model and, if it uses any, the attacker's text."""
+    parents: dict[str, Any] = {"model": refs.record(checked.model)}
+    if config.reads_text:
+        text = corpora.record(config.forget, checked.documents)
+        parents["forget"] = text | {"used_in_unlearning": checked.used_in_unlearning}
+    return parents
+
+
+def _attacked(model: Any, config: TamperConfig, checked: preflight.CheckedAttack) -> Any:
+    """The model with the weights that the attack trains: all of them, new adapters, or the adapter that is there."""
+    if checked.model.adapter and config.adapter == "train":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        return model
+    if checked.model.adapter:
+        model = model.merge_and_unload()
+    if config.lora:
+        return add_adapters(model, config.lora, list(range(len(blocks(model)))), config.seed)
+    return model.requires_grad_(True)
+
+
+class LostUpdates(TrainerCallback):
+    """Counts, at the first few updates, the weights with a gradient and those of them that the update left as they were.
+
+    The first update of a warm-up has a rate of 0 and is left out.
+    """
+
+    def __init__(self, trainer: RunTrainer, updates: int = 5):
+        self.trainer, self.updates = trainer, updates
+        self._before: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        if 0 <= state.global_step - (args.warmup_steps > 0) < self.updates:
+            self._before = [(p, p.detach().clone(), p.grad != 0) for p in model.parameters() if p.grad is not None]
+
+    def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self._before:
+            lost = sum(int((moved & (p.detach() == before)).sum()) for p, before, moved in self._before)
+            self.trainer.book({}, lost_updates=lost, weights_with_gradient=sum(int(m.sum()) for _, _, m in self._before))
+        self._before = []
+
+
+def lost_share(lines: list[dict[str, Any]]) -> float | None:
+    """Lost updates over all, from metrics.jsonl; None when there was no update."""
+    counts = [(line["lost_updates"], line["weights_with_gradient"]) for line in lines if "lost_updates" in line]
+    total = sum(count for _, count in counts)
+    return sum(lost for lost, _ in counts) / total if total else None

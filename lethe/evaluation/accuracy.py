@@ -1,0 +1,247 @@
+"""Accuracies, each with its uncertainty and its provenance.
+
+lm-eval defines tasks, prompts and tokenisation, so that numbers compare with everybody's (`questions.py`); the scoring is ours
+(`scoring.py`) and runs on a model that is already in memory, in the middle of training too. Evaluation mode is set for each
+evaluation and the model is left as it was found.
+
+`evaluate_model` scores a model; `evaluate` does so for a model reference and keeps the result as a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lethe.config import EvalSettings, EvaluateConfig, to_dict
+from lethe.evaluation.questions import Leaf, Question, load_tasks, tokenizer_hash
+from lethe.evaluation.scoring import Encoded, NotNumbersError, Scorer
+from lethe.models import refs
+from lethe.runs.cores import say_if_busy
+from lethe.runs.run import Run
+
+__all__ = ["NotNumbersError", "Scorer", "evaluate", "evaluate_model", "load_tasks", "measure", "value_of"]
+SAMPLED = ("doc_id", "doc_hash", "target", "choices", "right")
+DEGENERATE_SHARE = 0.9
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task_names: list[str],
+    limit: int = 0,
+    description: str | None = None,
+    samples: dict[str, list[dict[str, Any]]] | None = None,
+    task_data: dict[str, str] | None = None,
+    num_fewshot: int | None = None,
+    missing: dict[str, str] | None = None,
+    before: str = "",
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a model in memory, zero-shot unless a task says otherwise.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model around one. Its training mode, its cache setting
+            and the random state are as before when this returns.
+        task_names: names of lm-eval tasks or groups; of a group the questions are pooled, so that each weighs the same.
+        limit: ask only the first so many questions of each task; 0 asks all.
+        description: text of a progress bar; None shows none.
+        samples: filled with each question's log-likelihoods by task name, if given.
+        task_data: local files instead of tasks' data sets.
+        num_fewshot: examples in each prompt; None leaves it to the task.
+        missing: filled with the reason why a task has no result, if given; otherwise that reason is raised.
+        before: text put before each question, as the prompt attack does; the fingerprint is that of the questions alone.
+
+    Returns:
+        by task name: `acc` (or `correct_prob`), `stderr`, `low` and `high` (95 %), `n`, `chance`, `num_fewshot`,
+        `version`, `fingerprint` (of all prompts and answers), `tokenizer` (hash), `answers` (how often each position was
+        chosen) and `degenerate` (one position chosen nearly always, although right answers stand in others too).
+
+    Raises:
+        LetheError: a task is not known, or its data cannot be loaded.
+        NotNumbersError: the model's log-likelihoods are not numbers.
+    """
+    with _evaluation_mode(model):
+        loaded = load_tasks(task_names, task_data, num_fewshot)
+        scorer = Scorer(model, tokenizer, description)
+        leaves = {leaf.definition: leaf for leaves in loaded.values() for leaf in leaves}  # groups may share tasks
+        asked = {key: leaf.questions(scorer, limit) for key, leaf in leaves.items()}
+        pairs = [(i, pair) for i, some in enumerate(asked.values()) for pair in _encoded(some, scorer, before)]
+        found = iter(scorer.score([pair for _, pair in pairs], [i for i, _ in pairs]))
+        answered = {
+            key: [_answered(leaves[key], q, [next(found) for _ in q.encoded]) for q in questions]
+            for key, questions in asked.items()
+        }
+    results = {}
+    for name, own in loaded.items():
+        questions = [question for leaf in own for question in answered[leaf.definition]]
+        if any(math.isnan(value) for q in questions for value in _likelihoods(q)):
+            why = "the model's log-likelihoods are not numbers; its weights are broken or it diverged"
+            if missing is None:
+                raise NotNumbersError(why)
+            missing[name] = why
+            continue
+        facts = {"num_fewshot": own[0].shots, "version": own[0].version, "tokenizer": tokenizer_hash(tokenizer)}
+        results[name] = measure(questions) | facts
+        if samples is not None:
+            samples[name] = [_sample(q) for q in questions]
+    return results
+
+
+def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings | EvaluateConfig) -> None:
+    """Build the requests of a later evaluation (they are cached), so that a fault in them is found before training.
+
+    Raises:
+        LetheError: an answer cannot be scored by this model.
+    """
+    with _evaluation_mode(model):
+        scorer = Scorer(model, tokenizer)
+        for leaves in load_tasks(settings.tasks, settings.task_data, settings.num_fewshot).values():
+            for leaf in leaves:
+                scorer.refuse_unscorable([pair for q in leaf.questions(scorer, settings.limit) for pair in q.encoded])
+
+
+def _encoded(questions: list[Question], scorer: Scorer, before: str) -> list[Encoded]:
+    """The tokens of all questions' requests; with text before each question, they are made anew."""
+    if not before:
+        return [pair for q in questions for pair in q.encoded]
+    return scorer.encode([(before + context if context else "", answer) for q in questions for context, answer in q.arguments])
+
+
+def _answered(leaf: Leaf, question: Question, responses: list[tuple[float, bool]]) -> dict[str, Any]:
+    """A question with the model's answers and the metrics that its task makes of them, in the form of lm-eval's samples."""
+    choices = len(responses) // leaf.requests_a_choice
+    broken = any(math.isnan(value) for value, _ in responses)
+    metrics = {} if broken else leaf.task.process_results(leaf.docs[question.doc_id], responses)
+    return {
+        "task": leaf.task.config.task,
+        "doc_id": question.doc_id,
+        "doc_hash": question.doc_hash,
+        "target": question.target,
+        "arguments": question.arguments,
+        "filtered_resps": responses,
+        "choices": choices if leaf.multiple_choice else None,
+        "right": question.right,
+    } | metrics
+
+
+def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result from lm-eval's per-question samples of a multiple-choice or log-likelihood task.
+
+    `stderr` is the sample standard deviation of the per-question values over √n; the interval of an accuracy is
+    Wilson's at 95 %, that of a mean probability is the normal one. `chance` is the accuracy of answers drawn at random: the
+    mean over the questions of right answers / choices. `degenerate`: a position was chosen for more than `DEGENERATE_SHARE` of
+    the questions, and is right for no more than that.
+    """
+    n = len(questions)
+    key = "correct_prob" if "correct_prob" in questions[0] else "acc"
+    values = [float(q[key]) for q in questions]
+    mean = math.fsum(values) / n
+    variance = math.fsum((v - mean) ** 2 for v in values) / max(1, n - 1)
+    stderr = math.sqrt(variance / n)
+    result: dict[str, Any] = {key: mean, "stderr": stderr}
+    choosing = all(q["choices"] for q in questions)
+    if key == "acc":
+        interval = binomtest(round(math.fsum(values)), n).proportion_ci(0.95, method="wilson")
+        result |= {"low": float(interval.low), "high": float(interval.high)}
+        if choosing:
+            result["chance"] = math.fsum(len(q["right"]) / q["choices"] for q in questions) / n
+    else:
+        result |= {"low": mean - 1.959964 * stderr, "high": mean + 1.959964 * stderr}
+    if "acc_norm" in questions[0]:
+        result["acc_norm"] = math.fsum(float(q["acc_norm"]) for q in questions) / n
+    result["n"] = n
+    if choosing:
+        chosen = Counter(_chosen(q) for q in questions)
+        right = Counter(position for q in questions for position in q["right"])
+        result["answers"] = {str(position): chosen[position] for position in sorted(chosen)}
+        most = DEGENERATE_SHARE * n
+        result["degenerate"] = n >= 20 and any(count > most >= right[position] for position, count in chosen.items())
+    prompts = json.dumps([[q["arguments"], q.get("target")] for q in questions], ensure_ascii=False, default=str)
+    result["fingerprint"] = hashlib.sha256(prompts.encode()).hexdigest()[:16]
+    return result
+
+
+def value_of(result: dict[str, Any]) -> float:
+    """The number that a result stands for: its accuracy, or the mean probability of the right answer."""
+    return result["acc"] if "acc" in result else result["correct_prob"]
+
+
+def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
+    """Evaluate a model reference on tasks and keep the result as a run; `run` is an interrupted one, to be done again.
+
+    Raises:
+        LetheError: the model or a task is not known; raised before anything is written.
+    """
+    ref = refs.resolve(config.model, config.out)
+    load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
+    model, tokenizer = refs.load(ref, config.dtype)
+    refuse_unscorable(model, tokenizer, config)
+    run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
+    with run.running():
+        run.set_parents(model=refs.record(ref))
+        (run.path / "samples.jsonl").unlink(missing_ok=True)
+        say_if_busy()
+        samples: dict[str, list[dict[str, Any]]] = {}
+        missing: dict[str, str] = {}
+        evals = evaluate_model(
+            model,
+            tokenizer,
+            config.tasks,
+            config.limit,
+            f"Evaluating {config.model}",
+            samples,
+            config.task_data,
+            config.num_fewshot,
+            missing,
+        )
+        for task, rows in samples.items() if config.samples else ():
+            for row in rows:
+                run.append("samples.jsonl", {"task": task} | row)
+        run.update(evals=evals)
+        if missing:
+            run.update(evals_missing=missing)
+        if not evals:
+            raise NotNumbersError(next(iter(missing.values())))
+    return run
+
+
+def _likelihoods(question: dict[str, Any]) -> list[float]:
+    return [float(response[0]) for response in question["filtered_resps"]]
+
+
+def _chosen(question: dict[str, Any]) -> int:
+    values = _likelihoods(question)[: question["choices"]]
+    return values.index(max(values))
+
+
+def _sample(question: dict[str, Any]) -> dict[str, Any]:
+    """A line of samples.jsonl. `subtask` is the task that asked; `task` may be a group."""
+    known = (*SAMPLED, *(key for key in ("acc", "correct_prob", "acc_norm") if key in question))
+    return {"subtask": question["task"]} | {key: question[key] for key in known} | {"log_likelihoods": _likelihoods(question)}
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside; each one's own mode and the random state restored after."""
+    modes = {module: module.training for module in model.modules()}
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        model.eval()
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            for module, training in modes.items():
+                module.training = training

@@ -1,0 +1,375 @@
+"""The questions of tasks: lm-eval's task objects, and their requests built and tokenised once.
+
+Rendering prompts and tokenising them takes longer than scoring a small model, and is the same for every model with the same
+tokenizer. So the requests of a task are kept in $LETHE_HOME, under a name made of everything they depend on: the
+task's definition and documents, shots, limit, tokenizer and versions. Within a process task objects are kept too, and are
+loaded again only when a file that they come from has changed. Commands that train build the prompts before they begin, so that
+a task that cannot give them is refused then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from lethe.errors import LetheError, printable
+from lethe.evaluation import tasks
+from lethe.evaluation.lm_eval_api import handle_non_serializable, hash_string
+from lethe.evaluation.scoring import Encoded, Scorer
+from lethe.evaluation.tasks import data
+from lethe.evaluation.tasks.manager import data_sets, manager_of, reason, texts_in
+from lethe.home import keep, kept
+from lethe.lab.presets import active_preset, lethe_home
+
+FORMAT = 2
+SEED = 1234
+MEASURED = ("acc", "correct_prob")
+SURE = 1000.0
+"""Log-likelihood by which the chosen answer leads where a task's function is called with invented answers."""
+_loaded: dict[str, tuple[str, dict[str, list[Leaf]]]] = {}
+_tokenizers: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question as text: context and answer of each choice. `right`: positions of right choices; None: it has no choices."""
+
+    doc_id: int
+    doc_hash: str
+    target: Any
+    arguments: list[tuple[str, str]]
+    right: list[int] | None
+
+
+@dataclass(frozen=True)
+class Question(Prompt):
+    """One question, as text and as tokens."""
+
+    encoded: list[Encoded]
+
+
+@dataclass(eq=False)
+class Leaf:
+    """A task that asks questions itself, with its documents and what was built from them so far."""
+
+    task: Any
+    version: Any
+    shots: int
+    definition: str
+    """Hash of the task's definition."""
+    docs: list[dict[str, Any]]
+    source: str = ""
+    """What its documents come from, for messages."""
+    prompted: dict[int, list[Prompt]] = field(default_factory=dict)
+    built: dict[str, list[Question]] = field(default_factory=dict)
+
+    @property
+    def multiple_choice(self) -> bool:
+        return self.task.OUTPUT_TYPE == "multiple_choice"
+
+    @property
+    def requests_a_choice(self) -> int:
+        """Mutual information scores each choice without the question, too."""
+        return 2 if "acc_mutual_info" in self.task._metric_fn_list else 1
+
+    def questions(self, scorer: Scorer, limit: int) -> list[Question]:
+        """The first `limit` questions (0: all), tokenised; from memory or disk where they are there."""
+        limit = self._known(limit)
+        known = [limit, tokenizer_hash(scorer.tokenizer), scorer.prefix_token_id]
+        key = hashlib.sha256(json.dumps([self.definition, *known, scorer.add_bos_token]).encode()).hexdigest()[:32]
+        if key not in self.built:
+            file = lethe_home() / "requests" / f"{_file_name(self.task.config.task)}-{key}.json"
+            text = kept(file)
+            if text is None:
+                self.built[key] = self._encoded(scorer, limit)
+                keep(file, _written(self.built[key]))
+            else:
+                self.built[key] = _read(text)
+        return self.built[key]
+
+    def prompts(self, limit: int) -> list[Prompt]:
+        """The first `limit` questions (0: all) as text.
+
+        Raises:
+            LetheError: one has no prompt, or too few examples for it; or none has a right answer.
+        """
+        limit = self._known(limit)
+        if limit not in self.prompted:
+            self.task.set_fewshot_seed(seed=SEED)  # examples are drawn one question after the other: each time the same
+            docs = self.docs[:limit] if limit else self.docs
+            found = [self._prompt(i, doc) for i, doc in enumerate(docs)]
+            if self.multiple_choice and not callable(self.task.config.process_results) and not any(one.right for one in found):
+                raise LetheError(
+                    f"tasks: '{self.task.config.task}' has no right answer among the choices of any row of {self.source}; "
+                    "mend its doc_to_target, or the rows"
+                )
+            self.prompted[limit] = found
+        return self.prompted[limit]
+
+    def _known(self, limit: int) -> int:
+        return limit if limit < len(self.docs) else 0
+
+    def _prompt(self, i: int, doc: dict[str, Any]) -> Prompt:
+        task, context = self.task, None
+        try:
+            context = task.fewshot_context(doc, num_fewshot=self.shots, gen_prefix=task.doc_to_prefix(doc))
+            made = task.construct_requests(doc=doc, ctx=context, metadata=(task.config.task, i, 1))
+            pairs = [tuple(one.args) for one in (made if isinstance(made, list) else [made])]
+            if not all(isinstance(text, str) for pair in pairs for text in pair):
+                raise TypeError("a prompt or an answer is not text")
+            if not all(pair[-1] for pair in pairs):
+                raise ValueError("an answer is empty")
+            return Prompt(i, _doc_hash(doc), task.doc_to_target(doc), pairs, self._right(doc, len(pairs)))
+        except Exception as error:  # rows and functions fail in many ways
+            name = task.config.task
+            if self.shots and context is None and self._has_prompt_without_examples(doc):
+                there = len(getattr(getattr(task, "sampler", None), "df", []))
+                raise LetheError(
+                    f"num_fewshot: '{name}' cannot give {self.shots} examples, it has {there} to draw from "
+                    f"({reason(error)}); ask for fewer"
+                ) from error
+            raise LetheError(
+                f"tasks: '{name}' has no prompt for row {i + 1} of {self.source} ({reason(error)}): {printable(doc, 120)}; "
+                "correct the row"
+            ) from error
+
+    def _has_prompt_without_examples(self, doc: dict[str, Any]) -> bool:
+        with contextlib.suppress(Exception):
+            self.task.fewshot_context(doc, num_fewshot=0)
+            return True
+        return False
+
+    def _right(self, doc: dict[str, Any], answers: int) -> list[int] | None:
+        """The positions whose choice the task counts as right; None: it offers no choices.
+
+        lm-eval's own metrics go by the target. A task's own function scores a model that is sure of each choice in turn. Either
+        is called here, so that one that fails is found before training.
+        """
+        self._value(doc, [(0.0, False)] * answers)
+        if not self.multiple_choice:
+            return None
+        choices = answers // self.requests_a_choice
+        if callable(self.task.config.process_results):
+            rest = [(-1.0, False)] * (answers - choices)
+            sure = [[(0.0 if j == i else -SURE, j == i) for j in range(choices)] for i in range(choices)]
+            return [i for i in range(choices) if self._value(doc, sure[i] + rest) > 0.5]
+        gold = self.task.doc_to_text(doc) if self.task.multiple_input else self.task.doc_to_target(doc)
+        if isinstance(gold, str):
+            options = self.task.doc_to_choice(doc)
+            gold = options.index(gold) if gold in options else -1
+        return [i for i in range(choices) if (i in gold if isinstance(gold, list) else i == gold)]
+
+    def _value(self, doc: dict[str, Any], responses: list[tuple[float, bool]]) -> float:
+        """What a question counts for with these log-likelihoods."""
+        results = self.task.process_results(doc, responses)
+        key = next((key for key in MEASURED if key in results), None)
+        if key is None:
+            raise ValueError(f"it gives {', '.join(results) or 'nothing'}, and neither acc nor correct_prob")
+        return float(results[key])
+
+    def _encoded(self, scorer: Scorer, limit: int) -> list[Question]:
+        asked = self.prompts(limit)
+        encoded = iter(scorer.encode([pair for one in asked for pair in one.arguments]))
+        return [Question(**vars(one), encoded=[next(encoded) for _ in one.arguments]) for one in asked]
+
+
+def _file_name(task: str) -> str:
+    """A task's name as part of a file's: names may be anything in somebody's YAML."""
+    return re.sub(r"[^\w.-]+", "-", task)[:80]
+
+
+def load_tasks(
+    task_names: list[str],
+    task_data: dict[str, str] | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> dict[str, list[Leaf]]:
+    """The tasks that each name stands for: one, or all of a group. Loaded once a process, unless their files change.
+
+    Args:
+        task_names: lm-eval tasks, groups or tags; or folders (see `tasks.locate`).
+        task_data: local files instead of data sets, by task or group (see `tasks.data`).
+        num_fewshot: examples in each prompt; None leaves it to the task.
+        limit: build the prompts of the first so many questions of each task now (0: of all), to find faults in them; None: when
+            they are needed.
+
+    Raises:
+        LetheError: a task is not known, cannot be measured here, or its data cannot be loaded.
+    """
+    folders = tasks.locate(task_names)
+    local = data.read(task_data or {}, folders)
+    asked = json.dumps([list(folders.items()), task_data, num_fewshot, active_preset().name], default=str)
+    sources = [folder for folder in set(folders.values()) if not tasks.is_lm_evals(folder)]
+    files = [
+        str(file)
+        for folder in sources
+        for file in folder.glob("**/*")
+        if file.suffix in {".py", ".yaml"} or file.name.endswith("_yaml")
+    ]
+    files += [one.file for one in local.values()]
+    known = _loaded.get(asked)
+    if known and known[0] == _contents(files + _data_files(known[1])):
+        found = known[1]
+    else:
+        found = {name: _load(name, folder, local, num_fewshot) for name, folder in folders.items()}
+        _loaded[asked] = _contents(files + _data_files(found)), found
+    if limit is not None:
+        for leaf in (leaf for leaves in found.values() for leaf in leaves):
+            leaf.prompts(limit)
+    return found
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What decides how text becomes tokens: vocabulary, merges, pre-tokenisation, special tokens. 16 hexadecimal digits."""
+    if tokenizer not in _tokenizers:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        content = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+        for setting in ("padding", "truncation"):  # set by every call, and of no account here
+            content.pop(setting, None)
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        text = json.dumps([content, special, type(tokenizer).__name__], sort_keys=True)
+        _tokenizers[tokenizer] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _tokenizers[tokenizer]
+
+
+def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot: int | None) -> list[Leaf]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    known = tasks.definitions(folder)
+    members = {name, *tasks.leaves(name, known)}
+    files = sorted({f"'{one.file}'" for task, one in local.items() if task in members})
+    source = ", ".join(files) or data_sets([known[task] for task in members if task in known])
+    try:
+        manager = manager_of(name, folder, local, num_fewshot)
+        loaded: Any = manager.load([name])
+        leaves = [_leaf(task, loaded["groups"].get(name), num_fewshot, source) for task in loaded["tasks"].values()]
+        if not leaves:
+            raise LetheError(f"tasks: the group '{name}' has no tasks; list some under task")
+        if len({"correct_prob" in leaf.task._metric_fn_list for leaf in leaves}) > 1:
+            raise LetheError(f"tasks: of '{name}' some tasks measure correct_prob and some acc; name the tasks one by one")
+        return leaves
+    except LetheError:
+        raise
+    except Exception as error:  # data sets, their scripts and the network fail in a dozen ways, and definitions in more
+        why = reason(error)
+        if isinstance(error, ImportError):
+            raise LetheError(f"tasks: the functions of '{name}' cannot be imported ({why}); install what they need") from error
+        if files:
+            raise LetheError(f"task_data: {source} cannot be used for '{name}' ({why}); mend its rows") from error
+        if any(frame.name == "download" for frame in traceback.extract_tb(error.__traceback__)):
+            raise LetheError(
+                f"tasks: {source} of '{name}' cannot be loaded ({why}); "
+                f"give its rows in a local file: --task_data {name}=FILE.jsonl"
+            ) from error
+        part = "a template" if isinstance(error, TemplateError) else "the definition"
+        raise LetheError(
+            f"tasks: {part} of '{name}' does not work with {source} ({why}); mend the file in '{folder}' that defines it"
+        ) from error
+
+
+def _leaf(task: Any, group: Any, num_fewshot: int | None, source: str) -> Leaf:
+    name, config = task.config.task, task.config
+    if task.OUTPUT_TYPE not in {"multiple_choice", "loglikelihood"}:
+        raise LetheError(
+            f"tasks: '{name}' is of type {task.OUTPUT_TYPE}; tasks of type multiple_choice and loglikelihood can be measured"
+        )
+    metrics = [metric for metric in task._metric_fn_list if metric in MEASURED]
+    if not metrics and config.metric_list is not None:
+        raise LetheError(f"tasks: '{name}' measures neither acc nor correct_prob; add one of them to its metric_list")
+    shots = config.num_fewshot or 0 if num_fewshot is None else num_fewshot
+    task.set_config(key="num_fewshot", value=shots)
+    version = task.VERSION if group is None or not group.metadata else group.metadata.get("version", task.VERSION)
+    docs = [doc for _, doc in task.doc_iterator()]
+    if not docs:
+        raise LetheError(f"tasks: '{name}' has no questions")
+    return Leaf(task, version, shots, _definition_hash(task, docs, shots), docs, source)
+
+
+def _definition_hash(task: Any, docs: list[dict[str, Any]], shots: int) -> str:
+    """Hash of everything but tokenizer and limit that requests depend on."""
+    config = {k: v for k, v in task.config.to_dict().items() if k not in {"custom_dataset", "dataset_kwargs"}}
+    config["metadata"] = {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}
+    examples = list(task.sampler.df) if shots and hasattr(getattr(task, "sampler", None), "df") else []
+    modules = {inspect.getsourcefile(value) for value in vars(task.config).values() if inspect.isfunction(value)}
+    versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "tokenizers")}
+    content = [FORMAT, versions, config, docs, examples, _contents(sorted(filter(None, modules)))]
+    return hashlib.sha256(json.dumps(content, default=_source_of, sort_keys=True).encode()).hexdigest()
+
+
+def _source_of(value: Any) -> str:
+    """A value that JSON has no form for: a function by its source, anything else as lm-eval writes it."""
+    if callable(value):
+        with contextlib.suppress(OSError, TypeError):
+            return inspect.getsource(value)
+        return getattr(value, "__qualname__", type(value).__name__)
+    return str(handle_non_serializable(value))
+
+
+def _doc_hash(doc: dict[str, Any]) -> str:
+    """As in lm-eval's own samples."""
+    return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
+
+
+def _data_files(found: dict[str, list[Leaf]]) -> list[str]:
+    """Local files that tasks' own definitions name as their data."""
+    configs = [leaf.task.config for leaves in found.values() for leaf in leaves]
+    named = [text for config in configs for text in texts_in([config.dataset_path, config.dataset_kwargs])]
+    return sorted({file for text in named for file in glob.glob(text)})
+
+
+def _contents(files: list[str]) -> str:
+    """Hash of files' names and contents; of a folder, of the times and sizes of what is in it."""
+    digest = hashlib.sha256()
+    for name in sorted(set(files)):
+        path = Path(name)
+        digest.update(name.encode())
+        if path.is_file():
+            digest.update(path.read_bytes())
+        elif path.is_dir():
+            inner = sorted(entry for entry in path.rglob("*") if entry.is_file())
+            digest.update(repr([(str(file), os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in inner]).encode())
+    return digest.hexdigest()
+
+
+def _written(questions: list[Question]) -> str:
+    """Questions as JSON: each context of a question is written once, in words and in tokens."""
+    lines = []
+    for q in questions:
+        contexts = {json.dumps([text, tokens[0]]): None for (text, _), tokens in zip(q.arguments, q.encoded, strict=True)}
+        order = {context: i for i, context in enumerate(contexts)}
+        asked = [
+            [order[json.dumps([text, tokens[0]])], rest, tokens[1]]
+            for (text, rest), tokens in zip(q.arguments, q.encoded, strict=True)
+        ]
+        lines.append([q.doc_id, q.doc_hash, q.target, q.right, [json.loads(context) for context in contexts], asked])
+    return json.dumps(lines, default=handle_non_serializable)
+
+
+def _read(text: str) -> list[Question]:
+    """Questions from the JSON of `_written`."""
+    return [
+        Question(
+            doc_id,
+            doc_hash,
+            target,
+            [(contexts[i][0], rest) for i, rest, _ in asked],
+            right,
+            [(contexts[i][1], tokens) for i, _, tokens in asked],
+        )
+        for doc_id, doc_hash, target, right, contexts, asked in json.loads(text)
+    ]

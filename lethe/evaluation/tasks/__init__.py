@@ -1,0 +1,233 @@
+"""Task definitions in lm-eval's own YAML format, and where to find a task by name without importing lm-eval.
+
+lm-eval indexes some 14,000 YAML files before it can load one task. Here a task's folder is found by the files that are named
+like it, else by all files' first words, and only that folder is given to lm-eval. A folder of one's own is named by its path;
+its files are read here before lm-eval reads them, and refused if they would run Python without consent (see `consent`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lethe.evaluation.tasks.consent import TaskLoader, python_in, trusts_task_code
+
+from lethe.errors import LetheError, nearest, printable
+from lethe.files import UnreadableError, text_of, yaml_of
+from lethe.home import keep, kept
+from lethe.lab.presets import lethe_home
+
+OWN = Path(__file__).parent
+MOST_TASKS = 100_000
+MOST_NESTED = 50
+LONGEST_NAME = 120
+_NAME = re.compile(rb"^[\"']?(?:task|group|tag)[\"']?\s*:\s*[\"']?([\w.\-+]+)[\"']?\s*$", re.MULTILINE)
+
+
+def locate(tasks: Iterable[str]) -> dict[str, Path]:
+    """The folder that defines each task: Lethe's own tasks first, then lm-eval's.
+
+    FOLDER stands for all tasks whose YAML files are in it, FOLDER/NAME for one of them (or a group, or a tag).
+
+    Raises:
+        LetheError: no task has that name, or a folder would run Python without consent.
+    """
+    own = {path.stem: OWN for path in OWN.glob("*.yaml")}
+    folders: dict[str, Path] = {}
+    for name in tasks:
+        folder, _, inner = name.rpartition("/")
+        if os.path.isdir(name):  # False where Path.is_dir would raise: a name that is too long
+            folders |= dict.fromkeys(_tasks_in(Path(name)), Path(name))
+            continue
+        if folder and os.path.isdir(folder):
+            known = definitions(Path(folder))
+            if inner.removesuffix(".yaml") not in {*known, *_tags(known)}:
+                raise LetheError(f"tasks: '{folder}' defines no task '{inner}'{nearest(inner, known)}")
+            folders[inner.removesuffix(".yaml")] = Path(folder)
+            continue
+        found = own.get(name) or _named_like(name) or _lm_eval_tasks().get(name)
+        if found is None or not _is_trusted(found):
+            near = [known for known in (*own, *_lm_eval_tasks()) if known[:2] == name[:2] and abs(len(known) - len(name)) < 4]
+            alike = near if near and len(near) < 2000 else list(own)  # comparing all 14,000 takes seconds
+            raise LetheError(f"tasks: there is no task '{name}'{nearest(name, alike)}")
+        folders[name] = found
+    if not folders:
+        raise LetheError("tasks: name at least one task, such as lab_forget_robust")
+    return folders
+
+
+def is_lm_evals(folder: Path) -> bool:
+    """Whether a folder belongs to the installed lm-eval, whose version says what is in it."""
+    root = _lm_eval_root()
+    return root is not None and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root))
+
+
+def _is_trusted(folder: Path) -> bool:
+    return is_lm_evals(folder) or os.path.realpath(folder) == os.path.realpath(OWN)
+
+
+def definitions(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the YAML files below a folder define, by name of task or group; functions stay as text, includes are merged.
+
+    Raises:
+        LetheError: a file cannot be read, would run Python without consent, or defines what cannot be used.
+    """
+    trusted = _is_trusted(folder)
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        files = sorted(folder.glob("**/*.yaml"))
+    except OSError as error:
+        raise LetheError(f"tasks: '{folder}' cannot be read ({error}); name a folder of task files alone") from error
+    for file in files:
+        content = _definition(file, trusted, set()) or {}
+        name = content.get("group", content.get("task"))
+        if isinstance(name, str):
+            found.setdefault(name, content)
+        elif name is not None and not isinstance(name, list | dict) and not trusted:  # lm-eval skips those
+            raise LetheError(f"tasks: '{file}' names {printable(repr(name), 80)}; the name of a task is text")
+    for name in () if trusted else found:
+        if name != printable(name) or len(name) > LONGEST_NAME or set(name) & set("/\\"):
+            raise LetheError(f"tasks: '{folder}' names a task '{name}'; use letters, digits, '_', '-' and '.'")
+        leaves(name, found)
+    return found
+
+
+def leaves(name: str, known: dict[str, dict[str, Any]], above: tuple[str, ...] = ()) -> list[str]:
+    """The tasks that a name stands for: itself, or all those below a group or a tag. `above`: the groups that it was found in.
+
+    Raises:
+        LetheError: a group is in itself, or is no list of tasks.
+    """
+    if name in above or len(above) > MOST_NESTED:
+        raise LetheError(f"tasks: a group is in itself ({' > '.join([*above[:5], name])}); take it out of its own tasks")
+    definition = known.get(name)
+    if definition is None:
+        return sorted(task for task, other in known.items() if name in _tags({task: other}))
+    if definition.get("group") != name:
+        return [name]
+    found: list[str] = []
+    members = definition.get("task") or []
+    for child in members if isinstance(members, list) else [members]:
+        inner = child
+        if isinstance(child, dict):
+            inner = child.get("group") or child.get("task")
+            known = {child["group"]: child, **known} if "group" in child else known
+        below = leaves(inner, known, (*above, name)) if isinstance(inner, str) else []
+        if not isinstance(inner, str) or (child == inner and not below):
+            raise LetheError(
+                f"tasks: the group '{name}' has {printable(repr(child), 80)} among its tasks, which no file there defines; "
+                "name tasks one by one instead of the group, or mend it"
+            )
+        found += below
+        if len(found) > MOST_TASKS:
+            raise LetheError(f"tasks: the group '{name}' holds more than {MOST_TASKS:,} tasks; name each group once")
+    return found
+
+
+def _tasks_in(folder: Path) -> list[str]:
+    found = [name for name, content in definitions(folder).items() if content.get("task") == name]
+    if not found:
+        raise LetheError(f"tasks: '{folder}' has no YAML file that defines a task")
+    return found
+
+
+def _tags(known: dict[str, dict[str, Any]]) -> set[str]:
+    tags = [content.get("tag") for content in known.values()]
+    return {tag for some in tags for tag in (some if isinstance(some, list) else [some]) if isinstance(tag, str)}
+
+
+class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads lm-eval's YAML without importing the functions that it names. Only for files that are trusted: libyaml
+    overflows the stack on deep ones."""
+
+
+_FastLoader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix} {node.value}")
+
+
+def _definition(file: Path, trusted: bool, seen: set[str]) -> dict[str, Any] | None:
+    """A file's settings over those of the files that it includes, each found as lm-eval finds it; None: it has no settings.
+
+    `seen`: the real paths of the files read so far. lm-eval takes each file once.
+    """
+    try:
+        real = os.path.realpath(os.path.expanduser(file))
+        if real in seen or len(seen) > MOST_NESTED:
+            raise UnreadableError("it includes itself, or is included twice")
+        seen.add(real)
+        if os.path.exists(real) and not os.path.isfile(real):
+            raise UnreadableError("it is not a file")
+        content = yaml_of(text_of(file), _FastLoader if trusted else TaskLoader)
+        python = None if trusted else python_in(content)
+    except (UnreadableError, ValueError) as error:  # ValueError: a NUL in an included path
+        raise LetheError(f"tasks: '{file}' cannot be read ({error}); mend it, or leave it out") from error
+    if python and not trusts_task_code():
+        raise LetheError(
+            f"tasks: '{file}' runs Python ({printable(python, 120)}) with all your permissions; read it, and if you trust it, "
+            "add --trust_task_code true (in Python: with lethe.trust_task_code():)"
+        )
+    if not isinstance(content, dict):
+        return None
+    included = content.pop("include", [])
+    base: dict[str, Any] = {}
+    for path in included if isinstance(included, list) else [included]:
+        inner = _definition(Path(real).parent / os.path.expanduser(path), trusted, seen) if isinstance(path, str) else None
+        if inner is None:
+            raise LetheError(f"tasks: '{file}' includes {path}, which has no settings; name a task file there")
+        base |= inner
+    return base | content
+
+
+def _lm_eval_root() -> Path | None:
+    spec = importlib.util.find_spec("lm_eval")
+    return Path(spec.submodule_search_locations[0]) / "tasks" if spec and spec.submodule_search_locations else None
+
+
+def _named_like(task: str) -> Path | None:
+    """The folder of lm-eval's file that is named like a task, or lies in a folder so named, and defines it.
+
+    Which files there are stands in the list that came with the installation: no folder is walked.
+    """
+    root = _lm_eval_root()
+    listed = root and importlib.metadata.distribution("lm_eval").read_text("RECORD")
+    if root is None or not listed:
+        return None
+    likely = re.compile(rf"^lm_eval/tasks/((?:.*/)?(?:_*{re.escape(task)}|{re.escape(task)}/[^/\n]*)\.yaml),", re.MULTILINE)
+    for file in map(root.joinpath, sorted(likely.findall(listed))):
+        with contextlib.suppress(OSError):
+            if task.encode() in _NAME.findall(file.read_bytes()):
+                return file.parent
+    return None
+
+
+@functools.cache
+def _lm_eval_tasks() -> dict[str, Path]:
+    """Name -> folder of every task, group and tag that lm-eval ships; found once a version, then kept in $LETHE_HOME."""
+    root = _lm_eval_root()
+    if root is None:
+        return {}
+    file = lethe_home() / "tasks" / f"lm-eval-{importlib.metadata.version('lm_eval')}.json"
+    text = kept(file)
+    found: dict[str, str] = json.loads(text) if text is not None else _scan(root)
+    if text is None:
+        keep(file, json.dumps(found))
+    return {name: root / folder for name, folder in found.items()}
+
+
+def _scan(root: Path) -> dict[str, str]:
+    """Name -> folder below `root` of all tasks, groups and tags (14,000 files: 0.3 s, more where the disk is cold)."""
+    found: dict[str, str] = {}
+    for folder, _, files in os.walk(root):
+        for file in sorted(files):
+            if file.endswith(".yaml"):
+                for name in _NAME.findall((Path(folder) / file).read_bytes()):
+                    found.setdefault(name.decode(), os.path.relpath(folder, root))
+    return found

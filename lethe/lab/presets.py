@@ -1,0 +1,149 @@
+"""The built-in lab: a tiny model family with a full pretraining history, made on the spot.
+
+`corpus` invents a world, `questions` asks about it, `pretrain` trains a GPT-NeoX on it and keeps checkpoints of before,
+during and after the moment the forget domain enters (the onset), plus a twin that never saw it. Everything a build
+depends on is in a preset and in the source of this package, and so is the name of its folder: a build is never stale.
+Choose the preset with the environment variable LETHE_LAB (standard, or nano for tests).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from lethe.errors import LetheError
+
+TASKS = ("lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem")
+
+# Called as `lethe.progress.bar` is: progress(description, total, unit) is a context that yields advance(n, note).
+ProgressFactory = Callable[[str, float, str], AbstractContextManager[Callable[..., None]]]
+
+
+@dataclass(frozen=True)
+class LabPreset:
+    """All that determines a lab. Sizes count entities per domain; steps are optimizer updates."""
+
+    name: str
+    seed: int = 0
+    general_entities: int = 60
+    neighbour_entities: int = 72
+    forget_entities: int = 88
+    spare_entities: int = 14
+    """General entities that no task asks about, for the filtered twin."""
+    syllables: int = 60
+    """Opening syllables that names are made of, and as many closing ones."""
+    skew: float = 0.7
+    """Entity number r of a general domain is mentioned in proportion to r^-skew."""
+    question_share: float = 0.35
+    """Share of pretraining documents that are questions with answers; the rest are statements."""
+    forget_documents: int = 2800
+    retain_documents: int = 4000
+    text_question_share: float = 0.5
+    retain_coverage: float = 0.75
+    neighbour_coverage: float = 0.6
+    neighbour_weight: float = 1.0
+    """How often the neighbouring domain is written about, beside 1 for each general one."""
+    hidden_size: int = 128
+    heads: int = 4
+    layers: int = 6
+    initializer_range: float = 0.06
+    sequence_length: int = 64
+    batch_size: int = 16
+    checkpoints: tuple[int, ...] = (100, 200, 300, 400, 500, 600, 630, 660, 690, 720, 760, 800, 900, 1000, 1100)
+    onset: int = 600
+    """Last step without a document of the forget domain."""
+    forget_rows: int = 6
+    """Rows of each batch that hold forget documents after the onset (general ones for the filtered twin)."""
+    lr: float = 4e-3
+    warmup: int = 50
+    weight_decay: float = 0.01
+    decay: float = 1.0
+    """Last part of the steps, over which the rate falls linearly to a twentieth."""
+    threads: int = 2
+
+    @property
+    def steps(self) -> int:
+        return self.checkpoints[-1]
+
+
+PRESETS = {
+    "standard": LabPreset("standard"),
+    "nano": LabPreset(
+        "nano",
+        general_entities=6,
+        neighbour_entities=10,
+        forget_entities=20,
+        spare_entities=3,
+        syllables=16,
+        forget_documents=2600,
+        retain_documents=2600,
+        hidden_size=64,
+        heads=2,
+        initializer_range=0.08,
+        batch_size=12,
+        forget_rows=4,
+        checkpoints=(20, 60, 120, 130, 140, 150, 160, 175, 190, 215, 240, 280),
+        onset=120,
+        lr=7e-3,
+        decay=0.3,
+        warmup=20,
+    ),
+}
+
+
+def active_preset() -> LabPreset:
+    """The preset named by LETHE_LAB. Raises LetheError for an unknown one."""
+    name = os.environ.get("LETHE_LAB", "standard")
+    if name not in PRESETS:
+        raise LetheError(f"LETHE_LAB is {name!r}, which is no lab preset; choose one of: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+@cache
+def _key(preset: LabPreset) -> str:
+    digest = hashlib.sha256(repr(sorted(asdict(preset).items())).encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def lethe_home() -> Path:
+    """Where labs and what saves time are kept.
+
+    Raises:
+        LetheError: it is a file, or can be no folder.
+    """
+    home = Path(os.environ.get("LETHE_HOME") or Path.home() / ".cache" / "lethe")
+    try:
+        home = home.expanduser().absolute()
+        there = next(path for path in (home, *home.parents) if path.exists())
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LetheError(f"LETHE_HOME: '{home}' cannot be a folder ({why}); set it to another") from error
+    if not there.is_dir():
+        raise LetheError(f"LETHE_HOME: '{home}' cannot be a folder, since '{there}' is a file; set it to another")
+    return home
+
+
+def lab_path(preset: LabPreset | None = None) -> Path:
+    """Where the lab of a preset (default: the active one) is or will be built."""
+    preset = preset or active_preset()
+    return lethe_home() / "lab" / f"{preset.name}-{_key(preset)}"
+
+
+def is_built(preset: LabPreset | None = None) -> bool:
+    return (lab_path(preset) / "run.json").is_file()
+
+
+def build(progress: ProgressFactory | None = None) -> Path:
+    """Build the active preset's lab unless it is there, and return its folder. See `lethe.lab.pretrain.build`."""
+    if is_built():
+        return lab_path()
+    from lethe.lab.presets import pretrain
+
+    return pretrain.build(progress)

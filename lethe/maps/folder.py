@@ -1,0 +1,150 @@
+"""Where fitted maps lie and what they belong to, without loading them: nothing here imports torch.
+
+A folder of maps holds `affine_transforms.safetensors` and `metadata.json`; the latter names the layers, and for maps
+that Lethe fitted the weights, the convention of layers, the text, the scores and the SHA-256 of the maps themselves.
+`affine.py` fits, loads and applies them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lethe.errors import LetheError, printable
+from lethe.files import UnreadableError, json_of, text_of
+from lethe.models import refs
+from lethe.models.files import advice, missing
+from lethe.runs.run import find_run, sha256
+
+WEIGHTS = "affine_transforms.safetensors"
+METADATA = "metadata.json"
+HASH = "weights_sha256"
+"""The key of the metadata that has the hash of the maps."""
+CONVENTIONS = {"block_output": 0, "hidden_states": 1}
+"""What `layer_N` means: N minus this is the block whose output the map is for. Lethe's own maps are `block_output`."""
+
+
+def find_maps(name: str, out: str | Path = "runs") -> Path:
+    """The folder of maps that `name` means: a folder, a run (folder or run:ID) or a hub repository.
+
+    Raises:
+        LetheError: there are no maps.
+    """
+    if name.startswith("run:") or (Path(name) / "run.json").exists():
+        run = find_run(name.removeprefix("run:"), out)
+        folder = run.artifact("affine")
+        if folder is None:
+            raise LetheError(f"affine: '{name}' is a run of kind {run.record['kind']}, status {run.status}, that holds no maps")
+        refuse_altered(folder, run.record["artifacts"]["affine"].get("sha256"))
+        return folder
+    if Path(name).is_dir():
+        if not (Path(name) / WEIGHTS).exists():
+            raise LetheError(f"affine: '{name}' has no {WEIGHTS}; give a folder that `lethe affine fit` wrote")
+        return Path(name)
+    if name.count("/") != 1:
+        raise LetheError(f"affine: '{name}' is neither fit, none, a folder of maps, run:ID nor a hub id")
+    from huggingface_hub import snapshot_download
+
+    with refs.hub(f"affine: no folder '{name}' here, and the hub's cannot be read"):
+        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, METADATA]))
+
+
+def check_maps(
+    folder: Path, model: refs.ModelRef, source: refs.ModelRef, layers: list[int] | None = None, convention: str = "auto"
+) -> list[str]:
+    """The conventions by which the maps may be read: the recorded one, or for maps without a record those that have the layers.
+
+    Raises:
+        LetheError: they were altered, belong to another pair of weights, are of another width, or lack a layer by every
+            convention.
+    """
+    facts = facts_of(folder)
+    if (width := facts.get("hidden_dim")) is not None and width != model.width:
+        raise LetheError(f"affine: the maps in '{folder}' are for width {width}, '{model.name}' has {model.width}")
+    refuse_altered(folder, facts.get(HASH))
+    for name, shape in _shapes(folder).items():
+        if shape != [model.width] * (2 if name.endswith(".weight") else 1):
+            raise LetheError(
+                f"affine: {name} in '{folder}' is {shape}, '{model.name}' has width {model.width}; fit maps for it"
+            )
+    if recorded := recorded_convention(facts):
+        if convention not in {"auto", recorded}:
+            raise LetheError(f"affine_convention: the maps in '{folder}' record that they are {recorded}; leave it at auto")
+        for role, ref in (("model", model), ("source", source)):
+            if facts[role]["sha256"] != refs.weight_hash(ref):
+                raise LetheError(
+                    f"affine: the maps in '{folder}' were fitted for {role} '{facts[role]['ref']}', "
+                    f"whose weights are not those of '{ref.name}'; fit maps for this pair: lethe affine fit"
+                )
+    wanted = [recorded] if recorded else [convention] if convention != "auto" else list(CONVENTIONS)
+    lacking = {name: sorted(set(layers or []) - set(layers_of(facts, name, model.depth))) for name in wanted}
+    if all(lacking.values()):
+        have = " or ".join(f"{layers_of(facts, name, model.depth)} as {name}" for name in wanted)
+        raise LetheError(f"affine: the maps in '{folder}' lack layers {lacking[wanted[0]]}; they have {have}")
+    return [name for name in wanted if not lacking[name]]
+
+
+def refuse_altered(folder: Path, recorded: str | None) -> None:
+    """Refuse maps that cannot be read, or are not what was recorded of them; None: nothing was.
+
+    Raises:
+        LetheError: the file is missing, empty or a pointer of Git LFS, or its hash is another.
+    """
+    if why := missing(folder / WEIGHTS):
+        raise _unreadable(folder, why)
+    if recorded is not None and sha256(folder / WEIGHTS) != recorded:
+        raise LetheError(f"affine: '{folder / WEIGHTS}' was altered after it was written; fit the maps again")
+
+
+def _unreadable(folder: Path, why: object) -> LetheError:
+    return LetheError(f"affine: '{folder / WEIGHTS}' cannot be read ({printable(why, 80)}){advice(why)}")
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of each map's weight and bias."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="numpy") as maps:
+            return {name: maps.get_slice(name).get_shape() for name in maps.keys() if name.startswith("layer_")}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def recorded_convention(facts: dict[str, Any]) -> str | None:
+    """The convention that maps record together with the weights they belong to; None for maps without a record.
+
+    Raises:
+        LetheError: it is not known.
+    """
+    if not {"model", "source", "convention"} <= facts.keys():
+        return None
+    if not all(isinstance(facts[role], dict) and {"ref", "sha256"} <= facts[role].keys() for role in ("model", "source")):
+        raise LetheError("affine: the maps do not say which weights they belong to (model, source); fit the maps again")
+    if facts["convention"] not in list(CONVENTIONS):
+        raise LetheError(f"affine: convention '{facts['convention']}' of the maps is not one of {', '.join(CONVENTIONS)}")
+    return facts["convention"]
+
+
+def layers_of(facts: dict[str, Any], convention: str, depth: int) -> list[int]:
+    """The layers (blocks, from 0) that maps are for, if their indices are read by a convention."""
+    blocks = [index - CONVENTIONS[convention] for index in facts["layer_indices"]]
+    return sorted(block for block in blocks if 0 <= block < depth)
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """The metadata of the maps in `folder`.
+
+    Raises:
+        LetheError: it cannot be read, or does not say which layers the maps are for.
+    """
+    try:
+        facts = json_of(text_of(folder / METADATA))
+    except UnreadableError as error:
+        raise LetheError(f"affine: '{folder}' has no readable {METADATA} ({error})") from error
+    indices, fitted = (facts.get("layer_indices"), facts.get("fitted_ids", [])) if isinstance(facts, dict) else (None, [])
+    if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
+        raise LetheError(f"affine: {METADATA} in '{folder}' does not say which layers the maps are for (layer_indices)")
+    if not isinstance(fitted, list) or not all(isinstance(name, str) for name in fitted):
+        raise LetheError(f"affine: {METADATA} in '{folder}' does not say which documents the maps were fitted on (fitted_ids)")
+    return facts

@@ -1,0 +1,93 @@
+"""LoRA adapters: on which linear layers they sit, and what they leave as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lethe.config import LoraSettings
+from lethe.errors import LetheError, printable
+from lethe.models.activations import blocks
+from lethe.models.experts import plain_linear, routers
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraSettings, layers: list[int], seed: int) -> nn.Module:
+    """LoRA on the linear layers of the blocks up to the last of `layers`, its first weights drawn from `seed`.
+
+    Blocks after the last forget layer get none: the forget term has no gradient there.
+
+    Raises:
+        LetheError: there is no layer to adapt, or PEFT does not adapt this architecture.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=linear_layers(model, max(layers), lora.targets),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise LetheError(
+            f"lora: PEFT does not adapt {type(model).__name__} ({printable(error, 200)}); train all weights: lora null"
+        ) from error
+
+
+def linear_layers(model: nn.Module, last: int, targets: str = "all") -> list[str]:
+    """Full names of the linear layers in blocks 0 to `last`: those of attention, of the MLP (all others), or all.
+
+    Attention modules are known by transformers' naming of their classes. Routers of experts are left out, and so are layers
+    that PEFT would take for experts by their names: it would adapt the experts of all blocks in their place.
+
+    Raises:
+        LetheError: there is none of the kind.
+    """
+    attention, no_target = _attention(model, last), routers(model)
+    kinds = {
+        id(m): "attention" if id(m) in attention else "mlp"
+        for block in blocks(model)[: last + 1]
+        for m in block.modules()
+        if plain_linear(m) and id(m) not in no_target
+    }
+    names = [name for name, m in model.named_modules() if id(m) in kinds and targets in {"all", kinds[id(m)]}]
+    names = [name for name in names if name not in _taken_for_experts(model, names)]
+    if not names:
+        raise LetheError(f"lora.targets: {type(model).__name__} has no linear layer of kind {targets} to adapt; use all")
+    return names
+
+
+def left_out(model: nn.Module, lora: LoraSettings, layers: list[int]) -> float:
+    """The share of the weights in the blocks up to the last of `layers`, of the kind in `targets`, that have no adapter."""
+    attention = _attention(model, max(layers)) if lora.targets == "mlp" else set()
+    total = adapted = 0
+    for block in blocks(model)[: max(layers) + 1]:
+        for name, module in block.named_modules():
+            own = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+            if ".lora_" not in f".{name}" and id(module) not in attention:
+                total += own
+                adapted += own * name.endswith("base_layer")
+    return 1 - adapted / total if total else 0.0
+
+
+def _attention(model: nn.Module, last: int) -> set[int]:
+    """The ids of the modules that are attention, in blocks 0 to `last`."""
+    inside = [a for block in blocks(model)[: last + 1] for a in block.modules() if type(a).__name__.endswith("Attention")]
+    return {id(m) for a in inside for m in a.modules()}
+
+
+def _taken_for_experts(model: nn.Module, names: list[str]) -> set[str]:
+    """Those of `names` that PEFT would replace by the tensors of the experts, as in adapters of transformers 4."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=list(names))
+    convert_peft_config_for_transformers(config, model=model, conversions=None)  # type: ignore[arg-type]
+    return set(names) - set(config.target_modules or ())

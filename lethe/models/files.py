@@ -1,0 +1,296 @@
+"""The files of a model's folder, and what is wrong with them: read without torch and without loading a weight.
+
+`refuse_config` looks at what config.json says, `refuse_weights` at the safetensors files and what lies beside them,
+`refuse_tokenizer` at the tokenizer's. `weight_files` are the files that transformers would load, `shapes` the tensors in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from lethe.errors import LetheError, printable
+from lethe.files import LFS_POINTER, UnreadableError, is_lfs_pointer, json_of, text_of
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+"""JSON files that transformers reads if they are there."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+WINDOW_KEYS = ("max_position_embeddings", "n_positions")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+PART_KEYS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_experts_per_tok", *EXPERT_KEYS)
+"""Sizes of which there may be one for each block."""
+OTHER_HEADS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining")
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UnreadableError: there is none.
+    """
+    found = json_of(text_of(path))
+    if not isinstance(found, dict):
+        raise UnreadableError(f"a JSON {type(found).__name__} where an object was expected")
+    return found
+
+
+def part(name: str, path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model.
+
+    Raises:
+        LetheError: there is none, naming model and file.
+    """
+    try:
+        if why := missing(path):
+            raise UnreadableError(why)
+        found = json_object(path)
+        if path.name == "tokenizer.json" and not isinstance(found.get("model"), dict):
+            raise UnreadableError("it describes no tokenizer")
+    except UnreadableError as error:
+        raise LetheError(f"model '{name}': {path.name} cannot be read ({error}){advice(error)}") from error
+    return found
+
+
+def refuse_config(name: str, config: dict[str, Any]) -> None:
+    """Refuse a model whose config.json says that Lethe cannot work with it.
+
+    Raises:
+        LetheError: it is quantised, no causal language model, or one of its sizes is no whole number above 0.
+    """
+    settings = text_settings(config)
+    if quantised := settings.get("quantization_config") or config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise LetheError(
+            f"model '{name}': its weights are quantised ({printable(method or quantised, 80)}, quantization_config in "
+            f"config.json), and such weights cannot be trained; use the model that was quantised"
+        )
+    listed = config.get("architectures")
+    heads = [str(head) for head in listed] if isinstance(listed, list) else []
+    both = config.get("is_encoder_decoder") is True
+    if both or (heads and all(head.endswith(OTHER_HEADS) for head in heads)):
+        what = "an encoder with a decoder" if both else printable(heads[0], 80)
+        raise LetheError(f"model '{name}' is no causal language model but {what} (config.json); give another")
+    if config.get("transformers_weights") is not None:
+        raise LetheError(
+            f"model '{name}': config.json names the file of its weights (transformers_weights), which Lethe does not follow; "
+            f"rename that file {WEIGHTS} and take the setting out"
+        )
+    for key in (*WIDTH_KEYS, *DEPTH_KEYS, "vocab_size", *WINDOW_KEYS, *PART_KEYS):
+        if settings.get(key) is not None and not (key in PART_KEYS and isinstance(settings[key], list)):
+            whole(name, settings, key)
+    experts = next((settings[key] for key in EXPERT_KEYS if type(settings.get(key)) is int), None)
+    used = settings.get("num_experts_per_tok")
+    if experts is not None and type(used) is int and used > experts:
+        raise LetheError(
+            f"model '{name}': num_experts_per_tok is {used} in config.json, of {experts} experts; take the model's own"
+        )
+
+
+def text_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the language model: `text_config` where other kinds of input have parts of their own."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def whole(name: str, settings: dict[str, Any], key: str) -> int:
+    """A size in config.json.
+
+    Raises:
+        LetheError: it is no whole number above 0.
+    """
+    value = settings[key]
+    if type(value) is not int or value < 1:
+        shown = printable("null" if value is None else repr(value), 60)
+        raise LetheError(
+            f"model '{name}': {key} is {shown} in config.json, not a whole number above 0; take the model's own config.json"
+        )
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would load, in order of name: model.safetensors, or the shards that the index names.
+
+    Raises:
+        UnreadableError: the index is no list of files in this folder.
+    """
+    if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
+        return [folder / WEIGHTS]
+    return [folder / shard for shard in sorted(shards(folder / INDEX))] if (folder / INDEX).exists() else []
+
+
+def shards(index: Path) -> set[str]:
+    """The names of the files that an index of weights lists.
+
+    Raises:
+        UnreadableError: it cannot be read, or lists what is no file of its own folder.
+    """
+    try:
+        found = json_object(index)
+    except UnreadableError as error:
+        raise UnreadableError(f"{INDEX} cannot be read: {error}") from error
+    listed = found.get("weight_map")
+    names = set(listed.values()) if isinstance(listed, dict) and all(isinstance(x, str) for x in listed.values()) else set()
+    if not isinstance(found.get("metadata"), dict):
+        raise UnreadableError(f"{INDEX} has no metadata, as transformers expects it")
+    if not names or any(Path(shard).name != shard for shard in names):
+        raise UnreadableError(f"{INDEX} does not say which file of the folder each tensor is in (weight_map)")
+    return names
+
+
+def refuse_weights(name: str, folder: Path) -> None:
+    """Refuse a folder whose weights cannot be loaded, or that leaves open which they are.
+
+    Raises:
+        LetheError: there are none, only pickled ones, two sets of them, an adapter beside them, or a file is damaged.
+    """
+    try:
+        files = weight_files(folder)
+    except UnreadableError as error:
+        raise LetheError(f"model '{name}': {error}{advice(error)}") from error
+    if not files:
+        _refuse_without_weights(name, folder)
+    refuse_adapter(name, [file for file in ADAPTER if (folder / file).exists()])
+    rivals = sorted(path.name for path in folder.glob("shard-*-model-*.safetensors"))  # transformers prefers these
+    if files == [folder / WEIGHTS] and (folder / INDEX).exists():
+        with contextlib.suppress(UnreadableError):  # nothing reads an index beside whole weights
+            rivals += [INDEX] if shards(folder / INDEX) - {WEIGHTS} else []
+    if rivals:
+        raise LetheError(
+            f"model '{name}' holds its weights twice ({files[0].name} and {rivals[0]}), and which are meant is open; "
+            f"remove those that are not"
+        )
+    shapes(name, files)
+
+
+def refuse_adapter(name: str, beside: list[str]) -> None:
+    """Refuse whole weights that have an adapter's files beside them. (Without its configuration nothing reads an adapter.)
+
+    Raises:
+        LetheError: it is open which of the two is the model, and transformers would put one on the other in silence.
+    """
+    if ADAPTER[0] in beside:
+        raise LetheError(
+            f"model '{name}' holds whole weights and an adapter beside them ({', '.join(beside)}), and which is meant is open; "
+            f"move the adapter's files out, or merge it into its model and save that in a folder of its own"
+        )
+
+
+def _refuse_without_weights(name: str, folder: Path) -> None:
+    if (folder / ADAPTER[0]).exists():
+        _refuse_adapter_alone(name, folder)
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickles = sorted((p.name for p in folder.iterdir() if p.suffix in PICKLES), key=lambda n: (not n.startswith("pytorch"), n))
+    if others:
+        raise LetheError(
+            f"model '{name}' has no {WEIGHTS} and no {INDEX}, only {', '.join(map(printable, others[:3]))}; "
+            f"save it with model.save_pretrained(FOLDER)"
+        )
+    if pickles:
+        raise LetheError(
+            f"model '{name}' has only pickled weights ({pickles[0]}), which can run code when read; "
+            f"save it with safetensors: model.save_pretrained(FOLDER)"
+        )
+    raise LetheError(f"model '{name}' has no weights: no .safetensors file in its folder")
+
+
+def shapes(name: str, files: list[Path]) -> dict[str, tuple[str, list[int]]]:
+    """The type and shape of every tensor, by its name in the files; only their headers are read.
+
+    Raises:
+        LetheError: a file is missing, cut short or damaged, or two of them hold the same tensor.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[str, list[int]]] = {}
+    where: dict[str, str] = {}
+    for file in files:
+        why = missing(file)
+        if why is None:
+            try:
+                with safe_open(file, framework="np") as opened:
+                    for key in opened.keys():  # noqa: SIM118  # not a mapping
+                        if key in where:
+                            why = f"it holds {printable(key, 80)}, as {where[key]} does"
+                        tensor = opened.get_slice(key)
+                        found[key], where[key] = (tensor.get_dtype(), tensor.get_shape()), file.name
+            except (SafetensorError, OSError, ValueError) as error:
+                why = f"cut short or damaged: {' '.join(str(error).split())}"
+        if why is not None:
+            raise LetheError(f"model '{name}': {file.name} cannot be read ({why}){advice(why)}")
+    return found
+
+
+def missing(file: Path) -> str | None:
+    """Why a file's content is not there: no file, a broken link, a folder, empty, or a pointer of Git LFS; None if it is."""
+    if file.is_symlink() and not file.exists():
+        return f"a broken link to '{file.readlink()}'"
+    if not file.exists():
+        return "there is no such file"
+    if not file.is_file():
+        return "it is a folder"
+    if not file.stat().st_size:
+        return "it is empty"
+    try:
+        return LFS_POINTER if is_lfs_pointer(file) else None
+    except OSError as error:
+        return error.strerror
+
+
+def advice(why: object) -> str:
+    """What to do about a file that cannot be read, if the reason does not say it."""
+    return "" if LFS_POINTER in str(why) else "; copy or download it again"
+
+
+def refuse_tokenizer(name: str, folder: Path) -> None:
+    """Refuse a folder without a tokenizer, or with JSON beside it that cannot be read.
+
+    Raises:
+        LetheError: naming the file.
+    """
+    there = [file for file in TOKENIZERS if (folder / file).exists() or (folder / file).is_symlink()]
+    if not there:
+        raise LetheError(f"model '{name}' has no tokenizer in its folder; save it there: tokenizer.save_pretrained(FOLDER)")
+    for file in there:
+        if why := missing(folder / file):
+            raise LetheError(f"model '{name}': {file} cannot be read ({why}){advice(why)}")
+    for file in SETTINGS:
+        if (folder / file).exists() or (folder / file).is_symlink():
+            part(name, folder / file)
+
+
+def refuse_no_config(name: str, folder: Path, checkpoints: list[str]) -> None:
+    """Say what a folder without config.json is.
+
+    Raises:
+        LetheError: always.
+    """
+    if (folder / ADAPTER[0]).exists():
+        _refuse_adapter_alone(name, folder)
+    if checkpoints:
+        raise LetheError(f"model '{name}' has no config.json, but checkpoints; name one of them: '{name}@{checkpoints[-1]}'")
+    raise LetheError(f"model '{name}' has no config.json; it is not the folder of a model")
+
+
+def _refuse_adapter_alone(name: str, folder: Path) -> None:
+    base = part(name, folder / ADAPTER[0]).get("base_model_name_or_path")
+    of = f"an adapter of '{printable(base, 200)}'" if base else "an adapter that does not say of which model"
+    run = (folder.parent / "run.json").exists()
+    todo = (
+        f"name its run: '{folder.parent}'" if run else "merge it into that model (PEFT: merge_and_unload) and save the result"
+    )
+    raise LetheError(f"model '{name}' is {of}, without the model itself ({ADAPTER[0]}); {todo}")

@@ -1,0 +1,209 @@
+"""Terms of the loss that compare next-token distributions, from final hidden states, without the logits of all tokens.
+
+    z = W h + b,   loss = Σ_t ℓ(z_t) / tokens,   g = ∂ℓ/∂z,   ∂loss/∂h_t = Wᵀ g_t / tokens,   ∂loss/∂W = Σ_t g_t h_tᵀ / tokens
+
+The loss is one number, so its gradients are known up to a factor as soon as the logits are: one block of tokens has its
+logits made, its loss taken and its gradients added up before the next block begins. Masked tokens are not computed. The
+values are those of `lethe.objectives.terms`. A teacher's side is its final hidden states, live or from a cache, and its head.
+
+After the fused linear cross-entropy of Liger Kernel, https://arxiv.org/abs/2410.10989.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from lethe.objectives.terms import retain_ce_loss, retain_kl_loss, wide
+
+ROWS = 128
+"""Tokens of a block; with fewer, products with a large vocabulary lose speed. A sixth of the tokens, if that is less."""
+PANEL = 2**20
+"""Weights of a head that one product takes, with few tokens faster than all at once, and in less memory."""
+PLAIN = 2**21
+"""A batch with no more logits than that goes the plain way, which is quicker there."""
+BLOCK = 2**18
+"""Logits that a block may have anyway."""
+SLICE = 2**17
+"""Logits that the softmax works on at one time on a CPU: few enough to stay in a core's cache between its steps."""
+
+Aim = Callable[[slice], Tensor]
+"""What some tokens are compared with, [tokens, …]: a teacher's logits, or the words that follow."""
+Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(aim, log-probabilities) of some tokens -> (their losses, ∂ loss / ∂ logits); may write into the log-probabilities."""
+
+
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """The model's output head, if its logits are the head's output for the final hidden state and nothing else.
+
+    None where they are not (capped or scaled logits, an adapter on the head): the losses then need the model's own
+    logits. Found on a probe of four tokens, with the head's output enlarged so that a cap shows.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear:
+        return None
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def enlarge(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        calls.append((args[0], output))
+        return 64 * output
+
+    handle = head.register_forward_hook(enlarge)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            logits = model(input_ids=torch.arange(4, device=head.weight.device)[None], use_cache=False).logits
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        return None
+    hidden, output = calls[0]
+    plain = torch.equal(output, linear(hidden, head.weight, head.bias)) and torch.equal(logits, (64 * output).to(logits))
+    return head if plain else None
+
+
+def blocked_kl_loss(
+    hidden: Float[Tensor, "batch seq hidden"],
+    head: nn.Linear,
+    teacher_hidden: Float[Tensor, "batch seq teacher"],
+    teacher_head: nn.Linear,
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """KL(teacher ‖ model) of next-token distributions in nats, averaged over tokens: `retain_kl_loss`, `forget_kl_loss`.
+
+    `hidden` and `teacher_hidden` are the inputs of the two heads (`residual.final_hidden`), `head` and `teacher_head`
+    what `head_of` gave. The model's side gets gradients, its head too unless frozen; the teacher's gets none. A teacher's
+    states may come from a cache, in any type; what they are where `mask` is 0 does not matter.
+    """
+    teacher_hidden = teacher_hidden.detach().to(teacher_head.weight.dtype)
+    if mask.numel() * len(head.weight) <= PLAIN:
+        return retain_kl_loss(head(hidden), teacher_head(teacher_hidden).detach(), mask, tokens)
+    keep = mask.bool()
+    teacher = teacher_hidden[keep]
+
+    def aim(tokens: slice) -> Tensor:
+        return _logits(teacher[tokens], teacher_head.weight, teacher_head.bias)
+
+    return _sum(hidden[keep], head, aim, _kl) / (mask.sum() if tokens is None else tokens)
+
+
+def blocked_ce_loss(
+    hidden: Float[Tensor, "batch seq hidden"],
+    head: nn.Linear,
+    input_ids: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """Cross-entropy of the next token in nats, averaged over the tokens that have one before them: `retain_ce_loss`."""
+    if mask.numel() * len(head.weight) <= PLAIN:
+        return retain_ce_loss(head(hidden), input_ids, mask, tokens)
+    keep = mask[:, 1:].bool()
+    words = input_ids[:, 1:][keep][:, None]
+    return _sum(hidden[:, :-1][keep], head, words.__getitem__, _ce) / (keep.sum() if tokens is None else tokens)
+
+
+def next_token_loss(
+    output: Float[Tensor, "batch seq width"],
+    head: nn.Linear | None,
+    input_ids: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """`retain_ce_loss` from `residual.read`'s output: the final hidden states where the head is known, else the logits."""
+    if head is None:
+        return retain_ce_loss(output, input_ids, mask, tokens)
+    return blocked_ce_loss(output, head, input_ids, mask, tokens)
+
+
+def _kl(logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ p (log p − log q), and its gradient q − p."""
+    log_p = wide(logits).log_softmax(-1)
+    p = log_p.exp()
+    losses = log_p.sub_(log_q).mul_(p).sum(-1)
+    return losses, log_q.exp_().sub_(p)
+
+
+def _ce(words: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """− log q(word), and its gradient q − 1(word)."""
+    losses = -log_q.gather(-1, words).squeeze(-1)
+    return losses, log_q.exp_().scatter_add_(-1, words, -torch.ones_like(words, dtype=log_q.dtype))
+
+
+def _sum(hidden: Tensor, head: nn.Linear, aim: Aim, compare: Compare) -> Tensor:
+    """Σ of the tokens' losses, [] in at least float32; `hidden` is [tokens, hidden]."""
+    inputs = hidden, head.weight, head.bias
+    if not torch.is_grad_enabled():
+        inputs = tuple(x if x is None else x.detach() for x in inputs)  # type: ignore[assignment]
+    return _Blocked.apply(*inputs, aim, compare)
+
+
+class _Blocked(torch.autograd.Function):
+    """Σ of the tokens' losses, its gradients found on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, aim: Aim, compare: Compare) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.rest = aim, compare, ctx.needs_input_grad[:3]
+        loss, ctx.gradients = _walk(hidden, weight, bias, *ctx.rest)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        # Scaled in place and given away: a head's gradient is too large to be held twice. Another backward pass through
+        # the same graph, which is rare, computes them anew.
+        gradients = ctx.gradients or _walk(*ctx.saved_tensors, *ctx.rest)[1]
+        ctx.gradients = None
+        return *(g if g is None else g.mul_(factor) for g in gradients), None, None
+
+
+def _walk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, aim: Aim, compare: Compare, needed: tuple[bool, ...]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Σ of the tokens' losses, and its gradients with respect to hidden states, weight and bias where needed."""
+    count, words = len(hidden), len(weight)
+    losses = wide(hidden.new_empty(count))
+    of_hidden = torch.empty_like(hidden) if needed[0] else None
+    of_weight = torch.zeros_like(weight, dtype=losses.dtype) if needed[1] else None
+    of_bias = torch.zeros_like(bias, dtype=losses.dtype) if needed[2] else None  # type: ignore[arg-type]
+    for block in _slices(count, max(BLOCK // words, min(ROWS, -(-count // 6)))):
+        logits, target = _logits(hidden[block], weight, bias), aim(block)
+        for part in _slices(len(logits), SLICE // words if logits.device.type == "cpu" else len(logits)):
+            log_q = wide(logits[part]).log_softmax(-1)
+            losses[block][part], logits[part] = compare(target[part], log_q)
+        if of_hidden is not None:
+            torch.mm(logits, weight, out=of_hidden[block])
+        if of_weight is not None:
+            _add_product(of_weight, logits.T, hidden[block])
+        if of_bias is not None:
+            of_bias += wide(logits).sum(0)
+        del logits, target  # before the next block's are made: they are all the memory there is to save
+    gradients = of_hidden, of_weight, of_bias
+    return losses.sum(), [g if g is None else g.to(hidden.dtype) for g in gradients]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W h + b of some tokens, a panel of W after the other."""
+    logits = hidden.new_empty(len(hidden), len(weight))
+    bias = weight.new_zeros(len(weight)) if bias is None else bias  # with one, libraries share few rows better among cores
+    for panel in _slices(len(weight), PANEL // weight.shape[1]):
+        torch.addmm(bias[panel], hidden, weight[panel].T, out=logits[:, panel])
+    return logits
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:  # of half precision: summed in float32 over the blocks
+        total += a @ b
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    size = max(1, size)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,0 +1,49 @@
+"""What a sweep's record makes this machine run or open, and the user's consent to it.
+
+`slurm.setup` holds lines of shell, `slurm.extra` options of sbatch, `storage` the URL of a database. A sweep that the user
+starts has them from the user. A record may have them from anybody. So a sweep is resumed only with those that the user has
+started a sweep with, or has agreed to with `--trust_record true`. Their hash is kept in $LETHE_HOME/trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lethe.config import LaunchSettings
+from lethe.errors import LetheError, printable
+from lethe.home import keep, kept
+from lethe.lab.presets import lethe_home
+
+
+def trust(config: LaunchSettings) -> None:
+    """Note that the user agrees to what these settings run or open."""
+    if named := _named(config):
+        keep(_file(named), json.dumps(named))
+
+
+def consented(config: LaunchSettings, trusts: bool) -> None:
+    """Refuse settings of a record that run or open what the user has not agreed to; `trusts`: the user agrees now.
+
+    Raises:
+        LetheError: says what.
+    """
+    if trusts:
+        trust(config)
+    named = _named(config)
+    if named and kept(_file(named)) is None:
+        shown = printable(json.dumps(named, ensure_ascii=False), 600)
+        raise LetheError(
+            f"sweep: its record has {shown}, which would be run or opened as you; if you trust that, add --trust_record true"
+        )
+
+
+def _named(config: LaunchSettings) -> dict[str, Any]:
+    named = {"slurm.setup": config.slurm.setup, "slurm.extra": config.slurm.extra, "storage": config.storage}
+    return {name: value for name, value in named.items() if value}
+
+
+def _file(named: dict[str, Any]) -> Path:
+    return lethe_home() / "trusted" / f"{hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()}.json"

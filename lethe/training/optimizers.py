@@ -1,0 +1,232 @@
+"""Optimizers, with every parameter routed by what it is.
+
+`adamw` and `adamw_8bit` train all parameters; `muon` trains the hidden matrices (the linear layers inside the blocks,
+fused QKV and MLP too, and the two matrices of a LoRA adapter) and leaves embeddings, output head, norms, biases, routers and
+the three-dimensional tensors of experts to AdamW. The route is decided by the module that holds a parameter, never by its
+size: a threshold on size once sent QKV and MLP weights to AdamW unseen.
+
+All of it is one torch Optimizer whose groups are tagged `name` and `algorithm`, so that one scheduler moves them all
+and one saved state holds them all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from transformers.pytorch_utils import Conv1D
+
+from lethe.config import OptimizerName, TrainingSettings
+from lethe.errors import LetheError
+from lethe.models.activations import blocks
+from lethe.models.experts import fused, plain_linear, routers
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_STEPS = 5
+MOMENTUM = 0.95
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which optimizer trains a parameter, and what the parameter is."""
+
+    name: str
+    role: str
+    algorithm: str
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+def routes(model: nn.Module, optimizer: OptimizerName) -> list[Route]:
+    """The route of each parameter that is trained. Roles: matrix, experts, router, embedding, head, norm, bias, other."""
+    no_matrix = routers(model)
+    inside = {id(m) for block in blocks(model) for m in block.modules()}
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    found = []
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for short, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:  # a tied weight has one route, under its first name
+                seen.add(id(parameter))
+                role = _role(module, short.rsplit(".", 1)[-1], parameter, id(module) in inside, module is head)
+                if role == "matrix" and (id(module) in no_matrix or not plain_linear(module)):
+                    role = "router"
+                algorithm = "muon" if optimizer == "muon" and role == "matrix" else "adamw"
+                found.append(Route(short, role, algorithm, tuple(parameter.shape), isinstance(module, Conv1D)))
+    return found
+
+
+def routing_table(found: list[Route]) -> list[dict[str, Any]]:
+    """The routes summed by algorithm and role: number of tensors and of parameters."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for route in found:
+        row = rows.setdefault((route.algorithm, route.role), {"tensors": 0, "parameters": 0})
+        row["tensors"] += 1
+        row["parameters"] += math.prod(route.shape)
+    return [{"algorithm": a, "role": r} | row for (a, r), row in sorted(rows.items())]
+
+
+def make_optimizer(model: nn.Module, config: TrainingSettings) -> Optimizer:
+    """The optimizer of a run, over the parameters that are trained.
+
+    Weight decay is not applied to norms and biases.
+
+    Raises:
+        LetheError: `adamw_8bit` without a library that offers it.
+    """
+    parameters = dict(model.named_parameters())
+    groups: dict[str, dict[str, Any]] = {}
+    for route in routes(model, config.optimizer):
+        decayed = route.role not in {"norm", "bias"}
+        orientation = "_transposed" if route.transposed and route.algorithm == "muon" else ""
+        name = f"{route.algorithm}{orientation}{'' if decayed else '_no_decay'}"
+        group = groups.setdefault(name, {"name": name, "algorithm": route.algorithm, "params": []})
+        group["params"].append(parameters[route.name])
+        group["weight_decay"] = config.weight_decay if decayed else 0.0
+        group["transposed"] = bool(orientation)
+    listed = list(groups.values())
+    if config.optimizer == "muon" or needs_masters(model, config.optimizer):
+        return Muon(listed, lr=config.lr, newton_schulz_dtype=newton_schulz_dtype(config.newton_schulz_dtype))
+    if config.optimizer == "adamw_8bit":
+        return eight_bit_adamw()(listed, lr=config.lr, betas=BETAS, eps=EPS)
+    return AdamW(listed, lr=config.lr, betas=BETAS, eps=EPS, fused=True)  # else a dozen calls for each adapter
+
+
+def needs_masters(model: nn.Module, optimizer: OptimizerName) -> bool:
+    """Whether weights are trained in less than float32, where an update of their own type would often change nothing."""
+    return optimizer != "adamw_8bit" and any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters())
+
+
+def newton_schulz_dtype(setting: str) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 products are far slower."""
+    if setting == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, setting)
+
+
+def eight_bit_adamw() -> Callable[..., Optimizer]:
+    """AdamW with 8-bit state, from torchao or bitsandbytes.
+
+    Raises:
+        LetheError: neither is installed.
+    """
+    for package, module, name in (
+        ("torchao", "torchao.optim", "AdamW8bit"),
+        ("bitsandbytes", "bitsandbytes.optim", "AdamW8bit"),
+    ):
+        if importlib.util.find_spec(package):
+            return getattr(importlib.import_module(module), name)
+    raise LetheError("optimizer: adamw_8bit needs torchao or bitsandbytes, and neither is installed; pip install torchao")
+
+
+class Muon(Optimizer):
+    """Muon for groups whose `algorithm` is `muon`, AdamW for those whose `algorithm` is `adamw`.
+
+    Muon (https://kellerjordan.github.io/posts/muon/): momentum with Nesterov's look-ahead, then the update is replaced by
+    the nearest (semi-)orthogonal matrix, found by five Newton–Schulz steps, and scaled by √max(1, rows / columns) of the
+    matrix as it maps inputs to outputs (`transposed` groups hold it the other way round). As `torch.optim.Muon`.
+
+    Weights in a smaller type than float32 are stepped as float32 masters, kept in the state, and rounded from them: what
+    one update loses to rounding, the next ones still add up to.
+    """
+
+    def __init__(self, params: list[dict[str, Any]], lr: float, newton_schulz_dtype: torch.dtype = torch.float32):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "algorithm": "adamw", "transposed": False})
+        self.newton_schulz_dtype = newton_schulz_dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            update = self._muon if group["algorithm"] == "muon" else self._adamw
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    weight, state = self._master(parameter), self.state[parameter]
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    update(weight, parameter.grad.to(weight.dtype), state, group)
+                    if weight is not parameter:
+                        parameter.copy_(weight)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its own type: torch would round float32 state to the type of the weights."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, state in state_dict["state"].items():
+            parameter = parameters[index]
+            for name, value in state.items():
+                self.state[parameter][name] = value.to(parameter.device, copy=True) if name != "step" else value.clone()
+
+    def _master(self, parameter: Tensor) -> Tensor:
+        """The float32 weight that is stepped: the parameter itself, or its master."""
+        if parameter.dtype == torch.float32:
+            return parameter
+        state = self.state[parameter]
+        if "master" not in state:
+            state["master"] = parameter.detach().float()
+        return state["master"]
+
+    def _muon(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
+        update = orthogonalise(torch.lerp(gradient, buffer, MOMENTUM), self.newton_schulz_dtype)
+        outputs, inputs = reversed(weight.shape) if group["transposed"] else weight.shape
+        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * math.sqrt(max(1, outputs / inputs)))
+
+    def _adamw(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if "step" not in state:
+            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        state["step"] += 1
+        step = state["step"].item()
+        mean = state["exp_avg"].lerp_(gradient, 1 - BETAS[0])
+        square = state["exp_avg_sq"].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        scale = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
+        weight.addcdiv_(mean, scale, value=-group["lr"] / (1 - BETAS[0] ** step))
+
+
+def orthogonalise(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+    """Roughly U Vᵀ of the matrix's singular value decomposition U S Vᵀ: five quintic Newton–Schulz steps.
+
+    Singular values end between about 0.7 and 1.2 rather than at 1, which is as good for training.
+    """
+    a, b, c = NS_COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(NS_STEPS):
+        gram = x @ x.T
+        x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return x.T if tall else x
+
+
+def _role(module: nn.Module, short: str, parameter: Tensor, inside: bool, is_head: bool) -> str:
+    if is_head:
+        return "head"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if short == "bias":
+        return "bias"
+    if isinstance(module, nn.Linear | Conv1D):
+        return "matrix" if inside else "head"
+    if any(parameter is one for one in fused(module)):
+        return "experts"
+    return "norm" if parameter.ndim == 1 else "other"
+
+
+def left_to_adamw(found: list[Route]) -> float:
+    """Of the weights of matrices and experts that are trained, the share that Muon does not take."""
+    sizes = {role: sum(math.prod(r.shape) for r in found if r.role == role) for role in ("matrix", "experts")}
+    return sizes["experts"] / max(1, sum(sizes.values()))

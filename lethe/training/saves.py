@@ -1,0 +1,191 @@
+"""Saves of a run in training: whole or absent.
+
+    saves/begin.safetensors                 the trained parameters before the first update, until the first planned save
+    saves/step-100/   weights.safetensors   those after it, under the names that they have in memory
+                      optimizer.pt, scheduler.pt, random.pt, trainer_state.json
+                      manifest.json         size and SHA-256 of each, written last
+
+A save is written into a folder of another name, synced and renamed; it counts only if every file is as its manifest says.
+So a kill, or a disk that fills up, leaves the saves before it as they were. Parameters are loaded by name, each of them:
+formats that rename weights on the way to disk have lost an output head on the way back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lethe.errors import LetheError
+from lethe.runs.run import sha256
+
+KEPT = 2
+BEGIN = "begin.safetensors"
+MANIFEST = "manifest.json"
+FILES = ("weights.safetensors", "optimizer.pt", "scheduler.pt", "random.pt", "trainer_state.json")
+
+
+def begin(folder: Path, model: nn.Module) -> None:
+    """Keep the parameters that are trained as they are before the first update, for a training that diverges before it saves.
+
+    Raises:
+        LetheError: they cannot be written.
+    """
+    temporary = folder / f".{BEGIN}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained(model), temporary)
+        _sync(temporary)
+        temporary.rename(folder / BEGIN)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise LetheError(
+            f"the weights before the first update could not be written ({str(error).splitlines()[0]}); make room in '{folder}'"
+        ) from error
+
+
+def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: Any, state: Any, every: int = 0) -> Path:
+    """Save a training at `step` under `folder`.
+
+    All but the newest two saves, and the newest planned one (at a multiple of `every` updates), are removed afterwards.
+
+    Raises:
+        LetheError: it cannot be written; the saves that were there are untouched.
+    """
+    final, temporary = folder / f"step-{step}", folder / f".step-{step}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        save_file(trained(model), temporary / "weights.safetensors")
+        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        torch.save(scheduler.state_dict(), temporary / "scheduler.pt")
+        torch.save(random_state(), temporary / "random.pt")
+        state.save_to_json(str(temporary / "trainer_state.json"))
+        facts = {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in FILES}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": facts}, indent=2))
+        for name in (*FILES, MANIFEST):
+            _sync(temporary / name)
+        shutil.rmtree(final, ignore_errors=True)  # left over from before a resume
+        temporary.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise LetheError(
+            f"the save at step {step} could not be written ({str(error).splitlines()[0]}); earlier saves are whole: "
+            f"make room and go on with lethe resume"
+        ) from error
+    planned = [kept for kept in steps(folder) if every and kept % every == 0]
+    for old in set(steps(folder)[KEPT:]) - set(planned[:1]):
+        shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
+    if planned:
+        (folder / BEGIN).unlink(missing_ok=True)
+    return final
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest save that is whole; None if there is none. What is left of interrupted ones is removed."""
+    for rest in folder.glob(".*.tmp"):
+        shutil.rmtree(rest, ignore_errors=True)
+        rest.unlink(missing_ok=True)
+    return next((folder / f"step-{step}" for step in steps(folder) if is_whole(folder / f"step-{step}")), None)
+
+
+def before_divergence(folder: Path, every: int) -> tuple[Path, int]:
+    """What a training that diverged falls back on, and of which step: the newest whole save at a multiple of `every` updates,
+    or the weights before the first update. That it was stopped on the way, and saved for that, makes no difference.
+    """
+    planned = [step for step in steps(folder) if every and step % every == 0]
+    return next(((folder / f"step-{n}", n) for n in planned if is_whole(folder / f"step-{n}")), (folder / BEGIN, 0))
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the saves in `folder`, whole or not, newest first."""
+    found = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
+    return sorted((int(step) for step in found if step.isdigit()), reverse=True)
+
+
+def is_whole(save: Path) -> bool:
+    """Whether a save has every file, each as its manifest says."""
+    try:
+        facts = json.loads((save / MANIFEST).read_text())["files"]
+        return set(facts) >= set(FILES) and all(
+            (save / name).stat().st_size == fact["size"] and sha256(save / name) == fact["sha256"]
+            for name, fact in facts.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def clear(folder: Path) -> None:
+    """Remove all saves: the run that they were for is complete."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that are trained, by name; a tied one once."""
+    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_weights(save: Path, model: nn.Module) -> None:
+    """Put a save's parameters (or those of `BEGIN`, a file) into the model, strictly.
+
+    Raises:
+        LetheError: the save has other parameters than the model trains.
+    """
+    saved = load_file(save / "weights.safetensors" if save.is_dir() else save)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != parameters.keys():
+        other = sorted(saved.keys() ^ parameters.keys())
+        raise LetheError(f"'{save}' does not fit the model: {len(other)} parameters differ, such as {other[0]}")
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+
+
+def load_optimizer(save: Path, optimizer: Any, scheduler: Any) -> None:
+    """Put a save's optimizer and scheduler state into them."""
+    optimizer.load_state_dict(torch.load(save / "optimizer.pt", weights_only=True, map_location="cpu"))
+    scheduler.load_state_dict(torch.load(save / "scheduler.pt", weights_only=True))
+
+
+def random_state() -> dict[str, Any]:
+    """The random state of Python, NumPy and torch, as plain data and tensors."""
+    legacy: Any = np.random.get_state()
+    name, keys, *rest = legacy
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+
+def load_random(save: Path) -> None:
+    """Set the random state to a save's."""
+    state = torch.load(save / "random.pt", weights_only=True)
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+            os.fsync(handle)
+    finally:
+        os.close(handle)

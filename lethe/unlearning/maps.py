@@ -1,0 +1,165 @@
+"""The maps of an unlearning run: given and tried first, or fitted on retain text; and the variance of the mapped activations.
+
+given(…)     maps that the recipe names, scored beside no map        fitted(…)   maps fitted before training
+sketched(…)  maps from a few documents, for the plan alone           variances(…)   of the mapped activations, by layer
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lethe import preflight
+from lethe.config import AffineConfig, UnlearnConfig
+from lethe.errors import LetheError
+from lethe.maps.affine import AffineMap, LayerScores, Score, activation_pairs, fit, fit_once, load_maps, mean_r2, score_maps
+from lethe.maps.folder import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
+from lethe.runs.run import Run, sha256
+from lethe.text import corpora
+from lethe.unlearning.teacher import Teacher
+
+SCORED_DOCUMENTS = 64
+WORSE = 2.0
+BATCH = 8
+"""Documents of a forward pass while maps are tried."""
+VARIANCE_TOKENS = 4096
+"""Tokens of forget text from which the variance of a target is taken, at least, if there are so many."""
+
+
+def given(
+    run: Run, config: UnlearnConfig, checked: preflight.Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> tuple[AffineMap | None, str, list[str]]:
+    """Maps that the recipe names (None: they are fitted later, or there are none), what the plan says of them, and warnings.
+
+    They are scored first, beside no map; those without a record by each convention of numbering layers that is possible.
+
+    Raises:
+        LetheError: they do no better than no map: they belong to another pair or other layers, or are damaged.
+    """
+    if config.forget_loss == "distill" or config.affine == "none":
+        return None, "none", []
+    if checked.affine is None:
+        return None, f"fitted on {len(checked.mapped)} documents of the retain text before training", []
+    run.set_parents(affine={"ref": config.affine, "sha256": sha256(checked.affine / WEIGHTS)})
+    device: Any = teacher.reference.device
+    recorded = recorded_convention(facts_of(checked.affine))
+    asked = config.affine_convention if recorded is None else "auto"
+    wanted = list(CONVENTIONS) if asked != "auto" else checked.conventions
+    possible = [name for name in wanted if set(config.layers) <= set(layers_of(facts_of(checked.affine), name, 10**9))]
+    rows = corpora.tokenise(checked.retain[-SCORED_DOCUMENTS:], tokenizer, config.max_length)
+    models = teacher.reference, teacher.source
+    scored = score_maps(checked.affine, possible, *models, rows, tokenizer.pad_token_id, BATCH, config.layers)
+    convention = scored.convention if asked == "auto" else asked
+    scores = scored.by_convention[convention]
+    _refuse_useless(config.affine, scores)
+    found = ", ".join(f"{name} {mean_r2(s):.3f}" for name, s in scored.by_convention.items())
+    how = "recorded for this pair" if recorded else f"without a record, read as {convention}"
+    better = [f"affine_convention: {convention} as set, but the maps fit better as {scored.convention} ({found})"]
+    run.update(scores=scores)
+    maps = load_maps(checked.affine, config.layers, convention).to(device)
+    said = f"{config.affine} ({how}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"
+    return maps, said, better if convention != scored.convention else []
+
+
+def _refuse_useless(name: str, scores: LayerScores) -> None:
+    """Refuse maps that are on average no better than no map, or at one layer have `WORSE` times its error."""
+    mapped, plain = mean_r2(scores), mean_r2(scores, "no_map_r2")
+    where = "" if mapped > plain else f"on average (mean R² {mapped:.3f}, without {plain:.3f})"
+    for layer, score in scores.items():
+        if not where and not score["mse"] < WORSE * score["no_map_mse"]:
+            where = f"at layer {layer} (R² {score['r2']:.3f}, without {score['no_map_r2']:.3f})"
+    if where:
+        raise LetheError(
+            f"affine: the maps in '{name}' predict no better than no map {where}; they belong to other weights or layers, "
+            f"or are damaged: fit maps for this pair, lethe affine fit"
+        )
+
+
+def fitted(
+    run: Run, config: UnlearnConfig, checked: preflight.Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> AffineMap:
+    """Maps fitted on retain text, kept as the run's `affine`; those that an interrupted run has fitted already."""
+    weights, recorded = run.path / "affine" / WEIGHTS, run.record.get("artifacts", {}).get("affine")
+    if recorded and weights.is_file() and sha256(weights) == recorded["sha256"]:
+        return load_maps(run.path / "affine", config.layers).to(teacher.reference.device)  # type: ignore[arg-type]
+    parents = {role: run.record["parents"][role] for role in ("model", "source")}
+    models = teacher.reference, teacher.source
+    maps = fit_once(*models, tokenizer, checked.mapped, settings_of(config), config.retain, parents)
+    maps.save(run.path / "affine")
+    run.update(
+        artifacts={"affine": {"path": "affine", "sha256": sha256(run.path / "affine" / WEIGHTS)}}, scores=maps.record["scores"]
+    )
+    return maps
+
+
+def settings_of(config: UnlearnConfig) -> AffineConfig:
+    """How maps are fitted for a recipe."""
+    return AffineConfig(
+        config.model,
+        config.source,
+        layers=config.layers,
+        max_length=config.max_length,
+        dtype=config.teacher_dtype or config.dtype,
+    )
+
+
+def sketched(
+    config: UnlearnConfig, checked: preflight.Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> tuple[AffineMap, float]:
+    """Maps from no more documents than have four tokens a dimension, and the seconds that the whole fit is going to take."""
+    width = teacher.reference.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+    documents = checked.mapped[: 4 * width]
+    rows = first(corpora.tokenise(documents, tokenizer, config.max_length), 4 * width)
+    models = teacher.reference, teacher.source
+    started = time.monotonic()
+    pairs = list(activation_pairs(*models, rows, config.layers, BATCH, tokenizer.pad_token_id, lambda done: None))
+    seconds = time.monotonic() - started
+    return fit(pairs, settings_of(config).alpha), seconds * len(checked.mapped) / len(rows)
+
+
+def variances(run: Run, teacher: Teacher, rows: list[list[int]], pad_id: int) -> dict[int, float]:
+    """By layer, the variance of the target of `cb_loss`, as the run has recorded it or from the first rows of forget text.
+
+        v = 1 / (n d) · Σ_t Σ_j (a_tj − mean_j)²
+
+    a = W c + b is the target, j one of its d dimensions, t one of n tokens. It is always computed by the live teacher.
+
+    Raises:
+        LetheError: a target does not vary.
+    """
+    if found := run.record.get("target_variance"):
+        return {int(layer): value for layer, value in found.items()}
+    values = variances_of(teacher, rows, pad_id)
+    run.update(target_variance={str(layer): value for layer, value in values.items()})
+    return values
+
+
+def variances_of(teacher: Teacher, rows: list[list[int]], pad_id: int) -> dict[int, float]:
+    """As `variances`, from the rows alone."""
+    rows, sums = first(rows, VARIANCE_TOKENS), {layer: Score() for layer in teacher.needs["forget"].layers}
+    for start in range(0, len(rows), BATCH):
+        ids, mask = (t.to(teacher.source.device) for t in corpora.pad(rows[start : start + BATCH], pad_id))  # type: ignore[arg-type]
+        for layer, values in teacher.live("forget", ids).activations.items():
+            sums[layer].add(values[mask.bool()], values[mask.bool()])
+    found = {layer: total.variance() for layer, total in sums.items()}
+    for layer, value in found.items():
+        if not (math.isfinite(value) and value > 0):
+            raise LetheError(f"cb_scale: the target of layer {layer} has variance {value:g}; use cb_scale raw")
+    return found
+
+
+def tokens_of(documents: list[corpora.Document], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """About how many tokens documents have, from some of them."""
+    some = documents[:SCORED_DOCUMENTS]
+    return sum(map(len, corpora.tokenise(some, tokenizer, max_length))) * len(documents) // len(some) if some else 0
+
+
+def first(rows: list[list[int]], tokens: int) -> list[list[int]]:
+    """The first rows that have so many tokens together, or all."""
+    count = total = 0
+    while count < len(rows) and total < tokens:
+        total, count = total + len(rows[count]), count + 1
+    return rows[:count]

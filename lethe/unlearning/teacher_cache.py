@@ -1,0 +1,207 @@
+"""What teachers say of a text, computed once and kept on disk: shared by epochs, resumed runs and all runs of a sweep.
+
+    $LETHE_HOME/teachers/<key>/   layer_0.bin, …   mapped activations, token after token, without padding
+                                  output.bin       final hidden states (or logits, where the head is not known)
+                                  manifest.json    all that the values depend on; size and SHA-256 of each file
+
+The key is a hash over weights, configuration, maps, layers, types and the token ids themselves, so a cache is never stale.
+One process builds, under a file lock and in a folder of another name, while others wait; a cache is whole or absent, and a
+damaged one is built anew; those not used for longest go when all take too much (`shelves.py`). A batch is read from mapped
+files by the documents' indices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+import torch
+import transformers
+from jaxtyping import Int
+from torch import Tensor
+
+from lethe.config import UnlearnConfig
+from lethe.lab.presets import lethe_home
+from lethe.models.activations import States
+from lethe.progress import bar
+from lethe.runs.locks import building
+from lethe.runs.run import sha256
+from lethe.shelves import prune, use
+from lethe.text import corpora
+from lethe.unlearning.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENS = 2048
+"""Tokens of a forward pass while a cache is built."""
+
+
+class Cache:
+    """A teacher's states on the rows of a text, read from a whole cache."""
+
+    def __init__(self, folder: Path, rows: list[list[int]]):
+        self.folder = folder
+        use(folder, self)
+        self.lengths = torch.tensor([len(row) for row in rows])
+        self.starts = self.lengths.cumsum(0) - self.lengths
+        total = int(self.lengths.sum())
+        self.values: dict[str, Tensor] = {}
+        for name, facts in json.loads((folder / MANIFEST).read_text())["files"].items():
+            dtype, width = getattr(torch, facts["dtype"]), facts["width"]
+            flat = torch.from_file(str(folder / name), shared=False, size=total * width, dtype=dtype)
+            self.values[name.removesuffix(".bin")] = flat.view(total, width)
+
+    def states(self, index: Int[Tensor, " batch"], width: int, device: torch.device | str = "cpu") -> States:
+        """The states of rows `index`, padded on the right to `width` (with those of other tokens, which a mask leaves out)."""
+        index = index.cpu()
+        offsets = torch.arange(width).minimum(self.lengths[index, None] - 1)
+        tokens = (self.starts[index, None] + offsets).flatten()
+        found = {
+            name: rows.index_select(0, tokens).view(len(index), width, -1).to(device) for name, rows in self.values.items()
+        }
+        output = found.pop("output", None)
+        return States({int(name.removeprefix("layer_")): rows for name, rows in found.items()}, output)
+
+
+def key_of(teacher: Teacher, text: str, rows: list[list[int]], weights: str) -> dict[str, Any]:
+    """All that a teacher's states on `rows` depend on; `weights` is the hash of its weights."""
+    model: Any = teacher.of(text)
+    need, maps = teacher.needs[text], teacher.maps if text == "forget" else None
+    configuration = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    return {
+        "format": FORMAT,
+        "weights": weights,
+        "configuration": _hash(json.dumps(configuration, sort_keys=True, default=str).encode()),
+        "dtype": str(model.dtype),
+        "layers": list(need.layers),
+        "output": ("hidden" if teacher.heads.get(text) is not None else "logits") if need.output else None,
+        "maps": _hash(*(_bytes(t) for n in need.layers for t in (maps.weight[n], maps.bias[n]))) if maps else None,
+        "rows": _hash(*(_bytes(torch.tensor([len(row), *row])) for row in rows)),
+        "versions": [torch.__version__, transformers.__version__],
+    }
+
+
+def folder_of(key: dict[str, Any]) -> Path:
+    """Where the cache of this key is, or would be."""
+    return lethe_home() / "teachers" / _hash(json.dumps(key, sort_keys=True).encode())[:24]
+
+
+def size_of(teacher: Teacher, text: str, rows: list[list[int]]) -> int:
+    """Bytes of a cache."""
+    model: Any = teacher.of(text)
+    need, settings = teacher.needs[text], model.config.get_text_config()
+    mapped = 4 if text == "forget" and teacher.maps else model.dtype.itemsize
+    ending = settings.hidden_size if teacher.heads.get(text) is not None else settings.vocab_size
+    widths = mapped * len(need.layers) * settings.hidden_size + model.dtype.itemsize * need.output * ending
+    return sum(map(len, rows)) * widths
+
+
+def is_whole(folder: Path, key: dict[str, Any], content: bool = True) -> bool:
+    """Whether a cache is there with every byte, and is that of `key`; without `content`, only sizes are looked at."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["key"] == key and all(
+            (folder / name).stat().st_size == facts["size"] and (not content or sha256(folder / name) == facts["sha256"])
+            for name, facts in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def choose(config: UnlearnConfig, teacher: Teacher, text: str, rows: list[list[int]], weights: str, seen: float) -> str:
+    """`cached: why` or `live: why` for a text whose rows are `seen` so many times on average."""
+    if config.teacher_cache != "auto":
+        return f"{config.teacher_cache}: as asked"
+    to_be_fitted = text == "forget" and config.affine == "fit" and teacher.maps is None and teacher.needs[text].layers
+    key = key_of(teacher, text, rows, weights)
+    if not to_be_fitted and is_whole(folder_of(key), key, content=False):
+        return "cached: a whole cache is there"
+    if seen <= 1:
+        return "live: no document is seen twice"
+    size, memory = size_of(teacher, text, rows), psutil.virtual_memory().available
+    disk = shutil.disk_usage(_existing(lethe_home())).free
+    for what, free in (("disk", disk), ("memory", memory)):
+        if size > free / 2:
+            return f"live: a cache would take {size / 2**30:.2f} GiB, more than half of the {free / 2**30:.2f} GiB free {what}"
+    return f"cached: documents are seen {seen:.3g} times, {size / 2**20:.0f} MiB"
+
+
+def open_or_build(teacher: Teacher, text: str, rows: list[list[int]], weights: str) -> Cache | None:
+    """The whole cache of a teacher's states on `rows`, built if need be; None, with a warning, where it cannot be written."""
+    key = key_of(teacher, text, rows, weights)
+    folder = folder_of(key)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with building(folder):
+            if not is_whole(folder, key):
+                if folder.exists():
+                    logger.warning("the teacher cache %s is damaged; building it anew", folder)
+                for rest in (folder, partial):  # whoever left a part was killed: the lock is ours
+                    shutil.rmtree(rest, ignore_errors=True)
+                prune(folder.parent, size_of(teacher, text, rows))
+                _build(teacher, text, rows, partial, key)
+                partial.rename(folder)
+            return Cache(folder, rows)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        logger.warning("no teacher cache for the %s text (%s); its teacher runs live", text, error.strerror or error)
+        return None
+
+
+def _build(teacher: Teacher, text: str, rows: list[list[int]], folder: Path, key: dict[str, Any]) -> None:
+    folder.mkdir()
+    device: Any = teacher.of(text).device  # type: ignore[union-attr]
+    count = max(1, TOKENS // max(map(len, rows)))
+    digests: dict[str, Any] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        files: dict[str, BinaryIO] = {}
+        advance = stack.enter_context(bar(f"Computing the teacher of the {text} text", len(rows), "documents"))
+        for start in range(0, len(rows), count):
+            ids, mask = (t.to(device) for t in corpora.pad(rows[start : start + count], 0))
+            states = teacher.live(text, ids)
+            found = {f"layer_{n}.bin": values for n, values in states.activations.items()}
+            found |= {} if states.output is None else {"output.bin": states.output}
+            for name, values in found.items():
+                if name not in files:
+                    files[name] = stack.enter_context((folder / name).open("wb"))
+                    digests[name] = hashlib.sha256(name.encode())  # as `ledger.sha256` begins
+                    facts[name] = {"dtype": str(values.dtype).removeprefix("torch."), "width": values.shape[-1], "size": 0}
+                data = _bytes(values[mask.bool()])
+                files[name].write(data)
+                digests[name].update(data)
+                facts[name]["size"] += len(data)
+            advance(len(ids))
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    for name, digest in digests.items():
+        facts[name]["sha256"] = digest.hexdigest()
+    with (folder / MANIFEST).open("w") as manifest:
+        json.dump({"key": key, "files": facts}, manifest, indent=2)
+        manifest.flush()
+        os.fsync(manifest.fileno())
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() or path == path.parent else _existing(path.parent)
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
