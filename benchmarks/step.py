@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lethe import LoraSettings, UnlearnConfig, preflight
+from lethe import LoraSettings, UnlearnConfig
 from lethe.config import EvalSettings, to_dict
 from lethe.models import refs
 from lethe.models.adapters import add_adapters
 from lethe.objectives import terms
 from lethe.runs.run import Run
 from lethe.text import corpora
+from lethe.unlearning.check import check
 from lethe.unlearning.pipeline import UnlearnTrainer, _cache_teachers, _prepared
 
 CASES = [(16, 64, 0.0), (4, 64, 0.0), (16, 256, 0.0), (16, 64, 0.05)]
@@ -61,7 +62,7 @@ class Ours:
     """Lethe's own trainer, stopped and continued between updates."""
 
     def __init__(self, config: UnlearnConfig):
-        checked = preflight.check(config)
+        checked = check(config)
         run = Run.create("unlearn", config.name, to_dict(config), config.out)
         self.trainer, self.tokenizer = _prepared(run, config, checked)
         _cache_teachers(run, config, self.trainer)

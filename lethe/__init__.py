@@ -1,14 +1,11 @@
 """Lethe: make a language model forget a topic, and prove how well that worked.
 
-The public names are loaded when they are first used: importing lethe imports neither torch nor transformers. Some
-functions have the name of their module (`unlearn`, `tamper`, …): as an attribute of the package it is the function.
+The public names are loaded when they are first used: importing lethe imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,9 +35,9 @@ if TYPE_CHECKING:
     from lethe.unlearning.pipeline import unlearn
 
 _HOME = {
-    "affine": ["AffineMap", "fit_affine", "score_affine"],
-    "checkpoints": ["checkpoints"],
-    "compare": ["compare"],
+    "maps.affine": ["AffineMap", "fit_affine", "score_affine"],
+    "evaluation.checkpoint_sweep": ["checkpoints"],
+    "evaluation.comparison": ["compare"],
     "config": [
         "AffineConfig",
         "AffineScoreConfig",
@@ -56,28 +53,23 @@ _HOME = {
         "UnlearnConfig",
     ],
     "errors": ["LetheError"],
-    "evaluate": ["evaluate", "evaluate_model"],
-    "ledger": ["Run", "find_runs"],
-    "sweep": ["sweep"],
-    "tamper": ["tamper"],
-    "tasks.consent": ["trust_task_code"],
-    "unlearn": ["unlearn"],
+    "evaluation.accuracy": ["evaluate", "evaluate_model"],
+    "runs.run": ["Run", "find_runs"],
+    "sweeps.controller": ["sweep"],
+    "attacks.tampering": ["tamper"],
+    "evaluation.tasks.consent": ["trust_task_code"],
+    "unlearning.pipeline": ["unlearn"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted(_MODULE)  # noqa: PLE0605
 
 
-class _Package(ModuleType):
-    """Loads public names on first use, and keeps the import system from putting a module where its function belongs."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _MODULE:
-            raise AttributeError(f"module 'lethe' has no attribute '{name}'")
-        return getattr(importlib.import_module(f"lethe.{_MODULE[name]}"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, getattr(value, name) if name in _MODULE and isinstance(value, ModuleType) else value)
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'lethe' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"lethe.{_MODULE[name]}"), name)
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return __all__

@@ -10,10 +10,8 @@ exit code 2; with `--json` standard output holds JSON alone.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +19,9 @@ from typing import Any
 
 from lethe import config as c
 from lethe.config.parse import parse
-from lethe.errors import LONGEST, LetheError, PlainFormatter, full_disk, nearest, printable
+from lethe.errors import LONGEST, LetheError, full_disk, nearest, printable
 from lethe.evaluation.tasks.consent import trust_task_code
+from lethe.progress import quiet
 from lethe.runs import garbage
 from lethe.runs.run import Terminated
 
@@ -183,30 +182,6 @@ def _show_commands(names: list[str] | None = None) -> None:
     print("\nexample: lethe demo --out demo")
 
 
-def quiet() -> None:
-    """Keep libraries' own progress bars and warnings away: the user cannot act on them. A run's log.txt has Lethe's own."""
-    quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    quiet["HF_HUB_VERBOSITY"] = "error"
-    for name, value in (quiet | {"DATASETS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}).items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore")
-    console = logging.StreamHandler()
-    console.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
-    console.setLevel(logging.ERROR)
-    logging.basicConfig(level=logging.ERROR, handlers=[console])
-    logging.getLogger("lethe").setLevel(logging.INFO)
-    hub = logging.getLogger("huggingface_hub.utils._http")  # waits half a minute where there is no network
-    if hub.handlers:
-        hub.handlers[0].stream = sys.stderr  # type: ignore[attr-defined]  # another than before, where Python calls this again
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(PlainFormatter("no answer from the hub. %(message)s"))
-        handler.addFilter(lambda record: "etry" in record.getMessage())
-        hub.addHandler(handler)
-    hub.setLevel(logging.WARNING)
-    hub.propagate = False
-
-
 def _print(value: Any) -> None:
     from rich.console import Console
 
@@ -230,10 +205,10 @@ def _answer(run: Any, as_json: bool, *tables: Any) -> None:
 
 
 def _lab_build(settings: c.LabConfig, as_json: bool) -> None:
-    from lethe.lab import presets
+    from lethe.evaluation.lab import build_lab
     from lethe.progress import bar
 
-    presets.build(bar)
+    build_lab(bar)
     _lab_show(settings, as_json)
 
 
@@ -252,16 +227,18 @@ def _lab_show(settings: c.LabConfig, as_json: bool) -> None:
 
 def _checkpoints(settings: c.CheckpointsConfig, as_json: bool) -> None:
     from lethe.evaluation.checkpoint_sweep import checkpoints
+    from lethe.report.charts import draw_checkpoints
     from lethe.report.tables import terminal
 
     run = checkpoints(settings)
+    draw_checkpoints(run)
     _answer(run, as_json, *terminal([run]))
 
 
 def _affine_fit(settings: c.AffineConfig, as_json: bool) -> None:
-    from lethe import preflight
+    from lethe.maps.check import check_affine
 
-    preflight.check_affine(settings)
+    check_affine(settings)
     from lethe.maps.affine import fit_affine
     from lethe.report.tables import affine_table
 
@@ -270,9 +247,9 @@ def _affine_fit(settings: c.AffineConfig, as_json: bool) -> None:
 
 
 def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
-    from lethe import preflight
+    from lethe.maps.check import check_affine_score
 
-    preflight.check_affine_score(settings)
+    check_affine_score(settings)
     from lethe.maps.affine import score_affine
     from lethe.report.tables import affine_table
 
@@ -287,9 +264,9 @@ def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
 
 
 def _check(settings: c.UnlearnConfig, as_json: bool) -> None:
-    from lethe import preflight
+    from lethe.unlearning.check import check
 
-    preflight.check(settings)
+    check(settings)
     from lethe.report.tables import plan_table
     from lethe.unlearning.pipeline import inspect
 
@@ -301,9 +278,9 @@ def _check(settings: c.UnlearnConfig, as_json: bool) -> None:
 
 
 def _unlearn(settings: c.UnlearnConfig, as_json: bool) -> None:
-    from lethe import preflight
+    from lethe.unlearning.check import check
 
-    preflight.check(settings)
+    check(settings)
     from lethe.report.tables import terminal
     from lethe.unlearning.pipeline import unlearn
 
@@ -312,9 +289,9 @@ def _unlearn(settings: c.UnlearnConfig, as_json: bool) -> None:
 
 
 def _evaluate(settings: c.EvaluateConfig, as_json: bool) -> None:
-    from lethe import preflight
+    from lethe.evaluation.check import check_model
 
-    preflight.check_model(settings)
+    check_model(settings)
     from lethe.evaluation.accuracy import evaluate
     from lethe.report.tables import evals_table
 
@@ -334,9 +311,9 @@ def _compare(settings: c.CompareConfig, as_json: bool) -> None:
 
 
 def _tamper(settings: c.TamperConfig, as_json: bool) -> None:
-    from lethe import preflight
+    from lethe.attacks.check import check_tamper
 
-    preflight.check_tamper(settings)
+    check_tamper(settings)
     from lethe.attacks.tampering import tamper
     from lethe.report.tables import terminal
 
@@ -345,8 +322,8 @@ def _tamper(settings: c.TamperConfig, as_json: bool) -> None:
 
 
 def _resume(settings: c.ResumeConfig, as_json: bool) -> None:
-    from lethe.launching.resuming import resume
     from lethe.report.tables import terminal
+    from lethe.sweeps.resuming import resume
 
     run = resume(settings)
     _answer(run, as_json, *terminal([run]))
@@ -355,7 +332,7 @@ def _resume(settings: c.ResumeConfig, as_json: bool) -> None:
 def _suite(settings: c.SuiteConfig, as_json: bool) -> None:
     from lethe.report.attacks import worst_table
     from lethe.sweeps.controller import Sweep, sweep
-    from lethe.sweeps.planner import planner_of
+    from lethe.sweeps.kinds import planner_of
 
     run = sweep(settings)
     if not as_json:

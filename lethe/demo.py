@@ -29,12 +29,13 @@ from lethe.config import (
     to_dict,
 )
 from lethe.errors import LetheError, full_disk, printable
-from lethe.lab import presets
+from lethe.evaluation.lab import build_lab
+from lethe.files import refuse_run_folder
 from lethe.models import refs
 from lethe.progress import bar, console
 from lethe.report import check_out, report
 from lethe.runs.locks import FolderLock
-from lethe.runs.run import Run, find_runs, refuse_run_folder
+from lethe.runs.run import Run, find_runs
 
 TARGET = "lab:final"
 CONTROLS = {"filtered": "lab:filtered", "random": f"random:{TARGET}"}
@@ -63,7 +64,7 @@ def demo(config: DemoConfig) -> dict[str, Path]:
 
 def _demo(config: DemoConfig) -> dict[str, Path]:
     console.rule("The lab: pretraining a tiny model family (once; kept in the cache)")
-    presets.build(bar)
+    build_lab(bar)
     steps = _Steps(Path(config.out) / "runs")
 
     from lethe.attacks.tampering import tamper

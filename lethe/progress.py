@@ -6,14 +6,18 @@ On a terminal it is a bar; elsewhere, in a file or a job's log, a line every so 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lethe.errors import printable
+from lethe.errors import PlainFormatter, printable
 
 console = Console(stderr=True, highlight=False)
 Advance = Callable[..., None]
@@ -91,3 +95,27 @@ def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
 def _clock(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def quiet() -> None:
+    """Keep libraries' own progress bars and warnings away: the user cannot act on them. A run's log.txt has Lethe's own."""
+    quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet["HF_HUB_VERBOSITY"] = "error"
+    for name, value in (quiet | {"DATASETS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}).items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    console = logging.StreamHandler()
+    console.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+    console.setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.ERROR, handlers=[console])
+    logging.getLogger("lethe").setLevel(logging.INFO)
+    hub = logging.getLogger("huggingface_hub.utils._http")  # waits half a minute where there is no network
+    if hub.handlers:
+        hub.handlers[0].stream = sys.stderr  # type: ignore[attr-defined]  # another than before, where Python calls this again
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(PlainFormatter("no answer from the hub. %(message)s"))
+        handler.addFilter(lambda record: "etry" in record.getMessage())
+        hub.addHandler(handler)
+    hub.setLevel(logging.WARNING)
+    hub.propagate = False

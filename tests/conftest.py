@@ -135,13 +135,13 @@ def make_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Path]:
     """The nano lab, built once a session (LETHE_TEST_HOME: kept there between sessions). Yields its folder."""
-    from lethe.lab import presets as package
+    from lethe.evaluation.lab import build_lab
 
     before = {name: os.environ.get(name) for name in ("LETHE_HOME", "LETHE_LAB")}
     os.environ["LETHE_HOME"] = os.environ["LETHE_TEST_HOME"]
     os.environ["LETHE_LAB"] = "nano"
     try:
-        yield package.build()
+        yield build_lab()
     finally:
         for name, value in before.items():
             if value is None:

@@ -17,15 +17,15 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import preflight
 from lethe.config import AffineConfig, AffineScoreConfig, TextSource, UnlearnConfig
 from lethe.errors import LetheError
 from lethe.maps import affine
 from lethe.maps.affine import AffineMap, RidgeSums, Score, fit_affine, load_maps, score_affine
+from lethe.maps.check import split
 from lethe.maps.folder import HASH, check_maps, find_maps
 from lethe.models import refs
-from lethe.preflight import split
 from lethe.text import corpora
+from lethe.unlearning.check import check
 
 HIDDEN = 12
 
@@ -367,12 +367,12 @@ def test_maps_are_found_by_run_by_id_and_by_folder(fitted):
         find_maps(str(fitted.path.parent))
 
 
-def check(folder: Path, world: Path, model: str = "target", source: str = "source", layers: tuple[int, ...] = (0, 3)):
+def checked_maps(folder: Path, world: Path, model: str = "target", source: str = "source", layers: tuple[int, ...] = (0, 3)):
     return check_maps(folder, refs.resolve(str(world / model)), refs.resolve(str(world / source)), list(layers))
 
 
 def test_maps_are_accepted_for_their_own_pair_wherever_it_lies(world, fitted, tmp_path):
-    assert check(fitted.path / "affine", world) == ["block_output"]
+    assert checked_maps(fitted.path / "affine", world) == ["block_output"]
     shutil.copytree(world / "source", tmp_path / "copy")
     check_maps(fitted.path / "affine", refs.resolve(str(world / "target")), refs.resolve(str(tmp_path / "copy")), [3])
 
@@ -380,27 +380,27 @@ def test_maps_are_accepted_for_their_own_pair_wherever_it_lies(world, fitted, tm
 @pytest.mark.parametrize(("model", "source", "word"), [("stranger", "source", "model"), ("target", "stranger", "source")])
 def test_maps_of_another_pair_of_weights_are_refused(world, fitted, model, source, word):
     with pytest.raises(LetheError, match=rf"fitted for {word}.*lethe affine fit"):
-        check(fitted.path / "affine", world, model, source)
+        checked_maps(fitted.path / "affine", world, model, source)
 
 
 def test_maps_that_lack_a_layer_are_refused(world, fitted):
     with pytest.raises(LetheError, match=r"lack layers \[1\]"):
-        check(fitted.path / "affine", world, layers=(0, 1))
+        checked_maps(fitted.path / "affine", world, layers=(0, 1))
 
 
 def test_maps_without_a_record_may_be_read_by_each_convention_that_has_the_layers(world, tmp_path):
     save_file({"layer_1.weight": torch.eye(32), "layer_1.bias": torch.zeros(32)}, tmp_path / affine.WEIGHTS)
     with pytest.raises(LetheError, match=r"metadata\.json"):
-        check(tmp_path, world, layers=(0,))
+        checked_maps(tmp_path, world, layers=(0,))
     (tmp_path / affine.METADATA).write_text(json.dumps({"layer_indices": [1, 3, 4], "hidden_dim": 32, "alpha": 0.01}))
-    assert check(tmp_path, world, layers=(0, 2)) == ["hidden_states"]
-    assert check(tmp_path, world, layers=(1,)) == ["block_output"]
-    assert check(tmp_path, world, layers=(3,)) == ["block_output", "hidden_states"]
+    assert checked_maps(tmp_path, world, layers=(0, 2)) == ["hidden_states"]
+    assert checked_maps(tmp_path, world, layers=(1,)) == ["block_output"]
+    assert checked_maps(tmp_path, world, layers=(3,)) == ["block_output", "hidden_states"]
     with pytest.raises(LetheError, match=r"lack layers .* as block_output or .* as hidden_states"):
-        check(tmp_path, world, layers=(0, 1))
+        checked_maps(tmp_path, world, layers=(0, 1))
     (tmp_path / affine.METADATA).write_text(json.dumps({"layer_indices": [1], "hidden_dim": 64}))
     with pytest.raises(LetheError, match="width 64"):
-        check(tmp_path, world, layers=(1,))
+        checked_maps(tmp_path, world, layers=(1,))
 
 
 @pytest.mark.parametrize("metadata", ["{}", "[]", '"text"', "{half"])
@@ -408,7 +408,7 @@ def test_maps_with_damaged_metadata_are_refused(world, tmp_path, metadata):
     save_file({"layer_0.weight": torch.eye(32), "layer_0.bias": torch.zeros(32)}, tmp_path / affine.WEIGHTS)
     (tmp_path / affine.METADATA).write_text(metadata)
     with pytest.raises(LetheError, match=r"metadata\.json"):
-        check(tmp_path, world, layers=(0,))
+        checked_maps(tmp_path, world, layers=(0,))
 
 
 @pytest.mark.parametrize("text", ["lab:forget", TextSource("lab:forget")])
@@ -449,7 +449,7 @@ def test_rows_beyond_the_sources_window_are_refused(world, make_model, tmp_path)
         fit_affine(AffineConfig(str(world / "target"), narrow, str(world / "text.jsonl"), [0], out=str(tmp_path / "runs")))
     recipe = UnlearnConfig(model=str(world / "target"), source=narrow, layers=[0], max_length=64, out=str(tmp_path / "runs"))
     with pytest.raises(LetheError, match=r"max_length: 64 is beyond the window of .*narrow', 32 tokens"):
-        preflight.check(recipe)
+        check(recipe)
     assert not (tmp_path / "runs").exists()
 
 
@@ -535,7 +535,7 @@ def test_a_map_file_that_is_not_what_it_should_be_is_refused_in_words(world, fit
     del facts[HASH]
     (folder / affine.METADATA).write_text(json.dumps(facts))
     with pytest.raises(LetheError, match=message):
-        check(folder, world)
+        checked_maps(folder, world)
         load_maps(folder)
 
 
@@ -556,4 +556,4 @@ def test_metadata_of_another_form_is_refused_in_words(world, fitted, tmp_path, c
     facts = json.loads((folder / affine.METADATA).read_text())
     (folder / affine.METADATA).write_text(json.dumps(facts | changes))
     with pytest.raises(LetheError, match=message):
-        check(folder, world)
+        checked_maps(folder, world)

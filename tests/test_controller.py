@@ -12,7 +12,7 @@ from sweeping import TASKS, config, recipe, trials
 
 from lethe.runs.run import Run
 from lethe.sweeps.controller import Sweep, sweep
-from lethe.sweeps.planner import planner_of
+from lethe.sweeps.kinds import planner_of
 
 LR = {"low": 1e-4, "high": 1.0, "log": True}
 

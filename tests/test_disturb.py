@@ -16,8 +16,8 @@ from lethe.attacks.weights import BLOCK, NF4, disturb, int8, nf4, noised, pruned
 from lethe.config import ResumeConfig
 from lethe.errors import LetheError
 from lethe.evaluation.accuracy import evaluate_model
-from lethe.launching.resuming import resume
 from lethe.models import refs
+from lethe.sweeps.resuming import resume
 from lethe.text import corpora
 
 TASKS = ["lab_forget_robust", "lab_retain"]

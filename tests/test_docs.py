@@ -14,7 +14,7 @@ import pytest
 from lethe.config import EvaluateConfig, SweepConfig, UnlearnConfig
 from lethe.config.parse import from_recipe
 from lethe.lab.presets import PRESETS
-from lethe.sweeps.planner import Grid
+from lethe.sweeps.grid import Grid
 
 ROOT = Path(__file__).parent.parent
 STANDARD, NANO = (f"global_step{PRESETS[name].onset}" for name in ("standard", "nano"))

@@ -18,7 +18,6 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
-from lethe.evaluation.tasks.consent import trust_task_code
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from scipy.stats import binomtest, norm
@@ -29,6 +28,7 @@ from lethe.config import EvaluateConfig
 from lethe.errors import LetheError
 from lethe.evaluation import scoring, tasks, token_trees
 from lethe.evaluation.accuracy import Scorer, evaluate_model, measure, value_of
+from lethe.evaluation.tasks.consent import trust_task_code
 from lethe.runs.run import Run
 
 MODELS = [

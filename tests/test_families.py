@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lethe import preflight, unlearn
+from lethe import unlearn
 from lethe.attacks.tampering import tamper
 from lethe.attacks.weights import disturb
 from lethe.config import AffineConfig, EvalSettings, LoraSettings, TamperConfig, UnlearnConfig, to_dict
@@ -32,6 +32,7 @@ from lethe.models.support import refuse_untrainable
 from lethe.runs import garbage
 from lethe.runs.run import Run
 from lethe.training.optimizers import routes
+from lethe.unlearning.check import check
 from lethe.unlearning.pipeline import UnlearnTrainer, _prepared, rewind
 
 LAYERS, LENGTH, START = [1, 2], 40, 0.2
@@ -92,7 +93,7 @@ def recipe(folder: Path, model: str, source: str, **changes: Any) -> UnlearnConf
 
 
 def prepared(config: UnlearnConfig) -> tuple[Run, UnlearnTrainer]:
-    checked = preflight.check(config)
+    checked = check(config)
     run = Run.create("unlearn", "family", to_dict(config), config.out)
     return run, _prepared(run, config, checked)[0]
 

@@ -16,10 +16,10 @@ from test_resume import assert_same, recipe, start, wait_for
 
 from lethe import unlearn
 from lethe.config import AffineConfig, ResumeConfig
-from lethe.launching.resuming import resume
 from lethe.maps import affine
 from lethe.maps.folder import WEIGHTS
 from lethe.models import refs
+from lethe.sweeps.resuming import resume
 from lethe.text import corpora
 
 PARENTS = {"model": {"ref": "m", "sha256": "1"}, "source": {"ref": "s", "sha256": "2"}}

@@ -9,7 +9,7 @@ import pytest
 from lethe import config as c
 from lethe.cli import main
 from lethe.errors import LetheError
-from lethe.folders import refuse_run_folder
+from lethe.files import refuse_run_folder
 from lethe.report.layout import Table
 from lethe.runs.run import Run
 

@@ -13,12 +13,12 @@ import pytest
 from lethe.cli import main
 from lethe.config import ImportConfig, ReportConfig, ResumeConfig
 from lethe.errors import LetheError
-from lethe.launching.resuming import resume
 from lethe.report import report
 from lethe.results.listing import Entry, smallest, smallest_retain_coef
 from lethe.runs.importing import Imported, import_log
 from lethe.runs.logbook import column, read
 from lethe.runs.run import Run, find_runs
+from lethe.sweeps.resuming import resume
 
 LOG = Path(__file__).parent / "data" / "log.md"
 HEAD = "| Job ID | retain_coef | cb_loss | MMLU |\n|---|---|---|---|\n"

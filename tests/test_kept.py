@@ -12,18 +12,18 @@ import pytest
 
 from lethe.errors import LetheError
 from lethe.evaluation import lm_eval_api, tasks
-from lethe.home import keep, kept
+from lethe.home import store, stored
 
 
 def test_the_oldest_files_go_when_there_are_too_many(tmp_path):
     folder = tmp_path / "kept"
     for age, name in enumerate("abcd"):
-        keep(folder / f"{name}.json", 1000 * name)
+        store(folder / f"{name}.json", 1000 * name)
         os.utime(folder / f"{name}.json", (1000 + age, 1000 + age))
     (folder / "other.txt").write_text("x" * 1000)
-    keep(folder / "e.json", 1000 * "e", most=3200)
+    store(folder / "e.json", 1000 * "e", most=3200)
     assert sorted(file.name for file in folder.iterdir()) == ["c.json", "d.json", "e.json", "other.txt"]
-    keep(folder / "f.json", 10000 * "f", most=3200)  # what is needed now stays, however large
+    store(folder / "f.json", 10000 * "f", most=3200)  # what is needed now stays, however large
     assert [file.name for file in folder.glob("*.json")] == ["f.json"]
 
 
@@ -42,17 +42,17 @@ def test_where_tasks_are_is_found_again_when_the_file_is_damaged(monkeypatch, tm
 
 def test_what_was_kept_is_read_whole_or_not_at_all(tmp_path):
     file = tmp_path / "a.json"
-    assert kept(file) is None and kept(tmp_path) is None
-    keep(file, '{"é": 1}\n')
-    assert kept(file) == '{"é": 1}\n'
+    assert stored(file) is None and stored(tmp_path) is None
+    store(file, '{"é": 1}\n')
+    assert stored(file) == '{"é": 1}\n'
     for text in (file.read_text()[:-2], file.read_text() + " ", file.read_text().replace("1", "2"), ""):
         file.write_text(text)
-        assert kept(file) is None
+        assert stored(file) is None
 
 
 def test_a_home_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "home").write_text("a file")
-    keep(tmp_path / "home" / "requests" / "a.json", "x")
+    store(tmp_path / "home" / "requests" / "a.json", "x")
 
 
 @pytest.mark.parametrize("version", ["0.4.9.2", "0.4.12", "0.4.14", "0.5.0", "1.0"])

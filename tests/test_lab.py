@@ -246,7 +246,7 @@ def test_checkpoints_are_ordinary_transformers_checkpoints(lab, record):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lethe.runs.run import sha256
+    from lethe.files import sha256
 
     for row in (record["checkpoints"][0], record["checkpoints"][-1]):
         folder = lab / "checkpoints" / row["name"]
@@ -283,10 +283,10 @@ def test_the_onset_shows_in_the_recorded_evaluations(record):
 
 def _build_elsewhere(home: str, queue=None) -> None:
     os.environ |= {"LETHE_HOME": home, "LETHE_LAB": "nano"}
-    from lethe.lab.presets import build
+    from lethe.evaluation.lab import build_lab
 
     started = time.time()
-    path = build()
+    path = build_lab()
     if queue:
         queue.put((str(path), (path / "run.json").stat().st_mtime > started))
 

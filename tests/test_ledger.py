@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 
 from lethe.config import ResumeConfig
 from lethe.errors import LetheError
-from lethe.launching.resuming import resume
-from lethe.runs import run
-from lethe.runs.run import Run, Terminated, find_run, find_runs, refuse_run_folder, write_atomically
+from lethe.files import refuse_run_folder, sha256, write_atomically
+from lethe.runs import run as run_module
+from lethe.runs.run import Run, Terminated, find_run, find_runs
+from lethe.sweeps.resuming import resume
 
 KEYS = {"id", "kind", "name", "status", "reason", "job_id", "launcher", "created", "started", "finished", "heartbeat", "config"}
 
@@ -99,7 +100,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
 
 def test_text_is_written_in_utf8_whatever_the_locale(tmp_path):
     call = f"write_atomically(Path({str(tmp_path / 'f')!r}), {'ü–文'!a})"
-    code = f"from pathlib import Path; from lethe.runs.run import write_atomically; {call}"
+    code = f"from pathlib import Path; from lethe.files import write_atomically; {call}"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert (tmp_path / "f").read_text(encoding="utf-8") == "ü–文"
@@ -259,7 +260,7 @@ def test_heartbeat_is_renewed_while_running(run, monkeypatch):
 
 
 def test_running_elsewhere_without_a_sign_of_life_is_lost(run):
-    run.update(status="running", heartbeat=run.now(), environment={"host": "elsewhere", "pid": 1})
+    run.update(status="running", heartbeat=run_module.now(), environment={"host": "elsewhere", "pid": 1})
     assert Run.open(run.path).status == "running"
     silent(run)
     assert Run.open(run.path).status == "lost"
@@ -292,7 +293,7 @@ with run.running():
     run = Run.open(path)
     assert run.record["status"] == "running"
     assert run.rows("metrics.jsonl") == [{"step": 1}]
-    assert run.seconds_since_heartbeat < run.LOST_AFTER_SECONDS
+    assert run.seconds_since_heartbeat < run_module.LOST_AFTER_SECONDS
     assert run.status == "lost"
 
 
@@ -458,8 +459,8 @@ def test_sha256_is_of_names_and_contents(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_text("1")
     b.write_text("2")
-    assert run.sha256(a, b) == run.sha256(b, a)
-    first = run.sha256(a, b)
+    assert sha256(a, b) == sha256(b, a)
+    first = sha256(a, b)
     a.write_text("2")
     b.write_text("1")
-    assert run.sha256(a, b) != first
+    assert sha256(a, b) != first

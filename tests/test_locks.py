@@ -21,10 +21,10 @@ from lethe.config import DemoConfig, EvaluateConfig, ResumeConfig, to_dict
 from lethe.demo import demo
 from lethe.errors import LetheError
 from lethe.launching import launchers
-from lethe.launching.resuming import resume
 from lethe.runs import locks
 from lethe.runs.locks import FolderLock, HeldError, identity, lives, seconds_since_written
 from lethe.runs.run import Run, now
+from lethe.sweeps.resuming import resume
 
 TWO_DAYS = 2 * 86400
 

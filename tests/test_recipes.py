@@ -10,10 +10,10 @@ from lethe import TamperConfig, UnlearnConfig, unlearn
 from lethe.config import ATTACKED, UNLEARNED, EvalSettings, SweepConfig
 from lethe.config.parse import build, from_recipe
 from lethe.lab.presets import PRESETS, active_preset
-from lethe.preflight import plan
 from lethe.results.recovery import GENERAL_BOUND
-from lethe.sweeps.planner import planner_of
+from lethe.sweeps.kinds import planner_of
 from lethe.sweeps.suite import read
+from lethe.training.check import plan
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SWEEPS = sorted((RECIPES / "sweeps").glob("*.yaml"))

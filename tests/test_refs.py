@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lethe.errors import LetheError
+from lethe.files import sha256
 from lethe.models import refs
 from lethe.models.refs import load, record, refuse_layers, refuse_mismatch, resolve, weight_hash
-from lethe.runs.run import Run, sha256
+from lethe.runs.run import Run
 
 IDS = torch.tensor([[5, 9, 40, 41, 7]])
 

@@ -39,8 +39,8 @@ from lethe.config import EvalSettings, ResumeConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.accuracy import NotNumbersError
 from lethe.lab.presets import active_preset
-from lethe.launching.resuming import resume
 from lethe.runs.run import Run, find_runs
+from lethe.sweeps.resuming import resume
 
 pytestmark = pytest.mark.slow
 

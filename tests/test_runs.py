@@ -15,8 +15,7 @@ import pytest
 from lethe.cli import main
 from lethe.errors import LetheError
 from lethe.results.listing import Entry, entries, ordered, select, smallest, smallest_retain_coef
-from lethe.runs import run
-from lethe.runs.run import Run
+from lethe.runs.run import Run, now
 
 
 def make(folder: Path, name: str, retain: float = 5.0, acc: float | None = None, **fields: Any) -> Run:
@@ -164,8 +163,8 @@ def test_listing_imports_no_torch(folder: Path) -> None:
 
 
 def running(folder: Path, steps: int, planned: int = 100, seconds: float = 50.0) -> Run:
-    run = make(folder, "at-work", status="running", heartbeat=run.now(), plan={"steps": planned})
-    run.update(environment={"seconds": seconds}, started=run.now())
+    run = make(folder, "at-work", status="running", heartbeat=now(), plan={"steps": planned})
+    run.update(environment={"seconds": seconds}, started=now())
     for step in range(1, steps + 1):
         run.append("metrics.jsonl", {"step": step, "loss": 1.0})
     return run
@@ -269,7 +268,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def submitted(folder: Path, job: str, status: str = "running", age: str | None = None) -> Entry:
-    run = make(folder, f"job-{job}", status=status, launcher="slurm", job_id=job, heartbeat=age or run.now())
+    run = make(folder, f"job-{job}", status=status, launcher="slurm", job_id=job, heartbeat=age or now())
     if age == OLD:
         os.utime(run.path / "run.json", (978307200,) * 2)
     return next(entry for entry in listed(folder) if entry.run.record["job_id"] == job)

@@ -15,13 +15,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import UnlearnConfig, preflight, unlearn
+from lethe import UnlearnConfig, unlearn
 from lethe.config import EvalSettings, LoraSettings, to_dict
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.unlearning import maps, probe
+from lethe.unlearning.check import check
 from lethe.unlearning.pipeline import inspect
 
 LAYERS = [0, 2]
@@ -67,7 +68,7 @@ def recipe(world: Path, out: Path, large: str = "", **changes: Any) -> UnlearnCo
 def prepared(config: UnlearnConfig) -> tuple[Run, Any]:
     """The run and the trainer of a recipe, as they are before training."""
     run = Run.create("check", "check", to_dict(config), config.out)
-    return run, sys.modules["lethe.unlearning.pipeline"]._prepared(run, config, preflight.check(config))[0]
+    return run, sys.modules["lethe.unlearning.pipeline"]._prepared(run, config, check(config))[0]
 
 
 def states(folder: Path, text: Path) -> list[np.ndarray]:

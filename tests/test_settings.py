@@ -436,7 +436,7 @@ def test_a_long_value_leaves_the_advice_readable():
 def test_loggers_are_those_that_transformers_has():
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    from lethe.preflight import REPORTERS
+    from lethe.training.check import REPORTERS
 
     assert REPORTERS.keys() == INTEGRATION_TO_CALLBACK.keys() - {"kubeflow"}  # which is a cluster's own
 
@@ -670,7 +670,8 @@ for words in {words!r}:
 
 def test_importing_lethe_imports_nothing_heavy():
     assert (
-        loaded_by("import lethe, lethe.config, lethe.runs.run, lethe.models.refs, lethe.text.corpora, lethe.preflight") == set()
+        loaded_by("import lethe, lethe.config, lethe.runs.run, lethe.models.refs, lethe.text.corpora, lethe.unlearning.check")
+        == set()
     )
 
 

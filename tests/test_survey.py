@@ -11,7 +11,7 @@ from torch import nn
 from lethe.config import LoraSettings
 from lethe.models import refs
 from lethe.models.adapters import add_adapters
-from lethe.training import survey
+from lethe.unlearning import changes
 
 SPECTRA = {
     "random": torch.ones,
@@ -35,14 +35,14 @@ def test_the_largest_singular_value_is_that_of_a_full_decomposition(shape, spect
     u, s, v = torch.linalg.svd(plain, full_matrices=False)
     matrices = scale * (u * (s * SPECTRA[spectrum](s.shape[-1]))[:, None, :]) @ v
     expected = torch.linalg.matrix_norm(matrices / scale, 2)
-    found = survey.spectral_norm(matrices)
+    found = changes.spectral_norm(matrices)
     torch.testing.assert_close(found / scale, expected, rtol=1e-3, atol=0)
-    assert torch.equal(found, survey.spectral_norm(matrices))
+    assert torch.equal(found, changes.spectral_norm(matrices))
 
 
 def test_matrices_that_did_not_move_have_no_rank():
-    assert survey.stable_ranks(torch.zeros(2, 4, 5)) == []
-    assert survey.stable_ranks(torch.stack([torch.zeros(4, 4), torch.eye(4)])) == pytest.approx([4.0])
+    assert changes.stable_ranks(torch.zeros(2, 4, 5)) == []
+    assert changes.stable_ranks(torch.stack([torch.zeros(4, 4), torch.eye(4)])) == pytest.approx([4.0])
 
 
 @pytest.mark.parametrize("rewound", [False, True])
@@ -56,7 +56,7 @@ def test_the_update_of_adapters_is_that_of_the_merged_model(family, rewound, mak
     for name, parameter in student.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    found = survey.update_by_layer(student, target)
+    found = changes.update_by_layer(student, target)
     merged = student.merge_and_unload()
     before = dict(target.named_parameters())
     for layer in "0123":

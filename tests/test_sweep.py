@@ -20,10 +20,10 @@ from sweeping import TASKS, at_work, config, recipe, start, trials, until, weigh
 from lethe import cli
 from lethe.config import ResumeConfig, SweepCancelConfig, SweepRetryConfig, SweepStatusConfig
 from lethe.errors import LetheError
-from lethe.launching.resuming import resume
 from lethe.results import regimes
 from lethe.runs.run import Run, find_runs
 from lethe.sweeps.controller import Sweep, cancel, retry, status, sweep
+from lethe.sweeps.resuming import resume
 
 # -- refused before anything is run
 

@@ -21,10 +21,10 @@ from test_resume import assert_same, recipe, start, told, wait_for
 
 from lethe import LoraSettings, shelves, unlearn
 from lethe.config import ResumeConfig
-from lethe.launching.resuming import resume
 from lethe.maps.affine import AffineMap
 from lethe.models import refs
 from lethe.objectives.blocked import head_of
+from lethe.sweeps.resuming import resume
 from lethe.text import corpora
 from lethe.unlearning import teacher_cache as caching
 from lethe.unlearning.pipeline import UnlearnTrainer

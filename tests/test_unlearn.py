@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import LoraSettings, UnlearnConfig, preflight, unlearn
+from lethe import LoraSettings, UnlearnConfig, unlearn
 from lethe.config import EvalSettings, TextSource
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
@@ -20,6 +20,7 @@ from lethe.models.refs import resolve
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import survey
+from lethe.unlearning.check import check
 from lethe.unlearning.pipeline import UnlearnTrainer
 
 pytestmark = pytest.mark.slow
@@ -220,7 +221,7 @@ def test_maps_of_another_pair_and_the_model_as_its_own_source_are_refused(lab, t
         unlearn(recipe(tmp_path, source="lab:filtered", affine=str(run.path / "affine")))
     with pytest.raises(LetheError, match="is the model itself"):
         unlearn(recipe(tmp_path, source="lab:final"))
-    preflight.check(recipe(tmp_path, source="random:lab:final"))  # fresh weights are not the model itself
+    check(recipe(tmp_path, source="random:lab:final"))  # fresh weights are not the model itself
 
 
 @pytest.mark.parametrize("lora", [LoraSettings(r=4, dropout=0.0), None], ids=["lora", "full"])

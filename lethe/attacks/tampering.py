@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
-from lethe import preflight
+from lethe.attacks.check import CheckedAttack, check_tamper
 from lethe.attacks.prompts import prompts, refuse_too_long
 from lethe.attacks.weights import SCHEMES, disturb
 from lethe.config import TamperConfig, to_dict
@@ -30,9 +30,9 @@ from lethe.models.support import refuse_untrainable
 from lethe.objectives.blocked import head_of, next_token_loss
 from lethe.runs.run import Run
 from lethe.text import corpora
-from lethe.training import survey
+from lethe.training import parameters
+from lethe.training.saves import save_artifact
 from lethe.training.trainer import Evaluation, Rows, RunTrainer, keep_threads, token_means
-from lethe.unlearning.pipeline import save
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     Raises:
         LetheError: the attack cannot work; raised before anything is written.
     """
-    checked = preflight.check_tamper(config)
+    checked = check_tamper(config)
     load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
     if config.attack != "finetune":
         return _without_training(config, checked, run)
@@ -81,16 +81,16 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
         trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
         trainer.add_callback(LostUpdates(trainer))
         run.set_parents(**_parents(config, checked))
-        warnings = survey.untouched(model, config, list(range(len(blocks(model)))))
+        warnings = parameters.untouched(model, config, list(range(len(blocks(model)))))
         for warning in warnings:
             logger.warning(warning)
-        run.update(plan=checked.plan | survey.describe(model, config) | {"warnings": warnings})
+        run.update(plan=checked.plan | parameters.describe(model, config) | {"warnings": warnings})
         trainer.evaluation.at(0, model, "Evaluating before the attack")
         trainer.train_with_bar(f"Attacking {config.model}")
         lines = run.rows("metrics.jsonl")
         if config.save_model:  # before anything that may fail
             model = model.merge_and_unload() if isinstance(model, PeftModel) else model
-            save(run, "model", model, tokenizer)
+            save_artifact(run, "model", model, tokenizer)
         run.try_to_record(
             losses=lambda: token_means(lines, {"attack_loss": "attack"}) | {"lost_updates": lost_share(lines)},
             plan=lambda: {"tokens": sum(line["attack_tokens"] for line in lines)},
@@ -100,7 +100,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     return run
 
 
-def _without_training(config: TamperConfig, checked: preflight.CheckedAttack, run: Run | None) -> Run:
+def _without_training(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> Run:
     """An attack at each of its strengths, on the model as it was loaded."""
     model: Any
     model, tokenizer = _fresh(checked)
@@ -132,17 +132,17 @@ def _without_training(config: TamperConfig, checked: preflight.CheckedAttack, ru
                 break
         run.update(evals=evaluation.last[1] if evaluation.last else {})
         if config.save_model and not run.diverged:
-            save(run, "model", model, tokenizer)
+            save_artifact(run, "model", model, tokenizer)
     return run
 
 
-def _fresh(checked: preflight.CheckedAttack) -> tuple[Any, Any]:
+def _fresh(checked: CheckedAttack) -> tuple[Any, Any]:
     """The model under attack in float32, an adapter merged, and its tokenizer."""
     model, tokenizer = refs.load(checked.model, "float32")
     return (model.merge_and_unload() if isinstance(model, PeftModel) else model), tokenizer
 
 
-def _parents(config: TamperConfig, checked: preflight.CheckedAttack) -> dict[str, Any]:
+def _parents(config: TamperConfig, checked: CheckedAttack) -> dict[str, Any]:
     """What an attack is made from: a model and, if it uses any, the attacker's text."""
     parents: dict[str, Any] = {"model": refs.record(checked.model)}
     if config.reads_text:
@@ -151,7 +151,7 @@ def _parents(config: TamperConfig, checked: preflight.CheckedAttack) -> dict[str
     return parents
 
 
-def _attacked(model: Any, config: TamperConfig, checked: preflight.CheckedAttack) -> Any:
+def _attacked(model: Any, config: TamperConfig, checked: CheckedAttack) -> Any:
     """The model with the weights that the attack trains: all of them, new adapters, or the adapter that is there."""
     if checked.model.adapter and config.adapter == "train":
         for name, parameter in model.named_parameters():

@@ -10,7 +10,7 @@ import typing
 from typing import Any, Literal
 
 from lethe.errors import UNSEEN, LetheError, printable
-from lethe.folders import refuse_name
+from lethe.files import refuse_name
 
 LARGEST, LARGEST_WHOLE = 3.4e38, 10**15
 """The largest number that float32 holds, and a whole number beyond any count."""

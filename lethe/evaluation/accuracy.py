@@ -28,7 +28,7 @@ from lethe.config import EvalSettings, EvaluateConfig, to_dict
 from lethe.evaluation.questions import Leaf, Question, load_tasks, tokenizer_hash
 from lethe.evaluation.scoring import Encoded, NotNumbersError, Scorer
 from lethe.models import refs
-from lethe.runs.cores import say_if_busy
+from lethe.runs.machine import say_if_busy
 from lethe.runs.run import Run
 
 __all__ = ["NotNumbersError", "Scorer", "evaluate", "evaluate_model", "load_tasks", "measure", "value_of"]

@@ -18,23 +18,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lethe import preflight
 from lethe.config import CheckpointsConfig, to_dict
 from lethe.errors import LetheError, nearest
-from lethe.home import keep, kept
-from lethe.lab.presets import lethe_home
+from lethe.evaluation.check import check_tasks
+from lethe.files import refuse_run_folder
+from lethe.home import lethe_home, store, stored
 from lethe.models import refs
 from lethe.progress import bar
 from lethe.results.regimes import at_chance
-from lethe.runs.cores import say_if_busy
-from lethe.runs.run import Run, refuse_run_folder
+from lethe.runs.machine import say_if_busy
+from lethe.runs.run import Run
 
 if TYPE_CHECKING:
     from lethe.evaluation.questions import Leaf
 
 FORMAT = 1
 GIVE_UP = 3
-CHART = "checkpoints.svg"
 
 
 def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
@@ -50,7 +49,7 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
         LetheError: there are no checkpoints, a task is not known or has no chance level; raised before anything is written.
     """
     refuse_run_folder(config.out)
-    preflight.check_tasks(config)
+    check_tasks(config)
     found = find_checkpoints(config)
     rows: list[dict[str, Any]] = [
         {"name": name, "step": refs.step_of(name), "ref": ref.name, "evals": {}, "note": ""} for name, ref in found.items()
@@ -90,7 +89,6 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
             not_monotone=not_monotone(rows, first),
             parents=parents,
         )
-        run.try_to_record(artifacts=lambda: _drawn(run))
     return run
 
 
@@ -200,7 +198,7 @@ def _measure(
             evals = evaluate_model(
                 model, tokenizer, config.tasks, config.limit, task_data=config.task_data, num_fewshot=config.num_fewshot
             )
-            keep(file, json.dumps({"ref": ref.name, "evals": evals}))
+            store(file, json.dumps({"ref": ref.name, "evals": evals}))
             counts["done"] += 1
     except LetheError as error:
         row["reason"] = str(error)
@@ -220,7 +218,7 @@ def _kept(ref: refs.ModelRef, weights: str, config: CheckpointsConfig, loaded: d
 
 
 def _read(file: Path, tasks: list[str]) -> dict[str, Any] | None:
-    text = kept(file)
+    text = stored(file)
     evals = {} if text is None else json.loads(text)["evals"]
     return evals if list(evals) == tasks else None
 
@@ -245,16 +243,6 @@ def _source(source: str | None, rows: list[dict[str, Any]]) -> str | None:
 def _most(count: int, search: str) -> int:
     """The most evaluations that a search needs: the last checkpoint, the halvings, the answer's earlier neighbour."""
     return count if search == "all" else min(count, 2 + math.ceil(math.log2(max(1, count))))
-
-
-def _drawn(run: Run) -> dict[str, Any]:
-    """The chart, drawn into the run's folder, as an artifact."""
-    import vl_convert
-
-    from lethe.report.charts import checkpoint_chart
-
-    (run.path / CHART).write_bytes(vl_convert.vegalite_to_svg(checkpoint_chart(run).to_dict()).encode())
-    return {"chart": {"path": CHART}}
 
 
 def _branches(repository: str) -> list[str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from lethe import preflight
 from lethe.config import CompareConfig
 from lethe.errors import LetheError
+from lethe.evaluation.check import check_tasks
 from lethe.models import refs
 from lethe.results import regimes
 from lethe.results.regimes import PROVENANCE
@@ -46,7 +46,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     if not config.tasks:
         raise LetheError(f"compare: '{config.models[0]}' and '{config.models[1]}' have no task in common")
     if not all(runs):
-        preflight.check_tasks(config)
+        check_tasks(config)
     models = [None if run else refs.resolve(name, config.out) for name, run in zip(config.models, runs, strict=True)]
     for ref in models:
         if ref is not None:

@@ -32,8 +32,8 @@ from lethe.evaluation.lm_eval_api import handle_non_serializable, hash_string
 from lethe.evaluation.scoring import Encoded, Scorer
 from lethe.evaluation.tasks import data
 from lethe.evaluation.tasks.manager import data_sets, manager_of, reason, texts_in
-from lethe.home import keep, kept
-from lethe.lab.presets import active_preset, lethe_home
+from lethe.home import lethe_home, store, stored
+from lethe.lab.presets import active_preset
 
 FORMAT = 2
 SEED = 1234
@@ -93,10 +93,10 @@ class Leaf:
         key = hashlib.sha256(json.dumps([self.definition, *known, scorer.add_bos_token]).encode()).hexdigest()[:32]
         if key not in self.built:
             file = lethe_home() / "requests" / f"{_file_name(self.task.config.task)}-{key}.json"
-            text = kept(file)
+            text = stored(file)
             if text is None:
                 self.built[key] = self._encoded(scorer, limit)
-                keep(file, _written(self.built[key]))
+                store(file, _written(self.built[key]))
             else:
                 self.built[key] = _read(text)
         return self.built[key]

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from lethe.errors import LetheError
+from lethe.home import lethe_home
 
 TASKS = ("lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem")
 
@@ -112,24 +113,6 @@ def _key(preset: LabPreset) -> str:
     return digest.hexdigest()[:12]
 
 
-def lethe_home() -> Path:
-    """Where labs and what saves time are kept.
-
-    Raises:
-        LetheError: it is a file, or can be no folder.
-    """
-    home = Path(os.environ.get("LETHE_HOME") or Path.home() / ".cache" / "lethe")
-    try:
-        home = home.expanduser().absolute()
-        there = next(path for path in (home, *home.parents) if path.exists())
-    except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise LetheError(f"LETHE_HOME: '{home}' cannot be a folder ({why}); set it to another") from error
-    if not there.is_dir():
-        raise LetheError(f"LETHE_HOME: '{home}' cannot be a folder, since '{there}' is a file; set it to another")
-    return home
-
-
 def lab_path(preset: LabPreset | None = None) -> Path:
     """Where the lab of a preset (default: the active one) is or will be built."""
     preset = preset or active_preset()
@@ -138,12 +121,3 @@ def lab_path(preset: LabPreset | None = None) -> Path:
 
 def is_built(preset: LabPreset | None = None) -> bool:
     return (lab_path(preset) / "run.json").is_file()
-
-
-def build(progress: ProgressFactory | None = None) -> Path:
-    """Build the active preset's lab unless it is there, and return its folder. See `lethe.lab.pretrain.build`."""
-    if is_built():
-        return lab_path()
-    from lethe.lab.presets import pretrain
-
-    return pretrain.build(progress)

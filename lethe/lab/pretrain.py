@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,17 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from transformers.utils import logging as transformers_logging
 
 from lethe.errors import LetheError, full_disk
+from lethe.files import sha256
 from lethe.lab.corpus import DOMAINS, FORGET, GENERAL, NEIGHBOUR, PROMPT, documents, forget_text, make_world, retain_text
 from lethe.lab.presets import TASKS, LabPreset, ProgressFactory, active_preset, is_built, lab_path
 from lethe.lab.questions import questions
 from lethe.runs.locks import building
-from lethe.runs.run import Run, sha256
+from lethe.runs.run import Run
 
 logger = logging.getLogger(__name__)
 END = "<|endoftext|>"
 PAD = "<|padding|>"
+Evaluate = Callable[[Path], dict[str, Any]]
 
 
 def train_tokenizer(preset: LabPreset) -> PreTrainedTokenizerFast:
@@ -196,13 +198,16 @@ class _Pretraining:
                 started, losses = time.perf_counter(), []
 
 
-def build(progress: ProgressFactory | None = None) -> Path:
+def build(evaluate: Evaluate, progress: ProgressFactory) -> Path:
     """Build the lab of the active preset unless it is there; safe when several processes do so at once.
 
     Args:
-        progress: called as `lethe.progress.bar`; None shows nothing.
+        evaluate: the results of a saved model, by task.
+        progress: called as `lethe.progress.bar`.
     """
     preset, path = active_preset(), lab_path()
+    if is_built():
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with building(path):
@@ -212,18 +217,13 @@ def build(progress: ProgressFactory | None = None) -> Path:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 with _fixed(preset):
-                    _build(preset, partial, progress or _silent)
+                    _build(preset, partial, evaluate, progress)
                 partial.replace(path)
     except OSError as error:
         if full_disk(error):
             raise
         raise LetheError(f"LETHE_HOME: cannot write to '{path.parent}' ({error.strerror}); set it to another folder") from error
     return path
-
-
-@contextlib.contextmanager
-def _silent(description: str, total: float, unit: str = "") -> Iterator[Any]:
-    yield lambda work=1, note=None: None
 
 
 @contextlib.contextmanager
@@ -242,7 +242,7 @@ def _fixed(preset: LabPreset) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _build(preset: LabPreset, folder: Path, progress: ProgressFactory) -> None:
+def _build(preset: LabPreset, folder: Path, evaluate: Evaluate, progress: ProgressFactory) -> None:
     _write_text(preset, folder)
     record = {"id": folder.name.split("-")[-1].removesuffix(".partial"), "kind": "lab", "name": preset.name}
     run = Run(folder, record | {"status": "queued", "reason": None, "job_id": None})
@@ -261,7 +261,7 @@ def _build(preset: LabPreset, folder: Path, progress: ProgressFactory) -> None:
             environment={"device": "cpu", "threads": preset.threads},
         )
         _pretrain(preset, batches, model, tokenizer, folder, run, progress)
-        _evaluate(preset, folder, run, progress)
+        _evaluate(preset, folder, run, evaluate, progress)
 
 
 def _pretrain(
@@ -290,14 +290,11 @@ def _pretrain(
             save(twin, folder / "filtered")
 
 
-def _evaluate(preset: LabPreset, folder: Path, run: Run, progress: ProgressFactory) -> None:
+def _evaluate(preset: LabPreset, folder: Path, run: Run, evaluate: Evaluate, progress: ProgressFactory) -> None:
     """Every checkpoint and the twin on all five tasks, into run.json."""
-    from lethe.evaluation.accuracy import evaluate_model
 
     def entry(path: Path, step: int) -> dict[str, Any]:
-        model = GPTNeoXForCausalLM.from_pretrained(path)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        evals = evaluate_model(model, tokenizer, list(TASKS))
+        evals = evaluate(path)
         tokens = step * preset.batch_size * preset.sequence_length
         digest = sha256(path / "model.safetensors")
         return {"name": path.name, "step": step, "tokens": tokens, "sha256": digest, "evals": evals}

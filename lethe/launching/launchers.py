@@ -15,29 +15,27 @@ import json
 import os
 import selectors
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from lethe.config import SlurmSettings
-from lethe.errors import LetheError, printable
-from lethe.evaluation.tasks.consent import trust_task_code, trusts_task_code
-from lethe.runs import garbage
-from lethe.runs.locks import HeldError, identity, lives
-from lethe.runs.run import LOST_AFTER_SECONDS, Run, Terminated, now
+from lethe.errors import printable
+from lethe.evaluation.tasks.consent import trusts_task_code
+from lethe.launching import slurm
+from lethe.launching.work import SECONDS_TO_NAME_JOB, Work
+from lethe.runs import slurm_jobs
+from lethe.runs.locks import identity, lives
+from lethe.runs.run import LOST_AFTER_SECONDS, Run
 
 JOBS = "slurm"
 """Where in a sweep's folder its jobs' files are."""
-ENDED = ("complete", "failed", "diverged", "cancelled")
 SECONDS_TO_SAVE = 120
 SECONDS_TO_BEGIN = 3600
-SECONDS_TO_NAME_JOB = 30
 Owner = dict[str, Any]
 
 
@@ -69,54 +67,6 @@ class Launcher(Protocol):
 
     def stop(self) -> None:
         """End the workers, each after saving what it has at work."""
-
-
-def work(folders: Sequence[str | Path], job_id: str | None = None) -> None:
-    """Go on with each run that is not complete, in order, until one does not complete.
-
-    A run that is refused, or raises, is `failed` with its reason. Returns at once where another process has the work.
-    """
-    for folder in folders:
-        run = Run.open(folder)
-        if run.status == "complete":
-            continue
-        try:
-            run.hold(job_id)
-        except HeldError:
-            return
-        try:
-            if not _done(run, job_id):
-                return
-        finally:
-            run.lock.release()
-
-
-def _done(run: Run, job_id: str | None) -> bool:
-    """Go on with a run that this process holds; whether it is complete then.
-
-    Raises:
-        Terminated: this process was asked to stop, and not the run.
-    """
-    from lethe.launching.resuming import go_on
-
-    if job_id is not None and run.record["job_id"] != job_id:
-        run.update(job_id=job_id)
-    if run.status != "complete" and (asked := run.asked_to_stop()):
-        run.update(status="cancelled", reason=asked, finished=now())
-    elif run.status != "complete":
-        try:
-            run = go_on(run)
-        except Terminated:
-            if not run.asked_to_stop():
-                raise
-        except Exception as error:  # the next trial goes on; a run that has begun has recorded it already
-            ended = run.record["status"] in ENDED
-            if not ended and not isinstance(error, LetheError):
-                with (run.path / "log.txt").open("a") as log:
-                    log.writelines(f"{printable(line)}\n" for line in traceback.format_exc().splitlines())
-            # Written again, for a full disk may have kept it from being so: that ends this process, and the run is lost.
-            run.update(**{} if ended else {"status": "failed", "reason": f"{type(error).__name__}: {error}", "finished": now()})
-    return run.status == "complete"
 
 
 class LocalLauncher:
@@ -200,7 +150,7 @@ class _Worker:
         self.busy: str | None = None
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lethe.launching.launchers"],
+                [sys.executable, "-m", "lethe.launching.work"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -226,9 +176,7 @@ class SlurmLauncher:
     """One Slurm job a trial."""
 
     def __init__(self, folder: Path, jobs: int, settings: SlurmSettings):
-        from lethe.launching import slurm
-
-        self.folder, self.jobs, self.settings, self.slurm = folder / JOBS, jobs, settings, slurm
+        self.folder, self.jobs, self.settings = folder / JOBS, jobs, settings
         self.alive: set[str] = set()
 
     def room(self) -> int:
@@ -236,7 +184,7 @@ class SlurmLauncher:
 
     def start(self, name: str, folders: Sequence[Path]) -> Owner:
         paths = [str(folder.resolve()) for folder in folders]
-        job_id = self.slurm.submit(Work(paths, trusts_task_code()), self.folder, self.settings, name)
+        job_id = slurm.submit(Work(paths, trusts_task_code()), self.folder, self.settings, name)
         self.alive.add(job_id)
         for path in paths:
             run = Run.open(path)
@@ -245,7 +193,7 @@ class SlurmLauncher:
         return {"job_id": job_id}
 
     def fates(self, owners: Sequence[tuple[Owner, Sequence[Run]]]) -> list[Fate | None]:
-        states = self.slurm.states([owner["job_id"] for owner, _ in owners])
+        states = slurm_jobs.states([owner["job_id"] for owner, _ in owners])
         found = [self._fate(owner["job_id"], states[owner["job_id"]], runs) for owner, runs in owners]
         self.alive = {owner["job_id"] for (owner, _), fate in zip(owners, found, strict=True) if fate is None}
         return found
@@ -253,46 +201,19 @@ class SlurmLauncher:
     def _fate(self, job_id: str, state: Any, runs: Sequence[Run]) -> Fate | None:
         if state.alive is not False:  # None: Slurm does not answer, which says nothing about the job
             return None
-        if state.word == self.slurm.UNKNOWN:
+        if state.word == slurm_jobs.UNKNOWN:
             young = _seconds_since_written(runs) < SECONDS_TO_NAME_JOB
             return None if young else Fate(f"Slurm does not know job {job_id} any more")
         return Fate(f"Slurm: job {job_id} is {state.word}, {state.reason}", cancelled=state.word == "CANCELLED")
 
     def cancel(self, owners: Sequence[Owner]) -> None:
-        self.slurm.cancel([owner["job_id"] for owner in owners if "job_id" in owner])
+        slurm_jobs.cancel([owner["job_id"] for owner in owners if "job_id" in owner])
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def stop(self) -> None:
         """Jobs go on by themselves; `lethe sweep cancel` ends them."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a Slurm job does: `work` on a trial's folders, with the consent of the command that submitted it."""
-
-    folders: list[str]
-    trusts: bool = False
-
-    def __call__(self) -> None:
-        from lethe.cli import quiet
-        from lethe.launching import slurm
-
-        quiet()
-        job_id = slurm.current_job_id()
-        deadline = time.monotonic() + SECONDS_TO_NAME_JOB  # the controller writes the job's id, unless it was killed
-        while Run.open(self.folders[0]).record["job_id"] != job_id and time.monotonic() < deadline:
-            time.sleep(0.2)
-        with trust_task_code(self.trusts):
-            work(self.folders, job_id)
-
-    def before_requeue(self, reason: str) -> None:
-        """The runs that have saved wait again, under the same job."""
-        for folder in self.folders:
-            run = Run.open(folder)
-            if run.record["status"] == "cancelled":
-                run.update(status="queued", reason=f"its job was {reason}; it goes on when Slurm starts it again")
 
 
 def make(kind: str, folder: Path, jobs: int, settings: SlurmSettings) -> Launcher:
@@ -302,8 +223,6 @@ def make(kind: str, folder: Path, jobs: int, settings: SlurmSettings) -> Launche
 
 def job_log(folder: Path, job_id: str) -> Path:
     """What a Slurm job of the sweep in `folder` has printed."""
-    from lethe.launching import slurm
-
     return slurm.log_file(folder / JOBS, job_id)
 
 
@@ -339,34 +258,3 @@ def _devices() -> list[str]:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
     return [str(i) for i in range(listed.stdout.count("GPU "))]
-
-
-@garbage.seldom()
-def serve() -> None:
-    """A local worker: trials from standard input, one line each; a line on standard output when one is done with."""
-    from lethe.cli import quiet
-
-    quiet()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    done, first = os.fdopen(os.dup(1), "w"), True
-    os.dup2(2, 1)  # what libraries print is no answer to the controller
-    for line in sys.stdin:
-        order = json.loads(line)
-        os.chdir(order["cwd"])
-        try:
-            with trust_task_code(order["trust_task_code"]):
-                work(order["folders"])
-        except Terminated:
-            sys.exit(143)
-        if first:
-            garbage.freeze()
-            first = False
-        try:
-            done.write(f"{order['name']}\n")
-            done.flush()
-        except BrokenPipeError:
-            return
-
-
-if __name__ == "__main__":
-    serve()

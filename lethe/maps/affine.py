@@ -31,21 +31,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lethe import preflight
 from lethe.config import AffineConfig, AffineScoreConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.questions import tokenizer_hash
-from lethe.lab.presets import lethe_home
+from lethe.files import sha256
+from lethe.home import evict, lethe_home
+from lethe.maps.check import check_affine, check_affine_score, split
 from lethe.maps.folder import CONVENTIONS, HASH, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention, refuse_altered
 from lethe.models import refs
 from lethe.models.activations import CONVENTION, blocks, residuals
 from lethe.models.support import refuse_unreadable
-from lethe.preflight import split
 from lethe.progress import bar
-from lethe.runs.cores import say_if_busy
 from lethe.runs.locks import building
-from lethe.runs.run import Run, sha256
-from lethe.shelves import prune
+from lethe.runs.machine import say_if_busy
+from lethe.runs.run import Run
 from lethe.text import corpora
 
 logger = logging.getLogger(__name__)
@@ -307,7 +306,7 @@ def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
     Raises:
         LetheError: the models do not fit together, or the text cannot be used; raised before anything is written.
     """
-    model_ref, source_ref, documents = preflight.check_affine(config)
+    model_ref, source_ref, documents = check_affine(config)
     model, tokenizer = refs.load(model_ref, config.dtype)
     refuse_unreadable(model, config.model, config.max_length)
     source, _ = refs.load(source_ref, config.dtype)
@@ -380,9 +379,9 @@ def fit_once(
                     shutil.rmtree(rest, ignore_errors=True)
                 maps.save(partial)
                 partial.rename(folder)
-                prune(folder.parent)
+                evict(folder.parent)
             else:
-                with contextlib.suppress(OSError):  # another user's: `shelves.py` sees it as older than it is
+                with contextlib.suppress(OSError):  # another user's: `home.py` sees it as older than it is
                     os.utime(folder)
     except OSError as error:
         logger.warning("fitted maps cannot be kept in %s (%s)", folder.parent, error.strerror or error)
@@ -430,7 +429,7 @@ def score_affine(config: AffineScoreConfig) -> MapScores:
     Raises:
         LetheError: there are no maps, they belong to another pair, or the models or the text cannot be used.
     """
-    checked = preflight.check_affine_score(config)
+    checked = check_affine_score(config)
     model, tokenizer = refs.load(checked.model, config.dtype)
     source, _ = refs.load(checked.source, config.dtype)
     rows = corpora.tokenise(checked.documents, tokenizer, config.max_length)

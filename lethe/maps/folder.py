@@ -13,10 +13,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lethe.errors import LetheError, printable
-from lethe.files import UnreadableError, json_of, text_of
+from lethe.files import UnreadableError, json_of, sha256, text_of
 from lethe.models import refs
 from lethe.models.files import advice, missing
-from lethe.runs.run import find_run, sha256
+from lethe.runs.run import find_run
 
 WEIGHTS = "affine_transforms.safetensors"
 METADATA = "metadata.json"

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lethe.errors import LetheError, nearest
-from lethe.files import UnreadableError
+from lethe.files import UnreadableError, sha256
 from lethe.lab import presets
 from lethe.models import files as model_files
 from lethe.models.files import DEPTH_KEYS, WIDTH_KEYS, WINDOW_KEYS
 from lethe.models.hub import fetch, fetch_optional, hub
-from lethe.runs.run import Run, find_run, sha256
+from lethe.runs.run import Run, find_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -173,14 +173,17 @@ def _readable(ref: ModelRef) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if ref.local else hub(f"model '{ref.name}' cannot be read from the hub")
 
 
-def verify(ref: ModelRef) -> None:
-    """Refuse a model whose configuration, weights and tokenizer do not fit together. Reads no weights; a hub model is fetched.
+def verify(*refs: ModelRef) -> None:
+    """Refuse models whose configuration, weights and tokenizer do not fit together. Reads no weights; a hub model is fetched.
 
     Raises:
         LetheError: the model could not be loaded, or only with something left out.
     """
-    files = Path(ref.path).iterdir() if ref.local else () if ref.random else _weight_files(ref)
-    _verified(ref, tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files) if path.exists()))
+    for ref in refs:
+        files = Path(ref.path).iterdir() if ref.local else () if ref.random else _weight_files(ref)
+        _verified(
+            ref, tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files) if path.exists())
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -259,6 +262,15 @@ def refuse_mismatch(model: ModelRef, source: ModelRef) -> None:
             f"source '{source.name}' and model '{model.name}' have different tokenizers; "
             f"the source must be a checkpoint of the same model"
         )
+
+
+def refuse_length(max_length: int, *models: ModelRef) -> None:
+    """Refuse sequences that are longer than one of the models was made for."""
+    for model in models:
+        if model.window is not None and max_length > model.window:
+            raise LetheError(
+                f"max_length: {max_length} is beyond the window of '{model.name}', {model.window} tokens; lower it"
+            )
 
 
 def refuse_layers(model: ModelRef, layers: list[int]) -> None:

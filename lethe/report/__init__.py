@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lethe.errors import LetheError
-from lethe.files import UnreadableError, json_of, text_of
-from lethe.report.layout import escaped, shown
-from lethe.runs.run import refuse_run_folder, write_atomically
+from lethe.files import UnreadableError, json_of, refuse_run_folder, text_of, write_atomically
+from lethe.report.layout import escaped
+from lethe.results.format import shown
 
 if TYPE_CHECKING:
     from lethe.config import ReportConfig

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lethe.report.layout import MISSING, Table, decimal, percent, result, setting
+from lethe.report.layout import Table
 from lethe.report.remarks import job, reasons, remarks
-from lethe.results import recovery, regimes
+from lethe.results import recovery
+from lethe.results.format import MISSING, decimal, percent, result, setting
 from lethe.results.recovery import Excess, Worst
 from lethe.results.study import (
     AFTER_STEPS,
@@ -15,18 +16,12 @@ from lethe.results.study import (
     Attack,
     Series,
     Study,
-    tasks_of,
+    attack_tasks,
     value_of,
     varying,
 )
 
 MAX_NOTES = 10
-
-
-def judged(attacks: list[Attack]) -> tuple[str | None, str | None]:
-    """The forget task and the general (retain) task of attacks; of other tasks, the first is the one that matters."""
-    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
-    return regimes.forget_task(tasks) or next(iter(tasks), None), regimes.retain_task(tasks)
 
 
 def trains(attack: Attack) -> bool:
@@ -36,7 +31,7 @@ def trains(attack: Attack) -> bool:
 
 def worst_table(study: Study) -> Table:
     """A row a model: its score, the attack that reached it and where, what that cost, what is not measured."""
-    forget, general = judged(study.attacks)
+    forget, general = attack_tasks(study.attacks)
     columns = [
         "Model",
         f"Starting {forget}",
@@ -86,7 +81,7 @@ def _above(excess: Excess | None) -> str:
 def tamper_table(study: Study) -> Table:
     """Model | forget at the start, after 10 steps, highest, at the end | retain at the end | lost updates | Notes."""
     attacks = study.attacks
-    forget, retain = judged(attacks)
+    forget, retain = attack_tasks(attacks)
     lengths = {attack.curve[-1]["step"] for attack in attacks if attack.curve}
     alike = len(lengths) == 1 and all(map(trains, attacks))
     final = f"Final ({min(lengths)} steps)" if alike else "Final"
@@ -148,7 +143,7 @@ def attack_tables(attacks: list[Attack]) -> list[Table]:
 
 
 def _attacks_on(label: str, attacks: list[Attack]) -> Table:
-    forget, retain = judged(attacks)
+    forget, retain = attack_tasks(attacks)
     curves = [dict(attack.points(forget)) if forget else {} for attack in attacks]
     steps = _some(sorted({step for curve in curves for step in curve}))
     cells = []
@@ -170,7 +165,7 @@ def _attacks_on(label: str, attacks: list[Attack]) -> Table:
 
 
 def _without_training_on(label: str, attacks: list[Attack]) -> Table:
-    forget, retain = judged(attacks)
+    forget, retain = attack_tasks(attacks)
     cells = []
     for name, attack in zip(_names(attacks), attacks, strict=True):
         line = [_by_strength(attack, task) for task in (forget, retain) if task]
@@ -206,7 +201,7 @@ def _some(steps: list[int], count: int = 5) -> list[int]:
 
 def recovery_table(study: Study) -> Table:
     """Model | share of the gap recovered | steps to half, nine tenths, full | area | above the filtered twin."""
-    task = judged(study.attacks)[0]
+    task = attack_tasks(study.attacks)[0]
     several = len({series.settings for series in study.series}) > 1
     seeds = any(len(series.attacks) > 1 for series in study.series)
     twins = dict.fromkeys(series.model for series in study.series if series.control == FILTERED)

@@ -15,10 +15,9 @@ from typing import Any
 import altair as alt
 
 from lethe.errors import printable
-from lethe.report.attacks import judged
 from lethe.results import regimes
 from lethe.results.recovery import Point, Worst, worst_case
-from lethe.results.study import Series, Study, Target, tasks_of, value_of
+from lethe.results.study import Series, Study, Target, attack_tasks, tasks_of, value_of
 from lethe.runs.run import Run
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B6BB1"]
@@ -26,6 +25,7 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross"
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 1], [1, 3], [12, 3, 1, 3]]
 REFERENCE = "#808080"
 MAX_POINTS, MAX_MARKS, MAX_BARS = 300, 1000, 60
+CHECKPOINTS = "checkpoints.svg"
 MAX_MODELS, MAX_ATTACKS, MAX_CHARTS = 16, 12, 6
 """What one can still read: more models and attacks than these are in the tables alone."""
 LONGEST_LABEL = 80
@@ -115,7 +115,7 @@ def tradeoff_chart(target: Target) -> alt.LayerChart | None:
 
 def attack_charts(study: Study) -> dict[str, tuple[str, Chart]]:
     """Curves and, where there are several attacks, a small chart for each of them and the map of models by attacks."""
-    forget, general = judged(study.attacks)
+    forget, general = attack_tasks(study.attacks)
     drawn, left_out = _drawn(study)
     several = len({series.settings for series in study.series}) > 1
     over = " Bands: question sampling and, where an attack was run with several seeds, seeds." + left_out
@@ -472,3 +472,11 @@ def _config(chart: Any) -> Any:
 
 def _name(kind: str, number: int) -> str:
     return kind if number == 0 else f"{kind}-{number + 1}"
+
+
+def draw_checkpoints(run: Run) -> None:
+    """The chart of a checkpoint sweep, drawn into the run's folder and recorded as its artifact."""
+    import vl_convert
+
+    (run.path / CHECKPOINTS).write_bytes(vl_convert.vegalite_to_svg(checkpoint_chart(run).to_dict()).encode())
+    run.update(artifacts={"chart": {"path": CHECKPOINTS}})

@@ -14,11 +14,11 @@ from typing import Any
 
 import vl_convert
 
-from lethe.report.attacks import judged as judged_attacks
 from lethe.report.attacks import recovery_note
-from lethe.report.layout import Table, percent, setting
+from lethe.report.layout import Table
 from lethe.results import regimes
-from lethe.results.study import Attack, Study, Target, judge, value_of
+from lethe.results.format import percent, setting
+from lethe.results.study import Attack, Study, Target, attack_tasks, judge, value_of
 from lethe.runs.run import Run, now
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data: blob:"
@@ -196,7 +196,7 @@ def _worst_sentence(model: str, study: Study) -> str:
     own = cases.get(model)
     if own is None:
         return ""
-    task, general = judged_attacks(study.attacks)
+    task, general = attack_tasks(study.attacks)
     cost = f"{general or 'general'} {-100 * own.general_lost:+.1f} points"
     by = f" (by {own.attack}, {own.point.place}, {cost})" if own.attack else ""
     open_ones = f"; {len(own.not_measured)} are not measured to their end" if own.not_measured else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING
+from lethe.results.format import DEGENERATE, DEGENERATE_NOTE, MISSING
 from lethe.results.listing import Entry
 from lethe.runs.run import Run
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lethe.report.layout import DEGENERATE, DEGENERATE_NOTE, MISSING, Table, percent, result, setting
+from lethe.report.layout import Table
+from lethe.results.format import DEGENERATE, DEGENERATE_NOTE, MISSING, percent, result, setting
 from lethe.runs.run import Run
 
 

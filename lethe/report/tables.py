@@ -11,13 +11,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lethe.report import layout
+from lethe.report.apart import apart_table
 from lethe.report.attacks import attack_tables, recovery_table, tamper_table, worst_table
-from lethe.report.layout import DEGENERATE, MISSING, Table, compact, decimal, percent, result, setting, short
+from lethe.report.layout import Table
 from lethe.report.remarks import job, reasons, remarks
 from lethe.report.sweeps import sweep_table
-from lethe.results import regimes
-from lethe.results.comparable import Evals, Shown, apart_table
+from lethe.results import format, regimes
+from lethe.results.comparable import Evals, Shown
+from lethe.results.format import DEGENERATE, MISSING, compact, decimal, percent, result, setting, short
 from lethe.results.listing import DEFAULT_COLUMNS, ONLY_IF_THERE, Entry, is_imported
 from lethe.results.study import (
     Study,
@@ -182,7 +183,7 @@ def evals_table(evals: dict[str, dict[str, Any]], title: str = "Evaluation", mis
         [
             task,
             result(r),
-            layout.interval(r),
+            format.interval(r),
             str(r["n"]),
             percent(r.get("chance")),
             str(r.get("num_fewshot", MISSING)),
@@ -362,7 +363,7 @@ def _field(entry: Entry, name: str) -> str:
     if name == "progress" and entry.done:
         return f"{entry.done[0]}/{entry.done[1]} {UNITS.get(entry.run.record['kind'], 'steps')}"
     if name in {"age", "time", "eta", "seconds"}:
-        return layout.seconds(value)
+        return format.seconds(value)
     if name.removeprefix("evals.") in evals:
         return result(evals[name.removeprefix("evals.")]) + mark
     return setting(value) + (mark if name.startswith("evals.") else "")
@@ -429,7 +430,7 @@ def _fact(key: str, value: Any) -> str:
     if key == "memory" and isinstance(value, int):
         return f"{value / 1e6:,.0f} MB"
     if key == "seconds":
-        return f"about {layout.seconds(value)}"
+        return f"about {format.seconds(value)}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else setting(value)
 
 

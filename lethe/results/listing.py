@@ -19,8 +19,8 @@ from typing import Any
 
 from lethe import config as c
 from lethe.errors import LetheError, nearest
-from lethe.launching import slurm
 from lethe.results import regimes
+from lethe.runs import slurm_jobs as slurm
 from lethe.runs.run import Run, seconds_since
 
 WORKED_OUT = ("status", "reason", "age", "time", "progress", "eta", "results", "path", "lora_r")

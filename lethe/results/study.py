@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lethe.errors import LetheError
-from lethe.report.layout import MISSING
 from lethe.results import recovery, regimes
 from lethe.results.comparable import Evals, Shown, set_apart
+from lethe.results.format import MISSING
 from lethe.results.listing import is_imported
 from lethe.results.recovery import Point, Recovery
 from lethe.runs.run import Run, find_run, find_runs
@@ -534,3 +534,9 @@ def varying(runs: list[Shown], leave_out: set[str]) -> dict[str, Callable[[Shown
 
 def _reader(key: str) -> Callable[[Shown], str]:
     return lambda run: run.settings.get(key, MISSING)
+
+
+def attack_tasks(attacks: list[Attack]) -> tuple[str | None, str | None]:
+    """The forget task and the general (retain) task of attacks; of other tasks, the first is the one that matters."""
+    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
+    return regimes.forget_task(tasks) or next(iter(tasks), None), regimes.retain_task(tasks)

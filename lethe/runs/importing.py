@@ -22,10 +22,9 @@ from typing import Any
 
 from lethe import config as c
 from lethe.errors import LetheError, nearest, printable
-from lethe.files import UnreadableError, text_of
-from lethe.folders import RUN, slug
+from lethe.files import RUN, UnreadableError, refuse_run_folder, slug, text_of, write_atomically
 from lethe.runs.logbook import NUMBER, TASKS, Column, LogTable, column, kind_of, marks, phrases, plain, read, setting, spaced
-from lethe.runs.run import Run, find_runs, now, refuse_run_folder, write_atomically
+from lethe.runs.run import Run, find_runs, now
 
 STATUSES = {
     "diverged": "diverged",

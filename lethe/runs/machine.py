@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
+import logging
 import os
 import platform
 import resource
@@ -11,7 +13,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lethe.errors import LetheError
+from lethe.progress import console
 from lethe.runs.locks import identity
 
 
@@ -53,7 +58,7 @@ def environment() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """The commit of Lethe's own checkout; None when it is installed as a package or git is missing."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     if not (here.parent / ".git").exists():
         return None
     try:
@@ -63,3 +68,36 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() if out.returncode == 0 else None
+
+
+logger = logging.getLogger(__name__)
+SECONDS = 0.2
+"""How long the machine is watched, once a process."""
+
+
+@functools.cache
+def say_if_busy() -> None:
+    """Say, once a process, if there are fewer free cores than threads: threads that wait for each other then wait for others.
+
+    Called while this process itself has nothing to do.
+    """
+    import torch  # not above: a refusal of what calls this needs none
+
+    threads, cores = torch.get_num_threads(), psutil.cpu_count() or 1
+    if threads == 1 or torch.cuda.is_available():
+        return
+    used = cores * psutil.cpu_percent(SECONDS) / 100
+    if warning := crowded(threads, cores, used):
+        logger.info(warning)  # into the run's log
+        console.print(f"lethe: {warning}", soft_wrap=True, markup=False)
+
+
+def crowded(threads: int, cores: int, used: float) -> str | None:
+    """What to say when other processes use so many of the cores; None where there is room for all threads."""
+    if threads == 1 or threads <= cores - used + 0.5:
+        return None
+    free = max(1, int(cores - used + 0.5))
+    return (
+        f"the machine is busy: other processes use {used:.1f} of {cores} cores, and {threads} threads beside them can be "
+        f"several times slower than {free}; set OMP_NUM_THREADS={free}, or wait"
+    )

@@ -18,8 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lethe.errors import LetheError, printable
-from lethe.files import UnreadableError, json_of, text_of
-from lethe.folders import RUN, is_folder_name
+from lethe.files import RUN, UnreadableError, is_folder_name, json_of, text_of
 
 Check = Callable[[Any], str | None]
 """What is wrong with a value, None if nothing: where in it (".evals.mmlu.acc") and what was expected."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lethe.errors import LetheError, PlainFormatter, full_disk, printable
-from lethe.folders import RUN, refuse_links, refuse_name, refuse_run_folder, slug
+from lethe.files import RUN, refuse_links, refuse_name, refuse_run_folder, slug, write_atomically
 from lethe.runs import garbage
 from lethe.runs.locks import FolderLock, HeldError, lives, seconds_since_written, spoken
 from lethe.runs.machine import environment, peak_memory, refuse_several_processes
@@ -444,32 +443,6 @@ def find_run(run_id: str, out: str | Path = "runs") -> Run:
             f"run:{run_id} fits {len(found)} runs ({', '.join(sorted(p.name for p in found)[:4])}); give the whole id"
         )
     raise LetheError(f"run:{run_id} is not in '{out}', runs/ or */runs/; `lethe runs FOLDER` lists the runs of a folder")
-
-
-def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> None:
-    """Replace `path`, whole or not at all; without `sync`, which may take long, a crash of the machine may leave it empty."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        with temporary.open("xb") as file:  # never through a link
-            file.write(content.encode() if isinstance(content, str) else content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sha256(*paths: Path) -> str:
-    """SHA-256 over the names and contents of files, in order of name."""
-    digest = hashlib.sha256()
-    for path in sorted(paths, key=lambda p: p.name):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def now() -> str:

@@ -1,4 +1,4 @@
-"""Sweeps: `Sweep` keeps the trials, `lethe.sweeps.planner` say which to run, `lethe.launching.launchers` runs them, this file holds them together.
+"""Sweeps: `Sweep` keeps the trials, a planner says which to run, a launcher runs them, and this file holds them together.
 
 The trials are those of an Optuna study (a journal file in the sweep's folder, or a database), so that optuna-dashboard opens
 them and several controllers on several machines may share them. What came of a trial is read from its runs' own folders: the
@@ -28,13 +28,15 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lethe import config as c
 from lethe.errors import LetheError
-from lethe.folders import refuse_links
+from lethe.files import refuse_links, refuse_run_folder
 from lethe.launching import launchers
 from lethe.launching.launchers import Launcher
+from lethe.launching.work import settings_of
 from lethe.progress import bar
-from lethe.runs.run import STOP, Run, find_run, find_runs, refuse_run_folder
+from lethe.runs.run import STOP, Run, find_run, find_runs
 from lethe.sweeps import journal
-from lethe.sweeps.planner import Plan, Planner, inputs, planner_of
+from lethe.sweeps.kinds import planner_of
+from lethe.sweeps.planner import Plan, Planner, inputs
 from lethe.sweeps.trust import consented, trust
 
 logger = logging.getLogger(__name__)
@@ -131,13 +133,11 @@ class Sweep:
         Raises:
             LetheError: there is none, or its record runs or opens what the user has not agreed to.
         """
-        from lethe.config.parse import build
-
         run = find_run(name.removeprefix("run:"), out)
         if run.record["kind"] != "sweep":
             raise LetheError(f"sweep: '{name}' is of kind {run.record['kind']}; `lethe runs` lists the sweeps")
         refuse_links(run.path)
-        config = build(config_of(run), run.record["config"])
+        config = settings_of(run, config_of(run))
         consented(config, trusts)
         return cls(run, config)
 
@@ -493,6 +493,13 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     if run.status in {"queued", "lost"}:
         run.update(status="cancelled", reason=CANCELLED)
     return status(settings)
+
+
+def resume_sweep(run: Run, trusts: bool = False) -> Run:
+    """Do what is left of a sweep. `trusts`: the user agrees to what its record runs or opens."""
+    config = settings_of(run, config_of(run))
+    consented(config, trusts)
+    return sweep(config, run)
 
 
 def config_of(run: Run) -> type:

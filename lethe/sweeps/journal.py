@@ -14,10 +14,8 @@ from typing import Any
 import optuna
 
 from lethe.errors import LetheError
-from lethe.files import UnreadableError, json_of
-from lethe.folders import JOURNAL
+from lethe.files import JOURNAL, UnreadableError, json_of, write_atomically
 from lethe.runs.record import TRIAL
-from lethe.runs.run import write_atomically
 
 FIRST = '{"op_code":'
 """How Optuna begins every record."""

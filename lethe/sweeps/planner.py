@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,17 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lethe import config as c
-from lethe import preflight
 from lethe.config.parse import build, from_settings
 from lethe.errors import LetheError, nearest, printable
+from lethe.files import sha256
 from lethe.maps.folder import WEIGHTS, find_maps
 from lethe.models import refs
 from lethe.results import regimes
 from lethe.results.listing import number
-from lethe.runs.run import Run, find_runs, sha256
+from lethe.runs.run import Run, find_runs
 from lethe.sweeps import axes, search
 from lethe.sweeps.axes import Axis, Point
 from lethe.text import corpora
+from lethe.unlearning.check import check
 
 if TYPE_CHECKING:
     import optuna
@@ -201,7 +201,7 @@ class Planner:
             for kind, settings in plan.stages:
                 made = from_settings(CONFIGS[kind], settings)  # not `build`, which leaves out what it does not know
                 if kind == "unlearn":
-                    preflight.check(made)
+                    check(made)
         except LetheError as error:
             raise LetheError(f"at {where}: {error}") from error
 
@@ -342,48 +342,11 @@ class Planner:
         return []
 
 
-class Grid(Planner):
-    """Every combination."""
-
-    @cached_property
-    def points(self) -> list[Point]:
-        """The combinations.
-
-        Raises:
-            LetheError: there are too many.
-        """
-        seeds = len(self.config.seed_list)
-        count = seeds * math.prod(len(axis.values) or axis.steps or 1 for axis in self.axes)
-        if count > MOST_RUNS:
-            raise LetheError(f"vary: {count} runs, {MOST_RUNS} at most; take fewer values or steps, or kind pareto")
-        return list(axes.points(self.axes, self.recipe))
-
-    @property
-    def expected(self) -> int:
-        return len(self.points) * len(self.config.seed_list)
-
-    def samples(self) -> Iterator[Point]:
-        yield from self.points
-
-    def begin(self, sweep: Sweep) -> None:
-        sweep.add((plan for point in self.points for plan in self.plans(point)), sweep.study)
-
-
 def baseline(model: str, asked: dict[str, Any], dtype: c.Dtype, out: str) -> Plan:
     """The evaluation of a model as it was before, on the tasks that runs are evaluated on."""
     how = {name: asked[name] for name in ("limit", "task_data", "num_fewshot")}
     settings = c.EvaluateConfig(model, asked["tasks"], **how, dtype=dtype, out=out, name="baseline")
     return Plan("baseline", [("evaluate", c.to_dict(settings))], reference=True, facts={"model": model})
-
-
-def planner_of(config: Any) -> Planner:
-    """The planner of a sweep's kind, or of a suite."""
-    from lethe.sweeps.boundary import Boundary
-    from lethe.sweeps.pareto import Pareto
-    from lethe.sweeps.suite import Suite
-
-    kinds: dict[str, type[Planner]] = {"grid": Grid, "boundary": Boundary, "pareto": Pareto}
-    return Suite(config) if isinstance(config, c.SuiteConfig) else kinds[config.kind](config)
 
 
 def distribution(axis: Axis) -> optuna.distributions.BaseDistribution:

@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lethe import config as c
-from lethe import files, preflight
+from lethe import files
+from lethe.attacks.check import check_tamper
 from lethe.config.checks import refuse_unusable
 from lethe.config.parse import build, from_settings
 from lethe.errors import LetheError, nearest, printable
 from lethe.models import refs
+from lethe.results.study import Study, attack_tasks
 from lethe.runs.run import Run
 from lethe.sweeps.planner import MOST_RUNS, Plan, Planner, Stage, baseline
 
 if TYPE_CHECKING:
     from lethe.sweeps.controller import Sweep, Task
 
-SUITES = Path(__file__).parent / "suites"
+SUITES = Path(__file__).parent.parent / "attacks" / "suites"
 INSTEAD = {"model": "name the models: models", "seed": "name the seeds: seeds", "out": "set out of the suite"}
 INSTEAD |= {"name": "an attack is named by its key"}
 """Settings of `lethe tamper` that the suite gives to every attack itself, and what to set instead."""
@@ -142,7 +144,7 @@ class Suite(Planner):
                 if str(settings["model"]).startswith("@"):
                     continue
                 try:
-                    preflight.check_tamper(build(c.TamperConfig, settings))
+                    check_tamper(build(c.TamperConfig, settings))
                 except LetheError as error:
                     raise LetheError(f"{settings['name']} on {settings['model']}: {error}") from error
         return self.config
@@ -243,15 +245,12 @@ class Suite(Planner):
 
     def values(self, runs: list[Run]) -> list[float | str]:
         """The highest forget accuracy over the trial's attacks."""
-        from lethe.report.attacks import judged
-        from lethe.results.study import Study
-
         attacks = Study(runs).attacks
-        forget = judged(attacks)[0]
+        forget = attack_tasks(attacks)[0]
         known = [point.value for attack in attacks for point in attack.points_of(forget or "")]
         return [max(known) if known else f"no accuracy on {forget or 'a forget task'} in {runs[0].path.name}"]
 
-    def judged(self, sweep: Sweep, task: Task, runs: list[Run]) -> dict[str, Any]:
+    def attack_tasks(self, sweep: Sweep, task: Task, runs: list[Run]) -> dict[str, Any]:
         """A trial's results for tables: those of its last attack's end."""
         evals = (runs[-1].record.get("evals") or {}) if runs and task.status == "complete" else {}
         keep = ("acc", "correct_prob", "low", "high", "n", "chance", "degenerate")
@@ -261,8 +260,6 @@ class Suite(Planner):
 
     def study(self, sweep: Sweep) -> Any:
         """All of the suite's runs, with those that its models come from, as a report reads them."""
-        from lethe.results.study import Study
-
         runs = {run.path.name: run for task in sweep.tasks() if not task.retried for run in task.runs(sweep.out)}
         for model in self.config.models:
             if (run := refs.run_of(model, self.config.out)) is not None:

@@ -14,14 +14,13 @@ from typing import Any
 
 from lethe.config import LaunchSettings
 from lethe.errors import LetheError, printable
-from lethe.home import keep, kept
-from lethe.lab.presets import lethe_home
+from lethe.home import lethe_home, store, stored
 
 
 def trust(config: LaunchSettings) -> None:
     """Note that the user agrees to what these settings run or open."""
     if named := _named(config):
-        keep(_file(named), json.dumps(named))
+        store(_file(named), json.dumps(named))
 
 
 def consented(config: LaunchSettings, trusts: bool) -> None:
@@ -33,7 +32,7 @@ def consented(config: LaunchSettings, trusts: bool) -> None:
     if trusts:
         trust(config)
     named = _named(config)
-    if named and kept(_file(named)) is None:
+    if named and stored(_file(named)) is None:
         shown = printable(json.dumps(named, ensure_ascii=False), 600)
         raise LetheError(
             f"sweep: its record has {shown}, which would be run or opened as you; if you trust that, add --trust_record true"

@@ -25,9 +25,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lethe.errors import LetheError
-from lethe.runs.run import sha256
+from lethe.files import sha256
+from lethe.runs.run import Run
 
 KEPT = 2
 BEGIN = "begin.safetensors"
@@ -189,3 +191,11 @@ def _sync(path: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_artifact(run: Run, kind: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save a model or an adapter as the run's artifact `kind`."""
+    folder = run.path / kind
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    run.update(artifacts={kind: {"path": kind, "sha256": sha256(*folder.glob("*.safetensors"))}})

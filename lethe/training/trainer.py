@@ -28,7 +28,7 @@ from lethe.config import EvalSettings, TrainingSettings
 from lethe.evaluation.accuracy import NotNumbersError, evaluate_model, value_of
 from lethe.models.allocator import kept_memory
 from lethe.progress import Advance, bar
-from lethe.runs.cores import say_if_busy
+from lethe.runs.machine import say_if_busy
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import saves

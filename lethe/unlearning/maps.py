@@ -12,13 +12,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lethe import preflight
 from lethe.config import AffineConfig, UnlearnConfig
 from lethe.errors import LetheError
+from lethe.files import sha256
 from lethe.maps.affine import AffineMap, LayerScores, Score, activation_pairs, fit, fit_once, load_maps, mean_r2, score_maps
 from lethe.maps.folder import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
-from lethe.runs.run import Run, sha256
+from lethe.runs.run import Run
 from lethe.text import corpora
+from lethe.unlearning.check import Checked
 from lethe.unlearning.teacher import Teacher
 
 SCORED_DOCUMENTS = 64
@@ -30,7 +31,7 @@ VARIANCE_TOKENS = 4096
 
 
 def given(
-    run: Run, config: UnlearnConfig, checked: preflight.Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+    run: Run, config: UnlearnConfig, checked: Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AffineMap | None, str, list[str]]:
     """Maps that the recipe names (None: they are fitted later, or there are none), what the plan says of them, and warnings.
 
@@ -79,7 +80,7 @@ def _refuse_useless(name: str, scores: LayerScores) -> None:
 
 
 def fitted(
-    run: Run, config: UnlearnConfig, checked: preflight.Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+    run: Run, config: UnlearnConfig, checked: Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
 ) -> AffineMap:
     """Maps fitted on retain text, kept as the run's `affine`; those that an interrupted run has fitted already."""
     weights, recorded = run.path / "affine" / WEIGHTS, run.record.get("artifacts", {}).get("affine")
@@ -107,7 +108,7 @@ def settings_of(config: UnlearnConfig) -> AffineConfig:
 
 
 def sketched(
-    config: UnlearnConfig, checked: preflight.Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+    config: UnlearnConfig, checked: Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AffineMap, float]:
     """Maps from no more documents than have four tokens a dimension, and the seconds that the whole fit is going to take."""
     width = teacher.reference.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lethe import preflight
 from lethe.config import CheckpointsConfig, UnlearnConfig, to_dict
 from lethe.errors import LetheError, full_disk
 from lethe.evaluation.accuracy import load_tasks, refuse_unscorable
@@ -33,12 +32,15 @@ from lethe.models.support import refuse_unreadable, refuse_untrainable
 from lethe.objectives import terms as losses
 from lethe.objectives.blocked import blocked_kl_loss, head_of, next_token_loss
 from lethe.results import regimes
-from lethe.runs.run import Run, sha256
+from lethe.runs.run import Run
 from lethe.text import corpora
-from lethe.training import survey
+from lethe.training import parameters
+from lethe.training.check import plan as training_plan
 from lethe.training.optimizers import needs_masters, newton_schulz_dtype
+from lethe.training.saves import save_artifact
 from lethe.training.trainer import Rows, RunTrainer, keep_threads, token_means
-from lethe.unlearning import maps, teacher_cache
+from lethe.unlearning import changes, maps, memory, teacher_cache
+from lethe.unlearning.check import Checked, check, coefficients, coefficients_over
 from lethe.unlearning.probe import document_bytes, probe, warning
 from lethe.unlearning.teacher import Teacher, needs
 
@@ -70,7 +72,7 @@ class UnlearnTrainer(RunTrainer):
     def coefficients(self, steps_done: int) -> tuple[float, float]:
         """remove_coef(t) and retain_coef(t) after so many updates."""
         c = self.config
-        return preflight.coefficients(c.schedule, c.remove_coef, c.retain_coef, steps_done, self.first_epoch_steps)
+        return coefficients(c.schedule, c.remove_coef, c.retain_coef, steps_done, self.first_epoch_steps)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
         """remove_coef(t) · forget term + retain_coef(t) · retain term, for one batch of an update."""
@@ -165,11 +167,11 @@ def unlearn(config: UnlearnConfig, run: Run | None = None) -> Run:
     Raises:
         LetheError: the recipe cannot work; nothing is left behind.
     """
-    checked = preflight.check(config)
+    checked = check(config)
     load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
     if config.finds_source:
         config = with_source(config)
-        checked = preflight.check(config)
+        checked = check(config)
     resumed = run is not None
     run = run or Run.create("unlearn", config.name, to_dict(config), config.out)
     trainer, tokenizer = _prepared(run, config, checked, resumed)
@@ -215,11 +217,11 @@ def inspect(config: UnlearnConfig) -> dict[str, Any]:
     Raises:
         LetheError: the recipe cannot work.
     """
-    checked = preflight.check(config)
+    checked = check(config)
     load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
     if config.finds_source:
         config = with_source(config)
-        checked = preflight.check(config)
+        checked = check(config)
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create("check", config.name, to_dict(config), folder)
         _prepared(run, config, checked)
@@ -227,7 +229,7 @@ def inspect(config: UnlearnConfig) -> dict[str, Any]:
 
 
 def _prepared(
-    run: Run, config: UnlearnConfig, checked: preflight.Checked, resumed: bool = False
+    run: Run, config: UnlearnConfig, checked: Checked, resumed: bool = False
 ) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
     """The trainer of a run, its plan and parents recorded; a new run that is refused is removed.
 
@@ -244,14 +246,14 @@ def _prepared(
         raise
 
 
-def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
-    libraries = survey.taken()
+def _prepare(run: Run, config: UnlearnConfig, checked: Checked) -> tuple[UnlearnTrainer, PreTrainedTokenizerBase]:
+    libraries = memory.taken()
     model, tokenizer = refs.load(checked.model, config.dtype)
     refuse_unscorable(model, tokenizer, config.eval)
     teacher_dtype = config.teacher_dtype or config.dtype
     reference, _ = refs.load(checked.model, teacher_dtype)
     source, _ = refs.load(checked.source, teacher_dtype)
-    if survey.same_weights(source, reference):
+    if changes.same_weights(source, reference):
         raise LetheError(
             f"source: '{config.source}' holds the very weights of '{config.model}'; the source never learned the topic"
         )
@@ -272,16 +274,16 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
         name: corpora.rows_of(documents[name], tokenizer, config.max_length, config.packing) for name in used if used[name]
     }
     rows = Rows(**texts)
-    plan = preflight.plan(config, len(rows)) | {"documents": {name: len(part) for name, part in documents.items()}}
+    plan = training_plan(config, len(rows)) | {"documents": {name: len(part) for name, part in documents.items()}}
     plan["tokens"] = round(sum(map(rows.tokens, range(len(rows)))) * plan["epochs"])
     trainer = UnlearnTrainer(
         run, config, student.train(), tokenizer, rows, config.eval, teacher=teacher, first_epoch_steps=plan["first_epoch_steps"]
     )
-    plan |= survey.describe(student, config)
+    plan |= parameters.describe(student, config)
     plan["teachers"] = _teachers_plan(run, config, trainer, plan["epochs"])
     longest = max(len(row) for part in texts.values() for row in part)
     mapped = maps.tokens_of(checked.mapped, tokenizer, config.max_length)
-    plan["memory"] = survey.memory(student, teacher, config, longest, document_bytes(trainer), mapped, libraries)
+    plan["memory"] = memory.estimate(student, teacher, config, longest, document_bytes(trainer), mapped, libraries)
     cached = [text for text, how in plan["teachers"].items() if how.startswith("cached")]
     plan["memory"]["caches"] = sum(teacher_cache.size_of(teacher, text, texts[text]) for text in cached)
     _refuse_memory(plan["memory"])
@@ -293,15 +295,15 @@ def _prepare(run: Run, config: UnlearnConfig, checked: preflight.Checked) -> tup
             str(n): f"output of block {n} ({type(block).__name__})" for n, block in _layer_modules(student, config)
         }
     plan["maps"] = maps_plan
-    plan["coefficients"] = preflight.coefficients_over(config, plan)
-    warnings += survey.untouched(student, config, config.layers)
+    plan["coefficients"] = coefficients_over(config, plan)
+    warnings += parameters.untouched(student, config, config.layers)
     run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
     return trainer, tokenizer
 
 
 def _probed(
     config: UnlearnConfig,
-    checked: preflight.Checked,
+    checked: Checked,
     trainer: UnlearnTrainer,
     tokenizer: PreTrainedTokenizerBase,
     passes: int,
@@ -347,14 +349,14 @@ def _warnings(config: UnlearnConfig, plan: dict[str, Any]) -> list[str]:
     return found
 
 
-def _refuse_memory(memory: dict[str, int]) -> None:
+def _refuse_memory(parts: dict[str, int]) -> None:
     """Refuse what cannot fit into memory, the models being there already.
 
     Raises:
         LetheError: the estimate is more than there is.
     """
-    free, needed = survey.available_memory(), sum(memory.values())
-    if needed - memory["libraries"] - memory["weights"] - memory["teachers"] > free:
+    free, needed = memory.available_memory(), sum(parts.values())
+    if needed - parts["libraries"] - parts["weights"] - parts["teachers"] > free:
         raise LetheError(
             f"memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free beside the models; "
             f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing"
@@ -370,7 +372,7 @@ def _student(
     if config.lora is None:
         return model.requires_grad_(True)
     if config.rewind and not config.merge:
-        save(run, "base", model, tokenizer)
+        save_artifact(run, "base", model, tokenizer)
     return add_adapters(model, config.lora, config.layers, config.seed)
 
 
@@ -412,31 +414,23 @@ def _finish(
     config: UnlearnConfig,
     trainer: UnlearnTrainer,
     tokenizer: PreTrainedTokenizerBase,
-    checked: preflight.Checked,
+    checked: Checked,
 ) -> None:
     """Artifact, records and evaluation of a run that has been trained; the artifact first, so that nothing loses it."""
     student: Any = trainer.model
     if config.lora and config.merge:
         student = student.merge_and_unload()
-    save(run, "adapter" if config.lora and not config.merge else "model", student, tokenizer)
+    save_artifact(run, "adapter" if config.lora and not config.merge else "model", student, tokenizer)
     rows = run.rows("metrics.jsonl")
     terms = {"cb_loss": "forget", "forget_kl_loss": "forget", f"retain_{config.retain_loss}_loss": "retain"}
     seen = [
-        corpora.tokenise(part[: survey.AGREEMENT_ROWS], tokenizer, config.max_length)
+        corpora.tokenise(part[: changes.AGREEMENT_ROWS], tokenizer, config.max_length)
         for part in (checked.forget, checked.retain)
     ]
     run.try_to_record(
         losses=lambda: token_means(rows, {term: text for term, text in terms.items() if term in rows[-1]}),
         plan=lambda: {"tokens": sum(row.get(f"{text}_tokens", 0) for row in rows for text in ("forget", "retain"))},
-        agreement=lambda: survey.agreement(student, trainer.teacher, seen[0], seen[1], tokenizer.pad_token_id),
-        update_by_layer=lambda: survey.update_by_layer(student, trainer.teacher.reference),
+        agreement=lambda: changes.agreement(student, trainer.teacher, seen[0], seen[1], tokenizer.pad_token_id),
+        update_by_layer=lambda: changes.update_by_layer(student, trainer.teacher.reference),
     )
     run.update(evals=trainer.evaluation.at(trainer.state.global_step, student, f"Evaluating {config.name}"))
-
-
-def save(run: Run, kind: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save a model or an adapter as the run's artifact `kind`."""
-    folder = run.path / kind
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    run.update(artifacts={kind: {"path": kind, "sha256": sha256(*folder.glob("*.safetensors"))}})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lethe.models.allocator import give_back
-from lethe.training import survey
+from lethe.training import parameters
 from lethe.training.merged_lora import Merged, one_product
 from lethe.training.rotary import one_operation
 from lethe.training.trainer import quick_passes
@@ -64,7 +64,7 @@ def probe(trainer: UnlearnTrainer) -> Probe:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
-    names = survey.without_gradient(model)
+    names = parameters.without_gradient(model)
     model.zero_grad()
     give_back()
     return Probe(names, seconds, scale)

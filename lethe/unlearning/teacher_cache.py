@@ -6,7 +6,7 @@
 
 The key is a hash over weights, configuration, maps, layers, types and the token ids themselves, so a cache is never stale.
 One process builds, under a file lock and in a folder of another name, while others wait; a cache is whole or absent, and a
-damaged one is built anew; those not used for longest go when all take too much (`shelves.py`). A batch is read from mapped
+damaged one is built anew; those not used for longest go when all take too much (`home.py`). A batch is read from mapped
 files by the documents' indices.
 """
 
@@ -28,12 +28,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lethe.config import UnlearnConfig
-from lethe.lab.presets import lethe_home
+from lethe.files import sha256
+from lethe.home import evict, lethe_home, use
 from lethe.models.activations import States
 from lethe.progress import bar
 from lethe.runs.locks import building
-from lethe.runs.run import sha256
-from lethe.shelves import prune, use
 from lethe.text import corpora
 from lethe.unlearning.teacher import Teacher
 
@@ -147,7 +146,7 @@ def open_or_build(teacher: Teacher, text: str, rows: list[list[int]], weights: s
                     logger.warning("the teacher cache %s is damaged; building it anew", folder)
                 for rest in (folder, partial):  # whoever left a part was killed: the lock is ours
                     shutil.rmtree(rest, ignore_errors=True)
-                prune(folder.parent, size_of(teacher, text, rows))
+                evict(folder.parent, size_of(teacher, text, rows))
                 _build(teacher, text, rows, partial, key)
                 partial.rename(folder)
             return Cache(folder, rows)

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lethe.evaluation.tasks.consent import TaskLoader, python_in, trusts_task_code
 
 from lethe.errors import LetheError, nearest, printable
+from lethe.evaluation.tasks.consent import TaskLoader, python_in, trusts_task_code
 from lethe.files import UnreadableError, text_of, yaml_of
-from lethe.home import keep, kept
-from lethe.lab.presets import lethe_home
+from lethe.home import lethe_home, store, stored
 
 OWN = Path(__file__).parent
 MOST_TASKS = 100_000
@@ -215,10 +214,10 @@ def _lm_eval_tasks() -> dict[str, Path]:
     if root is None:
         return {}
     file = lethe_home() / "tasks" / f"lm-eval-{importlib.metadata.version('lm_eval')}.json"
-    text = kept(file)
+    text = stored(file)
     found: dict[str, str] = json.loads(text) if text is not None else _scan(root)
     if text is None:
-        keep(file, json.dumps(found))
+        store(file, json.dumps(found))
     return {name: root / folder for name, folder in found.items()}
 
 

@@ -1,0 +1,82 @@
+"""What an attack cannot do, refused before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lethe.config import (
+    ATTACKED,
+    TamperConfig,
+)
+from lethe.errors import LetheError
+from lethe.evaluation.check import check_tasks
+from lethe.files import refuse_run_folder
+from lethe.models import refs
+from lethe.runs.run import Run
+from lethe.text import corpora
+from lethe.training.check import plan, refuse_rank, refuse_unavailable
+
+
+@dataclass
+class CheckedAttack:
+    """An attack's resolved parts."""
+
+    model: refs.ModelRef
+    documents: list[corpora.Document]
+    plan: dict[str, Any]
+    used_in_unlearning: int | None
+
+
+def check_tamper(config: TamperConfig) -> CheckedAttack:
+    """Resolve an attack; `used_in_unlearning`: its documents that the attacked run was unlearned with (None: no such run).
+
+    Raises:
+        LetheError: a part of it cannot work, or it would train on documents that were used to unlearn.
+    """
+    refuse_run_folder(config.out)
+    check_tasks(config.eval)
+    ref = refs.resolve(config.model, config.out)
+    if not config.reads_text:
+        refs.verify(ref)
+        return CheckedAttack(ref, [], {"steps": len(config.strengths)}, None)
+    refs.refuse_length(config.max_length, ref)
+    refuse_unavailable(config)
+    refuse_rank(config, ref)
+    everything = corpora.read(config.forget)
+    documents = corpora.take(everything, config.num_train_examples, "back", "forget text", ATTACKED)
+    if config.attack == "prompt" and max(config.strengths) > len(documents):
+        raise LetheError(f"strengths: {max(config.strengths):g} documents are asked for, there are {len(documents)}; lower it")
+    if config.adapter == "train" and not ref.adapter:
+        raise LetheError(f"adapter: '{config.model}' is no adapter on another model, so there is none to train; leave it out")
+    used = _documents_unlearned(config, everything)
+    shared = None if used is None else sum(d.id in used for d in documents)
+    if shared and config.overlap == "refuse":
+        left = len(documents) - shared
+        lower = f"lower num_train_examples to {left}, give other text" if left else "no other is left: give other text"
+        raise LetheError(
+            f"forget: {shared} of the attack's {len(documents)} documents were used to unlearn '{config.model}'; "
+            f"{lower}, or set overlap to allow"
+        )
+    refs.verify(ref)
+    steps = {"steps": len(config.strengths), "unique_examples": len(documents)}
+    return CheckedAttack(ref, documents, plan(config, len(documents)) if config.attack == "finetune" else steps, shared)
+
+
+def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document]) -> set[str] | None:
+    """The documents among `everything` that the attacked run was unlearned with, as forget or as retain text.
+
+    A model that an attack has saved was unlearned with what the attacked one was; a folder in a run's is that run's.
+    """
+    model, out = config.model, config.out
+    run = refs.run_of(model, out)
+    if run is None and (Path(model).parent / "run.json").exists():
+        run = Run.open(Path(model).parent)
+    while run is not None and run.record["kind"] == "tamper":
+        run = refs.run_of(run.record["config"]["model"], run.path.parent)
+    parents = (run.record.get("parents") or {}) if run else {}
+    texts = [parents[role] for role in ("forget", "retain") if role in parents]
+    fronts = [everything[: text["documents"]] for text in texts]
+    used = [front for front, text in zip(fronts, texts, strict=True) if corpora.fingerprint(front) == text["sha256"]]
+    return {document.id for front in used for document in front} if used else None

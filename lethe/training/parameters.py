@@ -1,0 +1,62 @@
+"""The parameters that training changes: by layer and role, by optimizer, and those that nothing reaches."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from torch import nn
+
+from lethe.models.activations import blocks
+from lethe.models.adapters import left_out
+from lethe.training.optimizers import Route, left_to_adamw, routes, routing_table
+
+SHARE = 0.01
+"""The share of the blocks' weights from which on it is worth a warning that they are treated otherwise than the rest."""
+
+
+def layer_of(model: nn.Module) -> dict[str, str]:
+    """By parameter name, the block that it is in (`"0"`, `"1"`, …), or `"outside"`."""
+    owner = {id(p): str(i) for i, block in enumerate(blocks(model)) for p in block.parameters()}
+    return {name: owner.get(id(p), "outside") for name, p in model.named_parameters()}
+
+
+def trainable_by_layer(model: nn.Module, found: list[Route]) -> dict[str, dict[str, int]]:
+    """Trainable parameters by layer and role."""
+    layers = layer_of(model)
+    table: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for route in found:
+        table[layers[route.name]][route.role] += math.prod(route.shape)
+    return {layer: dict(roles) for layer, roles in table.items()}
+
+
+def describe(student: nn.Module, config: Any) -> dict[str, Any]:
+    """Trainable parameters by layer and role, and the optimizer's routing, for the plan."""
+    found = routes(student, config.optimizer)
+    return {
+        "trainable_parameters": sum(math.prod(route.shape) for route in found),
+        "trainable_by_layer": trainable_by_layer(student, found),
+        "routing": routing_table(found),
+    }
+
+
+def untouched(student: nn.Module, config: Any, layers: list[int]) -> list[str]:
+    """Warnings for the plan: the share of the blocks' weights that adapters leave as they are, or Muon leaves to AdamW."""
+    found = []
+    if config.lora and (share := left_out(student, config.lora, layers)) > SHARE and config.lora.targets != "attention":
+        found.append(
+            f"lora: {share:.0%} of the weights in the adapted blocks get no adapter (targets: {config.lora.targets}): "
+            f"LoRA adapts linear layers, not routers, nor experts that are stored as three-dimensional tensors; "
+            f"lora null trains all weights"
+        )
+    if config.optimizer == "muon" and (share := left_to_adamw(routes(student, "muon"))) > SHARE:
+        found.append(
+            f"muon: experts, stored as three-dimensional tensors, are trained by AdamW: {share:.0%} of the blocks' matrices"
+        )
+    return found
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Names of trainable parameters that a backward pass has left without a gradient."""
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -1,0 +1,132 @@
+"""What unlearning did to the model: agreement with the teachers, and distance and stable rank of the update by block."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lethe.text import corpora
+from lethe.training.parameters import layer_of
+from lethe.unlearning.teacher import Teacher
+
+AGREEMENT_ROWS, AGREEMENT_BATCH = 128, 8
+LANCZOS_STEPS = 32
+"""Products with a matrix and its transpose for its largest singular value; as many as it takes where the largest lie close."""
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models hold equal parameters."""
+    theirs = dict(other.named_parameters())
+    return all(name in theirs and torch.equal(p, theirs[name]) for name, p in one.named_parameters())
+
+
+@torch.no_grad()
+def agreement(
+    student: nn.Module, teacher: Teacher, forget: list[list[int]], retain: list[list[int]], pad_id: int
+) -> dict[str, float]:
+    """Share of tokens whose most likely next token is the teacher's: the source's on forget, the reference's on retain text."""
+    was_training = student.training
+    student.eval()
+    shares = {}
+    for name, rows, other in (
+        ("forget_with_source", forget, teacher.source),
+        ("retain_with_reference", retain, teacher.reference),
+    ):
+        same = count = 0
+        ordered = sorted(rows[:AGREEMENT_ROWS], key=len)
+        for start in range(0, len(ordered), AGREEMENT_BATCH):
+            ids, mask = (
+                t.to(next(student.parameters()).device) for t in corpora.pad(ordered[start : start + AGREEMENT_BATCH], pad_id)
+            )
+            equal = student(input_ids=ids, use_cache=False).logits.argmax(-1) == other(
+                input_ids=ids, use_cache=False
+            ).logits.argmax(-1)
+            same += int((equal * mask).sum())
+            count += int(mask.sum())
+        shares[name] = same / count
+    student.train(was_training)
+    return shares
+
+
+@torch.no_grad()
+def update_by_layer(student: nn.Module, target: nn.Module) -> dict[str, dict[str, float]]:
+    """Per block, `distance` ‖θ − θ₀‖ from the target's weights, and `stable_rank` of the update.
+
+    The stable rank of a matrix is ‖ΔW‖_F² / ‖ΔW‖₂², between 1 and its rank; a block's is the mean over its matrices that
+    have moved, each expert's by itself. Adapters count as the matrices that they add.
+    """
+    squares: dict[str, float] = defaultdict(float)
+    ranks: dict[str, list[float]] = defaultdict(list)
+    layers = layer_of(target)
+    for name, square, stable in _updates(student, dict(target.named_parameters())):
+        squares[layers[name]] += square
+        ranks[layers[name]] += stable if layers[name] != "outside" else []
+    return {
+        layer: {"distance": math.sqrt(square)}
+        | ({"stable_rank": sum(ranks[layer]) / len(ranks[layer])} if ranks[layer] else {})
+        for layer, square in squares.items()
+    }
+
+
+def stable_ranks(matrices: Float[Tensor, "*matrices rows columns"]) -> list[float]:
+    """‖W‖_F² / ‖W‖₂² of each matrix that is not 0."""
+    each = matrices.reshape(-1, *matrices.shape[-2:])
+    squares = each.square().sum((-2, -1))
+    moved = squares > 0
+    return (squares[moved] / spectral_norm(each[moved]).square()).tolist() if moved.any() else []
+
+
+def spectral_norm(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, " matrices"]:
+    """‖W‖₂, the largest singular value of each matrix, to a thousandth; a full decomposition takes many times as long.
+
+    By the Lanczos method: power iteration on WᵀW that keeps all of its directions, and takes the best combination of them.
+    The start is drawn from a fixed seed. (Golub and Van Loan, Matrix Computations, chapter 10.)
+    """
+    w = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
+    w = w / w.abs().amax((-2, -1), keepdim=True)  # squares of small numbers stay numbers
+    count, size = len(w), w.shape[-1]
+    steps = min(size, LANCZOS_STEPS)
+    v = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(w).expand(count, size)
+    basis = w.new_zeros(count, steps, size)
+    tridiagonal = torch.zeros(count, steps, steps, dtype=torch.float64)
+    for step in range(steps):
+        norm = v.norm(dim=-1, keepdim=True)
+        if step:
+            tridiagonal[:, step, step - 1] = tridiagonal[:, step - 1, step] = norm[:, 0].cpu()
+        basis[:, step] = v = torch.where(norm > 1e-6, v / norm, 0)
+        v = (w.mT @ (w @ v[..., None]))[..., 0]
+        tridiagonal[:, step, step] = (v * basis[:, step]).sum(-1).cpu()
+        for _ in range(2):  # once leaves what rounding adds
+            known = basis[:, : step + 1]
+            v = v - (known.mT @ (known @ v[..., None]))[..., 0]
+    scale = matrices.abs().amax((-2, -1))
+    return torch.linalg.eigvalsh(tridiagonal)[:, -1].sqrt().to(scale) * scale
+
+
+def _updates(student: nn.Module, before: dict[str, nn.Parameter]) -> Iterator[tuple[str, float, list[float]]]:
+    """Of each parameter, by its name in the bare model: ‖ΔW‖_F² and the stable ranks of its matrices.
+
+    An adapter's update s · B A is never formed where the weights below are those from before: with B = Q R and Aᵀ = Q' R' it
+    has the singular values of s · R R'ᵀ, a matrix of rank by rank.
+    """
+    base: nn.Module = student.get_base_model() if hasattr(student, "peft_config") else student  # type: ignore[operator]
+    adapters: dict[str, Any] = {f"{name}.base_layer.weight": m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+    for name, parameter in base.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain, adapter = name.replace(".base_layer.", "."), adapters.get(name)
+        change = parameter.detach().float() - before[plain].detach().float()
+        if adapter is not None and not change.any():
+            a, b = (part["default"].weight.float() for part in (adapter.lora_A, adapter.lora_B))
+            change = adapter.scaling["default"] * torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+        elif adapter is not None:
+            change += adapter.get_delta_weight("default")
+        matrices = change.ndim in {2, 3} and min(change.shape[-2:]) > 1
+        yield plain, change.square().sum().item(), stable_ranks(change) if matrices else []

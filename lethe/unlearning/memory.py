@@ -1,0 +1,79 @@
+"""The memory that a run will take, by part, estimated from the loaded models before it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from lethe.maps.affine import sums_bytes
+from lethe.objectives.blocked import ROWS
+from lethe.training.merged_lora import merged_bytes
+from lethe.training.optimizers import needs_masters
+from lethe.unlearning.changes import AGREEMENT_BATCH
+from lethe.unlearning.teacher import Teacher
+
+RECOMPUTED = 4
+"""Times a block's activations that its second pass and its gradients take under gradient checkpointing; measured, at most."""
+
+
+TOKEN = 40
+"""Bytes of a token id in a list of Python."""
+
+
+BUFFERS, LATER = 0.08, 96 * 2**20
+"""What is set aside for all that the estimate does not list: a share of the rest, and what libraries take once they work."""
+
+
+def estimate(
+    student: nn.Module, teacher: Teacher, config: Any, width: int, document: int, tokens: int, libraries: int
+) -> dict[str, int]:
+    """Estimated peak memory in bytes by part; their sum is the process's on a CPU, the device's on a GPU.
+
+    `document`: activations kept for the backward pass by the longest pair of documents, `width` tokens at most. `tokens`: of
+    the text that maps are fitted on. `libraries`: what the process took before it loaded a model. Logits are kept four times:
+    two models, and the retain term's float32 intermediates; of one block of tokens, where the output heads are known
+    (`blocked`). `other` is by how much fitting maps, a save or what is recorded at the end take more than an update;
+    `buffers` is what is too small or too short to list.
+    """
+    trained = [p for p in student.parameters() if p.requires_grad]
+    numbers, moved = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
+    state = {"adamw": 8, "muon": 4, "adamw_8bit": 2}[config.optimizer] + 4 * needs_masters(student, config.optimizer)
+    text = student.config.get_text_config()  # type: ignore[union-attr,operator]
+    batch, hidden = config.per_device_train_batch_size, text.hidden_size
+    kept = batch * document
+    if config.gradient_checkpointing:  # the blocks' inputs of both texts, and what computing one block again takes
+        inputs = 2 * text.num_hidden_layers * trained[0].element_size() * batch * width * hidden
+        kept = RECOMPUTED * kept // text.num_hidden_layers + inputs
+    logits = 4 * 4 * (min(batch * width, ROWS) if teacher.heads else batch * width) * text.vocab_size
+    mapped = len(config.layers) if config.affine != "none" and config.forget_loss != "distill" else 0
+    found = {
+        "libraries": libraries,
+        "weights": _bytes(student),
+        "teachers": _bytes(teacher.source) + _bytes(teacher.reference),
+        "maps": 4 * mapped * hidden * (hidden + 1),
+        "gradients": moved,
+        "optimizer": state * numbers,
+        "activations": kept + logits + merged_bytes(student),
+    }
+    update = found["gradients"] + found["optimizer"] + found["activations"]
+    fit = sums_bytes(hidden, mapped) + TOKEN * tokens
+    end = found["optimizer"] + max(moved, 4 * AGREEMENT_BATCH * width * text.vocab_size)
+    found["other"] = max(0, max(fit, end) - update)
+    return found | {"buffers": LATER + round(BUFFERS * sum(found.values()))}
+
+
+def available_memory() -> int:
+    """Free memory in bytes: of the GPU if there is one, else of the machine."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
+def taken() -> int:
+    """Memory in bytes that this process has now, on a CPU: libraries and text. On a GPU it is none of what is estimated."""
+    return 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
