@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from lethe.evaluation.lab import build_lab
 from lethe.lab import presets
 
 RECIPE = str(Path(__file__).parent.parent / "recipes" / "lab.yaml")
@@ -21,8 +22,8 @@ ROUNDS = 3
 
 
 def main() -> None:
-    source = f"lab:global_step{lab.active_preset().onset}"
-    presets.build()
+    source = f"lab:global_step{presets.active_preset().onset}"
+    build_lab()
     commands = {
         "evaluate": ["lab:final", "--limit", "5"],
         "check": ["--config", RECIPE, "--source", source],

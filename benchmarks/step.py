@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lethe import LoraSettings, UnlearnConfig
 from lethe.config import EvalSettings, to_dict
+from lethe.lab import presets
 from lethe.models import refs
 from lethe.models.adapters import add_adapters
 from lethe.objectives import terms
@@ -173,7 +174,7 @@ def case(batch: int, width: int, dropout: float, folder: Path) -> None:
     ref = refs.resolve("lab:final")
     model, tokenizer = refs.load(ref)
     count = batch * (UPDATES + WARM)
-    source = f"lab:global_step{lab.active_preset().onset}"
+    source = f"lab:global_step{presets.active_preset().onset}"
     config = UnlearnConfig(
         source=source, layers=LAYERS, affine="none", num_train_examples=count, max_length=width, schedule="constant",
         per_device_train_batch_size=batch, max_steps=UPDATES + WARM, lora=LoraSettings(dropout=dropout),

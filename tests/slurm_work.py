@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from lethe.launching import slurm
+from lethe.runs import slurm_jobs
 from lethe.runs.run import Run, find_runs
 
 
@@ -23,7 +24,7 @@ class Steps:
 
     def __call__(self) -> None:
         run = self.run()
-        run.update(job_id=slurm.current_job_id(), launcher="slurm")
+        run.update(job_id=slurm_jobs.current_job_id(), launcher="slurm")
         sys.stderr.write("at work\n")
         with run.running(), run.deferring():
             for step in range(run.record.get("saved", 0) + 1, self.steps + 1):

@@ -10,6 +10,7 @@ import torch
 from lethe.config import LoraSettings
 from lethe.models import refs
 from lethe.models.adapters import add_adapters
+from lethe.training import merged_lora
 from lethe.training.merged_lora import merged_bytes, one_product
 
 IDS = torch.arange(3, 43).view(5, 8)
@@ -62,7 +63,7 @@ def test_rows_taken_some_at_a_time_give_the_same_gradients(make_model, tmp_path,
     model = adapted(make_model, tmp_path)
     peft = outcome(model)
     with one_product(model):
-        monkeypatch.setattr(adapters, "ROWS", 16)  # of 40
+        monkeypatch.setattr(merged_lora, "ROWS", 16)  # of 40
         assert_close(outcome(model), peft)
 
 

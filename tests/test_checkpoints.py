@@ -15,6 +15,7 @@ from lethe.errors import LetheError
 from lethe.evaluation.checkpoint_sweep import annotate, at_chance, bisect, find_checkpoints, not_monotone
 from lethe.lab.presets import active_preset
 from lethe.models.refs import checkpoint_folders, resolve
+from lethe.report.charts import draw_checkpoints
 from lethe.report.tables import checkpoints_table
 from lethe.runs.run import Run
 
@@ -165,6 +166,7 @@ def test_a_planted_history_is_found_and_every_checkpoint_keeps_its_row(lab, tmp_
     assert [line[0] for line in table.rows] == [f"global_step{10 * (i + 1)}" for i in range(20)]
     assert sum(line[1] == "-" for line in table.rows) == 20 - len(measured)
     assert any("of 20 checkpoints were measured" in note for note in table.notes)
+    draw_checkpoints(run)
     assert (run.path / "checkpoints.svg").read_text().startswith("<svg")
 
 

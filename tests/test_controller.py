@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sweeping import TASKS, config, recipe, trials
 
+from lethe.launching import launchers
 from lethe.runs.run import Run
 from lethe.sweeps.controller import Sweep, sweep
 from lethe.sweeps.kinds import planner_of
@@ -64,7 +65,7 @@ class MadeUp:
 @pytest.fixture
 def made_up(lab, monkeypatch):
     def use(**settings):
-        monkeypatch.setattr(launch, "make", lambda *_: MadeUp(**settings))
+        monkeypatch.setattr(launchers, "make", lambda *_: MadeUp(**settings))
 
     use()
     return use

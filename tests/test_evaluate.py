@@ -264,7 +264,7 @@ def test_a_long_passage_is_run_once_for_its_questions_and_many_answers_to_one_ar
     rng = random.Random(0)
     words = lambda n: [rng.randrange(3, 300) for _ in range(n)]  # noqa: E731
     passages = [words(20) for _ in range(2)]
-    monkeypatch.setattr(rows, "UNSEEN", 24)
+    monkeypatch.setattr(token_trees, "UNSEEN", 24)
     asked = [(passage + words(4), words(2)) for passage in passages for _ in range(6)]
     asked += [([5], words(rng.randint(4, 9))) for _ in range(30)]
     made = token_trees.tree_rows(asked, 64, [0] * len(asked))

@@ -66,7 +66,7 @@ def test_another_version_of_lm_eval_is_one_clear_line(version):
 def test_supported_versions_are_those_that_are_installed_with_lethe(version):
     lm_eval_api.require_supported(version)
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert f"lm_eval>={harness.FIRST},<{harness.BEYOND}" in project["dependencies"]
+    assert f"lm_eval>={lm_eval_api.FIRST},<{lm_eval_api.BEYOND}" in project["dependencies"]
 
 
 def test_the_command_line_refuses_another_lm_eval_before_it_writes_anything(lab, tmp_path):

@@ -250,13 +250,13 @@ def test_a_search_for_garbage_passes_over_libraries_while_a_run_works_and_not_af
 
 
 def test_heartbeat_is_renewed_while_running(run, monkeypatch):
-    monkeypatch.setattr(ledger, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_module, "HEARTBEAT_SECONDS", 0.05)
     with run.running():
         run.update(heartbeat="2001-01-01T00:00:00+00:00")
         deadline = time.monotonic() + 5
         while on_disk(run)["heartbeat"].startswith("2001") and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert run.seconds_since(on_disk(run)["heartbeat"]) < 5
+        assert run_module.seconds_since(on_disk(run)["heartbeat"]) < 5
 
 
 def test_running_elsewhere_without_a_sign_of_life_is_lost(run):
@@ -378,7 +378,7 @@ def test_a_run_whose_record_cannot_be_written_is_refused_and_leaves_nothing(tmp_
     def write(path: Path, text: str) -> None:
         raise full(str(path))
 
-    monkeypatch.setattr(ledger, "write_atomically", write)
+    monkeypatch.setattr(run_module, "write_atomically", write)
     with pytest.raises(LetheError, match=r"out: cannot write to '.*runs' .No space left"):
         Run.create("unlearn", "trial", {}, tmp_path / "runs")
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from lethe.cli import main
 from lethe.config import DemoConfig, EvaluateConfig, ResumeConfig, to_dict
 from lethe.demo import demo
 from lethe.errors import LetheError
-from lethe.launching import launchers
+from lethe.launching.work import work
 from lethe.runs import locks
 from lethe.runs.locks import FolderLock, HeldError, identity, lives, seconds_since_written
 from lethe.runs.run import Run, now
@@ -71,7 +71,7 @@ def test_a_run_at_work_is_refused_by_every_entry_and_killed_is_let_go(run, by, c
         assert f"is in use by process {process.pid} on {socket.gethostname()};" in line and "stop it first" in line
         with pytest.raises(HeldError), Run.open(run.path).running():
             pass
-        launchers.work([run.path])
+        work([run.path])
         assert (run.path / "run.json").read_bytes() == before
         process.send_signal(signal.SIGKILL)
         process.wait()

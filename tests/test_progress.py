@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lethe import progress
-from lethe.runs import cores
+from lethe.runs import machine
 
 WORK = """
 import time
@@ -50,5 +50,5 @@ def test_short_work_is_one_line(capsys):
     ],
 )
 def test_threads_without_a_free_core_each_are_said(threads, cores_there, used, said):
-    found = cores.crowded(threads, cores_there, used)
+    found = machine.crowded(threads, cores_there, used)
     assert found is None if said is None else said in found and "\n" not in found

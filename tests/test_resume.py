@@ -28,8 +28,6 @@ from lethe import (
     checkpoints,
     evaluate,
     fit_affine,
-    refs,
-    saves,
     tamper,
     training,
     unlearn,
@@ -39,8 +37,10 @@ from lethe.config import EvalSettings, ResumeConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.accuracy import NotNumbersError
 from lethe.lab.presets import active_preset
+from lethe.models import refs
 from lethe.runs.run import Run, find_runs
 from lethe.sweeps.resuming import resume
+from lethe.training import saves
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,9 @@ import pytest
 
 from lethe.cli import main
 from lethe.errors import LetheError
+from lethe.results import listing
 from lethe.results.listing import Entry, entries, ordered, select, smallest, smallest_retain_coef
-from lethe.runs.run import Run, now
+from lethe.runs.run import Run, find_runs, now
 
 
 def make(folder: Path, name: str, retain: float = 5.0, acc: float | None = None, **fields: Any) -> Run:
@@ -46,7 +47,7 @@ def names(listed: list[Entry]) -> list[str]:
 
 
 def listed(folder: Path) -> list[Entry]:
-    return entries(run.find_runs(folder))
+    return entries(find_runs(folder))
 
 
 # --- conditions, order, columns ---------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def running(folder: Path, steps: int, planned: int = 100, seconds: float = 50.0)
 def test_time_left_is_the_mean_speed_times_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = running(tmp_path, steps=20)
     monkeypatch.setattr(Run, "seconds_since_heartbeat", 10.0)
-    monkeypatch.setattr(runs, "seconds_since", lambda timestamp: 10.0)
+    monkeypatch.setattr(listing, "seconds_since", lambda timestamp: 10.0)
     entry = Entry(run)
     assert entry.value("progress") == 0.2
     assert entry.time == 60.0

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lethe import shelves
+from lethe import home
 from lethe.runs.locks import building
 
 DISK = 10_000
@@ -19,8 +19,8 @@ DISK = 10_000
 @pytest.fixture
 def shelf(tmp_path, monkeypatch) -> Path:
     """Three folders of 100 bytes on a disk where 300 are allowed; `a` was used before `b`, `b` before `c`."""
-    monkeypatch.setattr(shelves, "SHARE", 300 / DISK)
-    monkeypatch.setattr(shelves.shutil, "disk_usage", lambda path: SimpleNamespace(total=DISK))
+    monkeypatch.setattr(home, "SHARE", 300 / DISK)
+    monkeypatch.setattr(home.shutil, "disk_usage", lambda path: SimpleNamespace(total=DISK))
     for age, name in enumerate("cba"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "values.bin").write_bytes(bytes(100))
@@ -34,7 +34,7 @@ def left(shelf: Path) -> list[str]:
 
 @pytest.mark.parametrize(("room", "stay"), [(0, "abc"), (1, "bc"), (100, "bc"), (101, "c"), (1000, "")])
 def test_those_not_used_for_longest_make_room(shelf, room, stay):
-    shelves.prune(shelf, room)
+    home.evict(shelf, room)
     assert left(shelf) == list(stay)
 
 
@@ -43,22 +43,22 @@ def test_what_is_used_stays_for_as_long_as_its_user_lives_and_counts_as_used_las
         pass
 
     user = User()
-    shelves.use(shelf / "a", user)
-    assert shelves.prune(shelf, 1000) == [shelf / "b", shelf / "c"]
+    home.use(shelf / "a", user)
+    assert home.evict(shelf, 1000) == [shelf / "b", shelf / "c"]
     assert (shelf / "a").stat().st_mtime > 1e9
     del user
-    assert shelves.prune(shelf, 1000) == [shelf / "a"]
+    assert home.evict(shelf, 1000) == [shelf / "a"]
 
 
 def test_what_another_process_uses_stays(shelf):
-    script = "import sys, pathlib, lethe.shelves as k; k.use(pathlib.Path(sys.argv[1]), k); print(1, flush=True); input()"
+    script = "import sys, pathlib, lethe.home as k; k.use(pathlib.Path(sys.argv[1]), k); print(1, flush=True); input()"
     command = [sys.executable, "-c", script, str(shelf / "b")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "1\n"
-        shelves.prune(shelf, 1000)
+        home.evict(shelf, 1000)
         assert left(shelf) == ["b"]
         process.kill()
-    shelves.prune(shelf, 1000)
+    home.evict(shelf, 1000)
     assert left(shelf) == []
 
 
@@ -66,7 +66,7 @@ def test_what_a_killed_builder_left_goes_and_what_is_being_built_stays(shelf):
     for name in (".x.partial", ".y.partial"):
         (shelf / name).mkdir()
     with building(shelf / "y"), building(shelf / "a"):
-        shelves.prune(shelf)
+        home.evict(shelf)
         assert left(shelf) == [".y.partial", "a", "b", "c"]
-        shelves.prune(shelf, 1000)
+        home.evict(shelf, 1000)
         assert left(shelf) == [".y.partial", "a"]

@@ -20,6 +20,7 @@ from lethe.config import SweepCancelConfig, SweepStatusConfig
 from lethe.errors import LetheError
 from lethe.launching import slurm
 from lethe.launching.launchers import last_lines
+from lethe.runs import slurm_jobs
 from lethe.runs.run import Run, find_runs
 from lethe.sweeps.controller import cancel, status
 
@@ -40,16 +41,16 @@ def submit(cluster: Cluster, tmp_path: Path):
         return job, run
 
     yield make
-    slurm.cancel(jobs)
-    cluster.until(lambda: not any(state.alive for state in slurm.states(jobs).values()))
+    slurm_jobs.cancel(jobs)
+    cluster.until(lambda: not any(state.alive for state in slurm_jobs.states(jobs).values()))
 
 
 def word(job: str) -> str:
-    return slurm.states([job])[job].word
+    return slurm_jobs.states([job])[job].word
 
 
-def ended(cluster: Cluster, job: str) -> slurm.JobState:
-    return cluster.until(lambda: (state := slurm.states([job])[job]).alive is False and state)
+def ended(cluster: Cluster, job: str) -> slurm_jobs.JobState:
+    return cluster.until(lambda: (state := slurm_jobs.states([job])[job]).alive is False and state)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +80,8 @@ def test_without_slurm_a_submission_is_refused(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LetheError, match="there is no sbatch"):
         slurm.submit(Steps(tmp_path, 1), tmp_path, slurm.SlurmSettings(), "steps")
-    states = slurm.states(["7"])
-    assert (states["7"].word, states["7"].alive) == (slurm.UNKNOWN, None)
+    states = slurm_jobs.states(["7"])
+    assert (states["7"].word, states["7"].alive) == (slurm_jobs.UNKNOWN, None)
 
 
 @pytest.mark.slurm
@@ -90,8 +91,6 @@ def test_sbatchs_refusal_in_its_own_words(cluster: Cluster, tmp_path: Path) -> N
     assert "\n" not in str(caught.value)
     with pytest.raises(LetheError, match=r"unrecognized option.*partitoin"):
         slurm.submit(Steps(tmp_path, 1), tmp_path / "jobs", slurm.SlurmSettings(extra={"partitoin": "batch"}), "steps")
-    with pytest.raises(LetheError, match="Invalid job id"):
-        slurm.requeue(["999999"])
 
 
 @pytest.mark.slurm
@@ -100,7 +99,7 @@ def test_states_with_and_without_accounting(
 ) -> None:
     """Accounting and slurmctld each answer alone, too; what neither knows is never taken for an end that went well."""
     job, run = submit(3)
-    assert ended(cluster, job) == slurm.JobState("COMPLETED", "None", False)
+    assert ended(cluster, job) == slurm_jobs.JobState("COMPLETED", "None", False)
     assert (Run.open(run.path).record["job_id"], Run.open(run.path).status) == (job, "complete")
     accounted = ["sacct", "-X", "-n", "-P", "-o", "State", "-j", job]
     cluster.until(lambda: subprocess.run(accounted, capture_output=True, text=True, check=False).stdout == "COMPLETED\n")
@@ -110,23 +109,23 @@ def test_states_with_and_without_accounting(
     monkeypatch.setattr(slurm, "_warned", threading.Event())
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            states = slurm.states([job, "999999"])
+            states = slurm_jobs.states([job, "999999"])
     assert states[job].word == "COMPLETED"
-    assert (states["999999"].word, states["999999"].alive) == (slurm.UNKNOWN, False)
+    assert (states["999999"].word, states["999999"].alive) == (slurm_jobs.UNKNOWN, False)
     assert [record.getMessage().count("accounting does not answer") for record in caplog.records] == [1]
     cluster.start()
 
     cluster.kill("slurmctld")
-    states = slurm.states([job, "999999"])
+    states = slurm_jobs.states([job, "999999"])
     assert states[job].word == "COMPLETED"
-    assert (states["999999"].word, states["999999"].alive) == (slurm.UNKNOWN, None)
+    assert (states["999999"].word, states["999999"].alive) == (slurm_jobs.UNKNOWN, None)
     cluster.start()
 
 
 @pytest.mark.slurm
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, submit: Callable[..., tuple[str, Run]]) -> None:
     job, run = submit(LONG)
-    slurm.cancel([job])
+    slurm_jobs.cancel([job])
     assert ended(cluster, job).word == "CANCELLED"
     record = Run.open(run.path).record
     assert (record["status"], "told" in record) == ("cancelled", False)
@@ -145,7 +144,7 @@ def is_preempted(job: str) -> None:
 
 
 def is_requeued(job: str) -> None:
-    slurm.requeue([job])
+    subprocess.run(["scontrol", "requeue", job], check=True)
 
 
 @pytest.mark.slurm
@@ -252,15 +251,17 @@ def test_a_sweep_of_four_jobs_outlives_a_killed_one_and_a_requeued_one(cluster: 
     requeued = until(
         lambda: [run for run in at_work(out) if run.id != killed.id and run.rows("metrics.jsonl")[-1]["step"] > 5]
     )[0]
-    slurm.requeue([requeued.record["job_id"]])
+    subprocess.run(["scontrol", "requeue", requeued.record["job_id"]], check=True)
     assert controller.wait(400) == 0
     runs = unlearned(out)
     assert len(runs) == 4 and {run.status for run in runs} == {"complete"}
     assert all([row["step"] for row in run.rows("metrics.jsonl")] == list(range(1, 151)) for run in runs)
     jobs = {run.id: run.record["job_id"] for run in runs}
     assert len(set(jobs.values())) == 4
-    until(lambda: not any(state.alive for state in slurm.states(jobs.values()).values()))  # a run is complete before its job
-    assert {state.word for state in slurm.states(jobs.values()).values()} == {"COMPLETED"}
+    until(
+        lambda: not any(state.alive for state in slurm_jobs.states(jobs.values()).values())
+    )  # a run is complete before its job
+    assert {state.word for state in slurm_jobs.states(jobs.values()).values()} == {"COMPLETED"}
     assert jobs[killed.id] != killed.record["job_id"] and jobs[requeued.id] == requeued.record["job_id"]
     (made,) = out.glob("sweep-*")
     found = trials(Run.open(made))
@@ -275,7 +276,7 @@ def test_a_cancelled_job_is_a_cancelled_run_and_a_cancelled_sweep_cancels_its_jo
     first = at_work(out)[0]
     (made,) = out.glob("sweep-*")
     named = SweepStatusConfig(str(made), str(out))
-    slurm.cancel([first.record["job_id"]])
+    slurm_jobs.cancel([first.record["job_id"]])
     shown = until(
         lambda: [t for t in status(named).record["trials"] if t["runs"] == [first.id] and t["status"] == "cancelled"]
     )[0]
@@ -285,4 +286,4 @@ def test_a_cancelled_job_is_a_cancelled_run_and_a_cancelled_sweep_cancels_its_jo
     assert controller.wait(60) == 143
     assert {trial["status"] for name, trial in trials(status(named)).items() if name != "baseline"} == {"cancelled"}
     jobs = [run.record["job_id"] for run in unlearned(out)]
-    until(lambda: not any(state.alive for state in slurm.states(jobs).values()))
+    until(lambda: not any(state.alive for state in slurm_jobs.states(jobs).values()))

@@ -15,8 +15,6 @@ from lethe import (
     LoraSettings,
     TamperConfig,
     UnlearnConfig,
-    adapters,
-    corpora,
     evaluate,
     tamper,
     unlearn,
@@ -25,6 +23,8 @@ from lethe.attacks.tampering import LostUpdates, lost_share
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
 from lethe.results.recovery import Point, excess, measure
+from lethe.text import corpora
+from lethe.training import merged_lora
 
 pytestmark = pytest.mark.slow
 TASKS = ["lab_forget_robust", "lab_retain"]
@@ -65,11 +65,11 @@ def test_equal_seeds_give_equal_curves(lab, tmp_path):
 
 def test_adapters_without_dropout_are_one_product_and_learn_what_pefts_own_do(lab, tmp_path, monkeypatch):
     settings = {"lora": LoraSettings(r=4, dropout=0.0), "max_steps": 8, "lr": 1e-3, "eval": EvalSettings(TASKS, limit=4)}
-    calls, apply = [], adapters._OneProduct.apply
-    monkeypatch.setattr(adapters._OneProduct, "apply", lambda *args: calls.append(1) or apply(*args))
+    calls, apply = [], merged_lora._OneProduct.apply
+    monkeypatch.setattr(merged_lora._OneProduct, "apply", lambda *args: calls.append(1) or apply(*args))
     ours = tamper(attack(tmp_path, "lab:filtered", **settings))
     assert calls
-    monkeypatch.setattr(adapters, "_fits", lambda module: False)
+    monkeypatch.setattr(merged_lora, "_fits", lambda module: False)
     calls.clear()
     pefts = tamper(attack(tmp_path, "lab:filtered", **settings))
     assert not calls

@@ -207,7 +207,7 @@ def test_workers_have_the_consent_of_the_command_that_gives_them_their_work(fold
 
 def test_jobs_have_the_consent_of_the_command_that_submits_them(tmp_path, monkeypatch):
     launcher, submitted = SlurmLauncher(tmp_path, 1, SlurmSettings()), []
-    monkeypatch.setattr(launcher.slurm, "submit", lambda work, *rest: submitted.append(work) or "1")
+    monkeypatch.setattr("lethe.launching.slurm.submit", lambda work, *rest: submitted.append(work) or "1")
     for given in (False, True):
         with lethe.trust_task_code(given):
             launcher.start("trial", [])

@@ -19,7 +19,8 @@ import pytest
 import torch
 from test_resume import assert_same, recipe, start, told, wait_for
 
-from lethe import LoraSettings, shelves, unlearn
+import lethe.home
+from lethe import LoraSettings, unlearn
 from lethe.config import ResumeConfig
 from lethe.maps.affine import AffineMap
 from lethe.models import refs
@@ -170,8 +171,8 @@ def test_a_disk_that_fills_up_leaves_the_teacher_live_and_nothing_behind(teacher
 
 def test_caches_not_used_for_longest_make_room_and_those_in_use_stay(teacher, monkeypatch):
     size = caching.size_of(teacher, "forget", ROWS)
-    monkeypatch.setattr(shelves, "SHARE", 0.5)
-    monkeypatch.setattr(shelves.shutil, "disk_usage", lambda path: SimpleNamespace(total=6 * size))  # for two with manifests
+    monkeypatch.setattr(lethe.home, "SHARE", 0.5)
+    monkeypatch.setattr(lethe.home.shutil, "disk_usage", lambda path: SimpleNamespace(total=6 * size))  # for two with manifests
     used = built(teacher, weights="first")
     folders = [used.folder, built(teacher, weights="second").folder, built(teacher, weights="third").folder]
     assert [f.exists() for f in folders] == [True, False, True]

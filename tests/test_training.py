@@ -63,7 +63,7 @@ def test_a_run_keeps_to_one_device_where_several_are_in_sight(lab, tmp_path, mon
             super().__post_init__()
             self._n_gpu = 2  # what it counts on a machine with two GPUs; Trainer would wrap the model in DataParallel
 
-    monkeypatch.setattr(training, "TrainingArguments", Two)
+    monkeypatch.setattr(trainer, "TrainingArguments", Two)
     few = EvalSettings(["lab_forget_robust"], limit=4)
     config = UnlearnConfig(
         source=f"lab:global_step{active_preset().onset}", num_train_examples=16, max_steps=2, per_device_train_batch_size=4,

@@ -8,7 +8,8 @@ import pytest
 
 from lethe.cli import main
 from lethe.config import SweepConfig, to_dict
-from lethe.launching import launchers, slurm
+from lethe.launching import slurm
+from lethe.launching.work import work
 from lethe.runs.run import Run
 from lethe.sweeps.trust import trust
 
@@ -45,8 +46,8 @@ def test_what_a_record_runs_or_opens_is_shown_and_refused_without_consent(settin
         assert main(words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line and "--trust_record true" in line
-    launchers.work([path])  # as a trial of another sweep, in a worker
-    assert "--trust_record" in Run.open(path).record["reason"]
+    work([path])  # as a trial of another sweep, in a worker
+    assert "of kind sweep" in Run.open(path).record["reason"]
     assert not Path("made.db").exists()
 
 

@@ -19,7 +19,7 @@ from lethe.models.activations import blocks
 from lethe.models.refs import resolve
 from lethe.runs.run import Run
 from lethe.text import corpora
-from lethe.training import survey
+from lethe.unlearning import changes
 from lethe.unlearning.check import check
 from lethe.unlearning.pipeline import UnlearnTrainer
 
@@ -335,7 +335,7 @@ def test_what_cannot_be_recorded_at_the_end_never_loses_the_model(lab, tmp_path,
         assert list(next(tmp_path.iterdir()).glob("[am][do]*/*.safetensors"))  # saved before anything is recorded
         raise KeyError("model.layers.1.mlp.experts.base_layer.gate_up_proj")
 
-    monkeypatch.setattr(survey, "update_by_layer", broken)
+    monkeypatch.setattr(changes, "update_by_layer", broken)
     run = unlearn(recipe(tmp_path, merge=merge, max_steps=1))
     assert run.status == "complete" and run.record["evals"] and run.record["agreement"]
     assert "base_layer" in run.record["missing"]["update_by_layer"] and "update_by_layer" not in run.record
