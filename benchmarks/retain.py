@@ -15,11 +15,10 @@ import sys
 import time
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
-
 from lethe.objectives.blocked import blocked_kl_loss
 from lethe.objectives.terms import retain_kl_loss
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 SHAPES = [(50304, 512, 16, 64), (50304, 512, 4, 256), (50304, 512, 4, 64), (512, 64, 16, 64), (512, 64, 4, 256)]
 REPEATS = {50304: 3, 512: 60}

@@ -39,7 +39,7 @@ COMMANDS = {
 def record(rng: random.Random, number: int) -> dict[str, Any]:
     """A run's record, of the size that a real one has."""
     kind, status = (rng.choices(*zip(*weighted, strict=True))[0] for weighted in (KINDS, STATUSES))
-    settings: Any = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig, "evaluate": c.EvaluateConfig}[kind]
+    settings: Any = {"unlearn": c.Transfer, "tamper": c.TamperConfig, "evaluate": c.EvaluateConfig}[kind]
     models = {
         "unlearn": ["lab:final"],
         "tamper": ["lab:filtered", *3 * [f"run:{number - 1:08x}"]],

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lethe import LoraSettings, UnlearnConfig
+from lethe import LoraSettings, Transfer
 from lethe.config import EvalSettings, to_dict
 from lethe.lab import presets
 from lethe.models import refs
@@ -62,7 +62,7 @@ def text(folder: Path, count: int, width: int, tokenizer: Any) -> dict[str, str]
 class Ours:
     """Lethe's own trainer, stopped and continued between updates."""
 
-    def __init__(self, config: UnlearnConfig):
+    def __init__(self, config: Transfer):
         checked = check(config)
         run = Run.create("unlearn", config.name, to_dict(config), config.out)
         self.trainer, self.tokenizer = _prepared(run, config, checked)
@@ -91,7 +91,7 @@ class Ours:
 class Plain:
     """The same objective, written down as it reads."""
 
-    def __init__(self, config: UnlearnConfig, forget: list[list[int]], retain: list[list[int]], pad_id: int):
+    def __init__(self, config: Transfer, forget: list[list[int]], retain: list[list[int]], pad_id: int):
         (student, _), (self.source, _), (self.reference, _) = (
             refs.load(refs.resolve(name)) for name in (config.model, config.source, config.model)
         )
@@ -175,7 +175,7 @@ def case(batch: int, width: int, dropout: float, folder: Path) -> None:
     model, tokenizer = refs.load(ref)
     count = batch * (UPDATES + WARM)
     source = f"lab:global_step{presets.active_preset().onset}"
-    config = UnlearnConfig(
+    config = Transfer(
         source=source, layers=LAYERS, affine="none", num_train_examples=count, max_length=width, schedule="constant",
         per_device_train_batch_size=batch, max_steps=UPDATES + WARM, lora=LoraSettings(dropout=dropout),
         eval=EvalSettings(["lab_forget_robust"]), out=str(folder / "runs"), **text(folder, count, width, tokenizer),

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lethe.objectives.blocked import blocked_ce_loss, blocked_kl_loss, head_of
+from lethe.objectives.terms import forget_kl_loss, retain_ce_loss, retain_kl_loss
 from scipy.special import rel_entr
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lethe.models.activations import capture, final_hidden, input_of
 from lethe.objectives import blocked
-from lethe.objectives.blocked import blocked_ce_loss, blocked_kl_loss, head_of
-from lethe.objectives.terms import forget_kl_loss, retain_ce_loss, retain_kl_loss
 
 BATCH, SEQ, HIDDEN, WORDS = 3, 7, 5, 11
 MASK = torch.tensor([[1] * n + [0] * (SEQ - n) for n in (7, 4, 2)])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lethe.config import EvaluateConfig, SweepConfig, UnlearnConfig
+from lethe.config import EvaluateConfig, SweepConfig, Transfer
 from lethe.config.parse import from_recipe
 from lethe.lab.presets import PRESETS
 from lethe.sweeps.grid import Grid
@@ -119,7 +119,7 @@ def test_pages_name_files_that_are_there():
 def test_yaml_of_the_quickstart_is_a_recipe(tmp_path):
     for i, text in enumerate(blocks("docs/quickstart.md", "yaml")):
         (tmp_path / f"{i}.yaml").write_text(text)
-        assert from_recipe(UnlearnConfig, tmp_path / f"{i}.yaml").layers
+        assert from_recipe(Transfer, tmp_path / f"{i}.yaml").layers
 
 
 def test_recipes_of_the_lab_are_the_demos():
@@ -127,6 +127,4 @@ def test_recipes_of_the_lab_are_the_demos():
     from lethe.demo import unlearn_recipe
 
     for file, lora in (("lab.yaml", True), ("lab-full.yaml", False)):
-        assert from_recipe(UnlearnConfig, ROOT / "recipes" / file) == unlearn_recipe(
-            f"lab:{STANDARD}", "fit", "runs", lora=lora
-        )
+        assert from_recipe(Transfer, ROOT / "recipes" / file) == unlearn_recipe(f"lab:{STANDARD}", "fit", "runs", lora=lora)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from lethe.objectives.blocked import head_of
 from transformers import AutoModelForCausalLM
 
 from lethe.models.activations import blocks, read, residuals, rows_can_leave
-from lethe.objectives.blocked import head_of
 from lethe.unlearning.pipeline import not_more_work
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from lethe.objectives.terms import cb_loss, retain_ce_loss, retain_kl_loss, retain_mse_loss
 from scipy.special import rel_entr
 from torch import Tensor
 
-from lethe.objectives.terms import cb_loss, retain_ce_loss, retain_kl_loss, retain_mse_loss
 from lethe.unlearning.check import coefficients
 
 BATCH, SEQ, HIDDEN, VOCAB = 3, 7, 5, 11

@@ -24,7 +24,7 @@ from lethe import (
     EvaluateConfig,
     LoraSettings,
     TamperConfig,
-    UnlearnConfig,
+    Transfer,
     checkpoints,
     evaluate,
     fit_affine,
@@ -58,7 +58,7 @@ def llama(make_model, tmp_path_factory) -> dict[str, Any]:
     }
 
 
-def recipe(out: Path, **changes: Any) -> UnlearnConfig:
+def recipe(out: Path, **changes: Any) -> Transfer:
     settings: dict[str, Any] = {
         "source": f"lab:global_step{active_preset().onset}",
         "layers": [0, 2, 4],
@@ -70,7 +70,7 @@ def recipe(out: Path, **changes: Any) -> UnlearnConfig:
         "eval": EvalSettings(["lab_forget_robust"], every=5, limit=4),
         "out": str(out),
     }
-    return UnlearnConfig(**(settings | changes))
+    return Transfer(**(settings | changes))
 
 
 def start(command: str, config: Any, folder: Path) -> subprocess.Popen:

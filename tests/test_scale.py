@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import UnlearnConfig, unlearn
+from lethe import Transfer, unlearn
 from lethe.config import EvalSettings, LoraSettings, to_dict
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
@@ -47,7 +47,7 @@ def world(make_model, texts, tmp_path_factory) -> Path:
     return home
 
 
-def recipe(world: Path, out: Path, large: str = "", **changes: Any) -> UnlearnConfig:
+def recipe(world: Path, out: Path, large: str = "", **changes: Any) -> Transfer:
     settings: dict[str, Any] = {
         "model": str(world / f"target{large}"),
         "source": str(world / f"source{large}"),
@@ -62,10 +62,10 @@ def recipe(world: Path, out: Path, large: str = "", **changes: Any) -> UnlearnCo
         "eval": EvalSettings(["lab_forget_robust"], limit=4),
         "out": str(out),
     }
-    return UnlearnConfig(**(settings | changes))
+    return Transfer(**(settings | changes))
 
 
-def prepared(config: UnlearnConfig) -> tuple[Run, Any]:
+def prepared(config: Transfer) -> tuple[Run, Any]:
     """The run and the trainer of a recipe, as they are before training."""
     run = Run.create("check", "check", to_dict(config), config.out)
     return run, sys.modules["lethe.unlearning.pipeline"]._prepared(run, config, check(config))[0]
@@ -138,7 +138,7 @@ def test_cb_scale_without_cb_loss_is_refused(world, tmp_path, changes):
 # --- what check measures ---------------------------------------------------------------------------------------------
 
 
-def plain_gradients(config: UnlearnConfig) -> tuple[float, float, float]:
+def plain_gradients(config: Transfer) -> tuple[float, float, float]:
     """cb_loss, the norm of its gradient, and that of KL's where weights are moved: by transformers and autograd alone."""
     model, source, reference = (AutoModelForCausalLM.from_pretrained(x) for x in (config.model, config.source, config.model))
     tokenizer = AutoTokenizer.from_pretrained(config.model)

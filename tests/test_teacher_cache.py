@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from lethe.objectives.blocked import head_of
 from test_resume import assert_same, recipe, start, told, wait_for
 
 import lethe.home
@@ -24,7 +25,6 @@ from lethe import LoraSettings, unlearn
 from lethe.config import ResumeConfig
 from lethe.maps.affine import AffineMap
 from lethe.models import refs
-from lethe.objectives.blocked import head_of
 from lethe.sweeps.resuming import resume
 from lethe.text import corpora
 from lethe.unlearning import teacher_cache as caching

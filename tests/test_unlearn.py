@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import LoraSettings, UnlearnConfig, unlearn
+from lethe import LoraSettings, Transfer, unlearn
 from lethe.config import EvalSettings, TextSource
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 LAYERS = [0, 2, 4]
 
 
-def recipe(out: Path, **changes) -> UnlearnConfig:
+def recipe(out: Path, **changes) -> Transfer:
     """A short run on the nano lab, without dropout so that it can be recomputed."""
     settings = {
         "source": f"lab:global_step{active_preset().onset}",
@@ -40,7 +40,7 @@ def recipe(out: Path, **changes) -> UnlearnConfig:
         "eval": EvalSettings(["lab_forget_robust"], limit=8),
         "out": str(out),
     }
-    return UnlearnConfig(**(settings | changes))
+    return Transfer(**(settings | changes))
 
 
 def by_hand(model: torch.nn.Module, run: Run, row: int) -> tuple[float, float]:

@@ -50,9 +50,9 @@ from lethe.config.training import (
     TamperConfig,
     TextSource,
     TrainingSettings,
-    UnlearnConfig,
     as_text_source,
 )
+from lethe.config.unlearning import UnlearnSettings
 
 __all__ = [
     "ATTACKED",
@@ -88,7 +88,7 @@ __all__ = [
     "TamperConfig",
     "TextSource",
     "TrainingSettings",
-    "UnlearnConfig",
+    "UnlearnSettings",
     "as_text_source",
     "minutes",
     "options",

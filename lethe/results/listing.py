@@ -19,6 +19,7 @@ from typing import Any
 
 from lethe import config as c
 from lethe.errors import LetheError, nearest
+from lethe.methods.method import every
 from lethe.results import regimes
 from lethe.runs import slurm_jobs as slurm
 from lethe.runs.run import Run, seconds_since
@@ -26,7 +27,7 @@ from lethe.runs.run import Run, seconds_since
 WORKED_OUT = ("status", "reason", "age", "time", "progress", "eta", "results", "path", "lora_r")
 ALSO = {"job": "job_id", "seconds": "time", "steps_unit": "imported.steps_unit", "group": "imported.group"}
 PLACES = ("config", "plan", "losses", "imported", "imported.settings")
-SETTINGS = {f.name for kind in (c.UnlearnConfig, c.TamperConfig, c.EvaluateConfig) for f in fields(kind)}
+SETTINGS = {f.name for kind in (*every(), c.TamperConfig, c.EvaluateConfig) for f in fields(kind)}
 DEFAULT_COLUMNS = ("id", "job_id", "kind", "name", "status", "age", "time", "progress", "eta", "results")
 ONLY_IF_THERE = {"job_id", "eta"}
 _CONDITION = re.compile(r"([\w.-]+?)\s*(!=|<=|>=|=|<|>)\s*(.*)", re.DOTALL)

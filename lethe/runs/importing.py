@@ -23,6 +23,7 @@ from typing import Any
 from lethe import config as c
 from lethe.errors import LetheError, nearest, printable
 from lethe.files import RUN, UnreadableError, refuse_run_folder, slug, text_of, write_atomically
+from lethe.methods.method import every
 from lethe.runs.logbook import NUMBER, TASKS, Column, LogTable, column, kind_of, marks, phrases, plain, read, setting, spaced
 from lethe.runs.run import Run, find_runs, now
 
@@ -411,8 +412,8 @@ def _attack_settings(label: str) -> dict[str, Any]:
 
 def _sorted_out(kind: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Settings as `config`, `plan` and the rest. Steps whose unit the log does not name are neither."""
-    fields = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig, "evaluate": c.EvaluateConfig}.get(kind)
-    names = {f.name for f in dataclasses.fields(fields)} if fields else set()
+    kinds: dict[str, list[type]] = {"unlearn": [*every()], "tamper": [c.TamperConfig], "evaluate": [c.EvaluateConfig]}
+    names = {f.name for each in kinds.get(kind, []) for f in dataclasses.fields(each)}
     config: dict[str, Any] = {}
     plan: dict[str, Any] = {}
     extra: dict[str, Any] = {}

@@ -22,6 +22,7 @@ from markdown_it.token import Token
 
 from lethe import config as c
 from lethe.errors import printable
+from lethe.methods.method import every
 
 TASKS = {
     "wmdp": "wmdp",  # which of them a log means by the bare name is not told
@@ -47,7 +48,7 @@ SETTINGS = {
     "optimizer_updates": "updates",
     "forward_passes": "forward_passes",
     "kl_divergence_retain": "retain_loss",
-} | {f.name: f.name for kind in (c.UnlearnConfig, c.TamperConfig) for f in dataclasses.fields(kind)}
+} | {f.name: f.name for kind in (*every(), c.TamperConfig) for f in dataclasses.fields(kind)}
 TEXTS = {"optimizer", "schedule", "affine", "retain_loss", "forget_loss", "dtype", "model", "source", "forget", "retain"}
 TEXTS |= {"cb_scale"}
 NOT_SETTINGS = {"name", "out", "eval", "lora", "time_limit"}
