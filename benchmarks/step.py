@@ -35,7 +35,7 @@ from lethe.objectives import terms
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.unlearning.check import check
-from lethe.unlearning.pipeline import UnlearnTrainer, _cache_teachers, _prepared
+from lethe.unlearning.trainer import UnlearnTrainer, _cache_teachers, _prepared
 
 CASES = [(16, 64, 0.0), (4, 64, 0.0), (16, 256, 0.0), (16, 64, 0.05)]
 ROUNDS, UPDATES, WARM = 4, 5, 2

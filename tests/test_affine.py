@@ -17,7 +17,8 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe.config import AffineConfig, AffineScoreConfig, TextSource, Transfer
+from lethe import Transfer
+from lethe.config import AffineConfig, AffineScoreConfig, TextSource
 from lethe.errors import LetheError
 from lethe.maps import affine
 from lethe.maps.affine import AffineMap, RidgeSums, Score, fit_affine, load_maps, score_affine

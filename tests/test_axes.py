@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from lethe.config import Transfer, to_dict
+from lethe import Transfer
+from lethe.config import to_dict
 from lethe.errors import LetheError
 from lethe.sweeps import axes
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lethe.config import EvaluateConfig, SweepConfig, Transfer
+from lethe import Transfer
+from lethe.config import EvaluateConfig, SweepConfig
 from lethe.config.parse import from_recipe
 from lethe.lab.presets import PRESETS
 from lethe.sweeps.grid import Grid

@@ -19,10 +19,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lethe import unlearn
+from lethe import Transfer, unlearn
 from lethe.attacks.tampering import tamper
 from lethe.attacks.weights import disturb
-from lethe.config import AffineConfig, EvalSettings, LoraSettings, TamperConfig, Transfer, to_dict
+from lethe.config import AffineConfig, EvalSettings, LoraSettings, TamperConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.scoring import Scorer
 from lethe.maps.affine import fit_affine
@@ -33,7 +33,8 @@ from lethe.runs import garbage
 from lethe.runs.run import Run
 from lethe.training.optimizers import routes
 from lethe.unlearning.check import check
-from lethe.unlearning.pipeline import UnlearnTrainer, _prepared, rewind
+from lethe.unlearning.prepare import prepare, rewind
+from lethe.unlearning.trainer import UnlearnTrainer
 
 LAYERS, LENGTH, START = [1, 2], 40, 0.2
 WITHOUT_LORA = ["falcon_h1", "mamba", "mamba2"]
@@ -95,7 +96,7 @@ def recipe(folder: Path, model: str, source: str, **changes: Any) -> Transfer:
 def prepared(config: Transfer) -> tuple[Run, UnlearnTrainer]:
     checked = check(config)
     run = Run.create("unlearn", "family", to_dict(config), config.out)
-    return run, _prepared(run, config, checked)[0]
+    return run, prepare(run, config, checked).trainer
 
 
 def activations(model: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lethe.config import EvalSettings, LoraSettings, Transfer
+from lethe import Transfer
+from lethe.config import EvalSettings, LoraSettings
 from lethe.lab.presets import active_preset
 from lethe.models import refs
 from lethe.models.activations import blocks

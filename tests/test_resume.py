@@ -144,7 +144,7 @@ def test_a_run_keeps_to_the_threads_that_it_began_with_and_says_so(stopped):
 
 
 def test_rewound_weights_and_packed_text_are_resumed_too(lab, tmp_path):
-    settings = {"rewind": 0.5, "forget_loss": "both", "packing": "blocks", "lora": None, "affine": "none"}
+    settings = {"rewind": 0.5, "forget_loss": "both", "packing": "packed", "lora": None, "affine": "none"}
     whole = unlearn(recipe(tmp_path / "whole", **settings))
     process = start("unlearn", recipe(tmp_path / "killed", **settings), tmp_path)
     run = wait_for(process, tmp_path / "killed", "metrics.jsonl", 7)

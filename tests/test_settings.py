@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lethe import Transfer
 from lethe import config as c
 from lethe.cli import COMMANDS, main
-from lethe.config import EvalSettings, LoraSettings, TamperConfig, TextSource, Transfer, to_dict
+from lethe.config import EvalSettings, LoraSettings, TamperConfig, TextSource, to_dict
 from lethe.config.parse import from_recipe, parse
 from lethe.errors import LetheError
 

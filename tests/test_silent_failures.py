@@ -250,7 +250,7 @@ CHANGES: dict[str, Any] = {
     "affine_convention": "hidden_states",
     "forget": TextSource("lab:retain"),
     "retain": [TextSource("lab:retain"), TextSource("{home}/extra.jsonl", weight=0.5)],
-    "packing": "blocks",
+    "packing": "packed",
     "rewind": 0.5,
     "forget_loss": "distill",
     "forget_kl_coef": 2.0,

@@ -11,8 +11,9 @@ from jinja2 import Environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lethe
+from lethe import Transfer
 from lethe.cli import main
-from lethe.config import EvaluateConfig, SlurmSettings, Transfer, to_dict
+from lethe.config import EvaluateConfig, SlurmSettings, to_dict
 from lethe.config.parse import from_recipe
 from lethe.errors import LetheError
 from lethe.evaluation.accuracy import evaluate_model, load_tasks

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lethe.config import EvalSettings, Transfer
+from lethe import Transfer
+from lethe.config import EvalSettings
 from lethe.lab.presets import active_preset
 from lethe.models.activations import blocks
 from lethe.training import trainer
