@@ -183,7 +183,7 @@ def _joined(words: list[str], config: type) -> list[str]:
             out += [word, _pairs(name, values, pairs[name] == dict[str, Any])]
             continue
         quote = json.dumps if (lists | mixed)[name] is str else str
-        single = len(values) == 1 and values[0].startswith("[")
+        single = len(values) == 1 and values[0].startswith(("[", "null"))
         out += [word, values[0] if single else f"[{', '.join(map(quote, values))}]"]
     return out
 
@@ -226,8 +226,10 @@ def numbers(value: Any) -> Any:
 
 
 def _lists(config: type) -> dict[str, Any]:
-    """Dotted names of the fields that are lists and nothing else, with the type of their items."""
-    return {name: typing.get_args(kind)[0] for name, kind in fields_of(config).items() if typing.get_origin(kind) is list}
+    """Dotted names of the fields that are lists, or null, and nothing else, with the type of their items."""
+    found = {name: [one for one in options(kind) if one is not type(None)] for name, kind in fields_of(config).items()}
+    lists = {name: kinds[0] for name, kinds in found.items() if len(kinds) == 1 and typing.get_origin(kinds[0]) is list}
+    return {name: typing.get_args(kind)[0] for name, kind in lists.items()}
 
 
 def _mixed(config: type) -> dict[str, Any]:

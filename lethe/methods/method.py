@@ -48,6 +48,19 @@ class Need:
 
 
 @dataclass(frozen=True)
+class Maps:
+    """The affine maps of a recipe.
+
+    `given`: the folder, run or hub id of maps; None: they are fitted before training, on so many `documents` of the retain text
+    at most (0: all). `convention`: what a layer's number means in given maps that have no record.
+    """
+
+    given: str | None = None
+    documents: int = 0
+    convention: Literal["auto", "block_output", "hidden_states"] = "auto"
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run is: optimizer updates done, and how many the first epoch and the whole run have."""
 
@@ -75,8 +88,6 @@ class Method(UnlearnSettings):
         self.method = own
         super().__post_init__()
         needs = self.needs()
-        if not needs:
-            raise LetheError(f"{self.nothing}, so nothing would be trained; raise one of them")
         if self.needs_source and not self.source:
             raise LetheError("source: name the ignorant checkpoint, or auto; `lethe checkpoints MODEL` finds it")
         self.refuse_idle(
@@ -88,8 +99,6 @@ class Method(UnlearnSettings):
             and "on a recipe whose losses use no teacher",
             layers=not self.reads_layers and self.layers != type(self).layers_by_default() and "without adapters",
         )
-
-    nothing: ClassVar[str] = "all coefficients are 0"
 
     def needs(self) -> dict[str, Need]:
         """By text, `forget` or `retain`, what the loss reads; a text that it does not read is left out."""
@@ -111,29 +120,14 @@ class Method(UnlearnSettings):
         return []
 
     @property
-    def scale_advice(self) -> str:
-        """What else to say where one loss dominates the other."""
-        return ""
+    def maps(self) -> Maps | None:
+        """The affine maps that the teacher's activations go through; None: there are none."""
+        return None
 
     @property
     def fits_maps(self) -> bool:
         """Whether affine maps are fitted before training."""
-        return False
-
-    @property
-    def given_maps(self) -> str | None:
-        """The folder, run or hub id of the affine maps that the recipe names; None: none are given."""
-        return None
-
-    @property
-    def map_documents(self) -> int:
-        """Documents of the retain text that maps are fitted on, at most (0: all)."""
-        return 0
-
-    @property
-    def map_convention(self) -> Literal["auto", "block_output", "hidden_states"]:
-        """What a layer's number means in given maps that have no record."""
-        return "auto"
+        return self.maps is not None and self.maps.given is None
 
     @property
     def needs_source(self) -> bool:
@@ -228,12 +222,13 @@ class ForgetAndRetain(Method):
     """ramp: over the first epoch retain_coef rises from 0, and remove_coef falls by a quarter; constant: neither changes."""
 
     scale: ClassVar[str | None] = "remove_coef"
-    nothing: ClassVar[str] = "remove_coef and retain_coef are both 0"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("remove_coef", self.remove_coef, 0)
         at_least("retain_coef", self.retain_coef, 0)
+        if self.remove_coef == 0 and self.retain_coef == 0:
+            raise LetheError("remove_coef and retain_coef are both 0, so nothing would be trained; raise one of them")
         self.refuse_idle(retain_loss=self.retain_coef == 0 and self.retain_loss != "kl" and "while retain_coef is 0")
         if self.layers is None and self.retain_loss == "mse":
             raise LetheError("layers: retain_loss mse compares activations; name at least one layer, such as [0, 1, 2]")

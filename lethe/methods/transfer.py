@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lethe.config import LAYERS, MAPPED
 from lethe.config.checks import at_least
 from lethe.errors import LetheError
-from lethe.methods.method import ForgetAndRetain, Losses, Need
+from lethe.methods.method import ForgetAndRetain, Losses, Maps, Need
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,9 @@ class Transfer(ForgetAndRetain):
         at_least("affine_examples", self.affine_examples, 0)
         self.refuse_idle(
             affine_examples=self.affine != "fit" and self.affine_examples != MAPPED and "where no maps are fitted",
-            affine_convention=not self.given_maps and self.affine_convention != "auto" and f"with affine {self.affine}",
+            affine_convention=self.affine in {"fit", "none"}
+            and self.affine_convention != "auto"
+            and f"with affine {self.affine}",
             cb_scale=self.remove_coef == 0 and self.cb_scale != "raw" and "while remove_coef is 0",
             forget_kl_coef=self.remove_coef == 0 and self.forget_kl_coef != 0 and "while remove_coef is 0",
         )
@@ -76,21 +78,13 @@ class Transfer(ForgetAndRetain):
         return cb_loss + self.forget_kl_coef * kl, {"cb_loss": cb_loss, "forget_kl_loss": kl}
 
     @property
-    def fits_maps(self) -> bool:
-        return self.affine == "fit" and self.remove_coef > 0
+    def maps(self) -> Maps | None:
+        if self.affine == "none" or not self.remove_coef:
+            return None
+        return Maps(None if self.affine == "fit" else self.affine, self.affine_examples, self.affine_convention)
 
-    @property
-    def given_maps(self) -> str | None:
-        return None if self.affine in {"fit", "none"} else self.affine
-
-    @property
-    def scale_advice(self) -> str:
-        return "; with cb_scale relative, coefficients carry over from one model to another" if self.cb_scale == "raw" else ""
-
-    @property
-    def map_documents(self) -> int:
-        return self.affine_examples
-
-    @property
-    def map_convention(self) -> Literal["auto", "block_output", "hidden_states"]:
-        return self.affine_convention
+    def warnings(self, plan: dict[str, Any]) -> list[str]:
+        found = super().warnings(plan)
+        if self.cb_scale == "raw" and plan["scale"].get("dominates", "neither") != "neither":
+            found.append("cb_scale: with relative, coefficients carry over from one model to another")
+        return found

@@ -22,7 +22,8 @@ def squared_distance(
         mean over layers, non-padding tokens and dimensions of (h − a)²
 
     `target` holds a by layer: the source's mapped activation W c + b, or the reference's. With `variance`, each layer's
-    distance is divided by the variance of its target. Computed in at least float32. `tokens` is the number of non-padding tokens of the
+    distance is divided by the variance of its target. Computed in at least float32. `tokens` is the number of non-padding
+    tokens of the
     whole optimizer update, where the batch is one of several that are accumulated; by default it is the batch's own.
     """
     count = mask.sum() if tokens is None else tokens

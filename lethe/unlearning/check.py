@@ -64,8 +64,8 @@ def check(config: Method) -> Checked:
     refuse_rank(config, model)
     if config.packing == "none":
         plan(config, max(len(checked.forget), len(checked.retain)))
-    if config.fits_maps:
-        most = config.map_documents
+    if config.maps and config.fits_maps:
+        most = config.maps.documents
         checked.mapped = corpora.select(config.retain, None if most else 0, "front", "retain", most)
         split(checked.mapped, AffineConfig.held_out)
     refs.verify(model, *([checked.source] if checked.source else []))
@@ -91,9 +91,9 @@ def check_source(config: Method, checked: Checked) -> None:
         )
     refs.refuse_length(config.max_length, source)
     checked.source = source
-    if config.given_maps:
-        checked.affine = find_maps(config.given_maps, config.out)
-        checked.conventions = check_maps(checked.affine, model, source, list(config.mapped_layers), config.map_convention)
+    if config.maps and config.maps.given:
+        checked.affine = find_maps(config.maps.given, config.out)
+        checked.conventions = check_maps(checked.affine, model, source, list(config.mapped_layers), config.maps.convention)
 
 
 def _refuse_types(config: Method) -> None:

@@ -42,11 +42,12 @@ def given(
     Raises:
         LetheError: they do no better than no map: they belong to another pair or other layers, or are damaged.
     """
-    assert checked.affine is not None and config.layers is not None
-    run.set_parents(affine={"ref": config.given_maps, "sha256": sha256(checked.affine / WEIGHTS)})
+    assert checked.affine is not None and config.layers is not None and config.maps is not None
+    name = str(config.maps.given)
+    run.set_parents(affine={"ref": name, "sha256": sha256(checked.affine / WEIGHTS)})
     device: Any = reference.device
     recorded = recorded_convention(facts_of(checked.affine))
-    asked = config.map_convention if recorded is None else "auto"
+    asked = config.maps.convention if recorded is None else "auto"
     wanted = list(CONVENTIONS) if asked != "auto" else checked.conventions
     possible = [name for name in wanted if set(config.layers) <= set(layers_of(facts_of(checked.affine), name, 10**9))]
     rows = corpora.tokenise(checked.retain[-SCORED_DOCUMENTS:], tokenizer, config.max_length)
@@ -54,13 +55,13 @@ def given(
     scored = score_maps(checked.affine, possible, *models, rows, tokenizer.pad_token_id, BATCH, config.layers)
     convention = scored.convention if asked == "auto" else asked
     scores = scored.by_convention[convention]
-    _refuse_useless(str(config.given_maps), scores)
-    found = ", ".join(f"{name} {mean_r2(s):.3f}" for name, s in scored.by_convention.items())
+    _refuse_useless(name, scores)
+    found = ", ".join(f"{way} {mean_r2(s):.3f}" for way, s in scored.by_convention.items())
     how = "recorded for this pair" if recorded else f"without a record, read as {convention}"
     better = [f"affine_convention: {convention} as set, but the maps fit better as {scored.convention} ({found})"]
     run.update(scores=scores)
     maps = load_maps(checked.affine, config.layers, convention).to(device)
-    said = f"{config.given_maps} ({how}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"
+    said = f"{name} ({how}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"
     return maps, said, better if convention != scored.convention else []
 
 

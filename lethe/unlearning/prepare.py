@@ -120,7 +120,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     teachers = _teachers(config, reference, source, parents)
     given: AffineMap | None = None
     maps_plan, warnings = "none", list[str]()
-    if config.given_maps and source:
+    if config.maps and config.maps.given and source:
         given, maps_plan, warnings = maps.given(run, config, checked, reference, source, tokenizer)
     elif config.fits_maps:
         maps_plan = f"fitted on {len(checked.mapped)} documents of the retain text before training"

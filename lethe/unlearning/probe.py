@@ -140,7 +140,7 @@ def warning(scale: dict[str, Any], config: Method) -> list[str]:
     text += f" (about {BALANCE:g} times on the lab)"
     if proposed:
         text += f"; set {config.scale} to {proposed:g} for the lab's balance"
-    return [text + config.scale_advice]
+    return [text]
 
 
 def _backward(trainer: UnlearnTrainer, batch: Batch, text: str, done: int) -> tuple[dict[str, float], float, float]:
