@@ -19,9 +19,10 @@ from markdown_it import MarkdownIt
 
 from lethe.config import ReportConfig
 from lethe.errors import LetheError
-from lethe.report import _write, page, report, tables
+from lethe.report import _write, headline, report, tables
 from lethe.report.attacks import attack_tables, recovery_note
-from lethe.report.charts import all_charts, worst_cells
+from lethe.report.attack_charts import worst_cells
+from lethe.report.charts import all_charts
 from lethe.report.layout import Table
 from lethe.results import regimes
 from lethe.results.format import MISSING
@@ -251,7 +252,7 @@ def test_numbers_measured_differently_stand_in_a_table_of_their_own(
     key, value = next(iter(change.items()))
     assert apart[4].startswith(f"{key} {value}, not ")
     assert "of odd: measured in another way" in text and "31.00 %" not in text.split("## Measured")[0]
-    assert "Of 1 run numbers were measured in another way" in " ".join(page.headline(Study.load([str(study.path)])))
+    assert "Of 1 run numbers were measured in another way" in " ".join(headline.headline(Study.load([str(study.path)])))
 
 
 def test_of_two_ways_that_stays_in_which_more_models_were_measured(study: Folder) -> None:
@@ -407,8 +408,8 @@ BEFORE = {"forget": accuracy(FORGET, 0.85), "retain": accuracy(RETAIN, 0.75)}
     ],
 )
 def test_regimes(forget: float, retain: float, half: float, expected: str) -> None:
-    kept_forget = regimes.kept(accuracy(FORGET, forget, half), BEFORE["forget"])
-    kept_retain = regimes.kept(accuracy(RETAIN, retain, half), BEFORE["retain"])
+    kept_forget = regimes.retained_share(accuracy(FORGET, forget, half), BEFORE["forget"])
+    kept_retain = regimes.retained_share(accuracy(RETAIN, retain, half), BEFORE["retain"])
     assert kept_forget is not None and kept_retain is not None
     assert kept_forget.value == pytest.approx((forget - 0.25) / 0.6)
     assert regimes.regime(kept_forget, kept_retain) == expected
@@ -423,8 +424,8 @@ def test_selectivity_and_its_interval() -> None:
 def test_thresholds_are_settings_and_a_baseline_at_chance_keeps_nothing() -> None:
     forget, retain = regimes.Estimate(0.3, 0.28, 0.32), regimes.Estimate(0.7, 0.68, 0.72)
     assert regimes.regime(forget, retain) == "partial"
-    assert regimes.regime(forget, retain, kept_threshold=0.7, chance_threshold=0.3) == "selective"
-    assert regimes.kept(accuracy(FORGET, 0.5), accuracy(FORGET, 0.26)) is None
+    assert regimes.regime(forget, retain, retained_threshold=0.7, chance_threshold=0.3) == "selective"
+    assert regimes.retained_share(accuracy(FORGET, 0.5), accuracy(FORGET, 0.26)) is None
 
 
 def test_tasks_are_told_by_name() -> None:
@@ -487,8 +488,8 @@ def test_an_attack_named_after_its_model_is_not_taken_for_it_and_attacks_on_atta
     study.attack("again", f"run:{first.id}", [0.9, 0.95])
     loaded = Study.load([str(study.path)])
     found = {attack.run.record["name"]: attack for attack in loaded.attacks}
-    assert loaded.attacked(found["run-unlearn-lora"]).id == lora.id
-    assert loaded.attacked(found["again"]).id == first.id
+    assert found["run-unlearn-lora"].unlearned.id == lora.id
+    assert found["again"].before[-1].id == first.id
     assert found["again"].baseline is not None and found["again"].control is None
 
 
@@ -612,13 +613,13 @@ def test_a_run_that_an_attack_names_is_that_of_its_own_folder(study: Folder, tmp
     loaded = Study.load([str(study.path), str(other.path)])
     for attack in loaded.attacks:
         if attack.run.record["name"] == "here":
-            assert loaded.attacked(attack).path.parent.resolve() == attack.run.path.parent.resolve()
+            assert attack.unlearned.path.parent.resolve() == attack.run.path.parent.resolve()
 
 
 def test_an_attack_that_did_not_end_is_not_told_as_one_that_did(study: Folder) -> None:
     for path in study.path.glob("tamper-*"):
         Run.open(path).update(status="failed", reason="killed")
-    text = " ".join(page.headline(Study.load([str(study.path)])))
+    text = " ".join(headline.headline(Study.load([str(study.path)])))
     assert "failed after step" in text and "An attack of" not in text
 
 

@@ -1,9 +1,9 @@
 """Reports from runs: `report` writes tables (markdown), charts (SVG and PNG) and one self-contained web page.
 
-    runs -> study.py (joined by the hashes they record) -> tables.py, charts.py -> page.py
+    runs -> results/study.py joins them -> tables.py, charts.py -> page.py -> files
 
-Everything is made in memory first, so that a refusal leaves nothing behind, and each file is then replaced whole. A file is
-replaced or removed only where its content is what an earlier report has written.
+A report is made in memory before anything is written, so a refusal leaves nothing behind. `.report.json` holds the hash of
+each file, so the next report replaces or removes only files that a report has written and nobody has changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PNG_SCALE = 2.0
 WRITTEN = ".report.json"
-"""The SHA-256 of each file of a report (two, while one is being written), so that the next replaces these and no others."""
+"""Holds the SHA-256 of each file of a report; two hashes of each file while a report is being written."""
 MAIN = ("index.html", "tables.md")
 _OURS = re.compile(r"index\.html|tables\.md|charts/[\w-]+\.(svg|png)")
 logger = logging.getLogger(__name__)
@@ -38,11 +38,11 @@ Hashes = dict[str, list[str]]
 def report(config: ReportConfig) -> dict[str, Path]:
     """Write tables.md, index.html and charts/ into `config.out`; return their paths as `tables`, `page`, `charts`.
 
-    A report that is already there is replaced; other files stay, and so do files of it that somebody has changed.
+    An earlier report in `out` is replaced. Other files stay, and so do its charts that somebody has changed.
 
     Raises:
-        LetheError: there are no runs, or `out` is a run, a file, holds a page or tables that are not as a report has
-            written them, or cannot be written; raised before anything is written, but for the last.
+        LetheError: there are no runs; or `out` is a run, is a file, holds a page or tables that no report has written or
+            that somebody has changed, or cannot be written.
     """
     from lethe.progress import bar
     from lethe.results.study import Study
@@ -58,7 +58,7 @@ def report(config: ReportConfig) -> dict[str, Path]:
 
 
 def check_out(out: str | Path) -> Hashes:
-    """What the last report in a folder has written there, which the next may replace.
+    """The hashes of what the last report wrote into a folder.
 
     Raises:
         LetheError: the folder is a run or a file, or holds a page or tables that no report has written.
@@ -85,8 +85,9 @@ def _made(study: Study, title: str, advance: Advance) -> dict[str, bytes]:
 
     import vl_convert
 
-    from lethe.report import page
     from lethe.report.charts import all_charts
+    from lethe.report.headline import headline
+    from lethe.report.page import render
 
     specs = {name: (caption, chart.to_dict(validate=False)) for name, (caption, chart) in all_charts(study).items()}
     svgs = {name: vl_convert.vegalite_to_svg(spec) for name, (_, spec) in specs.items()}
@@ -95,23 +96,20 @@ def _made(study: Study, title: str, advance: Advance) -> dict[str, bytes]:
         files[f"charts/{name}.svg"] = svgs[name].encode()
         files[f"charts/{name}.png"] = vl_convert.svg_to_png(svgs[name], scale=PNG_SCALE)
     advance(1, f"{len(specs)} charts")
-    summary = "\n\n".join([f"# {escaped(title)}", *map(escaped, page.headline(study))])
+    summary = "\n\n".join([f"# {escaped(title)}", *map(escaped, headline(study))])
     files["tables.md"] = (summary + "\n\n" + "\n".join(table.markdown() for table in tables)).encode()
     charts = {name: (caption, spec, svgs[name]) for name, (caption, spec) in specs.items()}
-    files["index.html"] = page.render(study, title, tables, charts).encode()
+    files["index.html"] = render(study, title, tables, charts).encode()
     advance(1, "page")
     return files
 
 
 def _written(out: Path) -> Hashes:
-    """What the last report in a folder has written there; nothing where its list is damaged, and no name but a report's.
-
-    The list lies in a folder that may be somebody else's: it alone is no reason to replace or remove a file.
-    """
+    """The hashes in `.report.json` of files that a report may write; none if it is damaged. It may be somebody else's file."""
     try:
         known = json_of(text_of(out / WRITTEN)) if (out / WRITTEN).is_file() else None
     except UnreadableError as error:
-        logger.warning("%s: %s; taken as none", out / WRITTEN, error)
+        logger.warning("%s: %s; ignored", out / WRITTEN, error)
         known = None
     files = known.get("files") if isinstance(known, dict) else None
     pairs = files.items() if isinstance(files, dict) else ()
@@ -119,7 +117,7 @@ def _written(out: Path) -> Hashes:
 
 
 def _is_ours(out: Path, name: str, before: Hashes) -> bool:
-    """Whether a file is there as a report has written it. A link is not, nor is what lies behind a linked folder."""
+    """Whether a file is there as a report has written it: not a link, not in a linked folder, and with a known hash."""
     path = out / name
     linked = path.is_symlink() or (path.parent != out and path.parent.is_symlink())
     if linked or not path.is_file():
@@ -128,7 +126,7 @@ def _is_ours(out: Path, name: str, before: Hashes) -> bool:
 
 
 def _write(out: Path, files: dict[str, bytes], before: Hashes) -> None:
-    """Replace each file whole, and remove charts of an earlier report that this one has not."""
+    """Replace each file whole, and remove charts of the earlier report that this one does not have."""
     own = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     left = [n for n in {**files, **before} if n not in MAIN and os.path.lexists(out / n) and not _is_ours(out, n, before)]
     for name in left:
@@ -136,7 +134,7 @@ def _write(out: Path, files: dict[str, bytes], before: Hashes) -> None:
     either = {name: [*own.get(name, []), *before.get(name, [])] for name in {**own, **before}}
     try:
         (out / "charts").mkdir(parents=True, exist_ok=True)
-        write_atomically(out / WRITTEN, _listed(either))  # first: a report that is cut off is one, too
+        write_atomically(out / WRITTEN, _listed(either))  # first, so that an interrupted report can be replaced too
         for name in set(files) - set(left):
             write_atomically(out / name, files[name])
         for name in set(before) - set(files) - set(left):
