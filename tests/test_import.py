@@ -14,7 +14,7 @@ from lethe.cli import main
 from lethe.config import ImportConfig, ReportConfig, ResumeConfig
 from lethe.errors import LetheError
 from lethe.report import report
-from lethe.results.listing import Entry, smallest, smallest_retain_coef
+from lethe.results.listing import Entry
 from lethe.runs.importing import Imported, import_log
 from lethe.runs.logbook import column, read
 from lethe.runs.run import Run, find_runs

@@ -11,6 +11,7 @@ from lethe.errors import printable
 from lethe.report import marks
 from lethe.report.marks import Points
 from lethe.results.attacks import Series, attack_tasks
+from lethe.results.comparable import grouped
 from lethe.results.recovery import Point, Worst, worst_case
 from lethe.results.regimes import number
 from lethe.results.study import Study
@@ -27,12 +28,14 @@ def attack_charts(study: Study) -> dict[str, tuple[str, Any]]:
     caption = "Attacks: how fast the knowledge comes back, beside models that never had it." + bands
     charts: dict[str, tuple[str, Any]] = {}
     if not study.has_several_attacks:
-        if chart := tamper_chart(drawn, [task for task in (forget, general) if task]):
-            charts["tamper"] = (caption, chart)
+        if panels := [panel for task in (forget, general) if task for panel in _panels(drawn, task, task)]:
+            charts["tamper"] = (caption, _joined(panels, "Tampering attack", 1))
         return charts
+    lines = "dotted: chance; long dashes: before unlearning; short dashes: controls"
     for name, task in (("tamper", forget), ("tamper-general", general)):
-        if task and (panels := tamper_panels(drawn, task)):
-            charts[name] = (caption if task == forget else f"The same attacks: their cost in {task}.{bands}", panels)
+        if task and (panels := _panels(drawn, task)):
+            what = caption if task == forget else f"The same attacks: their cost in {task}.{bands}"
+            charts[name] = (what, _joined(panels, f"Attacks: {task}", 3, subtitle=lines))
     if forget and (cells := worst_cells(study, drawn, forget, general)):
         bound = f"at most {100 * study.general_bound:g} points of {general or 'general accuracy'}"
         caption = f"The highest {forget} that each attack reaches while it costs {bound}. "
@@ -54,25 +57,18 @@ def _drawn(study: Study) -> tuple[list[Series], str]:
     return drawn, f" Shown: {' and '.join(fewer)}; the tables have all." if fewer else ""
 
 
-def tamper_chart(series: list[Series], tasks: list[str]) -> alt.VConcatChart | None:
-    """One attack: accuracy along it, a line for each attacked model; the forget task above, the general task below."""
+def _panels(series: list[Series], task: str, title: str = "") -> list[Any]:
+    """A chart for each attack, a line for each model in the same colour everywhere; large ones have a title of their own."""
+    size = (marks.HEIGHT * 3 // 4, marks.WIDTH) if title else (marks.HEIGHT // 2, (marks.WIDTH - 2 * 50) // 3)
     panels = []
-    for task in tasks:
-        if panel := _panel(series, task, series, marks.HEIGHT * 3 // 4, marks.WIDTH, named=True):
-            panels.append(panel.properties(title=alt.TitleParams(task, frame="group")))
-    return marks.styled(alt.vconcat(*panels, spacing=22, title=marks.heading("Tampering attack"))) if panels else None
+    for own in grouped(series, lambda each: each.settings).values():
+        if panel := _panel(series, task, own, *size, named=bool(title)):
+            panels.append(panel.properties(title=alt.TitleParams(title or own[0].attack, frame="group")))
+    return panels
 
 
-def tamper_panels(series: list[Series], task: str) -> alt.ConcatChart | None:
-    """Several attacks: a small chart for each, a line for each model in the same colour everywhere."""
-    panels = []
-    for settings in dict.fromkeys(each.settings for each in series):
-        own = [each for each in series if each.settings == settings]
-        if panel := _panel(series, task, own, marks.HEIGHT // 2, (marks.WIDTH - 2 * 50) // 3, named=False):
-            panels.append(panel.properties(title=alt.TitleParams(own[0].attack, frame="group")))
-    subtitle = "dotted: chance; long dashes: before unlearning; short dashes: controls"
-    title = marks.heading(f"Attacks: {task}", subtitle=subtitle)
-    return marks.styled(alt.concat(*panels, columns=3, spacing=18, title=title)) if panels else None
+def _joined(panels: list[Any], title: str, columns: int, **more: Any) -> alt.ConcatChart:
+    return marks.styled(alt.concat(*panels, columns=columns, spacing=20, title=marks.heading(title, **more)))
 
 
 def _panel(every: list[Series], task: str, own: list[Series], height: int, width: int, named: bool) -> alt.LayerChart | None:

@@ -140,57 +140,45 @@ def attack_tables(attacks: list[Attack]) -> list[Table]:
     for label, on_model in grouped(attacks, lambda attack: attack.label).items():
         if len(on_model) > 1:
             for trains, group in grouped(on_model, lambda attack: attack.trains).items():
-                tables.append(_by_steps(label, group) if trains else _by_strengths(label, group))
+                tables.append(_side_by_side(f"Attacks {'' if trains else 'without training '}on {label}", group, trains))
     return tables
 
 
-def _by_steps(label: str, attacks: list[Attack]) -> Table:
-    """Attack | optimizer | accuracy at some steps | at the end, with its step | status."""
-    forget, retain = attack_tasks(attacks)
-    curves = [dict(attack.results(forget)) if forget else {} for attack in attacks]
-    steps = _spread(sorted({step for curve in curves for step in curve}))
+def _side_by_side(title: str, attacks: list[Attack], by_steps: bool) -> Table:
+    """Attack | optimizer or kind | accuracy at some steps and at the end, or at each strength | status."""
+    forget, general = attack_tasks(attacks)
+    tasks = list(dict.fromkeys(task for task in (forget, general) if task))
+    steps = _spread(sorted({step for attack in attacks for step, _ in attack.results(forget)})) if forget else []
+    names = [attack.run.record["name"] for attack in attacks]
     cells = []
-    for name, attack, curve in zip(_names(attacks), attacks, curves, strict=True):
-        ended = attack.run.status == "complete"
-        last = max(curve, default=None)
-        line = [result(curve.get(step)) for step in steps]
-        line.append(result(curve[last]) + _step(last, steps[-1]) if ended and last is not None else MISSING)
-        if retain:
-            results = attack.results(retain)
-            line.append(result(results[-1][1]) if ended and results else MISSING)
-        cells.append([name, setting(attack.run.record["config"].get("optimizer")), *line, attack.run.status])
-    columns = ["Attack", "Optimizer", *(f"Step {step}" for step in steps), f"Final {forget}"]
-    columns += [f"Final {retain}"] if retain else []
-    notes = [_starts(attacks, forget, retain), *reasons(a.run for a in attacks)]
-    return Table(f"Attacks on {label}", [*columns, "Status"], cells, notes)
+    for name, attack in zip(names, attacks, strict=True):
+        label = name if names.count(name) == 1 else f"{name} (seed {attack.seed})"
+        kind = setting(attack.run.record["config"].get("optimizer" if by_steps else "attack"))
+        line = _steps(attack, steps, tasks) if by_steps else [_strengths(attack, task) for task in tasks]
+        cells.append([label, kind, *line, attack.run.status])
+    if by_steps:
+        columns = ["Attack", "Optimizer", *(f"Step {step}" for step in steps), *(f"Final {task}" for task in tasks)]
+    else:
+        columns = ["Attack", "Kind", *(f"{task} by strength" for task in tasks)]
+    first: dict[str, Any] = next((attack.curve[0]["evals"] for attack in attacks if attack.curve), {})
+    starts = "; ".join(f"Starting {task}: {result(first[task])}" for task in tasks if task in first)
+    return Table(title, [*columns, "Status"], cells, [starts, *reasons(a.run for a in attacks)])
 
 
-def _by_strengths(label: str, attacks: list[Attack]) -> Table:
-    """Attack | kind | accuracy at each strength | status."""
-    tasks = [task for task in attack_tasks(attacks) if task]
-    cells = []
-    for name, attack in zip(_names(attacks), attacks, strict=True):
-        kind = setting(attack.run.record["config"]["attack"])
-        cells.append([name, kind, *(_strengths(attack, task) for task in tasks), attack.run.status])
-    columns = ["Attack", "Kind", *(f"{task} by strength" for task in tasks), "Status"]
-    notes = [_starts(attacks, *tasks), *reasons(a.run for a in attacks)]
-    return Table(f"Attacks without training on {label}", columns, cells, notes)
+def _steps(attack: Attack, steps: list[int], tasks: list[str]) -> list[str]:
+    """The first task at some steps; every task at the end, with the step if it is not the last of `steps`."""
+    curve = dict(attack.results(tasks[0])) if tasks else {}
+    line = [result(curve.get(step)) for step in steps]
+    for task in tasks:
+        results = attack.results(task) if attack.run.status == "complete" else []
+        last = _step(results[-1][0], steps[-1]) if results and task == tasks[0] else ""
+        line.append(result(results[-1][1]) + last if results else MISSING)
+    return line
 
 
 def _strengths(attack: Attack, task: str) -> str:
     lines = [line for line in attack.curve if line.get("strength") and task in line["evals"]]
     return ", ".join(f"{line['strength']:g}: {result(line['evals'][task])}" for line in lines) or MISSING
-
-
-def _names(attacks: list[Attack]) -> list[str]:
-    """The runs' names, with the seed where several runs share one."""
-    names = [attack.run.record["name"] for attack in attacks]
-    return [n if names.count(n) == 1 else f"{n} (seed {a.seed})" for n, a in zip(names, attacks, strict=True)]
-
-
-def _starts(attacks: list[Attack], *tasks: str | None) -> str:
-    first: dict[str, Any] = next((attack.curve[0]["evals"] for attack in attacks if attack.curve), {})
-    return "; ".join(f"Starting {task}: {result(first[task])}" for task in tasks if task in first)
 
 
 def _spread(steps: list[int]) -> list[int]:
