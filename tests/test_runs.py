@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from lethe.cli import main
-from lethe.errors import LetheError
 from lethe.results import listing
-from lethe.results.listing import Entry, entries, ordered, select, smallest, smallest_retain_coef
+from lethe.results.listing import Entry, entries, ordered, select
 from lethe.runs.run import Run, find_runs, now
 
 
@@ -334,29 +333,3 @@ def test_without_an_answer_from_slurm_the_heartbeat_decides(tmp_path: Path, slur
 
 
 # --- the boundary -----------------------------------------------------------------------------------------------------
-
-
-def test_the_smallest_that_stays_within(tmp_path: Path) -> None:
-    made = [make(tmp_path, f"r{retain}", retain, acc) for retain, acc in ((1, 0.41), (2, 0.43), (5, 0.44), (10, 0.45))]
-    assert smallest_retain_coef(made, "mmlu", 0.45, 0.02) == 2
-    assert smallest_retain_coef(made, "mmlu", 0.45, 0.01) == 5
-    assert smallest_retain_coef(made, "mmlu", 0.47, 0.01) is None
-    assert smallest_retain_coef(made, "mmlu", 0.45, 0.02, ["retain_coef>2"]) == 5
-    assert smallest_retain_coef([], "mmlu", 0.45, 0.02) is None
-    found = smallest(made, "cb_loss", "mmlu", 0.45, 0.02)
-    assert found is not None
-    assert (found[0], [run.id for run in found[1]]) == (0.2, [made[1].id])
-
-
-def test_every_repetition_has_to_hold_but_another_setting_answers_apart(tmp_path: Path) -> None:
-    seeds = [make(tmp_path, f"s{seed}", 2, acc, config={"seed": seed}) for seed, acc in ((0, 0.44), (1, 0.40))]
-    more = make(tmp_path, "r5", 5, 0.44)
-    assert smallest_retain_coef([*seeds, more], "mmlu", 0.45, 0.02) == 5
-    other = make(tmp_path, "full", 2, 0.44, config={"lora": None})
-    assert smallest_retain_coef([*seeds, more, other], "mmlu", 0.45, 0.02) == 2
-
-
-def test_numbers_measured_in_different_ways_are_refused(tmp_path: Path) -> None:
-    made = [make(tmp_path, "a", 2, 0.44), make(tmp_path, "b", 5, 0.45, fingerprint=None)]
-    with pytest.raises(LetheError, match="measured in different ways"):
-        smallest_retain_coef(made, "mmlu", 0.45, 0.02)
