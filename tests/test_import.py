@@ -172,11 +172,11 @@ def test_its_report_has_a_table_for_each_of_the_logs_and_measured_numbers_share_
     titles = [line.removeprefix("## Imported: ") for line in text.splitlines() if line.startswith("## Imported")]
     assert titles[:4] == ["Checkpoint Sweep", "Runs", "Retain Coef Sweep (512 steps, remove=5)", "Tampering"]
     assert titles[5:7] == ["LoRA", "LoRA (2)"]
-    for cell in ("~42.00 %", "43.75 %", "| diverged |", "Full recovery by step 5", "31.1447", "The optimizer had a fault"):
+    for cell in ("~42%", "| 0.4375 |", "| diverged |", "Full recovery by step 5", "31.1447", "The optimizer had a fault"):
         assert cell in text
     assert "Imported: Runs" in made["page"].read_text()
     (part,) = [part for part in text.split("## ") if "44.44 %" in part]
-    assert part.startswith("Evaluations") and "45.10 %" not in part
+    assert part.startswith("Evaluations") and "45.10" not in part
 
 
 def test_a_list_marks_imported_numbers(imported: Imported, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import fnmatch
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -31,9 +31,6 @@ SETTINGS = {f.name for kind in (c.UnlearnConfig, c.TamperConfig, c.EvaluateConfi
 DEFAULT_COLUMNS = ("id", "job_id", "kind", "name", "status", "age", "time", "progress", "eta", "results")
 ONLY_IF_THERE = {"job_id", "eta"}
 _CONDITION = re.compile(r"([\w.-]+?)\s*(!=|<=|>=|=|<|>)\s*(.*)", re.DOTALL)
-
-
-_ABSENT = object()
 
 
 @dataclass
@@ -117,14 +114,6 @@ class Entry:
 
     def value(self, name: str) -> Any:
         """The field's value; None if the run does not have the field."""
-        found = self._find(name)
-        return None if found is _ABSENT else found
-
-    def has(self, name: str) -> bool:
-        """Whether the run has the field, even if it is null."""
-        return self._find(name) is not _ABSENT
-
-    def _find(self, name: str) -> Any:
         name = ALSO.get(name, name)
         record = self.run.record
         if name in {"age", "time", "eta", "results", "status", "reason"}:
@@ -140,17 +129,31 @@ class Entry:
         if (task := name if name in evals else name.removeprefix("evals.")) in evals:
             return number(evals[task])
         places = (_inside(record, f"{place}.{name}" if place else name) for place in ("", *PLACES))
-        return next((found for found in places if found is not _ABSENT), _ABSENT)
+        return next((found for found in places if found is not None), None)
+
+    @cached_property
+    def names(self) -> set[str]:
+        """The names of the record's fields, those of settings, results and the like also without their place."""
+        every = set(_dotted(self.run.record))
+        places = tuple(f"{place}." for place in (*PLACES, "evals"))
+        return every | {name.removeprefix(place) for place in places for name in every if name.startswith(place)}
 
 
 def _inside(record: Any, name: str) -> Any:
-    """A field by its dotted name. A key may itself contain dots."""
+    """A field by its dotted name; None if it is not there. A key may itself contain dots."""
     if not isinstance(record, dict):
-        return _ABSENT
+        return None
     if name in record:
         return record[name]
     head, dot, rest = name.partition(".")
-    return _inside(record[head], rest) if dot and head in record else _ABSENT
+    return _inside(record[head], rest) if dot and head in record else None
+
+
+def _dotted(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in record.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def is_imported(run: Run) -> bool:
@@ -177,28 +180,13 @@ def refuse_unknown(names: Iterable[str], listed: Sequence[Entry], what: str) -> 
     Raises:
         LetheError: names the nearest field.
     """
+    known = {*COMPUTED, *ALSO, *SETTINGS}
     for name in names:
-        if name in COMPUTED or name in ALSO or name.removeprefix("config.") in SETTINGS or not listed:
+        if name.removeprefix("config.") in known or not listed or any(name in entry.names for entry in listed):
             continue
-        if not any(entry.has(name) for entry in listed):
-            known = {*COMPUTED, *ALSO, *SETTINGS}
-            for entry in listed:
-                known |= set(_names(entry.run.record))
-            raise LetheError(f"{what}: no run has a field '{name}'{nearest(name, _alike(name, known))}")
-
-
-def _alike(name: str, known: Iterable[str]) -> list[str]:
-    """The names that a wrong name could have meant: a name without dots means one without dots."""
-    return [k for k in known if "." in name or "." not in k] or list(known)
-
-
-def _names(record: dict[str, Any], prefix: str = "") -> Iterable[str]:
-    for key, value in record.items():
-        yield f"{prefix}{key}"
-        if prefix in {"config.", "plan.", "losses.", "evals."}:
-            yield str(key)
-        if isinstance(value, dict):
-            yield from _names(value, f"{prefix}{key}.")
+        every = known.union(*(entry.names for entry in listed))
+        alike = [other for other in every if "." in name or "." not in other]
+        raise LetheError(f"{what}: no run has a field '{name}'{nearest(name, alike)}")
 
 
 def select(listed: list[Entry], conditions: Iterable[str]) -> list[Entry]:

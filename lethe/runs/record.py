@@ -307,7 +307,8 @@ RECORD = _fields(
         **dict.fromkeys(("inherited", "footnotes"), _list(_text)),
         line=_whole,
         table=_whole,
-        settings=_object,
+        **dict.fromkeys(("settings", "row"), _object),
+        rows=_list(_object),
     ),
 )
 ROWS: dict[str, Check] = {
