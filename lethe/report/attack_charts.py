@@ -116,9 +116,9 @@ def worst_cells(study: Study, drawn: list[Series], forget: str, general: str | N
     for model in names:
         for settings, attack in attacks:
             series = own.get((model, settings))
-            trials = study.trials(series, forget, general) if series else []
-            known = any(len(trial.forget) > 1 and trial.general for trial in trials)
-            cells.append(_cell(names[model], attack, worst_case(trials, study.general_bound) if known else None))
+            curves = study.curves_of(series, forget, general) if series else []
+            known = any(len(each.forget) > 1 and each.general for each in curves)
+            cells.append(_cell(names[model], attack, worst_case(curves, study.general_bound) if known else None))
         cells.append(_cell(names[model], "worst case", study.worst_cases[model]))
     return cells
 

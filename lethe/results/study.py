@@ -184,27 +184,27 @@ class Study:
         found: dict[str, recovery.Worst | None] = {}
         for model, several in grouped(self.series, lambda series: series.model).items():
             own = {series.settings: series for series in several}
-            trials = []
+            curves = []
             for settings, name in attacks.items():
-                missing = recovery.Trial(name, [], [], "not run on this model")
-                trials += self.trials(own[settings], forget, general) if settings in own else [missing]
+                missing = recovery.AttackCurves(name, [], [], "not run on this model")
+                curves += self.curves_of(own[settings], forget, general) if settings in own else [missing]
             baseline = several[0].baseline
             before = baseline.evals.get(forget) if baseline and forget else None
-            found[model] = recovery.worst_case(trials, self.general_bound, number(before) if before else None)
+            found[model] = recovery.worst_case(curves, self.general_bound, number(before) if before else None)
         return found
 
-    def trials(self, series: Series, forget: str | None, general: str | None) -> list[recovery.Trial]:
-        """A series as one trial. Beside complete seeds, each seed that is not complete is a trial of its own."""
+    def curves_of(self, series: Series, forget: str | None, general: str | None) -> list[recovery.AttackCurves]:
+        """A series as one attack. Beside complete seeds, each seed that is not complete is an attack of its own."""
         twin = self.twin_of(series)
         control = twin.points_of(forget) if twin and forget else []
         unfinished = [attack for attack in series.attacks if attack not in series.measured]
         parts: list[tuple[str, Series | Attack, str | None]] = [(series.attack, series, None if unfinished else series.reason)]
         parts += [(f"{series.attack}, seed {attack.seed}", attack, attack.reason) for attack in unfinished]
-        trials = []
+        curves = []
         for name, part, reason in parts:
             on_forget, on_general = (part.points_of(task) if task else [] for task in (forget, general))
-            trials.append(recovery.Trial(name, on_forget, on_general, reason, control))
-        return trials
+            curves.append(recovery.AttackCurves(name, on_forget, on_general, reason, control))
+        return curves
 
     def _attack(self, run: Shown) -> Attack:
         before: list[Shown] = []
