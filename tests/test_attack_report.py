@@ -8,10 +8,10 @@ import pytest
 from studies import FORGET, RETAIN, Folder, grid, whole_study
 
 from lethe.config import ReportConfig
-from lethe.report import report
 from lethe.report.attack_charts import worst_cells
 from lethe.report.attacks import recovery_note
 from lethe.report.charts import all_charts
+from lethe.report.folder import report
 from lethe.report.headline import headline
 from lethe.results.format import MISSING
 from lethe.runs.run import Run

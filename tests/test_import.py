@@ -13,7 +13,7 @@ from logs import HEAD, imported_text, jobs
 from lethe.cli import main
 from lethe.config import ImportConfig, ReportConfig, ResumeConfig
 from lethe.errors import LetheError
-from lethe.report import report
+from lethe.report.folder import report
 from lethe.results.listing import Entry
 from lethe.runs.importing import Imported, import_log
 from lethe.runs.logbook import column

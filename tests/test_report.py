@@ -20,8 +20,9 @@ from studies import CLOZE, FORGET, RETAIN, TARGET, Folder, accuracy, evals, grid
 
 from lethe.config import ReportConfig
 from lethe.errors import LetheError
-from lethe.report import _write, report, tables
+from lethe.report import tables
 from lethe.report.charts import all_charts
+from lethe.report.folder import _write, report
 from lethe.report.headline import headline
 from lethe.results.format import MISSING
 from lethe.results.listing import entries
@@ -310,7 +311,7 @@ def test_the_page_draws_its_charts_in_a_browser(study: Folder, tmp_path: Path) -
 
 def test_importing_reports_leaves_torch_out() -> None:
     heavy = "{'torch', 'transformers', 'lm_eval'}"
-    modules = "sys, lethe.report, lethe.report.page, lethe.report.tables, lethe.results.regimes"
+    modules = "sys, lethe.report.folder, lethe.report.page, lethe.report.tables, lethe.results.regimes"
     code = f"import {modules}; print(*{heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 

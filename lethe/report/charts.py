@@ -36,9 +36,8 @@ def all_charts(study: Study) -> dict[str, tuple[str, Any]]:
             charts[_name("checkpoints", number)] = (caption, checkpoint_chart(run))
     for number, target in enumerate(study.targets[:MAX_CHARTS]):
         if losses := _loss_points(target.runs):
-            shown = (
-                f" The first {len(marks.PALETTE)} of {len(target.runs)} runs." if len(target.runs) > len(marks.PALETTE) else ""
-            )
+            count, most = len(target.runs), len(marks.PALETTE)
+            shown = f" The first {most} of {count} runs." if count > most else ""
             caption = "Mean of each loss over the tokens of an optimizer update, without its coefficient." + shown
             charts[_name("losses", number)] = (caption, losses_chart(losses))
         if chart := tradeoff_chart(target):
