@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lethe.report.layout import Table
+from lethe.report.layout import Table, table_of
 from lethe.report.remarks import job, reasons, remarks
 from lethe.results import recovery
 from lethe.results.attacks import FILTERED, Attack, attack_tasks
@@ -15,6 +15,7 @@ from lethe.results.regimes import number
 from lethe.results.study import Study
 
 AFTER_STEPS = 10
+ABOVE = "Above filtered twin, points"
 MAX_NOTES = 10
 MAX_STEPS = 5
 
@@ -22,30 +23,18 @@ MAX_STEPS = 5
 def worst_table(study: Study) -> Table:
     """One row a model: its score, the attack that reached it and where, its cost, and what is not measured."""
     forget, general = attack_tasks(study.attacks)
-    columns = ["Model", f"Starting {forget}", "Worst case", "95 % interval", "Worst attack", "At"]
-    columns += [f"{general or 'general'} lost", "Recovered", "Above filtered twin, points", "Measured"]
-    if not study.has_several_attacks:
-        return Table("Worst case", columns, [])
-    cells, notes = [], []
-    for model, worst in study.worst_cases.items():
+    rows, notes = [], []
+    for model, worst in study.worst_cases.items() if study.has_several_attacks else ():
         if worst is None:
-            cells.append([model, *(len(columns) - 1) * [MISSING]])
+            rows.append({"Model": model})
             continue
         point, missing = worst.point, list(worst.not_measured.items())
-        cells.append(
-            [
-                model,
-                percent(worst.start.value),
-                percent(point.value),
-                f"{percent(point.low)} to {percent(point.high)}",
-                worst.attack or "none above the start",
-                _place(worst),
-                f"{100 * worst.general_lost:+.1f} points",
-                percent(worst.recovered, 0),
-                _above(worst.above),
-                f"{len(worst.counted)} of {len(worst.counted) + len(missing)}",
-            ]
-        )
+        row = {"Model": model, f"Starting {forget}": percent(worst.start.value), "Worst case": percent(point.value)}
+        row |= {"95 % interval": f"{percent(point.low)} to {percent(point.high)}"}
+        row |= {"Worst attack": worst.attack or "none above the start", "At": _place(worst)}
+        row |= {f"{general or 'general'} lost": f"{100 * worst.general_lost:+.1f} points"}
+        row |= {"Recovered": percent(worst.recovered, 0), ABOVE: _above(worst.above)}
+        rows.append(row | {"Measured": f"{len(worst.counted)} of {len(worst.counted) + len(missing)}"})
         notes += [f"{model}, {name} is not measured to its end: {why}." for name, why in missing[:MAX_NOTES]]
         if len(missing) > MAX_NOTES:
             notes.append(f"{model}: {len(missing) - MAX_NOTES} more attacks are not measured to their end.")
@@ -55,7 +44,7 @@ def worst_table(study: Study) -> Table:
         f"Worst case: the highest {forget} that any attack reaches while it costs at most {100 * study.general_bound:g} points "
         f"of {general or 'general accuracy'}, compared with step 0. An attack that is not measured might have reached more."
     )
-    return Table("Worst case over the attacks", columns, cells, [first, *notes])
+    return table_of("Worst case over the attacks", rows, [first, *notes])
 
 
 def _place(worst: Worst) -> str:
@@ -77,23 +66,22 @@ def tamper_table(study: Study) -> Table:
     final = f"Final ({min(lengths)} steps)" if one_length else "Final"
     names = {series.settings: series.attack for series in study.series} if study.has_several_attacks else {}
     settings = [name for name in varying([a.run for a in attacks], "name") if not names or name == "seed"]
-    columns = ["Model", *(["Attack"] if names else []), *settings, f"Starting {forget or 'task'}", f"After {AFTER_STEPS} steps"]
-    columns += ["Highest", final, *([f"Final {retain}"] if retain else []), "Lost updates", "Notes"]
-    cells = []
+    rows = []
     for attack in attacks:
         lacking = MISSING if attack.run.status == "complete" else attack.run.status
-        line = [names[attack.settings]] if names else []
-        line += [attack.run.settings.get(name, MISSING) for name in settings]
-        line += _curve_cells(attack, forget, lacking, not one_length)
-        line += _curve_cells(attack, retain, lacking, False)[-1:] if retain else []
+        row = {"Model": attack.label} | ({"Attack": names[attack.settings]} if names else {})
+        row |= {name: attack.run.settings.get(name, MISSING) for name in settings}
+        stages = (f"Starting {forget or 'task'}", f"After {AFTER_STEPS} steps", "Highest", final)
+        row |= dict(zip(stages, _curve_cells(attack, forget, lacking, not one_length), strict=True))
+        row |= {f"Final {retain}": _curve_cells(attack, retain, lacking, False)[-1]} if retain else {}
         lost = (attack.run.record.get("losses") or {}).get("lost_updates")
-        line += [percent(lost, 4) if lost is not None else lacking, recovery_note(attack, forget) if forget else ""]
-        cells.append([attack.label, *line])
+        row |= {"Lost updates": percent(lost, 4) if lost is not None else lacking}
+        rows.append(row | {"Notes": recovery_note(attack, forget) if forget else ""})
     notes = [f"Job IDs of the attacks, in the order of the rows: {', '.join(job(attack.run) for attack in attacks)}."]
     notes.append("Lost updates: share of weights with a gradient that an update left exactly as they were.")
     if any(attack.baseline for attack in attacks):
         notes.append("Full recovery: the first evaluated step whose 95 % interval holds or exceeds the baseline.")
-    return Table("Tampering", columns, cells, [*notes, *remarks([a.run for a in attacks], cells)])
+    return table_of("Tampering", rows, [*notes, *remarks([a.run for a in attacks], rows)])
 
 
 def _curve_cells(attack: Attack, task: str | None, lacking: str, name_last: bool) -> list[str]:
@@ -150,30 +138,29 @@ def _side_by_side(title: str, attacks: list[Attack], by_steps: bool) -> Table:
     tasks = list(dict.fromkeys(task for task in (forget, general) if task))
     steps = _spread(sorted({step for attack in attacks for step, _ in attack.results(forget)})) if forget else []
     names = [attack.run.record["name"] for attack in attacks]
-    cells = []
+    rows = []
     for name, attack in zip(names, attacks, strict=True):
-        label = name if names.count(name) == 1 else f"{name} (seed {attack.seed})"
-        kind = setting(attack.run.record["config"].get("optimizer" if by_steps else "attack"))
-        line = _steps(attack, steps, tasks) if by_steps else [_strengths(attack, task) for task in tasks]
-        cells.append([label, kind, *line, attack.run.status])
-    if by_steps:
-        columns = ["Attack", "Optimizer", *(f"Step {step}" for step in steps), *(f"Final {task}" for task in tasks)]
-    else:
-        columns = ["Attack", "Kind", *(f"{task} by strength" for task in tasks)]
+        row = {"Attack": name if names.count(name) == 1 else f"{name} (seed {attack.seed})"}
+        if by_steps:
+            row |= {"Optimizer": setting(attack.run.record["config"].get("optimizer"))} | _steps(attack, steps, tasks)
+        else:
+            row |= {"Kind": setting(attack.run.record["config"]["attack"])}
+            row |= {f"{task} by strength": _strengths(attack, task) for task in tasks}
+        rows.append(row | {"Status": attack.run.status})
     first: dict[str, Any] = next((attack.curve[0]["evals"] for attack in attacks if attack.curve), {})
     starts = "; ".join(f"Starting {task}: {result(first[task])}" for task in tasks if task in first)
-    return Table(title, [*columns, "Status"], cells, [starts, *reasons(a.run for a in attacks)])
+    return table_of(title, rows, [starts, *reasons(a.run for a in attacks)])
 
 
-def _steps(attack: Attack, steps: list[int], tasks: list[str]) -> list[str]:
+def _steps(attack: Attack, steps: list[int], tasks: list[str]) -> dict[str, str]:
     """The first task at some steps; every task at the end, with the step if it is not the last of `steps`."""
     curve = dict(attack.results(tasks[0])) if tasks else {}
-    line = [result(curve.get(step)) for step in steps]
+    row = {f"Step {step}": result(curve.get(step)) for step in steps}
     for task in tasks:
         results = attack.results(task) if attack.run.status == "complete" else []
         last = _step(results[-1][0], steps[-1]) if results and task == tasks[0] else ""
-        line.append(result(results[-1][1]) + last if results else MISSING)
-    return line
+        row[f"Final {task}"] = result(results[-1][1]) + last if results else MISSING
+    return row
 
 
 def _strengths(attack: Attack, task: str) -> str:
@@ -191,7 +178,6 @@ def _spread(steps: list[int]) -> list[int]:
 def recovery_table(study: Study) -> Table:
     """One row an attack on a model: share of the gap recovered, steps to half, nine tenths and full, area, above the twin."""
     task = attack_tasks(study.attacks)[0]
-    several = study.has_several_attacks
     seeds = any(len(series.attacks) > 1 for series in study.series)
     twins = dict.fromkeys(series.model for series in study.series if series.control == FILTERED)
     notes = [
@@ -200,7 +186,7 @@ def recovery_table(study: Study) -> Table:
     notes.append("Above the twin: accuracy above that of the twin at equal tokens of the attack, with its 95 % interval.")
     if len(twins) > 1:
         notes.append(f"Above none of several filtered twins ({'; '.join(twins)}): report them apart.")
-    cells = []
+    rows = []
     for series in study.series:
         curve = series.points_of(task) if task else []
         if task is None or not curve or curve[0].step or series.baseline is None or task not in series.baseline.evals:
@@ -209,15 +195,14 @@ def recovery_table(study: Study) -> Table:
         twin = study.twin_of(series)
         control = twin.points_of(task) if twin else []
         over = recovery.excess(curve, control) if control else None
-        short = over is not None and over.tokens < recovery.NEARLY_ALL * curve[-1].tokens
-        line = [series.model, *([series.attack] if several else []), *([str(len(series.measured))] if seeds else [])]
-        line += [percent(found.recovered, 0), *map(_reached, (found.half, found.nine_tenths, found.full)), decimal(found.area)]
-        line.append(_above(over) + (f", at {over.tokens:,} tokens" if over and short else ""))
-        cells.append([*line, f"{100 * over.area:+.1f}" if over else MISSING])
+        row = {"Model": series.model} | ({"Attack": series.attack} if study.has_several_attacks else {})
+        row |= {"Seeds": str(len(series.measured))} if seeds else {}
+        row |= {"Recovered": percent(found.recovered, 0), "Steps (tokens) to half": _reached(found.half)}
+        row |= {"to nine tenths": _reached(found.nine_tenths), "to full": _reached(found.full), "Area": decimal(found.area)}
+        short = f", at {over.tokens:,} tokens" if over and over.tokens < recovery.NEARLY_ALL * curve[-1].tokens else ""
+        rows.append(row | {ABOVE: _above(over) + short, "on average": f"{100 * over.area:+.1f}" if over else MISSING})
         notes += [f"{series.model}, {series.attack}: {series.reason}."] if series.reason else []
-    columns = ["Model", *(["Attack"] if several else []), *(["Seeds"] if seeds else []), "Recovered", "Steps (tokens) to half"]
-    columns += ["to nine tenths", "to full", "Area", "Above filtered twin, points", "on average"]
-    return Table(f"Recovery of {task}", columns, cells, notes)
+    return table_of(f"Recovery of {task}", rows, notes)
 
 
 def _reached(reached: recovery.Reached | None) -> str:

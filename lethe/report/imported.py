@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lethe.report.layout import Table
+from lethe.report.layout import Table, table_of
 from lethe.report.remarks import reasons
 from lethe.results.comparable import grouped
-from lethe.results.format import MISSING
 from lethe.runs.logbook import plain
 from lethe.runs.run import Run
 
@@ -31,9 +30,9 @@ def _table(file: str, group: str, number: int, runs: list[Run]) -> Table:
         facts = run.record["imported"]
         rows += facts.get("rows") or [facts.get("row") or {"Name": run.record["name"]}]
         notes += [f"{run.record['name']}: {text}" for text in facts.get("footnotes", [])]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[plain(str(row.get(name, ""))) or MISSING for name in columns] for row in rows]
+    cells = [{plain(name): text for name, cell in row.items() if (text := plain(str(cell)))} for row in rows]
     if any("steps" in run.record["imported"] for run in runs):
         notes.append("Steps: the log's number, which may count updates or forward passes.")
     again = f" ({number})" if number > 1 else ""
-    return Table(f"Imported: {group or file}{again}", [plain(name) for name in columns], cells, [*notes, *reasons(runs)])
+    columns = [plain(name) for row in rows for name in row]
+    return table_of(f"Imported: {group or file}{again}", cells, [*notes, *reasons(runs)], columns=columns)

@@ -9,12 +9,13 @@ what has a meaning in it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lethe.results.format import DEGENERATE, shown
+from lethe.results.format import DEGENERATE, MISSING, shown
 
 if TYPE_CHECKING:
     import jinja2
@@ -90,6 +91,12 @@ class Table:
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
         return table
+
+
+def table_of(title: str, rows: list[dict[str, str]], notes: list[str], lead: str = "", columns: Iterable[str] = ()) -> Table:
+    """A table from rows that hold texts by column: first `columns`, then all others of any row; what a row lacks is `-`."""
+    names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
+    return Table(title, names, [[row.get(name, MISSING) for name in names] for row in rows], notes, lead)
 
 
 @cache

@@ -17,14 +17,14 @@ def job(run: Run) -> str:
     return name if run.status == "complete" else f"{name} ({run.status})"
 
 
-def degenerate(cells: list[list[str]]) -> list[str]:
+def degenerate(rows: list[dict[str, str]]) -> list[str]:
     """The note on degenerate results, if a table has any."""
-    return [DEGENERATE_NOTE] if any(cell.endswith(DEGENERATE) for row in cells for cell in row) else []
+    return [DEGENERATE_NOTE] if any(cell.endswith(DEGENERATE) for row in rows for cell in row.values()) else []
 
 
-def remarks(runs: Sequence[Run], cells: list[list[str]]) -> list[str]:
+def remarks(runs: Sequence[Run], rows: list[dict[str, str]]) -> list[str]:
     """Notes on degenerate results, on numbers that stand apart and on runs that are not complete."""
-    notes = degenerate(cells)
+    notes = degenerate(rows)
     if apart := [run.record["name"] for run in runs if getattr(run, "apart", None)]:
         which = ", ".join(apart[:10]) + (f" and {len(apart) - 10} more" if len(apart) > 10 else "")
         notes.append(f"{MISSING} of {which}: measured in another way, see the table of that name.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lethe.report.layout import Table
+from lethe.report.layout import Table, table_of
 from lethe.report.remarks import degenerate
 from lethe.results.comparable import tasks_of
 from lethe.results.format import MISSING, percent, result, setting
@@ -20,23 +20,20 @@ def sweep_table(run: Run) -> Table:
         trials = sorted(trials, key=lambda trial: (trial["point"].get(varied[0], float("-inf")), trial["seed"] or 0))
     seeds = len({trial["seed"] for trial in trials if trial["seed"] is not None}) > 1
     judged = any(trial.get("regime") for trial in trials)
-    attacked = any("after_attack" in trial for trial in trials)
     columns = ["run", "job", *varied, *["seed"] * seeds, *tasks, *["regime", "selectivity"] * judged]
-    columns += [*["highest in attack"] * attacked, "status"]
     rows, notes = [], []
     for trial in trials:
-        row = [trial["name"], str(trial.get("job_id") or ", ".join(trial["runs"]) or MISSING)]
-        row += [setting(trial["point"][name]) if name in trial["point"] else MISSING for name in varied]
-        row += [MISSING if trial["seed"] is None else str(trial["seed"])] * seeds
-        row += [result(trial["evals"].get(task)) for task in tasks]
-        if judged:
-            selectivity = trial.get("selectivity")
-            row += [trial.get("regime") or MISSING, f"{selectivity['value']:.2f}" if selectivity else MISSING]
-        row += [percent(trial["after_attack"]) if "after_attack" in trial else MISSING] * attacked
-        rows.append([*row, trial["status"] + (" (measured before)" if trial["reused"] else "")])
+        row = {"run": trial["name"], "job": str(trial.get("job_id") or ", ".join(trial["runs"]) or MISSING)}
+        row |= {name: setting(value) for name, value in trial["point"].items()}
+        row |= {"seed": str(trial["seed"])} if seeds and trial["seed"] is not None else {}
+        row |= {task: result(found) for task, found in trial["evals"].items()}
+        row |= {"regime": trial["regime"]} if trial.get("regime") else {}
+        row |= {"selectivity": f"{trial['selectivity']['value']:.2f}"} if trial.get("selectivity") else {}
+        row |= {"highest in attack": percent(trial["after_attack"])} if "after_attack" in trial else {}
+        rows.append(row | {"status": trial["status"] + (" (measured before)" if trial["reused"] else "")})
         if trial["reason"] and trial["status"] != "complete":
             log = f" Its log ends: {' / '.join(trial['log'])}" if trial["log"] else ""
             notes.append(f"{trial['name']} {trial['status']}: {trial['reason']}.{log}")
     notes += [*degenerate(rows), *(run.record.get("conclusions") or [])]
     title = f"{'Suite' if 'suite' in run.record['config'] else 'Sweep'} {run.record['name']} ({run.id})"
-    return Table(title, columns, rows, notes, run.record.get("goal") or "")
+    return table_of(title, rows, notes, run.record.get("goal") or "", columns)

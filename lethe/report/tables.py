@@ -13,16 +13,16 @@ from typing import Any
 
 from lethe.report.attacks import attack_tables, recovery_table, tamper_table, worst_table
 from lethe.report.imported import imported_tables
-from lethe.report.layout import Table
+from lethe.report.layout import Table, table_of
 from lethe.report.provenance import apart_table, models_table, provenance_table
-from lethe.report.remarks import job, reasons, remarks
+from lethe.report.remarks import degenerate, job, reasons, remarks
 from lethe.report.sweeps import sweep_table
 from lethe.results import format, regimes
 from lethe.results.comparable import Evals, Shown, tasks_of, varying
 from lethe.results.format import DEGENERATE, MISSING, compact, decimal, percent, result, setting
 from lethe.results.listing import DEFAULT_COLUMNS, ONLY_IF_THERE, Entry, is_imported
 from lethe.results.study import Study
-from lethe.results.targets import Target, row_of
+from lethe.results.targets import Target
 from lethe.runs.run import Run
 
 IMPORTED = "‡"
@@ -65,7 +65,7 @@ def checkpoints_table(run: Run) -> Table:
     """Checkpoint | a column a task | Notes."""
     rows = run.record["checkpoints"]
     tasks = tasks_of(row["evals"] for row in rows)
-    cells = [[row["name"], *(result(row["evals"].get(task)) for task in tasks), row.get("note") or ""] for row in rows]
+    lines = [{"Checkpoint": row["name"], **_results(row["evals"]), "Notes": row.get("note") or ""} for row in rows]
     notes = [f"~Random: the lower end of the 95 % interval of {tasks[0]} is not above chance."] if tasks else []
     measured = sum(bool(row["evals"]) for row in rows)
     if run.status == "complete" and measured < len(rows):
@@ -74,7 +74,8 @@ def checkpoints_table(run: Run) -> Table:
     notes += [f"Not monotone: {words}." for words in fell]
     if fell and measured < len(rows):
         notes.append("So there may be later ignorant checkpoints among those that were not measured.")
-    return Table("Checkpoint sweep", ["Checkpoint", *tasks, "Notes"], cells, [*notes, *remarks([run], cells)])
+    notes += remarks([run], lines)
+    return table_of("Checkpoint sweep", lines, notes, columns=["Checkpoint", *tasks])
 
 
 def lab_table(run: Run) -> Table:
@@ -84,15 +85,18 @@ def lab_table(run: Run) -> Table:
     tasks = tasks_of(row["evals"] for row in [*rows, *twin])
     onset = run.record["config"].get("onset")
     forget = regimes.forget_task(tasks)
-    cells = []
+    lines = []
     for row in [*rows, *twin]:
         notes = ["~Random"] if forget and regimes.at_chance(row["evals"][forget]) else []
         notes += ["onset: forget text enters after this step"] if row["step"] == onset else []
         notes += ["twin without forget text"] if row in twin else []
-        values = [result(row["evals"].get(task)) for task in tasks]
-        cells.append([row["name"], str(row["step"]), f"{row['tokens']:,}", *values, "; ".join(notes)])
-    columns = ["Checkpoint", "Step", "Tokens", *tasks, "Notes"]
-    return Table(f"Lab '{run.record['name']}'", columns, cells, remarks([run], cells))
+        line = {"Checkpoint": row["name"], "Step": str(row["step"]), "Tokens": f"{row['tokens']:,}"}
+        lines.append(line | _results(row["evals"]) | {"Notes": "; ".join(notes)})
+    return table_of(f"Lab '{run.record['name']}'", lines, remarks([run], lines))
+
+
+def _results(evals: Evals) -> dict[str, str]:
+    return {task: result(found) for task, found in evals.items()}
 
 
 def unlearning_table(target: Target, name_target: bool) -> Table:
@@ -101,25 +105,21 @@ def unlearning_table(target: Target, name_target: bool) -> Table:
     losses = _loss_names(target.runs)
     settings = _settings_columns(target.runs)
     judged = target.baseline is not None and bool(target.runs)
-    columns = ["Job ID", *settings, "Steps", *losses, *tasks, *(["regime", "selectivity"] if judged else [])]
-    cells = []
-    for row in [target.baseline, *target.sources]:
-        if row:
-            blank = [MISSING] * (len(settings) + 1 + len(losses))
-            tail = [MISSING] * (2 if judged else 0)
-            cells.append([row.label, *blank, *(result(row.evals.get(task)) for task in tasks), *tail])
+    rows = [{"Job ID": row.label, **_results(row.evals)} for row in (target.baseline, *target.sources) if row]
     for run in target.runs:
         lacking = MISSING if run.status == "complete" else run.status
         plan, found, evals = (run.record.get(key) or {} for key in ("plan", "losses", "evals"))
-        line = [run.settings.get(key, "full" if name == "lora_r" else MISSING) for name, key in settings.items()]
-        line += [str(plan["steps"]) if "steps" in plan else lacking]
-        line += [decimal(found[name]) if name in found else lacking for name in losses]
-        line += [result(evals[task]) if task in evals else lacking for task in tasks]
-        line += _judgement(evals, target, lacking) if judged else []
-        cells.append([job(run), *line])
+        row = {"Job ID": job(run)} | {
+            n: run.settings.get(key, "full" if n == "lora_r" else MISSING) for n, key in settings.items()
+        }
+        row |= {"Steps": str(plan["steps"]) if "steps" in plan else lacking}
+        row |= {name: decimal(found[name]) if name in found else lacking for name in losses}
+        row |= dict.fromkeys(tasks, lacking) | _results(evals)
+        rows.append(row | (_judgement(evals, target, lacking) if judged else {}))
     title = f"Runs: {target.ref}" if name_target else "Runs"
     notes = _regime_notes(target) if judged else []
-    return Table(title, columns, cells, [*notes, *remarks(target.runs, cells)])
+    columns = ["Job ID", *settings, "Steps", *losses, *tasks]
+    return table_of(title, rows, [*notes, *remarks(target.runs, rows)], columns=columns)
 
 
 def _settings_columns(runs: list[Shown]) -> dict[str, str]:
@@ -139,17 +139,14 @@ def _loss_names(runs: Sequence[Run]) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: (not name.startswith("retain_"), name))
 
 
-def _judgement(evals: Evals, target: Target, lacking: str) -> list[str]:
+def _judgement(evals: Evals, target: Target, lacking: str) -> dict[str, str]:
     """Regime and selectivity of a run."""
-    if None in target.judged:
-        return [MISSING, MISSING]
-    if not set(target.judged) <= set(evals):
-        return [lacking, lacking]
     judged = target.judge(evals)
     if judged is None:
-        return [MISSING, MISSING]
+        is_missing = None not in target.judged and not set(target.judged) <= set(evals)
+        return dict.fromkeys(("regime", "selectivity"), lacking if is_missing else MISSING)
     mark = DEGENERATE if any(evals[task].get("degenerate") for task in target.judged if task) else ""
-    return [judged[0] + mark, f"{judged[1].value:.2f}{mark}"]
+    return {"regime": judged[0] + mark, "selectivity": f"{judged[1].value:.2f}{mark}"}
 
 
 def _regime_notes(target: Target) -> list[str]:
@@ -170,7 +167,7 @@ def _regime_notes(target: Target) -> list[str]:
 
 def updates_table(runs: Sequence[Run]) -> Table:
     """What training did to each model: agreement with its teachers, distance and stable rank of the update."""
-    cells = []
+    rows = []
     for run in runs:
         layers, agreement = run.record.get("update_by_layer"), run.record.get("agreement")
         if not layers or not agreement:
@@ -182,12 +179,12 @@ def updates_table(runs: Sequence[Run]) -> Table:
             for name, layer in layers.items()
             if layer["distance"] > 0
         )
-        shares = [percent(agreement.get(name)) for name in ("forget_with_source", "retain_with_reference")]
-        mean_rank = f"{math.fsum(ranks) / len(ranks):.1f}" if ranks else MISSING
-        cells.append([job(run), run.record["name"], *shares, compact(total), mean_rank, by_layer])
-    columns = ["Job ID", "Name", "forget: top token as source's", "retain: top token as before"]
-    notes = ["By layer: distance (mean stable rank of its matrices)."]
-    return Table("Updates", [*columns, "‖θ − θ₀‖", "stable rank", "by layer"], cells, notes)
+        row = {"Job ID": job(run), "Name": run.record["name"]}
+        row |= {"forget: top token as source's": percent(agreement.get("forget_with_source"))}
+        row |= {"retain: top token as before": percent(agreement.get("retain_with_reference")), "‖θ − θ₀‖": compact(total)}
+        row |= {"stable rank": f"{math.fsum(ranks) / len(ranks):.1f}" if ranks else MISSING, "by layer": by_layer}
+        rows.append(row)
+    return table_of("Updates", rows, ["By layer: distance (mean stable rank of its matrices)."])
 
 
 def affine_table(scores: dict[str, dict[str, float]], title: str = "Affine maps") -> Table:
@@ -204,11 +201,11 @@ def evals_table(evals: dict[str, dict[str, Any]], title: str = "Evaluation", mis
     """Task | value | 95 % interval | n | chance | shots | fingerprint. Notes say why a number is missing."""
     rows = []
     for task, r in evals.items():
-        measured = [str(r["n"]), percent(r.get("chance")), str(r.get("num_fewshot", MISSING)), str(r.get("fingerprint"))]
-        rows.append([task, result(r), format.interval(r), *measured])
-    rows += [[task, *[MISSING] * 6] for task in missing or {}]
-    columns = ["Task", "Value", "95 % interval", "n", "Chance", "Shots", "Fingerprint"]
-    return Table(title, columns, rows, [*_missing_notes(missing), *remarks([], rows)])
+        row = {"Task": task, "Value": result(r), "95 % interval": format.interval(r), "n": str(r["n"])}
+        row |= {"Chance": percent(r.get("chance")), "Shots": str(r.get("num_fewshot", MISSING))}
+        rows.append(row | {"Fingerprint": str(r.get("fingerprint"))})
+    rows += [{"Task": task} for task in missing or {}]
+    return table_of(title, rows, [*_missing_notes(missing), *degenerate(rows)])
 
 
 def compare_table(compared: dict[str, Any]) -> Table:
@@ -218,18 +215,22 @@ def compare_table(compared: dict[str, Any]) -> Table:
     for task, found in compared["tasks"].items():
         exact = "p" in found
         write = percent if exact else decimal
-        interval = f"{write(found['low'])} to {write(found['high'])}"
-        flips = [str(len(found[side])) if exact else MISSING for side in ("lost", "gained")]
-        p = compact(found["p"]) if exact else MISSING
-        values = [write(found[key]) for key in ("a", "b", "difference")]
-        rows.append([task, *values, interval, p, *flips, str(found["n"])])
+        row = {"Task": task, "A": write(found["a"]), "B": write(found["b"]), "B − A": write(found["difference"])}
+        row |= {
+            "95 % interval": f"{write(found['low'])} to {write(found['high'])}",
+            "p": MISSING,
+            "Lost": MISSING,
+            "Gained": MISSING,
+        }
+        if exact:
+            row |= {"p": compact(found["p"]), "Lost": str(len(found["lost"])), "Gained": str(len(found["gained"]))}
+        rows.append(row | {"n": str(found["n"])})
         for side, words in (("lost", "right in A, wrong in B"), ("gained", "wrong in A, right in B")) if exact else ():
             several = len({flip["subtask"] for flip in found[side]}) > 1
             named = [f"{flip['subtask']} {flip['doc_id']}" if several else str(flip["doc_id"]) for flip in found[side]]
             notes += [f"{task}, questions {words}: {', '.join(named)}."] if named else []
     notes += ["p: exact McNemar test."] if any("p" in found for found in compared["tasks"].values()) else []
-    columns = ["Task", "A", "B", "B − A", "95 % interval", "p", "Lost", "Gained", "n"]
-    return Table("Comparison", columns, rows, notes)
+    return table_of("Comparison", rows, notes)
 
 
 def _missing_notes(missing: dict[str, str] | None) -> list[str]:
@@ -238,15 +239,14 @@ def _missing_notes(missing: dict[str, str] | None) -> list[str]:
 
 def evaluations_table(runs: Sequence[Shown]) -> Table:
     """Evaluation runs side by side: Model | Job ID | a column a task."""
-    rows = [row_of(run, run.record["config"].get("model", "?")) for run in runs]
-    tasks = tasks_of(row.evals for row in rows)
-    cells = []
-    for run, row in zip(runs, rows, strict=True):
+    tasks = tasks_of(run.record.get("evals") or {} for run in runs)
+    rows = []
+    for run in runs:
         lacking = MISSING if run.status == "complete" else run.status
-        values = [result(row.evals[task]) if task in row.evals else lacking for task in tasks]
-        cells.append([row.label, run.record["name"], job(run), *values])
+        row = {"Model": run.record["config"].get("model", "?"), "Name": run.record["name"], "Job ID": job(run)}
+        rows.append(row | dict.fromkeys(tasks, lacking) | _results(run.record.get("evals") or {}))
     missing = [note for run in runs for note in _missing_notes(run.record.get("evals_missing"))]
-    return Table("Evaluations", ["Model", "Name", "Job ID", *tasks], cells, [*missing, *remarks(runs, cells)])
+    return table_of("Evaluations", rows, [*missing, *remarks(runs, rows)])
 
 
 def runs_table(listed: list[Entry], columns: Sequence[str] = ()) -> Table:
