@@ -1,4 +1,4 @@
-"""Importing a hand-kept log: every kind of cell, what rows inherit, and nothing that cannot be read goes unsaid."""
+"""Importing a log written by hand: every kind of cell, what rows inherit, and the list of what cannot be read."""
 
 from __future__ import annotations
 

@@ -40,31 +40,8 @@ class Entry:
     run: Run
     job: slurm.JobState | None = None
 
-    @cached_property
-    def _status_and_reason(self) -> tuple[str, str | None]:
-        run, reason = self.run, self.run.record.get("reason")
-        status = str(run.status)
-        job = self.job
-        if job is None or job.alive is None:
-            return status, reason
-        if job.word == slurm.UNKNOWN:
-            return "lost", f"Slurm no longer knows job {run.record['job_id']}"
-        if job.alive and job.word not in slurm.WORKS:
-            return "queued", f"Slurm: {job.word}, {job.reason}"
-        if job.alive:
-            return status, reason if status != "lost" else f"Slurm: {job.word}, but the run has no heartbeat"
-        ended = "cancelled" if job.word == "CANCELLED" else "lost" if job.word == "COMPLETED" else "failed"
-        return ended, f"Slurm: {job.word}, {job.reason}"
-
-    @property
-    def status(self) -> str:
-        """The run's status; of an unfinished run under Slurm, what its job's state makes of it."""
-        return self._status_and_reason[0]
-
-    @property
-    def reason(self) -> str | None:
-        """Why the run has its status."""
-        return self._status_and_reason[1]
+    def __post_init__(self) -> None:
+        self.status, self.reason = _status(self.run, self.job)
 
     @property
     def age(self) -> float:
@@ -137,6 +114,21 @@ class Entry:
         every = set(_dotted(self.run.record))
         places = tuple(f"{place}." for place in (*PLACES, "evals"))
         return every | {name.removeprefix(place) for place in places for name in every if name.startswith(place)}
+
+
+def _status(run: Run, job: slurm.JobState | None) -> tuple[str, str | None]:
+    """The status of a run and its reason; of an unfinished run under Slurm, what the state of its job makes of them."""
+    status, reason = str(run.status), run.record.get("reason")
+    if job is None or job.alive is None:
+        return status, reason
+    if job.word == slurm.UNKNOWN:
+        return "lost", f"Slurm no longer knows job {run.record['job_id']}"
+    if job.alive and job.word not in slurm.WORKS:
+        return "queued", f"Slurm: {job.word}, {job.reason}"
+    if job.alive:
+        return status, reason if status != "lost" else f"Slurm: {job.word}, but the run has no heartbeat"
+    ended = "cancelled" if job.word == "CANCELLED" else "lost" if job.word == "COMPLETED" else "failed"
+    return ended, f"Slurm: {job.word}, {job.reason}"
 
 
 def _inside(record: Any, name: str) -> Any:
