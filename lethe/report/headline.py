@@ -53,8 +53,7 @@ def tiles(study: Study) -> list[tuple[str, str]]:
     target = next((target for target in study.targets if target.best and target.baseline), None)
     if target is None or target.best is None:
         return []
-    parts = zip(("forget", "retain"), target.judged, strict=True)
-    found = [(_change(target.best, target, task), f"{what}: {task}") for what, task in parts if _is_there(task, target.best)]
+    found = [(change, f"{what}: {task}") for what, task, change in _changes(target)]
     if judged := target.judge(target.best.record["evals"]):
         found.append((f"{judged[1].value:.2f}", f"selectivity, regime {judged[0]}"))
     attacks = [a for a in _attacks_on(target.best, study) if _ends(a) and a.run.status == "complete"]
@@ -75,24 +74,23 @@ def _are_several(attacks: list[Attack]) -> bool:
     return len({attack.settings for attack in attacks}) > 1
 
 
-def _is_there(task: str | None, run: Run) -> bool:
-    return task is not None and task in run.record["evals"]
-
-
-def _change(run: Run, target: Target, task: str | None) -> str:
-    """A task's value before and after unlearning."""
-    if task is None or target.baseline is None:
-        return ""
-    return f"{percent(number(target.baseline.evals[task]), 1)} → {percent(number(run.record['evals'][task]), 1)}"
+def _changes(target: Target) -> list[tuple[str, str, str]]:
+    """The forget and the retain task of the best run, each with its value before and after unlearning."""
+    if target.best is None or target.baseline is None:
+        return []
+    before, after = target.baseline.evals, target.best.record["evals"]
+    return [
+        (what, task, f"{percent(number(before[task]), 1)} → {percent(number(after[task]), 1)}")
+        for what, task in zip(("forget", "retain"), target.judged, strict=True)
+        if task and task in after
+    ]
 
 
 def _unlearning_sentence(run: Run, target: Target) -> str:
-    evals = run.record["evals"]
-    tasks = [task for task in target.judged if task and task in evals]
-    if not tasks:
+    evals, changes = run.record["evals"], _changes(target)
+    if not changes:
         return ""
-    mark = {task: " (degenerate)" if evals[task].get("degenerate") else "" for task in tasks}
-    changes = ", ".join(f"{task} {_change(run, target, task)}{mark[task]}" for task in tasks)
+    marked = [f"{task} {change}" + " (degenerate)" * bool(evals[task].get("degenerate")) for _, task, change in changes]
     verdict = ""
     if judged := target.judge(evals):
         regime, found = judged
@@ -100,7 +98,7 @@ def _unlearning_sentence(run: Run, target: Target) -> str:
         verdict = f"; regime {regime}, selectivity {found.value:.2f} (95 % interval {interval})"
     count = len(target.runs)
     which = f"{run.record['name']} ({run.id})" + (f", best of {count} unlearning runs" if count > 1 else "")
-    return f"{changes}{verdict}: {which}."
+    return f"{', '.join(marked)}{verdict}: {which}."
 
 
 def _attack_sentence(attack: Attack) -> str:
