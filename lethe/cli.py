@@ -468,7 +468,7 @@ def _runs_import(settings: c.ImportConfig, as_json: bool) -> None:
 
 
 def _report(settings: c.ReportConfig, as_json: bool) -> None:
-    from lethe.report import report
+    from lethe.report.folder import report
 
     made = report(settings)
     if as_json:

@@ -33,7 +33,7 @@ from lethe.files import refuse_run_folder
 from lethe.methods.transfer import Transfer
 from lethe.models import refs
 from lethe.progress import bar, console
-from lethe.report import check_out, report
+from lethe.report.folder import check_out, report
 from lethe.runs.locks import FolderLock
 from lethe.runs.run import Run, find_runs
 

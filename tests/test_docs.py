@@ -98,9 +98,6 @@ def test_runs_page(tmp_path):
     imported, listed, _ = [run(command, tmp_path) for command in commands("docs/runs.md")]
     assert "45.2 % is in no cell of 'Retain sweep'" in imported
     assert [line.split()[0] for line in listed.splitlines()[2:4]] == ["2042651", "2042650"]
-    (code,) = blocks("docs/runs.md", "python")
-    (tmp_path / "example.py").write_text(code)
-    assert run("python example.py", tmp_path).strip() == "5.0"
     assert (tmp_path / "study-report" / "index.html").exists()
 
 

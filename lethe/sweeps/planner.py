@@ -301,7 +301,7 @@ class Planner:
         """What two results say beside the baseline; nothing, where that was measured in another way."""
         before = self.baseline(sweep, settings) or {}
         kept = [
-            regimes.kept(result, before[name])
+            regimes.retained_share(result, before[name])
             if name in before and regimes.provenance(result) == regimes.provenance(before[name])
             else None
             for name, result in zip(self.tasks, (forget, retain), strict=True)
