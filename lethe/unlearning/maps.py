@@ -1,7 +1,7 @@
-"""The maps of an unlearning run: given and tried first, or fitted on retain text; and the variance of the mapped activations.
+"""The affine maps of an unlearning run, and the variance of the mapped activations.
 
-given(…)     maps that the recipe names, scored beside no map        fitted(…)   maps fitted before training
-sketched(…)  maps from a few documents, for the plan alone           variances(…)   of the mapped activations, by layer
+given(…)     maps that the recipe names, scored first          fitted(…)      maps fitted before training, on retain text
+sketched(…)  maps from a few documents, for the plan alone     variances(…)   of the mapped activations, by layer
 """
 
 from __future__ import annotations
