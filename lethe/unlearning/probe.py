@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lethe.unlearning.trainer import Batch, UnlearnTrainer
 
 BALANCE = 100.0
-"""Forget gradient over retain gradient in the lab's recipes that forget and retain (70 to 260). Coefficients are proposed for it."""
+"""Forget gradient over retain gradient in the lab's recipes (70 to 260), for which coefficients are proposed."""
 DROP = 0.1
 """Share of the forget loss by which weights are moved before the gradient of the retain loss is taken."""
 FAR = 30.0

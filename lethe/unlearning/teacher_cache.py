@@ -57,7 +57,7 @@ class Cache:
             self.values[name.removesuffix(".bin")] = flat.view(total, width)
 
     def states(self, index: Int[Tensor, " batch"], width: int, device: torch.device | str = "cpu") -> States:
-        """The outputs of sequences `index`, padded on the right to `width` with those of other tokens, which the mask leaves out."""
+        """The outputs of sequences `index`, padded to `width` with those of other tokens, which the mask leaves out."""
         index = index.cpu()
         offsets = torch.arange(width).minimum(self.lengths[index, None] - 1)
         tokens = (self.starts[index, None] + offsets).flatten()
@@ -134,7 +134,7 @@ def choose(setting: str, teacher: Teacher, sequences: list[list[int]], seen: flo
 
 
 def open_or_build(teacher: Teacher, text: str, sequences: list[list[int]]) -> Cache | None:
-    """The cache of a teacher's outputs on `sequences`, built if it is not there. None, with a warning, where it cannot be written."""
+    """The cache of a teacher's outputs on `sequences`, built if need be. None, with a warning, where it cannot be written."""
     key = key_of(teacher, sequences)
     folder = folder_of(key)
     partial = folder.with_name(f".{folder.name}.partial")
