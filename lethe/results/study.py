@@ -228,8 +228,8 @@ class Study:
 
     def _thresholds(self) -> tuple[float, float]:
         """Those of the sweeps among the runs, where they agree; else the usual ones."""
-        names = ("kept_threshold", "chance_threshold")
-        found = {tuple(run.record["config"].get(name) for name in names) for run in self.of_kind("sweep")}
+        settings = [run.record["config"] for run in self.of_kind("sweep")]
+        found = {(s.get("retained_threshold", s.get("kept_threshold")), s.get("chance_threshold")) for s in settings}
         found = {pair for pair in found if None not in pair}
         return found.pop() if len(found) == 1 else (regimes.KEPT_THRESHOLD, regimes.CHANCE_THRESHOLD)  # type: ignore[return-value]
 

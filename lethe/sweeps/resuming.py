@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lethe import config as c
 from lethe.errors import LetheError
-from lethe.launching.work import go_on
+from lethe.launching.work import resume_run
 from lethe.results.listing import is_imported
 from lethe.runs.machine import refuse_several_processes
 from lethe.runs.run import STOP, Run, find_run
@@ -36,7 +36,7 @@ def resume(config: c.ResumeConfig) -> Run:
             return resume_sweep(run, config.trust_record)
         if config.trust_record:
             raise LetheError(f"trust_record: has no effect on a run of kind {run.record['kind']}; leave it out")
-        return go_on(run)
+        return resume_run(run)
     finally:
         run.lock.release()
 
