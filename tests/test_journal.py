@@ -76,8 +76,8 @@ def test_any_other_damage_is_refused_with_its_line(journal, line):
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"op_code": 99}, "does not hold together"),
-        ({"op_code": 4}, "does not hold together"),
+        ({"op_code": 99}, "do not fit together"),
+        ({"op_code": 4}, "do not fit together"),
         ({"op_code": 8, "trial_id": 0, "user_attr": {"runs": ["../../home"]}}, "trial 0.runs.0: expected a name without '/'"),
         ({"op_code": 8, "trial_id": 0, "user_attr": {"runs": "all"}}, "trial 0.runs: expected a list"),
         (

@@ -110,7 +110,7 @@ class Axis:
             raise LetheError(f"vary: {name} must rise from low to high{' and start above 0' * log}, got {low} to {high}")
         if steps and steps < 2:
             raise LetheError(f"vary: {name}: steps counts the values from low to high, at least 2, got {steps}")
-        kind = fields_of(TamperConfig if name.startswith(ATTACK) else UnlearnConfig).get(name.removeprefix(ATTACK))
+        kind = _known(name).get(name.removeprefix(ATTACK))
         return cls(name, (), float(low), float(high), log, steps, int in options(kind), when)
 
     def choices(self) -> list[Any]:
@@ -225,7 +225,7 @@ def name_at(template: str, settings: Mapping[str, Any], point: Point, seed: int 
         raise LetheError(f"name: '{template}' has a brace without its partner ({error}); close it") from error
     if any(spec or conversion or name == "" for _, name, spec, conversion in parsed):
         raise LetheError(f"name: '{template}' formats a setting, or names none; write its name alone, such as {{retain_coef}}")
-    fields, made = fields_of(UnlearnConfig), template
+    fields, made = _known(""), template
     for name in [name for _, name, _, _ in parsed if name]:
         if name not in point and name.removeprefix(ATTACK) not in fields:
             raise LetheError(f"name: there is no setting '{name}' for the template '{template}'{nearest(name, fields)}")
@@ -270,10 +270,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _known(name: str) -> dict[str, Any]:
+    """The types of all settings of an attack, if `name` is one's, else of unlearning."""
+    return fields_of(TamperConfig if name.startswith(ATTACK) else UnlearnConfig)
+
+
 def _refuse_unknown(field: str, attacked: bool) -> None:
     if field.startswith(ATTACK) and not attacked:
         raise LetheError(f"vary: {field} is a setting of an attack, and this sweep has none; give tamper a recipe")
-    known = fields_of(TamperConfig if field.startswith(ATTACK) else UnlearnConfig)
+    known = _known(field)
     bare = field.removeprefix(ATTACK)
     if bare in {"seed", "out", "name"}:
         raise LetheError(f"vary: {bare} is not varied; {'seeds repeats every setting' if bare == 'seed' else 'leave it out'}")

@@ -20,7 +20,7 @@ from lethe.sweeps.planner import Finding, Planner
 from lethe.sweeps.trials import Plan, Trial
 
 if TYPE_CHECKING:
-    from lethe.sweeps.sweep import Sweep
+    from lethe.sweeps.folder import Sweep
 
 EVERYWHERE = {"neither": "neither task fell", "both": "both tasks are at chance", "retained": "{limit} is retained"}
 SENTENCES = {

@@ -22,8 +22,8 @@ from lethe.launching.work import settings_of
 from lethe.progress import bar
 from lethe.runs.run import STOP, Run, find_runs
 from lethe.sweeps import journal
+from lethe.sweeps.folder import CANCELLED, Settings, Sweep, config_of
 from lethe.sweeps.kinds import planner_of
-from lethe.sweeps.sweep import CANCELLED, Settings, Sweep, config_of
 from lethe.sweeps.trials import Trial
 from lethe.sweeps.trust import consented, trust
 

@@ -12,7 +12,7 @@ from lethe.sweeps.axes import Point
 from lethe.sweeps.planner import MOST_RUNS, Planner
 
 if TYPE_CHECKING:
-    from lethe.sweeps.sweep import Sweep
+    from lethe.sweeps.folder import Sweep
 
 
 class Grid(Planner):

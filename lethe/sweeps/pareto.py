@@ -24,7 +24,7 @@ from lethe.sweeps.reuse import made_from_the_same
 from lethe.sweeps.trials import STOPPED_EARLY, Plan, Trial, suggested
 
 if TYPE_CHECKING:
-    from lethe.sweeps.sweep import Sweep
+    from lethe.sweeps.folder import Sweep
 
 logger = logging.getLogger(__name__)
 MOST_EVEN_POINTS = 256

@@ -30,7 +30,7 @@ from lethe.text import corpora
 from lethe.unlearning.check import check
 
 if TYPE_CHECKING:
-    from lethe.sweeps.sweep import Sweep
+    from lethe.sweeps.folder import Sweep
 
 MOST_RUNS = 10_000
 SHOWN = ("acc", "correct_prob", "low", "high", "n", "chance", "degenerate")

@@ -32,7 +32,7 @@ from lethe.sweeps.planner import MOST_RUNS, Planner, baseline, short
 from lethe.sweeps.trials import Plan, Stage, Trial
 
 if TYPE_CHECKING:
-    from lethe.sweeps.sweep import Sweep
+    from lethe.sweeps.folder import Sweep
 
 SUITES = Path(__file__).parent.parent / "attacks" / "suites"
 INSTEAD = {
