@@ -24,6 +24,7 @@ from lethe.config import ResumeConfig
 from lethe.errors import LetheError
 from lethe.files import refuse_run_folder, sha256, write_atomically
 from lethe.runs import run as run_module
+from lethe.runs import supervise
 from lethe.runs.run import Run, Terminated, find_run, find_runs
 from lethe.sweeps.resuming import resume
 
@@ -250,7 +251,7 @@ def test_a_search_for_garbage_passes_over_libraries_while_a_run_works_and_not_af
 
 
 def test_heartbeat_is_renewed_while_running(run, monkeypatch):
-    monkeypatch.setattr(run_module, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(supervise, "HEARTBEAT_SECONDS", 0.05)
     with run.running():
         run.update(heartbeat="2001-01-01T00:00:00+00:00")
         deadline = time.monotonic() + 5
@@ -390,7 +391,7 @@ def test_a_run_whose_record_cannot_be_written_is_refused_and_leaves_nothing(tmp_
     ids=["of the system", "of safetensors"],
 )
 def test_a_disk_that_is_full_is_one_line_that_says_how_to_go_on(run, error):
-    with pytest.raises(LetheError, match=f"a disk is full.*make room and go on: lethe resume {run.path}"), run.running():
+    with pytest.raises(LetheError, match=f"a disk is full.*make room and resume: lethe resume {run.path}"), run.running():
         raise error
     assert on_disk(run)["status"] == "failed" and "a disk is full" in on_disk(run)["reason"]
     assert "Traceback" not in (run.path / "log.txt").read_text()
@@ -401,10 +402,10 @@ def test_a_full_disk_does_not_hide_how_the_work_ended(small, capfd, kind):
     """Not even where there is no room for what is logged."""
     run = Run.create("unlearn", "trial", {}, small(64) / "runs")
     raised = {
-        "complete": (LetheError, "a disk is full.*make room and go on: lethe resume"),
-        "stopped": (Terminated, "SIGTERM; go on with: lethe resume"),
+        "complete": (LetheError, "a disk is full.*make room and resume: lethe resume"),
+        "stopped": (Terminated, "SIGTERM; resume with: lethe resume"),
         "refused": (LetheError, r"^the map is too wide .os error 28.$"),
-        "full": (LetheError, "a disk is full.*ballast.*make room and go on: lethe resume"),
+        "full": (LetheError, "a disk is full.*ballast.*make room and resume: lethe resume"),
     }[kind]
     with pytest.raises(raised[0], match=raised[1]), run.running():
         try:

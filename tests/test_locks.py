@@ -105,7 +105,7 @@ def test_what_was_done_since_the_record_was_read_is_seen(run):
     earlier = Run.open(run.path)
     with run.running():
         run.update(evals={})
-    with pytest.raises(LetheError, match="is complete, there is nothing to go on with"):
+    with pytest.raises(LetheError, match="is complete, there is nothing to resume"):
         resume(ResumeConfig(str(run.path)))
     earlier.hold()
     assert earlier.status == "complete"

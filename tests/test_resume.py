@@ -194,7 +194,7 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on_from_there(lab, tmp_path):
     process.terminate()
     _, printed = process.communicate()
     assert process.returncode == 143
-    assert printed.splitlines()[-1].startswith("lethe: SIGTERM; go on with: lethe resume")
+    assert printed.splitlines()[-1].startswith("lethe: SIGTERM; resume with: lethe resume")
     run = Run.open(run.path)
     assert run.status == "cancelled" and "SIGTERM" in run.record["reason"]
     done = len(run.rows("metrics.jsonl"))
@@ -314,7 +314,7 @@ def test_a_disk_that_is_full_when_the_model_is_written_is_an_error_in_one_line(l
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
     assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
     said = capfd.readouterr().err
-    assert "Traceback" not in said and "a disk is full" in said and "make room and go on: lethe resume" in said
+    assert "Traceback" not in said and "a disk is full" in said and "make room and resume: lethe resume" in said
     run = find_runs(config.out)[0]
     assert run.status == "failed" and "a disk is full" in run.record["reason"]
 
