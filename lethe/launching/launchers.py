@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lethe.config import SlurmSettings
 from lethe.errors import printable
@@ -46,25 +46,6 @@ class Loss:
     cancelled: bool = False
 
 
-class Launcher(Protocol):
-    """Something that runs trials."""
-
-    def room(self) -> int:
-        """How many more trials can be started now."""
-
-    def start(self, name: str, folders: Sequence[Path]) -> Owner:
-        """Start a trial."""
-
-    def lost(self, owned: Sequence[Owned]) -> list[Loss | None]:
-        """For each unfinished trial: None if its owner works on it, or will."""
-
-    def wait(self, seconds: float) -> None:
-        """Wait until something has probably changed, at most so long."""
-
-    def stop(self) -> None:
-        """Stop the workers, each after it has saved its trial."""
-
-
 class LocalLauncher:
     """Worker processes on this machine, which share its cores."""
 
@@ -74,6 +55,7 @@ class LocalLauncher:
         self.selector = selectors.DefaultSelector()
 
     def room(self) -> int:
+        """How many more trials can be started now."""
         self._drop_ended()
         return self.jobs - sum(worker.busy for worker in self.workers)
 
@@ -83,6 +65,7 @@ class LocalLauncher:
         return worker.identity
 
     def lost(self, owned: Sequence[Owned]) -> list[Loss | None]:
+        """For each unfinished trial: None if its owner works on it, or will."""
         self._drop_ended()
         return [self._loss(owner, runs) for owner, runs in owned]
 
@@ -101,12 +84,14 @@ class LocalLauncher:
         return None if alive else Loss(f"the worker (process {owner['pid']}) has ended")
 
     def wait(self, seconds: float) -> None:
+        """Wait until a worker is done, at most so long."""
         for key, _ in self.selector.select(seconds):
             if key.data.process.stdout.readline():
                 key.data.busy = False
         self._drop_ended()
 
     def stop(self) -> None:
+        """Stop the workers, each after it has saved its trial."""
         for worker in self.workers:
             worker.process.terminate()
             with contextlib.suppress(BrokenPipeError):  # of one that ends at this moment
@@ -201,6 +186,9 @@ class SlurmLauncher:
 
     def stop(self) -> None:
         """Does nothing: jobs continue without a controller, and `lethe sweep cancel` ends them."""
+
+
+Launcher = LocalLauncher | SlurmLauncher
 
 
 def make(kind: str, folder: Path, jobs: int, settings: SlurmSettings) -> Launcher:

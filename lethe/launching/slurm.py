@@ -16,9 +16,9 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lethe.config import SlurmSettings, minutes
 from lethe.errors import LetheError
@@ -31,18 +31,12 @@ IGNORE_SIGNALS = 'bash -c \'trap "" TERM USR2; exec "$@"\' lethe '
 """Starts Python with the signals ignored until it handles them: a signal that ended it would make the job fail."""
 
 
-class Work(Protocol):
-    """What can be submitted: an object of a class in an importable module, which lets `Terminated` through.
-
-    A requeued job calls it again, from its pickle: it has to find out what is already done. If it has a method
-    `before_requeue(reason)`, that is called when the work was stopped and the same job will resume it.
-    """
-
-    def __call__(self) -> Any: ...
-
-
-def submit(work: Work, folder: str | Path, settings: SlurmSettings, name: str) -> str:
+def submit(work: Callable[[], Any], folder: str | Path, settings: SlurmSettings, name: str) -> str:
     """Submit one job and return its id. `folder`, on a file system that the nodes share, gets its pickle, script and log.
+
+    `work` is an object of a class in an importable module, and lets `Terminated` through. A requeued job calls it again, from
+    its pickle: it has to find out what is already done. If it has a method `before_requeue(reason)`, that is called when the
+    work was stopped and the same job will resume it.
 
     Raises:
         LetheError: there is no Slurm here, or sbatch refuses; in its own words.
@@ -93,7 +87,7 @@ def _outside_of_a_job() -> Iterator[None]:
 class _Requeueable:
     """Runs the work with Slurm's signals passed on to it. submitit pickles it, and calls `checkpoint` before it requeues."""
 
-    def __init__(self, work: Work):
+    def __init__(self, work: Callable[[], Any]):
         self.work = work
 
     @garbage.seldom()

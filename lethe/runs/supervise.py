@@ -28,7 +28,7 @@ HEARTBEAT_SECONDS = 20
 POLL_SECONDS = 1
 GRACE_SECONDS = 120
 TIME_LIMIT = "time limit reached"
-logger = logging.getLogger("lethe.runs.run")
+logger = logging.getLogger(__name__)
 
 
 def now() -> str:

@@ -198,12 +198,12 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     found = Sweep.open(settings.sweep, settings.out, settings.trust_record)
     if not found.cancel() and found.run.status != "running":
         raise LetheError(f"sweep: '{settings.sweep}' is {found.run.status}; there is nothing to cancel")
-    deadline = time.monotonic() + launchers.SECONDS_TO_SAVE
+    controller, deadline = Controller(found), time.monotonic() + launchers.SECONDS_TO_SAVE
     while found.unfinished() and time.monotonic() < deadline:
         with found.lock:
             found.cancel_queued()
             if Run.open(found.run.path).status != "running":  # without a controller, nobody else settles the trials
-                Controller(found).settle()
+                controller.settle()
         time.sleep(0.5)
     if left := found.unfinished():
         names = ", ".join(str(trial.get("name")) for trial in left)
