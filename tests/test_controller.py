@@ -1,4 +1,4 @@
-"""What a sweep's controller does with its trials, beside a launcher that makes up results at once: no model is trained."""
+"""What a sweep's controller does with its trials. A launcher makes results up at once: no model is trained."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from sweeping import TASKS, config, recipe, trials
 
+from lethe.config import SweepStatusConfig
 from lethe.launching import launchers
 from lethe.runs.run import Run
-from lethe.sweeps.controller import Sweep, resume_sweep, sweep
+from lethe.sweeps.controller import Sweep, resume_sweep, status, sweep
 from lethe.sweeps.kinds import planner_of
 
 LR = {"low": 1e-4, "high": 1.0, "log": True}
 
 
 class MadeUp:
-    """A launcher whose runs are done when they are started, though it hears of that only when it waits.
+    """A launcher whose runs are done when they are started, which it notices only when it waits.
 
     Accuracies fall from 1 to chance as lr rises, forget a little before retain.
     """
@@ -202,3 +203,12 @@ def test_a_sweep_of_an_earlier_version_is_resumed(made_up, tmp_path):
     made.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=plan.attributes()))
     resumed = resume_sweep(Run.open(run.path))
     assert resumed.record["counts"] == {"complete": 4} and trials(resumed)["lr0.5"]["status"] == "complete"
+
+
+def test_a_sweep_that_starts_from_known_runs_can_be_opened_again(made_up, tmp_path):
+    known = sweep(config(tmp_path / "known", vary={"lr": [1e-3, 1e-2]}))
+    run = sweep(config(tmp_path / "a", kind="pareto", vary={"lr": LR}, max_runs=2, warm_start=[str(tmp_path / "known")]))
+    shown = status(SweepStatusConfig(str(run.path), str(tmp_path)))
+    assert shown.record["trials"] == run.record["trials"]
+    reused = {trial["name"] for trial in shown.record["trials"] if trial["reused"]}
+    assert reused == {trial["name"] for trial in known.record["trials"] if not trial["reference"]}

@@ -249,7 +249,7 @@ _stage = _is(
     ),
 )
 TRIAL = _fields(
-    **dict.fromkeys(("name", "status", "reason", "key"), _text),
+    **dict.fromkeys(("name", "status", "reason", "key", "warm"), _text),
     **dict.fromkeys(("reference", "reused"), _switch),
     **dict.fromkeys(("lost", "retry_of"), _whole),
     seed=_maybe(_whole),

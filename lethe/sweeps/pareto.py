@@ -80,7 +80,7 @@ class Pareto(Planner):
             return
         for folder in self.config.warm_start:
             for run, point, values in self.known(folder):
-                facts = {"warm": True, "reused": True, "runs": [str(run.path.resolve())]}
+                facts = {"warm": str(run.path.resolve()), "reused": True}
                 stages = [("unlearn", run.record["config"])]
                 plan = Plan(run.record["name"], stages, point, axes=self.axes, facts=facts)
                 sweep.study.add_trial(plan.frozen(values))
