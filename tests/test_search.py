@@ -45,18 +45,6 @@ def test_two_boundaries_are_found_within_the_width_in_few_measurements(seed):
     assert measured <= 2 + 2 * math.ceil(math.log2(math.log(1e4) / math.log(2)))
 
 
-def test_one_boundary_takes_at_most_ten_where_a_grid_takes_thirty_six():
-    along = axis()
-    grid = [along.at(i / 35) for i in range(36)]
-    for truth in (0.013, 0.5, 7.0, 93.0):
-        edges, measured = bisect(lambda x, truth=truth: [[x < truth]], along, 1.35)
-        found = search.bracket(along, edges[0], 1.35)
-        by_grid = max(x for x in grid if x < truth), min(x for x in grid if x >= truth)
-        assert found.below < truth <= found.above
-        assert found.factor <= 1.35 and by_grid[1] / by_grid[0] >= 1.29
-        assert measured <= 10
-
-
 def test_an_axis_may_run_against_the_strength_of_unlearning():
     along = axis()
     edges, _ = bisect(lambda x: [[x >= 3.0]], along, 1.5)

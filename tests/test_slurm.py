@@ -274,7 +274,7 @@ def test_a_cancelled_job_is_a_cancelled_run_and_a_cancelled_sweep_cancels_its_jo
         lambda: [t for t in status(named).record["trials"] if t["runs"] == [first.id] and t["status"] == "cancelled"]
     )[0]
     assert "CANCELLED" in shown["reason"]
-    until(lambda: len(unlearned(out)) == 3)  # the sweep has gone on with another one
+    until(lambda: len(unlearned(out)) == 3)  # the sweep has started another one
     cancel(SweepCancelConfig(str(made), str(out)))
     assert controller.wait(60) == 143
     assert {trial["status"] for name, trial in trials(status(named)).items() if name != "baseline"} == {"cancelled"}

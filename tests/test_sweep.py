@@ -341,7 +341,7 @@ def test_cancelled_runs_are_a_status_and_retry_restarts_them(slow_sweep, undistu
 
 @pytest.mark.slow
 def test_a_failed_run_that_is_retried_begins_anew(lab, tmp_path):
-    """It failed by its own time limit; with that raised in its record, it goes on from its save."""
+    """It failed by its own time limit. With that raised in its record, it resumes from its save."""
     long = recipe(max_steps=200, num_train_examples=64, save_every=5, time_limit=0.0005)
     with pytest.raises(LetheError, match="time limit reached"):
         sweep(config(tmp_path, vary={"retain_coef": [1]}, unlearn=long))
@@ -389,8 +389,10 @@ def test_a_run_is_not_taken_over_when_a_file_that_it_reads_has_changed(lab, tmp_
     rows = [{"question": f"{i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    asked = {"tasks": ["lab_forget_robust", "wmdp_bio"], "limit": 8, "task_data": {"wmdp_bio": str(data)}}
-    made = config(tmp_path / "runs", vary={"retain_coef": [1]}, unlearn=recipe(max_steps=2, eval=asked), retain_task="wmdp_bio")
+    how = {"tasks": ["lab_forget_robust", "wmdp_bio"], "limit": 8, "task_data": {"wmdp_bio": str(data)}}
+    made = config(
+        tmp_path / "runs", vary={"retain_coef": [1]}, unlearn=recipe(max_steps=2, eval=how), retain_task="wmdp_bio"
+    )
     sweep(made)
     assert trials(sweep(made))["retain_coef1"]["reused"]
     data.write_text("\n".join(map(json.dumps, rows[1:])))

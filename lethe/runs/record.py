@@ -13,7 +13,7 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -111,21 +111,16 @@ def _maybe(check: Check) -> Check:
 
 
 def _map(check: Check) -> Check:
-    def checked(value: Any) -> str | None:
-        if type(value) is not dict:
-            return _object(value)
-        return next((f".{name}{wrong}" for name, item in value.items() if (wrong := check(item)) is not None), None)
-
-    return checked
+    return lambda value: _first_wrong(value.items(), check) if type(value) is dict else _object(value)
 
 
 def _list(check: Check) -> Check:
-    def checked(value: Any) -> str | None:
-        if type(value) is not list:
-            return f": expected a list, got {_shown(value)}"
-        return next((f".{n}{wrong}" for n, item in enumerate(value) if (wrong := check(item)) is not None), None)
+    is_list = _is("a list", lambda value: type(value) is list)
+    return lambda value: _first_wrong(enumerate(value), check) if type(value) is list else is_list(value)
 
-    return checked
+
+def _first_wrong(items: Iterable[tuple[Any, Any]], check: Check) -> str | None:
+    return next((f".{name}{wrong}" for name, item in items if (wrong := check(item)) is not None), None)
 
 
 def _fields(*required: str, **checks: Check) -> Check:
