@@ -390,9 +390,7 @@ def test_a_run_is_not_taken_over_when_a_file_that_it_reads_has_changed(lab, tmp_
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     how = {"tasks": ["lab_forget_robust", "wmdp_bio"], "limit": 8, "task_data": {"wmdp_bio": str(data)}}
-    made = config(
-        tmp_path / "runs", vary={"retain_coef": [1]}, unlearn=recipe(max_steps=2, eval=how), retain_task="wmdp_bio"
-    )
+    made = config(tmp_path / "runs", vary={"retain_coef": [1]}, unlearn=recipe(max_steps=2, eval=how), retain_task="wmdp_bio")
     sweep(made)
     assert trials(sweep(made))["retain_coef1"]["reused"]
     data.write_text("\n".join(map(json.dumps, rows[1:])))
