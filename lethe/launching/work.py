@@ -168,10 +168,9 @@ def settings_of(run: Run, kind: type) -> Any:
     Raises:
         LetheError: it cannot be used.
     """
-    settings = current(run.record["config"], fields_of(kind))
-    for name in ("unlearn", "tamper") if run.record["kind"] == "sweep" else ():
-        if isinstance(settings.get(name), dict):
-            settings[name] = current(settings[name], fields_of(SETTINGS[name]))
+    settings = run.record["config"]
+    if run.record["kind"] == "sweep":
+        settings = current(settings, fields_of(kind))
     try:
         return build(kind, settings | {"out": str(run.path.parent)})
     except LetheError as error:
