@@ -29,7 +29,6 @@ from lethe import (
     evaluate,
     fit_affine,
     tamper,
-    training,
     unlearn,
 )
 from lethe.cli import main
@@ -40,7 +39,7 @@ from lethe.lab.presets import active_preset
 from lethe.models import refs
 from lethe.runs.run import Run, find_runs
 from lethe.sweeps.resuming import resume
-from lethe.training import saves
+from lethe.training import saves, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -437,7 +436,7 @@ def test_a_divergence_that_the_last_evaluation_finds_leaves_the_trained_weights(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise NotNumbersError("the model's log-likelihoods are not numbers")
 
-    monkeypatch.setattr(training, "evaluate_model", broken)
+    monkeypatch.setattr(trainer, "evaluate_model", broken)
     run = unlearn(recipe(tmp_path, max_steps=8, lora=None, eval=EvalSettings(["lab_forget_robust"], limit=4)))
     assert run.status == "diverged" and run.record["divergence"]["step"] == 8
     before = {key: run.record[key] for key in ("divergence", "artifacts", "evals", "reason")}, written(run)
