@@ -217,6 +217,7 @@ def test_an_attack_keeps_float32_weights_whatever_the_models_type(lab, tmp_path)
 # --- settings --------------------------------------------------------------------------------------------------------
 
 CHANGES: dict[str, Any] = {
+    "method": "npo",
     "model": "lab:filtered",
     "source": "lab:filtered",
     "affine": "fit",
@@ -225,7 +226,6 @@ CHANGES: dict[str, Any] = {
     "retain": [TextSource("lab:retain"), TextSource("{home}/extra.jsonl", weight=0.5)],
     "packing": "packed",
     "rewind": 0.5,
-    "forget_loss": "distill",
     "forget_kl_coef": 2.0,
     "cb_scale": "relative",
     "num_train_examples": 8,
@@ -290,12 +290,19 @@ def baseline(lab, tmp_path_factory) -> dict[str, Any]:
     return first
 
 
+ECHOED = {"seconds", "teachers", "dtypes", "maps", "coefficients", "layers", "warnings"}
+"""Parts of the plan that say what a setting is, or how long something took."""
+
+
 def outcome(run: Run) -> dict[str, Any]:
-    """All that a run's settings decide, apart from the settings themselves and from time."""
+    """What came of a run: nothing that only repeats its settings, and nothing that time decides."""
     record = {key: run.record[key] for key in ("losses", "artifacts", "evals", "agreement")}
-    plan = {key: value for key, value in run.record["plan"].items() if key != "seconds"}
+    record["teachers"] = {text: how.partition(":")[0] for text, how in run.record["teachers"].items()}
+    plan = {key: value for key, value in run.record["plan"].items() if key not in ECHOED}
     plan["memory"] = {part: size for part, size in plan["memory"].items() if part not in {"libraries", "buffers"}}
-    return record | {"plan": plan, "curve": run.rows("curve.jsonl"), "files": sorted(p.name for p in run.path.iterdir())}
+    rows = [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in run.rows("metrics.jsonl")]
+    files = sorted(path.name for path in run.path.iterdir())
+    return record | {"plan": plan, "metrics": rows, "curve": run.rows("curve.jsonl"), "files": files}
 
 
 def test_the_source_is_found_by_a_sweep(lab, tmp_path):
