@@ -10,7 +10,6 @@ from torch import nn
 
 from lethe.maps.affine import sums_bytes
 from lethe.objectives.blocked import ROWS
-from lethe.training.merged_lora import merged_bytes
 from lethe.training.optimizers import needs_masters
 from lethe.unlearning.changes import AGREEMENT_BATCH
 from lethe.unlearning.teacher import Teacher
@@ -56,7 +55,7 @@ def estimate(
         "maps": 4 * mapped * hidden * (hidden + 1),
         "gradients": moved,
         "optimizer": state * numbers,
-        "activations": kept + logits + merged_bytes(student),
+        "activations": kept + logits,
     }
     update = found["gradients"] + found["optimizer"] + found["activations"]
     fit = sums_bytes(hidden, mapped) + TOKEN * tokens

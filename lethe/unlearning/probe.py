@@ -20,11 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lethe.models.allocator import give_back
 from lethe.training import parameters
-from lethe.training.merged_lora import Merged, one_product
-from lethe.training.rotary import one_operation
-from lethe.training.trainer import quick_passes
+from lethe.training.fast import fast_passes
 
 if TYPE_CHECKING:
     from lethe.unlearning.pipeline import UnlearnTrainer
@@ -56,8 +53,8 @@ def probe(trainer: UnlearnTrainer) -> Probe:
     model: Any = trainer.model
     if trainer.config.gradient_checkpointing:  # Trainer turns it on when training begins
         model.activation_checkpointing_enable()
-    with torch.random.fork_rng(), quick_passes(model) as merged:
-        scale = measured(trainer, batch, merged)
+    with torch.random.fork_rng(), fast_passes(model, trainer.config.fast):
+        scale = measured(trainer, batch)
         model.zero_grad()
         started = time.monotonic()
         sum(trainer.terms(model, batch).values()).backward()  # type: ignore[union-attr]
@@ -66,7 +63,6 @@ def probe(trainer: UnlearnTrainer) -> Probe:
         seconds = time.monotonic() - started
     names = parameters.without_gradient(model)
     model.zero_grad()
-    give_back()
     return Probe(names, seconds, scale)
 
 
@@ -88,16 +84,15 @@ def document_bytes(trainer: UnlearnTrainer) -> int:
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor.detach()  # a tensor with its graph would be held by that graph, for ever
 
-        with torch.random.fork_rng(), one_operation(model), one_product(model):
+        with torch.random.fork_rng(), fast_passes(model, trainer.config.fast):
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 terms = trainer.terms(model, batch)
             kept.append(sum(found.values()))
             del terms
-        give_back()
     return max(0, kept[1] - kept[0])
 
 
-def measured(trainer: UnlearnTrainer, batch: dict[str, dict[str, Tensor]], merged: Merged) -> dict[str, Any]:
+def measured(trainer: UnlearnTrainer, batch: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     """The terms, the norms of their weighted gradients, their ratio, and the remove_coef that makes it the lab's.
 
     `_after`: where the weights have been moved.
@@ -111,7 +106,7 @@ def measured(trainer: UnlearnTrainer, batch: dict[str, dict[str, Tensor]], merge
         terms, loss, norm = _backward(trainer, {"forget": batch["forget"]})
         found |= terms | {"forget_gradient": config.remove_coef * norm}
     if "retain" in batch:
-        with _moved(model, loss, merged) if compared else contextlib.nullcontext():  # type: ignore[arg-type]
+        with _moved(model, loss) if compared else contextlib.nullcontext():  # type: ignore[arg-type]
             terms, _, norm = _backward(trainer, {"retain": batch["retain"]})
         after = "_after" if compared else ""
         found |= {name + after: value for name, value in terms.items()} | {f"retain_gradient{after}": config.retain_coef * norm}
@@ -155,7 +150,7 @@ def _backward(trainer: UnlearnTrainer, batch: Any) -> tuple[dict[str, float], fl
 
 
 @contextlib.contextmanager
-def _moved(model: nn.Module, loss: float, merged: Merged) -> Iterator[None]:
+def _moved(model: nn.Module, loss: float) -> Iterator[None]:
     """Inside, weights are moved so that the loss whose gradient they have is `DROP` lower; afterwards they are as they
     were, bit for bit.
     """
@@ -165,11 +160,9 @@ def _moved(model: nn.Module, loss: float, merged: Merged) -> Iterator[None]:
     with torch.no_grad():
         for parameter in moving if slope else ():
             parameter.sub_(parameter.grad.sign(), alpha=DROP * loss / slope)
-    merged.renew()
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, value in zip(moving, before, strict=True):
                 parameter.copy_(value)
-        merged.renew()
