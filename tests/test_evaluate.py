@@ -201,19 +201,6 @@ def test_answers_for_which_a_context_is_cut_alike_share_it(loaded, tmp_path, cac
     assert sum(map(len, batches)) == len(lengths)
 
 
-def test_no_block_computes_more_of_a_context_than_is_read(gpt2, tmp_path, cache, monkeypatch):
-    """Of the last block, a context needs keys and values alone."""
-    model, tokenizer = gpt2
-    scorer, instances = Scorer(model, tokenizer), requests(write_task(tmp_path, QUESTIONS))
-    scorer.loglikelihood(instances)
-    seen = [0] * len(model.transformer.h)
-    for i, block in enumerate(model.transformer.h):
-        hook = lambda _, args, i=i: seen.__setitem__(i, seen[i] + args[0].shape[:2].numel())  # noqa: E731
-        monkeypatch.setitem(block.mlp._forward_pre_hooks, 1000 + i, hook)
-    scorer.loglikelihood(instances)
-    assert seen[0] == seen[-2] > 2 * seen[-1]
-
-
 def test_what_all_questions_begin_with_is_run_once(loaded, tmp_path, cache, texts, monkeypatch):
     model, tokenizer = loaded
     start = "The following are questions about the river of Orvane.\n\n"

@@ -113,10 +113,13 @@ def test_an_unlearning_run_has_the_same_losses_and_weights_with_fast_on_and_off(
     same(fast, plain)
 
 
-@pytest.mark.parametrize("lora", [LoraSettings(r=4, dropout=0.0), None])
-def test_an_attack_has_the_same_losses_and_weights_with_fast_on_and_off(lora, lab, tmp_path):
+def test_an_attack_has_the_same_losses_and_weights_with_fast_on_and_off(lab, tmp_path):
     fast, plain = (
-        tamper(TamperConfig(model="lab:filtered", out=str(tmp_path), lora=lora, fast=on, save_model=True, **SHORT))
+        tamper(
+            TamperConfig(
+                model="lab:filtered", out=str(tmp_path), lora=LoraSettings(r=4, dropout=0.0), fast=on, save_model=True, **SHORT
+            )
+        )
         for on in (True, False)
     )
     same(fast, plain)

@@ -139,7 +139,7 @@ def test_a_run_keeps_to_the_threads_that_it_began_with_and_says_so(stopped):
         assert torch.get_num_threads() == began + 1
     finally:
         torch.set_num_threads(began)
-    said = f"working with {began + 1} threads, as the run began, not {began}"
+    said = f"using {began + 1} threads, as the run did before, not {began}"
     assert resumed.status == "complete" and said in (resumed.path / "log.txt").read_text()
 
 
@@ -248,13 +248,13 @@ def test_a_run_whose_newest_save_is_broken_goes_on_from_the_one_before(stopped, 
     (stopped.path / "saves" / "step-8" / "optimizer.pt").unlink()
     (stopped.path / "saves" / ".step-9.1.tmp").mkdir()
     assert_same(resume(ResumeConfig(str(stopped.path))), undisturbed)
-    assert "going on from update 6, the newest whole save; 2 are done again" in (stopped.path / "log.txt").read_text()
+    assert "resuming from update 6, the newest complete save; 2 updates are repeated" in (stopped.path / "log.txt").read_text()
 
 
 def test_a_run_without_a_save_begins_again(stopped, undisturbed):
     shutil.rmtree(stopped.path / "saves")
     assert_same(resume(ResumeConfig(str(stopped.path))), undisturbed)
-    assert "beginning anew: of 8 updates there is no whole save" in (stopped.path / "log.txt").read_text()
+    assert "starting again: there is no complete save of the 8 updates" in (stopped.path / "log.txt").read_text()
 
 
 def test_a_divergence_falls_back_on_planned_saves_wherever_the_run_was_stopped_on_the_way(tmp_path):

@@ -151,8 +151,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, more time."""
     fast: bool = True
-    """Compute training passes in a faster form with the same result up to rounding: LoRA without dropout as one matmul, forget
-    and retain text as one batch. false: one pass for each text, as transformers and PEFT compute it."""
+    """Compute LoRA without dropout with one matmul, which gives the same result up to rounding; false: with PEFT's own code."""
     save_every: int = 100
     """Updates between saves that a killed run goes on from (0: only at the end)."""
     divergence_factor: float = 100.0

@@ -3,8 +3,7 @@
 lm-eval runs each context with each of its choices. Here requests become token trees (`token_trees.py`), sorted by length and
 cut into batches. For each batch the model runs the contexts first and caches their keys and values, then it runs the answers.
 An attention mask lets each token attend to its own branch only, and positions count along the branch, so the model computes
-what it would compute for separate inputs. Two more things save work. The pass over contexts ends with the last block's keys and
-values. The output layer runs only where an answer is read.
+what it would compute for separate inputs. The output layer runs only where an answer is read.
 
 Not every model supports this. Before a model is scored, Lethe compares two batches of each kind of tree with separate inputs.
 If a model fails with trees of several contexts, it gets trees of one context. If it fails with these, it gets separate inputs.
@@ -50,24 +49,6 @@ class NotNumbersError(LetheError):
     """The model's log-likelihoods are not numbers, so it has no accuracy."""
 
 
-class _CompleteError(Exception):
-    """Ends a pass when the last block's keys and values are cached."""
-
-
-class ContextCache(DynamicCache):
-    """Keys and values of contexts. With `ends_pass`, a forward pass ends when it has cached those of the last block."""
-
-    ends_pass = False
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self.ends_pass and layer_idx == len(self.layers) - 1:
-            raise _CompleteError
-        return states
-
-
 class Scorer(Encoder):
     """lm-eval's `hf` model around a model in memory, with Lethe's inner loop."""
 
@@ -78,7 +59,7 @@ class Scorer(Encoder):
         self._tokens = min(most, _reduced.get(self._forward, most))
         vocabulary = getattr(self._forward.config.get_text_config(), "vocab_size", None) or len(tokenizer)
         self._reads = max(1, logits // vocabulary)
-        self._prefix: tuple[tuple[int, ...], ContextCache] | None = None
+        self._prefix: tuple[tuple[int, ...], DynamicCache] | None = None
         self._of_one_length = False
 
     def loglikelihood(self, requests, disable_tqdm=False):  # type: ignore[no-untyped-def]
@@ -233,22 +214,18 @@ class Scorer(Encoder):
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
         return {"position_ids": torch.from_numpy(positions).to(self.device), "attention_mask": mask.to(self.device)}
 
-    def _prefix_cache(self, tokens: tuple[int, ...]) -> ContextCache:
+    def _prefix_cache(self, tokens: tuple[int, ...]) -> DynamicCache:
         """Keys and values of a task's prefix, cached until another task's prefix is needed."""
         if self._prefix is None or self._prefix[0] != tokens:
             self._prefix = None
             self._prefix = tokens, self._keys_and_values({"input_ids": torch.tensor([tokens], device=self.device)})
         return self._prefix[1]
 
-    def _keys_and_values(self, inputs: dict[str, Tensor], cache: ContextCache | None = None) -> ContextCache:
+    def _keys_and_values(self, inputs: dict[str, Tensor], cache: DynamicCache | None = None) -> DynamicCache:
         """Add keys and values of the inputs' tokens (batch, width) to the cache."""
-        cache = cache or ContextCache(config=self._forward.config)
-        cache.ends_pass = True
-        with contextlib.suppress(_CompleteError):
-            getattr(self._forward, self._forward.base_model_prefix, self._forward)(
-                **inputs, past_key_values=cache, use_cache=True
-            )
-        cache.ends_pass = False
+        cache = cache or DynamicCache(config=self._forward.config)
+        without_head = getattr(self._forward, self._forward.base_model_prefix, self._forward)
+        without_head(**inputs, past_key_values=cache, use_cache=True)
         return cache
 
     def _logits(self, inputs: dict[str, Any], places: list[int]) -> Tensor:

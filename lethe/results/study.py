@@ -28,6 +28,7 @@ K = TypeVar("K", bound=Hashable)
 AFTER_STEPS = 10
 FILTERED = "Control: filtered twin"
 NOT_THE_ATTACK = {"model", "out", "name", "seed", "eval", "save_model", "save_every", "report_to", "time_limit", "overlap"}
+NOT_THE_ATTACK |= {"fast"}
 AS_BEFORE: list[tuple[str, Any]] = [("attack", "finetune"), ("strengths", [])]  # runs made before there were others
 SHOWN_ELSEWHERE = {"model", "source", "out", "retain_coef", "remove_coef", "lora", "lora.r", "retain_loss", "report_to"}
 SHOWN_ELSEWHERE |= {"eval.tasks", "eval.every", "eval.limit", "max_steps", "save_every", "resume"}

@@ -33,7 +33,7 @@ KEYS = {"values", "low", "high", "log", "steps", "when"}
 ATTACK = "tamper."
 MOST_STEPS = 1000
 RATIO = " / "
-NOT_SETTINGS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache"}
+NOT_SETTINGS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache", "fast"}
 """Fields of a recipe that do not change what is measured."""
 AS_BEFORE = [("cb_scale", "raw"), ("affine_examples", MAPPED)]
 """Fields at the values that earlier versions had, whose records lack them: a sweep of theirs is resumed, not done again."""

@@ -67,7 +67,7 @@ class UnlearnTrainer(RunTrainer):
         # In smaller types the model's states would be rounded otherwise than the reference's, which sees retain rows alone.
         exact = next(self.model.parameters()).dtype == torch.float32  # type: ignore[union-attr]
         longest = max(len(row) for rows in self.train_dataset.texts.values() for row in rows)  # type: ignore[union-attr]
-        self.joint = c.fast and both and exact and rows_can_leave(self.model, c.layers, self.head, longest)  # type: ignore[arg-type]
+        self.joint = both and exact and rows_can_leave(self.model, c.layers, self.head, longest)  # type: ignore[arg-type]
 
     def coefficients(self, steps_done: int) -> tuple[float, float]:
         """remove_coef(t) and retain_coef(t) after so many updates."""
