@@ -1,9 +1,9 @@
-"""Seconds of an evaluation during an attack, beside seconds of ten updates, by task.
+"""What evaluating an attack costs beside its training: seconds of one evaluation and of ten updates, by task.
 
     python benchmarks/tamper.py
 
-Measured on the lab, with the settings of recipes/tamper/lab.yaml and with a batch of 1 × 4. An attack writes both times to its
-run.json, under `environment`.
+On the lab, with the settings of recipes/tamper/lab.yaml, and with those of the log's short attack (batch 1 × 4). Both kinds of
+seconds are those that any attack writes to its run.json, under `environment`.
 """
 
 from __future__ import annotations
