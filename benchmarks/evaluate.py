@@ -113,10 +113,10 @@ def in_turns(turns: int, **functions: Callable[[], object]) -> dict[str, list[fl
 def seconds_to_find(name: str) -> tuple[float, float]:
     """Seconds until a fresh process knows where a task is: Lethe's, lm-eval's own index."""
     codes = (
-        f"from lethe import tasks; tasks.locate(['{name}'])",
+        f"from lethe.evaluation import tasks; tasks.locate(['{name}'])",
         f"from lm_eval.tasks import TaskManager; TaskManager().task_index['{name}']",
     )
-    nothing = ("from lethe import tasks", "from lm_eval.tasks import TaskManager")
+    nothing = ("from lethe.evaluation import tasks", "from lm_eval.tasks import TaskManager")
     found = []
     for code, bare in zip(codes, nothing, strict=True):
         taken = []
@@ -148,8 +148,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
     from lethe import cli
     from lethe.evaluation import questions as asked
-    from lethe.evaluation import scoring
-    from lethe.evaluation import token_trees as rows_module
+    from lethe.evaluation import scoring, token_trees
     from lethe.evaluation.accuracy import evaluate_model
 
     cli.quiet()
@@ -179,7 +178,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         hflm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=max(1, args.tokens // longest))
 
         def ours(instances: list = instances) -> list:
-            rows_module._last.clear()
+            token_trees._last.clear()
             return scoring.Scorer(model, tokenizer).loglikelihood(instances)
 
         def theirs(instances: list = instances, hflm: HFLM = hflm) -> list:

@@ -1,8 +1,9 @@
-"""Seconds of short commands: with Python's searches for garbage at start and end (`main`), and as they are (`console`).
+"""Seconds of short commands, with Python's usual garbage collection (`main`) and with Lethe's (`console`, runs/garbage.py).
 
     LETHE_LAB=nano python benchmarks/start.py
 
-On the built-in lab's model: five questions, a check, three updates. The two take turns, three times; medians.
+Measured on the built-in lab's model: five questions, a check, three updates. Both variants take turns three times. Prints
+medians.
 """
 
 from __future__ import annotations

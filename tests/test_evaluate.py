@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -202,19 +201,6 @@ def test_answers_for_which_a_context_is_cut_alike_share_it(loaded, tmp_path, cac
     assert sum(map(len, batches)) == len(lengths)
 
 
-def test_no_block_computes_more_of_a_context_than_is_read(gpt2, tmp_path, cache, monkeypatch):
-    """Of the last block, a context needs keys and values alone."""
-    model, tokenizer = gpt2
-    scorer, instances = Scorer(model, tokenizer), requests(write_task(tmp_path, QUESTIONS))
-    scorer.loglikelihood(instances)
-    seen = [0] * len(model.transformer.h)
-    for i, block in enumerate(model.transformer.h):
-        hook = lambda _, args, i=i: seen.__setitem__(i, seen[i] + args[0].shape[:2].numel())  # noqa: E731
-        monkeypatch.setitem(block.mlp._forward_pre_hooks, 1000 + i, hook)
-    scorer.loglikelihood(instances)
-    assert seen[0] == seen[-2] > 2 * seen[-1]
-
-
 def test_what_all_questions_begin_with_is_run_once(loaded, tmp_path, cache, texts, monkeypatch):
     model, tokenizer = loaded
     start = "The following are questions about the river of Orvane.\n\n"
@@ -225,7 +211,7 @@ def test_what_all_questions_begin_with_is_run_once(loaded, tmp_path, cache, text
     scorer, begins = Scorer(model, tokenizer), set()
     run = Scorer._run
     monkeypatch.setattr(
-        Scorer, "_run", lambda self, batch, asked: begins.update(r.begins for r in batch) or run(self, batch, asked)
+        Scorer, "_run", lambda self, batch, asked: begins.update(r.prefix for r in batch) or run(self, batch, asked)
     )
     compare(scorer, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), instances)
     assert max(begins) > 8
@@ -254,8 +240,8 @@ def test_questions_that_begin_alike_share_it(loaded, tmp_path, cache, monkeypatc
     ran = [row for batch in batches for row in batch]
     contexts = {tuple(context) for context, _ in scorer.encode([one.args for one in instances])}
     assert len(ran) < len(contexts) / 2
-    assert sum(row.context - row.begins for row in ran) < sum(map(len, contexts)) / 2
-    assert all((row.begins > 0) == bool(start) for row in ran)
+    assert sum(row.context - row.prefix for row in ran) < sum(map(len, contexts)) / 2
+    assert all((row.prefix > 0) == bool(start) for row in ran)
 
 
 def test_a_long_passage_is_run_once_for_its_questions_and_many_answers_to_one_are_several_rows(gpt2, monkeypatch):
@@ -264,15 +250,15 @@ def test_a_long_passage_is_run_once_for_its_questions_and_many_answers_to_one_ar
     rng = random.Random(0)
     words = lambda n: [rng.randrange(3, 300) for _ in range(n)]  # noqa: E731
     passages = [words(20) for _ in range(2)]
-    monkeypatch.setattr(token_trees, "UNSEEN", 24)
+    monkeypatch.setattr(token_trees, "MAX_HIDDEN", 24)
     asked = [(passage + words(4), words(2)) for passage in passages for _ in range(6)]
     asked += [([5], words(rng.randint(4, 9))) for _ in range(30)]
-    made = token_trees.tree_rows(asked, 64, [0] * len(asked))
+    made = token_trees.make_trees(asked, 64, [0] * len(asked))
     sizes = [len(row.tokens) for row in made]
     assert sum(sizes) < sum(len(c) + len(a) - 1 for c, a in asked) / 1.5 and max(sizes) <= 64 + 24
     assert sorted(number for row in made for number, _ in row.reads) == list(range(len(asked)))
     for row in made:
-        _, seen = row.sight()
+        _, seen = row.attention()
         for _, where in row.reads:
             last = where[-1]
             sees = seen[last - row.straight].sum() if last >= row.straight else last + 1
@@ -302,12 +288,12 @@ def test_padding_does_not_make_no_number_of_a_float16_model_with_very_negative_s
     asked += [(words(30), words(1)), (words(30), words(5))]
     scorer = Scorer(model, AutoTokenizer.from_pretrained(folder))
     assert not any(math.isnan(value) for value, _ in scorer.score(asked))
-    assert all(takes for takes, *_ in scoring._taken[model].values())
+    assert all(takes for takes, *_ in scoring._supported[model].values())
 
 
 def test_a_model_that_takes_rows_of_one_question_alone_gets_those(gpt2, tmp_path, cache, monkeypatch):
     model, tokenizer = gpt2
-    monkeypatch.setattr(scoring, "_taken", {})
+    monkeypatch.setattr(scoring, "_supported", {})
     agrees, run, batches = Scorer._agrees, Scorer._run, []
     monkeypatch.setattr(Scorer, "_agrees", lambda self, some, asked: not some[0].kind[1] and agrees(self, some, asked))
     monkeypatch.setattr(Scorer, "_run", lambda self, batch, asked: batches.append(batch) or run(self, batch, asked))
@@ -356,12 +342,12 @@ def test_a_model_that_does_not_take_shared_rows_gets_separate_ones(make_model, t
 def test_a_model_that_computes_something_else_for_shared_rows_is_found_out(gpt2, tmp_path, cache, monkeypatch):
     model, tokenizer = gpt2
     instances = requests(write_task(tmp_path, QUESTIONS))
-    monkeypatch.setattr(scoring, "_taken", {})
-    contexts = Scorer._contexts
+    monkeypatch.setattr(scoring, "_supported", {})
+    contexts = Scorer._run_contexts
     wrong = {"attention_mask": None}  # as a model would that ignores the mask
-    monkeypatch.setattr(Scorer, "_contexts", lambda self, batch, rest: contexts(self, batch, rest) | wrong)
+    monkeypatch.setattr(Scorer, "_run_contexts", lambda self, batch, rest: contexts(self, batch, rest) | wrong)
     compare(Scorer(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), instances)
-    assert not scoring._taken[model][True, False, False][0]
+    assert not scoring._supported[model][True, False, False][0]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), torch.OutOfMemoryError("no")])
@@ -378,7 +364,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(gpt2, tmp_path,
         return run(self, batch, asked)
 
     monkeypatch.setattr(Scorer, "_run", small)
-    monkeypatch.setattr(scoring, "_shrunk", {})
+    monkeypatch.setattr(scoring, "_reduced", {})
     found = Scorer(model, tokenizer).loglikelihood(instances)
     assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
     assert sizes[0] > 2 and sizes[-1] <= 2
@@ -422,7 +408,7 @@ expected = scoring.Scorer(model, tokenizer).score(requests)
 limit = psutil.Process().memory_info().vms + 250 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 found = scoring.Scorer(model, tokenizer).score(requests)
-print(json.dumps([max(abs(a - b) for (a, _), (b, _) in zip(found, expected)), scoring._shrunk.get(model)]))
+print(json.dumps([max(abs(a - b) for (a, _), (b, _) in zip(found, expected)), scoring._reduced.get(model)]))
 """
 
 
@@ -440,7 +426,7 @@ def test_a_process_that_really_runs_out_of_memory_goes_on_with_smaller_batches(m
 
 def test_one_question_that_does_not_fit_is_a_refusal_and_another_error_is_not_swallowed(gpt2, monkeypatch):
     model, tokenizer = gpt2
-    monkeypatch.setattr(scoring, "_shrunk", {})
+    monkeypatch.setattr(scoring, "_reduced", {})
     for error, expected in ((MemoryError(), "does not fit into memory"), (RuntimeError("shapes"), "shapes")):
         monkeypatch.setattr(Scorer, "_run", lambda *_, error=error: (_ for _ in ()).throw(error))
         with pytest.raises((LetheError, RuntimeError), match=expected):
@@ -604,7 +590,7 @@ def test_bfloat16_models_are_scored_with_shared_rows_too(make_model, known, tmp_
     samples: dict[str, list] = {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     evaluate_model(model, tokenizer, [name], samples=samples)
-    assert all(takes for takes, *_ in scoring._taken[model].values())
+    assert all(takes for takes, *_ in scoring._supported[model].values())
     exact: dict[str, list] = {}
     evaluate_model(AutoModelForCausalLM.from_pretrained(folder), tokenizer, [name], samples=exact)
     for a, b in zip(samples[name], exact[name], strict=True):
@@ -940,15 +926,3 @@ def test_an_unknown_model_or_task_is_refused_before_anything_is_written(make_mod
             EvaluateConfig(**({"model": str(folder), "tasks": ["lab_forget"], "out": str(tmp_path / "runs")} | change))
         )
     assert not (tmp_path / "runs").exists()
-
-
-def test_tokenizers_have_all_cores_but_not_in_a_fork(monkeypatch):
-    monkeypatch.setenv(scoring.PARALLELISM, "false")
-    monkeypatch.setattr(scoring, "_with_threads", set())
-    with scoring._all_cores():
-        assert os.environ[scoring.PARALLELISM] == "true"
-    assert os.environ[scoring.PARALLELISM] == "false"
-    parent = os.getpid()
-    monkeypatch.setattr(scoring.os, "getpid", lambda: parent + 1)
-    with scoring._all_cores():
-        assert os.environ[scoring.PARALLELISM] == "false"

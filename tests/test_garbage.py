@@ -1,4 +1,4 @@
-"""Searches for garbage: rare before the work, as usual and over the work's own objects inside, as before afterwards."""
+"""Garbage collection: rare before the work, as usual inside and only among its own objects, as before afterwards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from lethe.runs import garbage
 
 
-def test_inside_searches_are_as_usual_and_the_outermost_thaws():
+def test_inside_collections_are_as_usual_and_the_outermost_unfreezes():
     before = gc.get_threshold(), gc.get_freeze_count()
     try:
         with garbage.seldom():
@@ -27,7 +27,7 @@ def test_inside_searches_are_as_usual_and_the_outermost_thaws():
     assert gc.get_freeze_count() == before[1] == 0
 
 
-def test_the_command_searches_rarely_while_it_imports_torch_and_not_at_its_end():
+def test_a_command_collects_rarely_while_it_imports_torch_and_not_at_its_end():
     code = """
 import gc, sys
 from lethe import cli

@@ -138,7 +138,7 @@ def test_a_run_keeps_to_the_threads_that_it_began_with_and_says_so(stopped):
         assert torch.get_num_threads() == began + 1
     finally:
         torch.set_num_threads(began)
-    said = f"working with {began + 1} threads, as the run began, not {began}"
+    said = f"using {began + 1} threads, as the run did before, not {began}"
     assert resumed.status == "complete" and said in (resumed.path / "log.txt").read_text()
 
 

@@ -24,7 +24,6 @@ from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
 from lethe.results.recovery import Point, excess, measure
 from lethe.text import corpora
-from lethe.training import merged_lora
 
 pytestmark = pytest.mark.slow
 TASKS = ["lab_forget_robust", "lab_retain"]
@@ -61,21 +60,6 @@ def test_equal_seeds_give_equal_curves(lab, tmp_path):
     assert first.rows("curve.jsonl") == second.rows("curve.jsonl")
     losses = [[row["attack_loss"] for row in run.rows("metrics.jsonl")] for run in (first, second, other)]
     assert losses[0] == losses[1] != losses[2]
-
-
-def test_adapters_without_dropout_are_one_product_and_learn_what_pefts_own_do(lab, tmp_path, monkeypatch):
-    settings = {"lora": LoraSettings(r=4, dropout=0.0), "max_steps": 8, "lr": 1e-3, "eval": EvalSettings(TASKS, limit=4)}
-    calls, apply = [], merged_lora._OneProduct.apply
-    monkeypatch.setattr(merged_lora._OneProduct, "apply", lambda *args: calls.append(1) or apply(*args))
-    ours = tamper(attack(tmp_path, "lab:filtered", **settings))
-    assert calls
-    monkeypatch.setattr(merged_lora, "_fits", lambda module: False)
-    calls.clear()
-    pefts = tamper(attack(tmp_path, "lab:filtered", **settings))
-    assert not calls
-    losses = [[row["attack_loss"] for row in run.rows("metrics.jsonl")] for run in (ours, pefts)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0][-1] < losses[0][0]
 
 
 def test_an_attack_teaches_the_topic_to_a_model_that_never_knew(lab, tmp_path):

@@ -33,7 +33,7 @@ from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import parameters
 from lethe.training.saves import save_artifact
-from lethe.training.trainer import Evaluation, Rows, RunTrainer, keep_threads, weighted_means
+from lethe.training.trainer import Evaluation, RunTrainer, Sequences, keep_threads, weighted_means
 from lethe.unlearning.view import View
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     run = run or Run.create("tamper", config.name, to_dict(config), config.out)
     with run.running():
         keep_threads(run)
-        rows = Rows(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
+        rows = Sequences(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
         trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
         trainer.add_callback(LostUpdates(trainer))
         run.set_parents(**_parents(config, checked))

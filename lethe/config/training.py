@@ -150,6 +150,8 @@ class TrainingSettings:
     """Gradients are clipped at this norm (0: not)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, more time."""
+    fast: bool = True
+    """Compute LoRA without dropout with one matmul, which gives the same result up to rounding; false: with PEFT's own code."""
     save_every: int = 100
     """Updates between saves that a killed run goes on from (0: only at the end)."""
     divergence_factor: float = 100.0

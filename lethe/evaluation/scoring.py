@@ -1,14 +1,14 @@
-"""Log-likelihoods of answers, as lm-eval's `hf` model computes them, with less work.
+"""Log-likelihoods of answers: the numbers of lm-eval's `hf` model, with fewer matrix multiplications.
 
-lm-eval runs one row a choice and computes logits at every position. Here rows are trees (`rows.py`): contexts, run first and
-kept as keys and values, then answers. An attention mask lets each token see its own branch alone and its position counts along
-the branch, so that every architecture with ordinary attention computes what it would for separate rows. No logits of a context
-are read, so its pass ends with the last block's keys and values. What all questions of a task begin with (description, few-shot
-examples) is run once for all. Rows of like length make a batch, and the output layer is applied only where an answer is read.
+lm-eval runs each context with each of its choices. Here requests become token trees (`token_trees.py`), sorted by length and
+cut into batches. For each batch the model runs the contexts first and caches their keys and values, then it runs the answers.
+An attention mask lets each token attend to its own branch only, and positions count along the branch, so the model computes
+what it would compute for separate inputs. The output layer runs only where an answer is read.
 
-Whether a model takes such rows is found out on a batch of the longest and the shortest of each kind, beside separate rows;
-where it does not take those of several questions, rows are of one, and where it does not take these, separate. A batch is
-as large as the free memory and the model's size allow; one that does not fit after all is halved and tried again.
+Not every model supports this. Before a model is scored, Lethe compares two batches of each kind of tree with separate inputs.
+If a model fails with trees of several contexts, it gets trees of one context. If it fails with these, it gets separate inputs.
+
+The batch size depends on the free memory and the model's size. A batch that does not fit is halved and tried again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import gc
 import inspect
 import logging
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,159 +26,81 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import psutil
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lethe.errors import LetheError
-from lethe.evaluation.lm_eval_api import HFLM, has_bos_prefix
-from lethe.evaluation.token_trees import Encoded, Row, longest_first, plain_rows, rows_of, unlike
-from lethe.models.allocator import kept_memory
+from lethe.evaluation.encoding import Encoder
+from lethe.evaluation.token_trees import Encoded, Tree, longest_first, probe_batches, single_inputs, trees_of
 from lethe.progress import bar
 
 logger = logging.getLogger(__name__)
-TOKENS_PER_BATCH = 2048  # more are no faster on a CPU, whose caches a block's states leave long before
+TOKENS_PER_BATCH = 2048
+"""On a CPU more are no faster: its caches are smaller than a block's activations long before."""
 TOKENS_PER_BATCH_ON_GPU = 16384
 LOGITS_PER_BATCH = 2**27
-PARALLELISM = "TOKENIZERS_PARALLELISM"
-_with_threads: set[int] = set()
-"""Processes whose tokenizers were asked for threads: this one alone, unless it is a fork of another."""
-_taken: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool, bool], tuple[bool, int, int]]] = WeakKeyDictionary()
-"""By kind of row: whether the model takes it, and the width and the padding, in tokens, that this was tried with."""
-_shrunk: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_supported: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool, bool], tuple[bool, int, int]]] = WeakKeyDictionary()
+"""By kind of tree: whether the model supports it, and the width and the padding in tokens that this was tested with."""
+_reduced: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Tokens in a batch for models whose batches did not fit into memory."""
 
 
 class NotNumbersError(LetheError):
-    """The model answers nothing: there is no accuracy to record, not even that of guessing."""
+    """The model's log-likelihoods are not numbers, so it has no accuracy."""
 
 
-class _FilledError(Exception):
-    """The last block's keys and values are kept: nothing that the pass would go on to compute is read."""
-
-
-class Contexts(DynamicCache):
-    """Keys and values. While it is `filling`, a pass ends as soon as they are complete."""
-
-    filling = False
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        kept = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self.filling and layer_idx == len(self.layers) - 1:
-            raise _FilledError
-        return kept
-
-
-class Scorer(HFLM):
-    """lm-eval's `hf` model around a model in memory, with an inner loop of our own."""
+class Scorer(Encoder):
+    """lm-eval's `hf` model around a model in memory, with Lethe's inner loop."""
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, description: str | None = None):
-        plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        super().__init__(pretrained=plain, tokenizer=tokenizer, backend="causal", batch_size=1)
-        self._forward = plain
+        super().__init__(model, tokenizer)
         self._description = description
-        most, logits = batch_sizes(plain, self.device)
-        self._tokens = min(most, _shrunk.get(plain, most))
-        vocabulary = getattr(plain.config.get_text_config(), "vocab_size", None) or len(tokenizer)
-        self._kept: tuple[tuple[int, ...], Contexts] | None = None
-        self._of_one_length = False
+        most, logits = batch_sizes(self._forward, self.device)
+        self._tokens = min(most, _reduced.get(self._forward, most))
+        vocabulary = getattr(self._forward.config.get_text_config(), "vocab_size", None) or len(tokenizer)
         self._reads = max(1, logits // vocabulary)
+        self._prefix: tuple[tuple[int, ...], DynamicCache] | None = None
+        self._of_one_length = False
 
     def loglikelihood(self, requests, disable_tqdm=False):  # type: ignore[no-untyped-def]
         """Log-likelihood and greediness of each of lm-eval's instances."""
         return self.score(self.encode([request.args for request in requests]))
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):  # type: ignore[no-untyped-def]
-        return self.score([(context, continuation) for _, context, continuation in requests])
+        return self.score([(context, answer) for _, context, answer in requests])
 
-    def encode(self, pairs: list[tuple[str, str]]) -> list[Encoded]:
-        """Tokens of contexts and continuations, split where lm-eval splits them, with each distinct text tokenised once."""
-        split = []
-        for context, continuation in pairs:
-            spaces = len(context) - len(context.rstrip())
-            cut = len(context) - spaces
-            split.append((context[:cut], context[cut:] + continuation) if context else ("", continuation))
-        texts = {text for context, rest in split for text in ((context, context + rest) if context else ())}
-        whole = self._tokenise(list(texts))
-        alone = self._tokenise([rest for context, rest in split if not context], special=False)
-        encoded = []
-        for context, rest in split:
-            if context:
-                encoded.append((whole[context], whole[context + rest][len(whole[context]) :]))
-            elif self.prefix_token_id is None:
-                raise LetheError(
-                    f"the tokenizer has no BOS and no EOS token, and a question without a context needs one: {rest[:60]!r}; "
-                    f"set tokenizer.eos_token and save it again, or leave the task out"
-                )
-            elif alone[rest][:1] == [self.prefix_token_id]:
-                encoded.append((alone[rest][:1], alone[rest][1:]))
-            else:
-                encoded.append(([self.prefix_token_id], alone[rest]))
-        return encoded
+    def score(self, requests: list[Encoded], tasks: list[int] | None = None) -> list[tuple[float, bool]]:
+        """For each request: the log-likelihood of its answer, and whether greedy decoding would give this answer.
 
-    def _tokenise(self, texts: list[str], special: bool | None = None) -> dict[str, list[int]]:
-        """As `tok_encode`, many at once: a first token is added as the tokenizer does, unless the text begins with it."""
-        first = "" if self.prefix_token_id is None else self.tokenizer.decode(self.prefix_token_id)
-        bare = [text for text in texts if special is False or (first and has_bos_prefix(text, first))]
-        rest = sorted(set(texts) - set(bare))
-        found: dict[str, list[int]] = {}
-        added = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        with _all_cores():
-            for some, settings in ((bare, {"add_special_tokens": False}), (rest, added)):
-                if some:
-                    ids = self.tokenizer(some, return_attention_mask=False, verbose=False, **settings)["input_ids"]
-                    found |= dict(zip(some, ids, strict=True))
-        return found
-
-    def refuse_unscorable(self, requests: list[Encoded]) -> int:
-        """The model's window.
+        A log-likelihood of a broken model is nan. `tasks`: the number of the task that each request belongs to.
 
         Raises:
-            LetheError: an answer has no tokens, or more than the window.
-        """
-        window: int = self.max_length  # looked for in the configuration each time
-        for _, continuation in requests:
-            if not 0 < len(continuation) <= window:
-                answer = self.tokenizer.decode(continuation)[:60]
-                raise LetheError(
-                    f"tasks: an answer has {len(continuation)} tokens, 1 to {window} can be scored: {answer!r}; "
-                    f"leave its task out"
-                )
-        return window
-
-    def score(self, requests: list[Encoded], groups: list[int] | None = None) -> list[tuple[float, bool]]:
-        """For each context and continuation: the log-likelihood, and whether each of its tokens is the most likely one.
-
-        A log-likelihood of a broken model is nan. `groups` says which task each request belongs to.
-
-        Raises:
-            LetheError: an answer has no tokens or more than the window, or a single row does not fit into memory.
+            LetheError: an answer has no tokens or more than the window, or a single tree does not fit into memory.
         """
         window = self.refuse_unscorable(requests)
         for join in (True, False):
-            rows = rows_of(requests, window, groups or [0] * len(requests), join)
-            if self._takes(rows, requests):
+            trees = trees_of(requests, window, tasks or [0] * len(requests), join)
+            if self._supports(trees, requests):
                 break
         else:
-            rows = sorted(plain_rows(requests, window), key=longest_first)
-            self._of_one_length = not self._pads(rows, requests)
+            trees = sorted(single_inputs(requests, window), key=longest_first)
+            self._of_one_length = not self._pads(trees, requests)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(kept_memory())
-            advance = stack.enter_context(bar(self._description, len(rows), "rows")) if self._description else None
-            for batch, found in self._batches(rows, requests):
+        with bar(self._description, len(trees), "inputs") if self._description else contextlib.nullcontext() as advance:
+            for batch, found in self._batches(trees, requests):
                 for number, result in found.items():
                     results[number] = result
                 if advance:
                     advance(len(batch))
         return results
 
-    def _batches(self, rows: list[Row], requests: list[Encoded]) -> Iterator[tuple[list[Row], dict[int, tuple[float, bool]]]]:
-        """Batches of rows with their results. One that does not fit into memory is halved, and so are those after it."""
+    def _batches(
+        self, trees: list[Tree], requests: list[Encoded]
+    ) -> Iterator[tuple[list[Tree], dict[int, tuple[float, bool]]]]:
+        """Batches of trees with their results. If a batch does not fit into memory, it and all later ones are halved."""
         start = 0
-        while start < len(rows):
-            batch = rows[start : start + self._fitting(rows, start)]
+        while start < len(trees):
+            batch = trees[start : start + self._fitting(trees, start)]
             found = None
             try:
                 found = self._run(batch, requests)
@@ -191,125 +112,124 @@ class Scorer(HFLM):
                         f"evaluate: a question of {len(batch[0].tokens)} tokens does not fit into memory by itself; "
                         f"free some, or use dtype bfloat16"
                     ) from error
-            if found is None:  # outside of the handler: what the failed batch held is only now let go
+            if found is None:  # outside of the handler, where the error no longer holds the failed batch's tensors
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-                self._tokens = _shrunk[self._forward] = max(1, len(batch) * len(batch[0].tokens) // 2)
-                logger.info("a batch did not fit into memory; going on with %d tokens a batch", self._tokens)
+                self._tokens = _reduced[self._forward] = max(1, len(batch) * len(batch[0].tokens) // 2)
+                logger.info("a batch did not fit into memory; the next ones have %d tokens", self._tokens)
                 continue
             yield batch, found
             start += len(batch)
 
-    def _fitting(self, rows: list[Row], start: int) -> int:
-        """How many rows from `start` on make a batch; they come longest first."""
+    def _fitting(self, trees: list[Tree], start: int) -> int:
+        """How many trees from `start` on make a batch. They are sorted longest first."""
         context = rest = reads = count = 0
-        for row in rows[start:]:
-            reads += sum(len(where) for _, where in row.reads)
-            context, rest = max(context, row.context), max(rest, len(row.tokens) - row.context)
+        for tree in trees[start:]:
+            reads += sum(len(where) for _, where in tree.reads)
+            context, rest = max(context, tree.context), max(rest, len(tree.tokens) - tree.context)
             full = (count + 1) * (context + rest) > self._tokens or reads > self._reads
-            same = row.begins == rows[start].begins and not (row.begins and row.group != rows[start].group)
-            unlike_first = self._of_one_length and len(row.tokens) != len(rows[start].tokens)
-            if count and (full or not same or unlike_first):
+            other = tree.batch_key != trees[start].batch_key
+            another_length = self._of_one_length and len(tree.tokens) != len(trees[start].tokens)
+            if count and (full or other or another_length):
                 break
             count += 1
         return count
 
     @torch.inference_mode()
-    def _run(self, batch: list[Row], requests: list[Encoded]) -> dict[int, tuple[float, bool]]:
-        """The results of the requests that a batch answers, by number."""
-        width = max(len(row.tokens) - row.context for row in batch)
+    def _run(self, batch: list[Tree], requests: list[Encoded]) -> dict[int, tuple[float, bool]]:
+        """The results of the requests in a batch, by number."""
+        width = max(len(tree.tokens) - tree.context for tree in batch)
         reads = [
-            (number, k * width + place - row.context, token)
-            for k, row in enumerate(batch)
-            for number, where in row.reads
+            (number, k * width + place - tree.context, token)
+            for k, tree in enumerate(batch)
+            for number, where in tree.reads
             for place, token in zip(where, requests[number][1], strict=True)
         ]
         places = sorted({place for _, place, _ in reads})
-        inputs = {"input_ids": self._padded([row.tokens[row.context :] for row in batch], width), "use_cache": False}
+        inputs = {"input_ids": self._padded([tree.tokens[tree.context :] for tree in batch], width), "use_cache": False}
         if batch[0].split:
-            inputs |= self._contexts(batch, width)
+            inputs |= self._run_contexts(batch, width)
         logits = self._logits(inputs, places)
-        line = {place: n for n, place in enumerate(places)}
-        numbers = [number for number, *_ in reads]
-        lines = [line[place] for _, place, _ in reads]
-        targets = [token for *_, token in reads]
-        at, target = torch.tensor(lines, device=self.device), torch.tensor(targets, device=self.device)
+        index = {place: n for n, place in enumerate(places)}
+        at = torch.tensor([index[place] for _, place, _ in reads], device=self.device)
+        target = torch.tensor([token for *_, token in reads], device=self.device)
         values = logits[at, target].float() - _logsumexp(logits)[at]
         greedy = logits.argmax(-1)[at] == target
         found: dict[int, tuple[float, bool]] = {}
-        for number, value, best in zip(numbers, values.tolist(), greedy.tolist(), strict=True):
+        for (number, *_), value, best in zip(reads, values.tolist(), greedy.tolist(), strict=True):
             total, all_best = found.get(number, (0.0, True))
             found[number] = (total + value, all_best and best)
         return found
 
-    def _padded(self, rows: list[list[int]], width: int) -> Tensor:
-        """Token ids (batch, width), padded on the right: what comes before a token does not see what comes after."""
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        for k, row in enumerate(rows):
-            ids[k, : len(row)] = row
+    def _padded(self, sequences: list[list[int]], width: int) -> Tensor:
+        """Token ids (batch, width), padded on the right, where no real token attends to the padding."""
+        ids = np.zeros((len(sequences), width), dtype=np.int64)
+        for k, sequence in enumerate(sequences):
+            ids[k, : len(sequence)] = sequence
         return torch.from_numpy(ids).to(self.device)
 
-    def _contexts(self, batch: list[Row], rest: int) -> dict[str, Any]:
-        """What the answers' tokens (batch, rest) see: keys and values of their contexts, computed here, positions
-        (batch, rest), and an additive mask (batch, 1, rest, kept + rest)."""
-        begins = batch[0].begins
-        width = max(row.context for row in batch) - begins
-        kept = copy.deepcopy(self._beginning(tuple(batch[0].tokens[:begins]))) if begins else None
-        if kept is not None:
-            kept.batch_repeat_interleave(len(batch))
-        sights = [row.sight() for row in batch]
+    def _run_contexts(self, batch: list[Tree], rest: int) -> dict[str, Any]:
+        """Run the contexts. Returns the model's arguments for the answers' tokens (batch, rest): keys and values of the
+        contexts, positions (batch, rest) and an additive mask (batch, 1, rest, cached + rest)."""
+        prefix = batch[0].prefix
+        width = max(tree.context for tree in batch) - prefix
+        cache = copy.deepcopy(self._prefix_cache(tuple(batch[0].tokens[:prefix]))) if prefix else None
+        if cache is not None:
+            cache.batch_repeat_interleave(len(batch))
+        attention = [tree.attention() for tree in batch]
         if width:
-            contexts = {"input_ids": self._padded([row.tokens[begins : row.context] for row in batch], width)}
-            if any(row.straight < row.context for row in batch):
-                contexts |= self._seen(batch, sights, width, 0)
-            kept = self._keys_and_values(contexts, kept)
-        return {"past_key_values": kept, "use_cache": kept is not None} | self._seen(batch, sights, width, rest)
+            contexts = {"input_ids": self._padded([tree.tokens[prefix : tree.context] for tree in batch], width)}
+            if any(tree.straight < tree.context for tree in batch):
+                contexts |= self._positions_and_mask(batch, attention, width, 0)
+            cache = self._keys_and_values(contexts, cache)
+        arguments = {"past_key_values": cache, "use_cache": cache is not None}
+        return arguments | self._positions_and_mask(batch, attention, width, rest)
 
-    def _seen(self, batch: list[Row], sights: list[tuple[list[int], np.ndarray]], width: int, rest: int) -> dict[str, Tensor]:
-        """Positions (batch, tokens) and an additive mask (batch, 1, tokens, beginning + width + rest) of the `rest` tokens
-        after the contexts, or, without any, of the `width` tokens of the contexts."""
-        begins = batch[0].begins
+    def _positions_and_mask(
+        self, batch: list[Tree], attention: list[tuple[list[int], np.ndarray]], width: int, rest: int
+    ) -> dict[str, Tensor]:
+        """Positions (batch, tokens) and an additive mask (batch, 1, tokens, prefix + width + rest).
+
+        The tokens are the `rest` after the contexts. If `rest` is 0, they are the `width` tokens of the contexts.
+        """
+        prefix = batch[0].prefix
         positions = np.zeros((len(batch), rest or width), dtype=np.int64)
-        visible = np.zeros((len(batch), 1, rest or width, begins + width + rest), dtype=bool)
-        for k, (row, (depths, seen)) in enumerate(zip(batch, sights, strict=True)):
-            context, branched = row.context, row.context - row.straight
+        visible = np.zeros((len(batch), 1, rest or width, prefix + width + rest), dtype=bool)
+        for k, (tree, (depths, seen)) in enumerate(zip(batch, attention, strict=True)):
+            context, branched = tree.context, tree.context - tree.straight
             if rest:
-                n = len(row.tokens) - context
+                n = len(tree.tokens) - context
                 positions[k, :n] = depths[branched:]
                 visible[k, 0, :n, :context] = seen[branched:, :context]
-                visible[k, 0, :n, begins + width : begins + width + n] = seen[branched:, context:]
-                visible[k, 0, n:] = True  # what sees nothing is no number in a small type, and spreads
+                visible[k, 0, :n, prefix + width : prefix + width + n] = seen[branched:, context:]
+                visible[k, 0, n:] = True  # in a small dtype, padding that attends to nothing becomes nan, and nan spreads
             else:
-                positions[k, : context - begins] = [*range(begins, row.straight), *depths[:branched]]
-                straight = row.straight - begins
-                visible[k, 0, :straight, : row.straight] = np.tri(straight, row.straight, begins, dtype=bool)
-                visible[k, 0, straight : context - begins, :context] = seen[:branched, :context]
-                visible[k, 0, context - begins :] = True
+                positions[k, : context - prefix] = [*range(prefix, tree.straight), *depths[:branched]]
+                straight = tree.straight - prefix
+                visible[k, 0, :straight, : tree.straight] = np.tri(straight, tree.straight, prefix, dtype=bool)
+                visible[k, 0, straight : context - prefix, :context] = seen[:branched, :context]
+                visible[k, 0, context - prefix :] = True
         dtype = self._forward.dtype
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
         return {"position_ids": torch.from_numpy(positions).to(self.device), "attention_mask": mask.to(self.device)}
 
-    def _beginning(self, tokens: tuple[int, ...]) -> Contexts:
-        """Keys and values of what the rows of a task begin with; kept until another task's are asked for."""
-        if self._kept is None or self._kept[0] != tokens:
-            self._kept = None
-            self._kept = tokens, self._keys_and_values({"input_ids": torch.tensor([tokens], device=self.device)})
-        return self._kept[1]
+    def _prefix_cache(self, tokens: tuple[int, ...]) -> DynamicCache:
+        """Keys and values of a task's prefix, cached until another task's prefix is needed."""
+        if self._prefix is None or self._prefix[0] != tokens:
+            self._prefix = None
+            self._prefix = tokens, self._keys_and_values({"input_ids": torch.tensor([tokens], device=self.device)})
+        return self._prefix[1]
 
-    def _keys_and_values(self, inputs: dict[str, Tensor], kept: Contexts | None = None) -> Contexts:
-        """Keys and values of the inputs' tokens (batch, width), after those that are kept already."""
-        kept = kept or Contexts(config=self._forward.config)
-        kept.filling = True
-        with contextlib.suppress(_FilledError):
-            getattr(self._forward, self._forward.base_model_prefix, self._forward)(
-                **inputs, past_key_values=kept, use_cache=True
-            )
-        kept.filling = False
-        return kept
+    def _keys_and_values(self, inputs: dict[str, Tensor], cache: DynamicCache | None = None) -> DynamicCache:
+        """Add keys and values of the inputs' tokens (batch, width) to the cache."""
+        cache = cache or DynamicCache(config=self._forward.config)
+        without_head = getattr(self._forward, self._forward.base_model_prefix, self._forward)
+        without_head(**inputs, past_key_values=cache, use_cache=True)
+        return cache
 
     def _logits(self, inputs: dict[str, Any], places: list[int]) -> Tensor:
-        """Logits (places, vocabulary) at flat places of a batch; the output layer sees nothing else."""
+        """Logits (places, vocabulary) at places of the flattened batch. The output layer runs on these places only."""
         where = torch.tensor(places, dtype=torch.long, device=self.device)
         head = self._forward.get_output_embeddings()
         if head is None:
@@ -320,21 +240,21 @@ class Scorer(HFLM):
         finally:
             hook.remove()
 
-    def _takes(self, rows: list[Row], requests: list[Encoded]) -> bool:
-        """Whether the model computes the same for shared rows as for separate ones.
+    def _supports(self, trees: list[Tree], requests: list[Encoded]) -> bool:
+        """Whether the model computes the same for trees as for separate inputs.
 
-        Tried on rows as unlike as there are: attention that looks so many places back, for instance, sees padding between a
-        short context and its answers where it would see the context.
+        Tested on the batches that differ most. For example, a model whose attention has a window of so many places would see
+        padding between a short context and its answers.
         """
-        known = _taken.setdefault(self._forward, {})
-        for kind in {row.kind for row in rows if row.split}:
-            for batch, width, padding in unlike([row for row in rows if row.kind == kind]):
-                takes, widest, most = known.get(kind, (True, 0, -1))
-                if takes and (widest < width or most < padding):
-                    takes = self._ordinary_attention(width) and self._agrees(batch, requests)
-                    known[kind] = takes, max(widest, width), max(most, padding)
-                if not takes:
-                    logger.info("questions do not share what they have in common: this model has to be given separate rows")
+        known = _supported.setdefault(self._forward, {})
+        for kind in {tree.kind for tree in trees if tree.split}:
+            for batch, width, padding in probe_batches([tree for tree in trees if tree.kind == kind]):
+                supports, widest, most = known.get(kind, (True, 0, -1))
+                if supports and (widest < width or most < padding):
+                    supports = self._ordinary_attention(width) and self._agrees(batch, requests)
+                    known[kind] = supports, max(widest, width), max(most, padding)
+                if not supports:
+                    logger.info("this model gives other results for token trees, so it gets separate inputs")
                     return False
         return True
 
@@ -349,56 +269,38 @@ class Scorer(HFLM):
             and layers <= {"full_attention", "sliding_attention"}
         )
 
-    def _agrees(self, batch: list[Row], requests: list[Encoded]) -> bool:
-        numbers = [number for row in batch for number, _ in row.reads]
+    def _agrees(self, batch: list[Tree], requests: list[Encoded]) -> bool:
+        numbers = [number for tree in batch for number, _ in tree.reads]
         alone = [requests[number] for number in numbers]
-        plain = sorted(plain_rows(alone, self.max_length), key=longest_first)
+        plain = sorted(single_inputs(alone, self.max_length), key=longest_first)
         try:
-            tree = self._run(batch, requests)
+            together = self._run(batch, requests)
             apart: dict[int, tuple[float, bool]] = {}
-            for row in plain:  # each by itself: padding must not be what both have in common
-                apart |= self._run([row], alone)
+            for one in plain:  # each in a batch of its own, so that the comparison covers padding too
+                apart |= self._run([one], alone)
         except (LetheError, MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            logger.info("shared rows: %s", (str(error).splitlines() or [type(error).__name__])[0])
+            logger.info("token trees: %s", (str(error).splitlines() or [type(error).__name__])[0])
             return False
-        return self._equal([(apart[i][0], tree[number][0]) for i, number in enumerate(numbers)])
+        return self._equal([(apart[i][0], together[number][0]) for i, number in enumerate(numbers)])
 
-    def _pads(self, rows: list[Row], requests: list[Encoded]) -> bool:
-        """Whether the shortest of separate rows gives the same beside the longest, padded, as alone."""
+    def _pads(self, inputs: list[Tree], requests: list[Encoded]) -> bool:
+        """Whether the shortest input gives the same result alone as padded in a batch with the longest."""
         try:
-            together, alone = self._run([rows[0], rows[-1]], requests), self._run([rows[-1]], requests)
+            together, alone = self._run([inputs[0], inputs[-1]], requests), self._run([inputs[-1]], requests)
         except (MemoryError, RuntimeError):
             return False
         return self._equal([(value, together[number][0]) for number, (value, _) in alone.items()])
 
     def _equal(self, pairs: list[tuple[float, float]]) -> bool:
         rounding = 1e-4 if self._forward.dtype == torch.float32 else 2e-2
-        return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)  # nan is no disagreement
-
-
-@contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
-    """Inside, tokenizers use all cores, whatever TOKENIZERS_PARALLELISM says; not in a fork, which lacks their threads."""
-    _with_threads.add(os.getpid())
-    if len(_with_threads) > 1:
-        yield
-        return
-    before = os.environ.get(PARALLELISM)
-    os.environ[PARALLELISM] = "true"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[PARALLELISM]
-        else:
-            os.environ[PARALLELISM] = before
+        return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)  # nan counts as equal
 
 
 def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
-    """The most tokens and logits of a batch: what half of the free memory holds, up to what pays.
+    """The maximum numbers of tokens and of logits in a batch, from half of the free memory.
 
-    Three quarters of that half are for tokens. One takes hidden · (2 layers + 22) numbers at most: keys and values of all
-    blocks, and in one block ten states of the hidden size and three of an MLP four times as wide.
+    Three quarters of this half are for tokens. A token takes at most hidden · (2 layers + 22) numbers: keys and values of all
+    blocks, and in one block ten activations of the hidden size and three of an MLP four times as wide.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -413,7 +315,7 @@ def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
-    """log Σ exp over the vocabulary in float32, some lines at a time: logits are the largest thing in memory."""
+    """log Σ exp over the vocabulary in float32, in chunks, because logits are the largest tensor in memory."""
     return torch.cat([part.float().logsumexp(-1) for part in logits.split(64)])
 
 

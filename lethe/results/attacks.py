@@ -22,6 +22,7 @@ from lethe.results.targets import Row
 
 FILTERED = "Control: filtered twin"
 NOT_THE_ATTACK = {"model", "out", "name", "seed", "eval", "save_model", "save_every", "report_to", "time_limit", "overlap"}
+NOT_THE_ATTACK |= {"fast"}
 DEFAULTS: list[tuple[str, Any]] = [("attack", "finetune"), ("strengths", [])]
 """Settings that old runs lack: with these values they are the same attack."""
 

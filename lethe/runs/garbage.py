@@ -1,7 +1,8 @@
-"""Python's search for garbage, kept off the million objects that torch and transformers consist of.
+"""Garbage collection that skips the million objects of torch and transformers.
 
-Importing them sets off hundreds of searches that find nothing. One more at the end of the process goes over all of them, as
-does every full one in between. `benchmarks/start.py` measures what that takes.
+Importing these libraries triggers hundreds of collections that find nothing, and Python runs one more when the process ends.
+`benchmarks/start.py` measures their time. So a command collects rarely until its work starts (`seldom`). The work itself
+collects as often as usual, but only among objects that it made (`frozen`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _usual = gc.get_threshold()
 
 @contextlib.contextmanager
 def seldom() -> Iterator[None]:
-    """In a process of Lethe's own, before it imports libraries: searches are rare until work begins, and none is last."""
+    """For a whole command: rare collections until work starts, and none when the process ends."""
     gc.set_threshold(100_000, 50, 50)
     try:
         yield
@@ -24,19 +25,19 @@ def seldom() -> Iterator[None]:
 
 
 def freeze() -> None:
-    """What there is now is passed over from here on; not what was garbage by then."""
+    """Collect once. Later collections skip the objects that exist now."""
     gc.collect()
     gc.freeze()
 
 
 @contextlib.contextmanager
 def frozen() -> Iterator[None]:
-    """Inside, searches come as often as usual and pass over the objects there were before. The outermost counts."""
+    """Inside, collections are as frequent as usual and skip the objects that existed before. Nested calls change nothing."""
     own = not gc.get_freeze_count()
     before = gc.get_threshold()
     gc.set_threshold(*_usual)
     if own:
-        freeze()  # a model that the caller is done with is not kept for the length of a run
+        freeze()  # collects first, so that a model that the caller no longer uses does not stay for the length of the run
     try:
         yield
     finally:

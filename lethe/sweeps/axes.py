@@ -37,7 +37,7 @@ KEYS = RANGE | {"values", "when"}
 ATTACK = "tamper."
 MOST_STEPS = 1000
 RATIO = " / "
-NO_EFFECT_ON_NUMBERS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache"}
+NO_EFFECT_ON_NUMBERS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache", "fast"}
 """Settings that do not change what a run measures."""
 AS_BEFORE = [("cb_scale", "raw"), ("affine_examples", MAPPED), ("method", "transfer"), ("forget_kl_coef", 0.0)]
 """Settings that earlier versions lacked, with the value that stands for their behaviour: their runs count as equal."""

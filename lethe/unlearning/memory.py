@@ -11,7 +11,6 @@ from torch import nn
 from lethe.errors import LetheError
 from lethe.maps.affine import sums_bytes
 from lethe.objectives.chunks import CHUNK
-from lethe.training.merged_lora import merged_bytes
 from lethe.training.optimizers import STATE_BYTES, needs_masters
 from lethe.unlearning.changes import AGREEMENT_BATCH
 
@@ -55,7 +54,7 @@ def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: 
         "maps": 4 * mapped * hidden * (hidden + 1),
         "gradients": moved,
         "optimizer": state * numbers,
-        "activations": kept + logits + merged_bytes(student),
+        "activations": kept + logits,
     }
     update = found["gradients"] + found["optimizer"] + found["activations"]
     fit = sums_bytes(hidden, mapped) + TOKEN * tokens

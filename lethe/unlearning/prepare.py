@@ -27,7 +27,7 @@ from lethe.training import parameters
 from lethe.training.check import plan as training_plan
 from lethe.training.optimizers import needs_masters, newton_schulz_dtype
 from lethe.training.saves import save_artifact
-from lethe.training.trainer import Rows
+from lethe.training.trainer import Sequences
 from lethe.unlearning import changes, maps, memory, teacher_cache
 from lethe.unlearning.check import Checked
 from lethe.unlearning.probe import document_bytes, probe, warning
@@ -128,7 +128,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
         teacher.maps = given if teacher.need.mapped else None
     student = _student(run, config, model, source, tokenizer)
     documents = {"forget": checked.forget, "retain": checked.retain}
-    dataset = Rows(
+    dataset = Sequences(
         **{name: corpora.rows_of(documents[name], tokenizer, config.max_length, config.packing) for name in config.needs()}
     )
     plan = training_plan(config, len(dataset)) | {"documents": {name: len(part) for name, part in documents.items()}}

@@ -19,11 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lethe.models.allocator import give_back
 from lethe.training import parameters
-from lethe.training.merged_lora import Merged, one_product
-from lethe.training.rotary import one_operation
-from lethe.training.trainer import quick_passes
+from lethe.training.fast import fast_passes
 
 if TYPE_CHECKING:
     from lethe.methods.method import Method
@@ -56,8 +53,8 @@ def probe(trainer: UnlearnTrainer) -> Probe:
     model: Any = trainer.model
     if trainer.config.gradient_checkpointing:  # Trainer turns it on when training begins
         model.activation_checkpointing_enable()
-    with torch.random.fork_rng(), quick_passes(model) as merged:
-        scale = measured(trainer, batch, merged)
+    with torch.random.fork_rng(), fast_passes(model, trainer.config.fast):
+        scale = measured(trainer, batch)
         model.zero_grad()
         started = time.monotonic()
         trainer.losses(model, batch, trainer.progress(trainer.first_epoch_steps))[0].backward()
@@ -66,19 +63,18 @@ def probe(trainer: UnlearnTrainer) -> Probe:
         seconds = time.monotonic() - started
     names = parameters.without_gradient(model)
     model.zero_grad()
-    give_back()
     return Probe(names, seconds, scale)
 
 
 def document_bytes(trainer: UnlearnTrainer) -> int:
-    """Bytes of activations that the longest documents, one of each text, keep for the backward pass.
+    """Bytes of activations that the longest sequences, one of each text, save for the backward pass.
 
-    They are those of two less those of one, which leaves out what is kept once for all, such as weights.
+    Measured as those of two less those of one, which leaves out what is saved once for all, such as weights.
     """
     model: nn.Module = trainer.model  # type: ignore[assignment]
     texts: Any = trainer.train_dataset.texts  # type: ignore[union-attr]
-    longest = {name: (0, max(rows, key=len)) for name, rows in texts.items()}
-    kept: list[int] = []
+    longest = {name: (0, max(sequences, key=len)) for name, sequences in texts.items()}
+    saved: list[int] = []
     for count in (1, 2):
         batch: Any = trainer._prepare_inputs(trainer.data_collator([longest] * count))  # type: ignore[arg-type]
         trainer.tokens = trainer.documents_in_update = dict.fromkeys(batch, 1)
@@ -88,16 +84,15 @@ def document_bytes(trainer: UnlearnTrainer) -> int:
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor.detach()  # a tensor with its graph would be held by that graph, for ever
 
-        with torch.random.fork_rng(), one_operation(model), one_product(model):
+        with torch.random.fork_rng(), fast_passes(model, trainer.config.fast):
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = trainer.losses(model, batch, trainer.progress(trainer.first_epoch_steps))
-            kept.append(sum(found.values()))
+            saved.append(sum(found.values()))
             del loss
-        give_back()
-    return max(0, kept[1] - kept[0])
+    return max(0, saved[1] - saved[0])
 
 
-def measured(trainer: UnlearnTrainer, batch: Batch, merged: Merged) -> dict[str, Any]:
+def measured(trainer: UnlearnTrainer, batch: Batch) -> dict[str, Any]:
     """The losses, the norms of the gradients of the weighted forget and retain loss, their ratio, and the setting of the forget
     loss's weight that makes the ratio the lab's. `_after`: where the weights have been moved.
     """
@@ -110,7 +105,7 @@ def measured(trainer: UnlearnTrainer, batch: Batch, merged: Merged) -> dict[str,
         losses, loss, found["forget_gradient"] = _backward(trainer, batch, "forget", done=0)
         found = {name: value for name, value in losses.items() if not name.startswith("retain_")} | found
     if "retain" in batch:
-        with _moved(model, loss, merged) if compared else contextlib.nullcontext():  # type: ignore[arg-type]
+        with _moved(model, loss) if compared else contextlib.nullcontext():  # type: ignore[arg-type]
             losses, _, norm = _backward(trainer, batch, "retain", done=trainer.first_epoch_steps)
         after = "_after" if compared else ""
         found |= {name + after: value for name, value in losses.items() if name.startswith("retain_")}
@@ -155,7 +150,7 @@ def _backward(trainer: UnlearnTrainer, batch: Batch, text: str, done: int) -> tu
 
 
 @contextlib.contextmanager
-def _moved(model: nn.Module, loss: float, merged: Merged) -> Iterator[None]:
+def _moved(model: nn.Module, loss: float) -> Iterator[None]:
     """Inside, weights are moved so that the loss whose gradient they have is `DROP` lower; afterwards they are as they
     were, bit for bit.
     """
@@ -165,11 +160,9 @@ def _moved(model: nn.Module, loss: float, merged: Merged) -> Iterator[None]:
     with torch.no_grad():
         for parameter in moving if slope else ():
             parameter.sub_(parameter.grad.sign(), alpha=DROP * loss / slope)
-    merged.renew()
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, value in zip(moving, before, strict=True):
                 parameter.copy_(value)
-        merged.renew()

@@ -1,0 +1,135 @@
+"""Training with `fast` on and off gives the same losses and weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lethe import LoraSettings, TamperConfig, Transfer, tamper, unlearn
+from lethe.config import EvalSettings
+from lethe.lab.presets import active_preset
+from lethe.models import refs
+from lethe.models.adapters import add_adapters
+from lethe.training.fast import fast_passes
+
+ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]
+IDS = torch.arange(3, 43).view(5, 8)
+
+
+def adapted(make_model, folder, architecture="llama", dropout=0.0, dtype="float32") -> Any:
+    base, _ = refs.load(refs.resolve(str(make_model(architecture, folder / "model", seed=3))), dtype)  # its own dropout is off
+    model: Any = add_adapters(base, LoraSettings(r=4, alpha=6, dropout=dropout), [2], seed=0)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # 0 at first: the gradient of A would be 0, too
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
+    return model.train()
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """The logits and every gradient of a loss."""
+    model.zero_grad()
+    logits = model(IDS, use_cache=False).logits
+    logits.square().mean().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None} | {"logits": logits.detach()}
+
+
+def assert_close(ours: dict[str, torch.Tensor], peft: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == peft.keys()
+    for name, one in ours.items():
+        torch.testing.assert_close(one, peft[name], rtol=1e-4, atol=1e-5 * float(peft[name].abs().max()))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_outputs_and_gradients_are_pefts_before_and_after_an_update(architecture, checkpointing, make_model, tmp_path):
+    model = adapted(make_model, tmp_path, architecture)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    for _ in range(2):
+        peft = gradients(model)
+        with fast_passes(model, True) as names:
+            assert names and all(f".{block}." in "".join(names) for block in range(3))
+            assert_close(gradients(model), peft)
+        optimizer.step()
+
+
+def test_evaluation_within_and_training_afterwards_are_pefts_own(make_model, tmp_path):
+    model = adapted(make_model, tmp_path)
+    with torch.no_grad():
+        before = model.eval()(IDS).logits
+        with fast_passes(model, True) as names:
+            assert torch.equal(model(IDS).logits, before)
+    assert names and not any("forward" in vars(model.get_submodule(name)) for name in names)
+    torch.testing.assert_close(model.merge_and_unload()(IDS).logits, before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fast", "dropout", "dtype"), [(False, 0.0, "float32"), (True, 0.1, "float32"), (True, 0.0, "bfloat16")]
+)
+def test_adapters_stay_with_peft_when_fast_is_off_or_dropout_or_their_type_forbid_it(
+    fast, dropout, dtype, make_model, tmp_path
+):
+    model = adapted(make_model, tmp_path, dropout=dropout, dtype=dtype)
+    with fast_passes(model, fast) as names:
+        assert names == [] and not any("forward" in vars(module) for module in model.modules())
+
+
+def losses(run) -> list[float]:
+    return [value for row in run.rows("metrics.jsonl") for name, value in row.items() if name.endswith("loss")]
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(next(path for kind in ("adapter", "model") for path in (run.path / kind).glob("*.safetensors")))
+
+
+SHORT = {"max_steps": 4, "lr": 1e-3, "per_device_train_batch_size": 4, "eval": EvalSettings(["lab_forget_robust"], limit=4)}
+
+
+def unlearned(out, **settings):
+    common = {"source": f"lab:global_step{active_preset().onset}", "affine": "none", "num_train_examples": 16, "out": str(out)}
+    return unlearn(Transfer(**common | SHORT | settings))
+
+
+def same(one, other) -> None:
+    assert losses(one) == pytest.approx(losses(other), rel=1e-5, abs=1e-7)  # a KL of 1e-5 is a sum of terms near 1, rounded
+    ours, plain = weights(one), weights(other)
+    assert ours.keys() == plain.keys()
+    # As a norm: where a gradient is 0 up to rounding, as that of key biases, AdamW takes steps of full length all the same.
+    apart, size = (
+        sum(float(w.square().sum()) for w in some) ** 0.5 for some in ([ours[n] - plain[n] for n in ours], plain.values())
+    )
+    assert apart < 1e-4 * size
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(dropout=0.0), None])
+def test_an_unlearning_run_has_the_same_losses_and_weights_with_fast_on_and_off(lora, lab, tmp_path):
+    fast, plain = (unlearned(tmp_path, lora=lora, fast=on) for on in (True, False))
+    same(fast, plain)
+
+
+def test_an_attack_has_the_same_losses_and_weights_with_fast_on_and_off(lab, tmp_path):
+    fast, plain = (
+        tamper(
+            TamperConfig(
+                model="lab:filtered", out=str(tmp_path), lora=LoraSettings(r=4, dropout=0.0), fast=on, save_model=True, **SHORT
+            )
+        )
+        for on in (True, False)
+    )
+    same(fast, plain)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_run_on_another_architecture_has_the_same_losses_and_weights(architecture, lab, make_model, tmp_path):
+    model, source = (str(make_model(architecture, tmp_path / f"model{seed}", seed=seed)) for seed in (3, 4))
+    both = [
+        unlearned(tmp_path, model=model, source=source, layers=[0, 2], lora=LoraSettings(r=4, dropout=0.0), fast=on)
+        for on in (True, False)
+    ]
+    same(*both)
