@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lethe.config import AffineConfig, AffineScoreConfig, TextSource, UnlearnConfig
 from lethe.errors import LetheError
-from lethe.maps import affine
-from lethe.maps.affine import AffineMap, RidgeSums, Score, fit_affine, load_maps, score_affine
+from lethe.maps import affine, ridge
+from lethe.maps.affine import AffineMap, fit_affine, load_maps, score_affine
 from lethe.maps.check import split
 from lethe.maps.folder import HASH, check_maps, find_maps
+from lethe.maps.ridge import RidgeSums, Score
 from lethe.models import refs
 from lethe.text import corpora
 from lethe.unlearning.check import check
@@ -60,8 +61,7 @@ def against_sklearn(x, y, alpha, batch, tolerance):
 def blocks(request, monkeypatch):
     """The sums' blocks as they are, which a small text does not fill, and so small that most of it is in later ones."""
     if request.param == "many blocks":
-        monkeypatch.setattr(affine, "BLOCK", 64)
-        monkeypatch.setattr(affine, "PANEL", 5)
+        monkeypatch.setattr(ridge, "CHUNK", 64)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -168,7 +168,7 @@ def test_hard_activations_are_solved_as_in_float64(case, tolerance):
 
 
 def test_what_is_kept_does_not_grow_with_the_text(monkeypatch):
-    monkeypatch.setattr(affine, "BLOCK", 64)
+    monkeypatch.setattr(ridge, "CHUNK", 64)
 
     def kept(tokens: int) -> int:
         sums = streamed(*planted(tokens, 0.0), 50)

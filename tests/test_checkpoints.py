@@ -14,7 +14,8 @@ from lethe import CheckpointsConfig, checkpoints
 from lethe.errors import LetheError
 from lethe.evaluation.checkpoint_sweep import annotate, at_chance, bisect, find_checkpoints, not_monotone
 from lethe.lab.presets import active_preset
-from lethe.models.refs import checkpoint_folders, resolve
+from lethe.models.checkpoints import checkpoint_folders
+from lethe.models.refs import resolve
 from lethe.report.charts import draw_checkpoints
 from lethe.report.tables import checkpoints_table
 from lethe.runs.run import Run

@@ -28,7 +28,7 @@ from lethe.evaluation.scoring import Scorer
 from lethe.maps.affine import fit_affine
 from lethe.models import refs
 from lethe.models.adapters import add_adapters, linear_layers
-from lethe.models.support import refuse_untrainable
+from lethe.models.architecture_check import refuse_untrainable
 from lethe.runs import garbage
 from lethe.runs.run import Run
 from lethe.training.optimizers import routes
@@ -38,7 +38,7 @@ from lethe.unlearning.pipeline import UnlearnTrainer, _prepared, rewind
 LAYERS, LENGTH, START = [1, 2], 40, 0.2
 WITHOUT_LORA = ["falcon_h1", "mamba", "mamba2"]
 REFUSED = {
-    "bert": "when padding or other documents stand beside it",
+    "bert": "when padding or other sequences stand beside it",
     "gemma3n_text": "layer 0 returns 4 dimensions",
     "jamba": "0 lists of 4 blocks",
     "mpt": "config.json has none of num_hidden_layers",
@@ -304,7 +304,7 @@ def test_a_row_that_sees_what_comes_after_it_is_refused(pair):
     model = refs.load(refs.resolve(pair("llama")[0]))[0]
     for block in model.model.layers:
         block.register_forward_pre_hook(lambda _, args: (args[0] + args[0].mean(1, keepdim=True), *args[1:]))
-    with pytest.raises(LetheError, match="when padding or other documents"):
+    with pytest.raises(LetheError, match="when padding or other sequences"):
         refuse_untrainable(model, "both-sides", LENGTH)
 
 

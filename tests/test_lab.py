@@ -203,7 +203,7 @@ def test_the_twin_reads_the_same_general_text_in_the_same_order(batches):
     seen = 0
     for step in range(1, p.steps + 1):
         final, twin = made.at(step), made.at(step, filtered=True)
-        shared = p.batch_size if step <= p.onset else p.batch_size - p.forget_rows
+        shared = p.batch_size if step <= p.onset else p.batch_size - p.forget_sequences
         assert final.shape == twin.shape == (p.batch_size, p.sequence_length)
         assert (final[:shared] == twin[:shared]).all()
         assert (final[:shared] == made.general[seen : seen + shared]).all()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from lethe.errors import LetheError
 from lethe.files import sha256
 from lethe.models import refs
+from lethe.models.checkpoints import checkpoint_folders
 from lethe.models.refs import load, record, refuse_layers, refuse_mismatch, resolve, weight_hash
 from lethe.runs.run import Run
 
@@ -92,7 +93,7 @@ def test_a_checkpoint_of_a_folder(home):
 
 
 def test_checkpoints_are_in_order_of_step(home):
-    assert list(refs.checkpoint_folders(home / "family")) == ["global_step5", "global_step20", "global_step100"]
+    assert list(checkpoint_folders(home / "family")) == ["global_step5", "global_step20", "global_step100"]
 
 
 def test_an_unknown_checkpoint_is_refused_with_the_nearest(home):
@@ -103,7 +104,7 @@ def test_an_unknown_checkpoint_is_refused_with_the_nearest(home):
 
 def test_lab_references(lab):
     final = resolve("lab:final")
-    steps = list(refs.checkpoint_folders(lab / "checkpoints"))
+    steps = list(checkpoint_folders(lab / "checkpoints"))
     assert final.path == str(lab / "checkpoints" / steps[-1])
     assert resolve(f"lab:{steps[0]}").path == str(lab / "checkpoints" / steps[0])
     assert resolve("lab:filtered").path == str(lab / "filtered")
@@ -185,7 +186,7 @@ def test_an_adapter_and_its_base_have_different_hashes(home, tmp_path):
 def test_an_adapter_whose_base_has_changed_is_refused(copy, make_model, tmp_path):
     run = make_run(tmp_path / "runs", copy)
     make_model("llama", copy, seed=9)
-    assert "holds other weights now" in refusal(resolve, f"run:{run.id}", tmp_path / "runs")
+    assert "whose weights have changed since" in refusal(resolve, f"run:{run.id}", tmp_path / "runs")
 
 
 def test_an_adapter_whose_base_is_gone_is_refused(copy, tmp_path):

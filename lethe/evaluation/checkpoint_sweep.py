@@ -24,6 +24,7 @@ from lethe.evaluation.check import check_tasks
 from lethe.files import refuse_run_folder
 from lethe.home import lethe_home, store, stored
 from lethe.models import refs
+from lethe.models.checkpoints import checkpoint_folders, step_of
 from lethe.progress import bar
 from lethe.results.regimes import at_chance
 from lethe.runs.machine import say_if_busy
@@ -52,7 +53,7 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
     check_tasks(config)
     found = find_checkpoints(config)
     rows: list[dict[str, Any]] = [
-        {"name": name, "step": refs.step_of(name), "ref": ref.name, "evals": {}, "note": ""} for name, ref in found.items()
+        {"name": name, "step": step_of(name), "ref": ref.name, "evals": {}, "note": ""} for name, ref in found.items()
     ]
     source = _source(config.source, rows)
     from lethe.evaluation.questions import load_tasks
@@ -133,9 +134,9 @@ def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
     if where.startswith("lab:"):
         refs.resolve(where, config.out)
         folder = refs.lab_folder() / "checkpoints"
-        return {name: refs.resolve(f"lab:{name}", config.out) for name in refs.checkpoint_folders(folder)}
+        return {name: refs.resolve(f"lab:{name}", config.out) for name in checkpoint_folders(folder)}
     if Path(where).is_dir():
-        names = list(refs.checkpoint_folders(Path(where)))
+        names = list(checkpoint_folders(Path(where)))
     elif where.count("/") == 1:
         names = _branches(where)
     else:
@@ -250,5 +251,5 @@ def _branches(repository: str) -> list[str]:
 
     with refs.hub(f"checkpoints: the hub's '{repository}' cannot be read"):
         branches = [branch.name for branch in list_repo_refs(repository).branches]
-    steps = [name for name in branches if refs.step_of(name) is not None]
-    return sorted(steps, key=lambda name: refs.step_of(name) or 0)
+    steps = [name for name in branches if step_of(name) is not None]
+    return sorted(steps, key=lambda name: step_of(name) or 0)

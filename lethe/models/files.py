@@ -1,12 +1,13 @@
-"""The files of a model's folder, and what is wrong with them: read without torch and without loading a weight.
+"""The files of a model's folder: what is missing, damaged or ambiguous there. Reads no weights and imports no torch.
 
-`refuse_config` looks at what config.json says, `refuse_weights` at the safetensors files and what lies beside them,
-`refuse_tokenizer` at the tokenizer's. `weight_files` are the files that transformers would load, `shapes` the tensors in them.
+`refuse_config` checks the settings in config.json, `refuse_weights` the safetensors files and the files beside them, and
+`refuse_tokenizer` the tokenizer's files. `weight_files` are the files that transformers would load, `shapes` their tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ TOKENIZERS = (
     "tekken.json",
 )
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
-"""JSON files that transformers reads if they are there."""
+"""JSON files that transformers reads if they exist."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 WINDOW_KEYS = ("max_position_embeddings", "n_positions")
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 PART_KEYS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_experts_per_tok", *EXPERT_KEYS)
-"""Sizes of which there may be one for each block."""
+"""Sizes that may be lists with one number for each block."""
 OTHER_HEADS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining")
 
 
@@ -41,7 +42,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UnreadableError: there is none.
+        UnreadableError: the file has none.
     """
     found = json_of(text_of(path))
     if not isinstance(found, dict):
@@ -50,10 +51,10 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def part(name: str, path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model.
+    """The JSON object in a file of the model `name`.
 
     Raises:
-        LetheError: there is none, naming model and file.
+        LetheError: the file has none, or describes no tokenizer though it is tokenizer.json.
     """
     try:
         if why := missing(path):
@@ -67,10 +68,10 @@ def part(name: str, path: Path) -> dict[str, Any]:
 
 
 def refuse_config(name: str, config: dict[str, Any]) -> None:
-    """Refuse a model whose config.json says that Lethe cannot work with it.
+    """Refuse a model that Lethe does not support, by its config.json.
 
     Raises:
-        LetheError: it is quantised, no causal language model, or one of its sizes is no whole number above 0.
+        LetheError: it is quantised, is not a causal language model, or a size is not a whole number above 0.
     """
     settings = text_settings(config)
     if quantised := settings.get("quantization_config") or config.get("quantization_config"):
@@ -102,7 +103,7 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
 
 
 def text_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration says of the language model: `text_config` where other kinds of input have parts of their own."""
+    """The settings of the language model: `text_config` if the configuration has parts for other kinds of input."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
@@ -111,7 +112,7 @@ def whole(name: str, settings: dict[str, Any], key: str) -> int:
     """A size in config.json.
 
     Raises:
-        LetheError: it is no whole number above 0.
+        LetheError: it is not a whole number above 0.
     """
     value = settings[key]
     if type(value) is not int or value < 1:
@@ -123,12 +124,12 @@ def whole(name: str, settings: dict[str, Any], key: str) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would load, in order of name: model.safetensors, or the shards that the index names.
+    """The files that transformers would load, in order of name: model.safetensors, or the shards that the index lists.
 
     Raises:
-        UnreadableError: the index is no list of files in this folder.
+        UnreadableError: the index does not list files of this folder.
     """
-    if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
+    if os.path.lexists(folder / WEIGHTS):
         return [folder / WEIGHTS]
     return [folder / shard for shard in sorted(shards(folder / INDEX))] if (folder / INDEX).exists() else []
 
@@ -137,7 +138,7 @@ def shards(index: Path) -> set[str]:
     """The names of the files that an index of weights lists.
 
     Raises:
-        UnreadableError: it cannot be read, or lists what is no file of its own folder.
+        UnreadableError: it cannot be read, or does not list files of its own folder.
     """
     try:
         found = json_object(index)
@@ -153,10 +154,10 @@ def shards(index: Path) -> set[str]:
 
 
 def refuse_weights(name: str, folder: Path) -> None:
-    """Refuse a folder whose weights cannot be loaded, or that leaves open which they are.
+    """Refuse a folder whose weights cannot be loaded, or that has more than one set of weights.
 
     Raises:
-        LetheError: there are none, only pickled ones, two sets of them, an adapter beside them, or a file is damaged.
+        LetheError: there are no weights or only pickled ones, there are two sets, or an adapter beside them, or one is damaged.
     """
     try:
         files = weight_files(folder)
@@ -171,22 +172,21 @@ def refuse_weights(name: str, folder: Path) -> None:
             rivals += [INDEX] if shards(folder / INDEX) - {WEIGHTS} else []
     if rivals:
         raise LetheError(
-            f"model '{name}' holds its weights twice ({files[0].name} and {rivals[0]}), and which are meant is open; "
-            f"remove those that are not"
+            f"model '{name}' holds its weights twice ({files[0].name} and {rivals[0]}), so it is ambiguous; remove one of them"
         )
     shapes(name, files)
 
 
 def refuse_adapter(name: str, beside: list[str]) -> None:
-    """Refuse whole weights that have an adapter's files beside them. (Without its configuration nothing reads an adapter.)
+    """Refuse whole weights with an adapter beside them: transformers would apply the adapter without a word.
 
     Raises:
-        LetheError: it is open which of the two is the model, and transformers would put one on the other in silence.
+        LetheError: there is an adapter's configuration. Without it nothing reads an adapter.
     """
     if ADAPTER[0] in beside:
         raise LetheError(
-            f"model '{name}' holds whole weights and an adapter beside them ({', '.join(beside)}), and which is meant is open; "
-            f"move the adapter's files out, or merge it into its model and save that in a folder of its own"
+            f"model '{name}' holds whole weights and an adapter beside them ({', '.join(beside)}), so it is ambiguous; "
+            f"move the adapter's files out, or merge it into its model and save that in another folder"
         )
 
 
@@ -209,10 +209,10 @@ def _refuse_without_weights(name: str, folder: Path) -> None:
 
 
 def shapes(name: str, files: list[Path]) -> dict[str, tuple[str, list[int]]]:
-    """The type and shape of every tensor, by its name in the files; only their headers are read.
+    """The type and shape of every tensor by name, from the headers of the files.
 
     Raises:
-        LetheError: a file is missing, cut short or damaged, or two of them hold the same tensor.
+        LetheError: a file is missing, truncated or damaged, or two files hold the same tensor.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -236,7 +236,7 @@ def shapes(name: str, files: list[Path]) -> dict[str, tuple[str, list[int]]]:
 
 
 def missing(file: Path) -> str | None:
-    """Why a file's content is not there: no file, a broken link, a folder, empty, or a pointer of Git LFS; None if it is."""
+    """Why a file has no content: missing, a broken link, a folder, empty, or a pointer of Git LFS. None if it has content."""
     if file.is_symlink() and not file.exists():
         return f"a broken link to '{file.readlink()}'"
     if not file.exists():
@@ -252,29 +252,29 @@ def missing(file: Path) -> str | None:
 
 
 def advice(why: object) -> str:
-    """What to do about a file that cannot be read, if the reason does not say it."""
+    """What to do about an unreadable file, unless the reason says it."""
     return "" if LFS_POINTER in str(why) else "; copy or download it again"
 
 
 def refuse_tokenizer(name: str, folder: Path) -> None:
-    """Refuse a folder without a tokenizer, or with JSON beside it that cannot be read.
+    """Refuse a folder without a tokenizer, or with an unreadable file of settings beside it.
 
     Raises:
-        LetheError: naming the file.
+        LetheError: names the file.
     """
-    there = [file for file in TOKENIZERS if (folder / file).exists() or (folder / file).is_symlink()]
+    there = [file for file in TOKENIZERS if os.path.lexists(folder / file)]
     if not there:
         raise LetheError(f"model '{name}' has no tokenizer in its folder; save it there: tokenizer.save_pretrained(FOLDER)")
     for file in there:
         if why := missing(folder / file):
             raise LetheError(f"model '{name}': {file} cannot be read ({why}){advice(why)}")
     for file in SETTINGS:
-        if (folder / file).exists() or (folder / file).is_symlink():
+        if os.path.lexists(folder / file):
             part(name, folder / file)
 
 
 def refuse_no_config(name: str, folder: Path, checkpoints: list[str]) -> None:
-    """Say what a folder without config.json is.
+    """Refuse a folder without config.json, with what it has instead.
 
     Raises:
         LetheError: always.

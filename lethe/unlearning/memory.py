@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import nn
 
-from lethe.maps.affine import sums_bytes
+from lethe.maps.ridge import sums_bytes
 from lethe.objectives.blocked import ROWS
 from lethe.training.merged_lora import merged_bytes
 from lethe.training.optimizers import needs_masters

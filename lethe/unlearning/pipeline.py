@@ -28,7 +28,7 @@ from lethe.evaluation.checkpoint_sweep import checkpoints
 from lethe.models import refs
 from lethe.models.activations import States, blocks, read, rows_can_leave
 from lethe.models.adapters import add_adapters
-from lethe.models.support import refuse_unreadable, refuse_untrainable
+from lethe.models.architecture_check import refuse_unreadable, refuse_untrainable
 from lethe.objectives import terms as losses
 from lethe.objectives.blocked import blocked_kl_loss, head_of, next_token_loss
 from lethe.results import regimes
