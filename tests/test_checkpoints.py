@@ -14,7 +14,7 @@ from lethe import CheckpointsConfig, checkpoints
 from lethe.errors import LetheError
 from lethe.evaluation.checkpoint_sweep import annotate, at_chance, bisect, find_checkpoints, not_monotone
 from lethe.lab.presets import active_preset
-from lethe.models.checkpoints import checkpoint_folders
+from lethe.models.checkpoint_folders import checkpoint_folders
 from lethe.models.refs import resolve
 from lethe.report.charts import draw_checkpoints
 from lethe.report.tables import checkpoints_table
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_has_a_reason_and_no_number(lab, tmp_path, kept_now
 
 def test_a_sweep_that_can_measure_nothing_gives_up(lab, tmp_path, kept_nowhere_else):
     folder = planted(tmp_path / "c", lab, "xxxxxx")
-    with pytest.raises(LetheError, match="none of the 3 tried could be measured"):
+    with pytest.raises(LetheError, match="none of the 3 tried could be evaluated"):
         sweep(folder, tmp_path)
 
 
@@ -215,7 +215,7 @@ def test_a_killed_sweep_goes_on_and_a_second_one_is_free(lab, tmp_path, evaluati
 
 
 def test_a_source_that_is_no_checkpoint_is_refused(lab, tmp_path):
-    with pytest.raises(LetheError, match="source: 'global_step1' is none of the checkpoints"):
+    with pytest.raises(LetheError, match="source: 'global_step1' is not one of the checkpoints"):
         checkpoints(CheckpointsConfig("lab:final", source="global_step1", out=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
 

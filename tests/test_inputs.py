@@ -87,7 +87,10 @@ def test_more_examples_than_there_are_and_a_seed_too_large_are_refused(lab, tmp_
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"model": "lab:finel"}, "did you mean 'final'"), ({"checkpoints": "/nowhere"}, "the hub's '/nowhere' cannot be read")],
+    [
+        ({"model": "lab:finel"}, "did you mean 'final'"),
+        ({"checkpoints": "/nowhere"}, "repository '/nowhere'"),
+    ],
 )
 def test_checkpoints_of_nothing_are_refused(lab, tmp_path, settings, words):
     with pytest.raises(LetheError, match=words):

@@ -21,7 +21,7 @@ from lethe.cli import main
 from lethe.errors import LetheError
 from lethe.files import UnreadableError, text_of
 from lethe.models import refs
-from lethe.models.checkpoints import checkpoint_folders
+from lethe.models.checkpoint_folders import checkpoint_folders
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa\nsize 610\n"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

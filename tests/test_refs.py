@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lethe.errors import LetheError
 from lethe.files import sha256
 from lethe.models import refs
-from lethe.models.checkpoints import checkpoint_folders
+from lethe.models.checkpoint_folders import checkpoint_folders
 from lethe.models.refs import load, record, refuse_layers, refuse_mismatch, resolve, weight_hash
 from lethe.runs.run import Run
 

@@ -304,8 +304,8 @@ GOOD = rows(3)
         (GOOD[1] | {"question": "Q?", "answer": [1, 4]}, "line 4 (answer 4 is out of range"),
         (GOOD[1] | {"question": "Q?", "split": 3}, "line 4 (split 3 is not text)"),
         (GOOD[1] | {"question": "Q?", "split": ["test"]}, "line 4 (split ['test'] is not text)"),
-        (GOOD[1] | {"answer": 0}, "line 4 (asks what line 2 asks)"),
-        (GOOD[1] | {"choices": GOOD[1]["choices"][::-1]}, "line 4 (asks what line 2 asks)"),
+        (GOOD[1] | {"answer": 0}, "line 4 (has the question of line 2)"),
+        (GOOD[1] | {"choices": GOOD[1]["choices"][::-1]}, "line 4 (has the question of line 2)"),
     ],
 )
 def test_a_broken_row_is_named_by_its_line(tmp_path, line, says):
@@ -317,7 +317,7 @@ def test_a_broken_row_is_named_by_its_line(tmp_path, line, says):
 
 def test_every_broken_row_is_named_at_once_and_blank_lines_count(tmp_path):
     file = write(tmp_path / "d.jsonl", [GOOD[0], "", "nonsense", GOOD[0], GOOD[2] | {"answer": 9}])
-    with pytest.raises(LetheError, match=r"line 3 \(is not JSON\), line 4 \(asks what line 1 asks\), line 5 \(answer 9"):
+    with pytest.raises(LetheError, match=r"line 3 \(is not JSON\), line 4 \(has the question of line 1\), line 5 \(answer 9"):
         data.read({"wmdp_bio_robust": file}, tasks.locate(["wmdp_bio_robust"]))
 
 
@@ -414,7 +414,7 @@ def test_the_same_words_with_other_choices_are_another_question(tmp_path):
 @pytest.mark.parametrize(
     ("names", "task_data", "says"),
     [
-        (["lab_forget"], "wmdp_bio", "'wmdp_bio' is none of the tasks that are asked"),
+        (["lab_forget"], "wmdp_bio", "'wmdp_bio' is not among the tasks"),
         (["mmlu_stem"], "mmlu_stem", "a field subject with one of"),
     ],
 )

@@ -27,7 +27,7 @@ from lethe.errors import LetheError, nearest
 from lethe.files import UnreadableError, sha256
 from lethe.lab import presets
 from lethe.models import files as model_files
-from lethe.models.checkpoints import checkpoint_folders, checkpoint_of
+from lethe.models.checkpoint_folders import checkpoint_folders, checkpoint_of
 from lethe.models.files import DEPTH_KEYS, WIDTH_KEYS, WINDOW_KEYS
 from lethe.models.hub import fetch, fetch_optional, hub
 from lethe.runs.run import Run, find_run

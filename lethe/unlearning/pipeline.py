@@ -271,7 +271,7 @@ def _prepare(run: Run, config: UnlearnConfig, checked: Checked) -> tuple[Unlearn
     used = {"forget": config.remove_coef, "retain": config.retain_coef}
     documents = {"forget": checked.forget, "retain": checked.retain}
     texts = {
-        name: corpora.rows_of(documents[name], tokenizer, config.max_length, config.packing) for name in used if used[name]
+        name: corpora.sequences_of(documents[name], tokenizer, config.max_length, config.packing) for name in used if used[name]
     }
     rows = Rows(**texts)
     plan = training_plan(config, len(rows)) | {"documents": {name: len(part) for name, part in documents.items()}}

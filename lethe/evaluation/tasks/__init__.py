@@ -125,7 +125,7 @@ def leaves(name: str, known: dict[str, dict[str, Any]], above: tuple[str, ...] =
         if not isinstance(inner, str) or (child == inner and not below):
             raise LetheError(
                 f"tasks: the group '{name}' has {printable(repr(child), 80)} among its tasks, which no file there defines; "
-                "name tasks one by one instead of the group, or mend it"
+                "name tasks one by one instead of the group, or correct it"
             )
         found += below
         if len(found) > MOST_TASKS:
@@ -167,7 +167,7 @@ def _definition(file: Path, trusted: bool, seen: set[str]) -> dict[str, Any] | N
         content = yaml_of(text_of(file), _FastLoader if trusted else TaskLoader)
         python = None if trusted else python_in(content)
     except (UnreadableError, ValueError) as error:  # ValueError: a NUL in an included path
-        raise LetheError(f"tasks: '{file}' cannot be read ({error}); mend it, or leave it out") from error
+        raise LetheError(f"tasks: '{file}' cannot be read ({error}); correct it, or leave it out") from error
     if python and not trusts_task_code():
         raise LetheError(
             f"tasks: '{file}' runs Python ({printable(python, 120)}) with all your permissions; read it, and if you trust it, "
