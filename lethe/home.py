@@ -1,8 +1,8 @@
 """$LETHE_HOME: the lab, and caches that save time, such as the requests of tasks, results of checkpoints and fitted maps.
 
-`store` and `stored` write and read a cached text, `use` and `evict` bound the folders of a cache. You can delete any cache at
-any time. If $LETHE_HOME cannot be written, work is repeated and nothing else happens. A cached text begins with the hash of the
-rest, so a truncated or changed file counts as absent. No torch here.
+`cache_key` names a cached result, `store` and `stored` write and read it as text, `use` and `evict` bound the folders of a
+cache. You can delete any cache at any time. If $LETHE_HOME cannot be written, work is repeated and nothing else happens. A
+cached text begins with the hash of the rest, so a truncated or changed file counts as absent. No torch here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -43,6 +44,11 @@ def stored(file: Path) -> str | None:
     except (OSError, UnicodeDecodeError):
         return None
     return text if expected == _hash(text) else None
+
+
+def cache_key(*content: Any) -> str:
+    """The name of a cached result: a hash of everything that the result depends on, in a form that JSON has."""
+    return _hash(json.dumps(content, sort_keys=True))[:32]
 
 
 def _hash(text: str) -> str:

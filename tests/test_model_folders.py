@@ -165,7 +165,6 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "config with a key twice": (text("config.json", '{"model_type": "llama", "model_type": "gpt2"}'), "written twice"),
     "config gone": (gone("config.json"), "has no config.json; it is not the folder of a model"),
     "gptq": (settings(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised (gptq"),
-    "awq": (settings(quantization_config={"quant_method": "awq"}), "quantised (awq"),
     "bitsandbytes": (settings(quantization_config={"load_in_4bit": True}), "quantised ({'load_in_4bit': True}"),
     "activation": (settings(hidden_act="nonsense"), "hidden_act: 'nonsense' is not known"),
     "activation null": (settings(hidden_act=None), "'hidden_act' expected str"),
@@ -215,7 +214,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "weights a broken link": (as_broken_link(WEIGHTS), "model.safetensors cannot be read (a broken link"),
     "weights a folder": (as_folder(WEIGHTS), "model.safetensors cannot be read (it is a folder)"),
     "weights gone": (gone(WEIGHTS), "has no weights"),
-    "weights pickled": (lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"), "only pickled weights (pytorch_model.bin)"),
+    **{
+        f"weights pickled in {name}": (lambda d, name=name: (d / WEIGHTS).rename(d / name), f"only pickled weights ({name})")
+        for name in ("pytorch_model.bin", "model.pt", "weights.pth")
+    },
     "weights of another name": (lambda d: (d / WEIGHTS).rename(d / "x.safetensors"), "only x.safetensors"),
     "whole and in shards": (lambda d: write_index(d, {"a": "a.safetensors"}), f"{WEIGHTS} and {INDEX}"),
     "whole and distributed": (
@@ -281,24 +283,26 @@ COMMANDS = {
     "source of maps": ("affine", "fit", "--model", "{plain}", "--source", "{}", "--layers", "[0]", "--max_length", 64),
     "compare": ("compare", "{plain}", "{}", "--tasks", "lab_forget_robust", "--limit", 4),
 }
-KINDS = ("an adapter beside", "fewer blocks", "tokenizer cut")
+KINDS = {name: REFUSED[name] for name in ("an adapter beside", "fewer blocks", "tokenizer cut")} | {
+    "not finite": (
+        tensors(lambda found: found["model.layers.1.mlp.up_proj.weight"][3, 4].fill_(torch.nan)),
+        "its weights or activations are not finite numbers",
+    )
+}
+READING = {"unlearn", "source", "tamper", "maps", "source of maps"}
+"""Commands that read the weights before they begin."""
 
 
 @pytest.mark.parametrize("case", KINDS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_a_broken_folder_before_it_begins(folder, plain, lab, capsys, command, case):
-    change, cause = REFUSED[case]
+    if case == "not finite" and command not in READING:
+        return
+    change, cause = KINDS[case]
     change(folder)
     Path("suite.yaml").write_text('{"attacks": {"noise": {"attack": "noise"}}}')
     words = [str(word).replace("{}", str(folder)).replace("{plain}", str(plain)) for word in COMMANDS[command]]
     assert cause in said(capsys, *words)
-
-
-@pytest.mark.parametrize("command", ["unlearn", "source", "tamper", "maps", "source of maps"])
-def test_weights_that_are_no_numbers_are_not_blamed_on_the_architecture(folder, plain, lab, capsys, command):
-    tensors(lambda found: found["model.layers.1.mlp.up_proj.weight"][3, 4].fill_(torch.nan))(folder)
-    words = [str(word).replace("{}", str(folder)).replace("{plain}", str(plain)) for word in COMMANDS[command]]
-    assert f"model '{folder}': its weights or activations are not finite numbers" in said(capsys, *words)
 
 
 def test_whole_numbers_are_refused_under_names_that_transformers_changes(make_model, tmp_path, capsys, lab):
@@ -317,7 +321,7 @@ def test_a_sweep_over_a_broken_model_does_not_begin(folder, plain, lab, capsys, 
 
 # --- what goes on loading --------------------------------------------------------------------------------------------
 
-KEPT: dict[str, Change] = {
+LOADED: dict[str, Change] = {
     "rotary tables": added(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4)),
     "masks": added(h__0__attn__bias=torch.ones(1, 1, 8, 8).bool(), h__0__attn__masked_bias=torch.tensor(-1e4)),
     "a value head": added(v_head__summary__weight=torch.ones(1, 32)),
@@ -329,6 +333,7 @@ KEPT: dict[str, Change] = {
     "shards": sharded(lambda d, where: None),
     "an index of the whole": lambda d: write_index(d, {"a": WEIGHTS}),
     "stray weights": lambda d: (d / "consolidated.safetensors").write_bytes(b"no weights"),
+    "a pickle beside the weights": lambda d: (d / "pytorch_model.bin").write_bytes(b"not a pickle"),
     "a stray adapter without settings": lambda d: (d / "adapter_model.safetensors").write_bytes(b"no weights"),
     "code that is not needed": evil(auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"}),
     "code for generation": lambda d: (
@@ -342,9 +347,9 @@ KEPT: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("case", KEPT)
+@pytest.mark.parametrize("case", LOADED)
 def test_what_changes_no_number_goes_on_loading(folder, plain, case):
-    KEPT[case](folder)
+    LOADED[case](folder)
     model, _ = refs.load(refs.resolve(str(folder)))
     ids = torch.arange(12).reshape(2, 6)
     assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(plain).eval()(ids).logits)
@@ -482,32 +487,26 @@ def test_answers_beyond_the_window_are_refused_before_a_run_begins(plain, lab, c
 
 
 @pytest.mark.parametrize("name", ["step600", "global_step600", "checkpoint-600"])
-def test_checkpoints_by_the_names_that_pythia_and_trainer_use(plain, tmp_path, capsys, name):
-    shutil.copytree(plain, tmp_path / "all" / name)
-    shutil.copytree(plain, tmp_path / "all" / "step1000")
+def test_checkpoints_by_the_names_that_pythia_and_trainer_use(plain, tmp_path, name):
+    for step in (name, "step1000"):
+        shutil.copytree(plain, tmp_path / "all" / step)
     for given in (name, "step600", "global_step600", "checkpoint-600"):
         assert refs.resolve(f"all@{given}").path == str(Path("all", name))
-    assert refs.resolve(f"all/{name}").path == str(Path("all", name))
     assert list(checkpoint_folders(Path("all"))) == [name, "step1000"]
     with pytest.raises(LetheError, match=r"no config\.json, but checkpoints; name one of them: 'all@step1000'"):
         refs.resolve("all")
-
-
-def test_a_name_that_could_be_two_checkpoints_is_refused(plain, tmp_path):
-    for name in ("step600", "checkpoint-600"):
-        shutil.copytree(plain, tmp_path / "all" / name)
-    assert refs.resolve("all@step600").path == str(Path("all", "step600"))
-    with pytest.raises(LetheError, match="no such checkpoint"):
-        refs.resolve("all@global_step600")
+    shutil.copytree(plain, tmp_path / "all" / "checkpoint-1000")
+    assert refs.resolve("all@step1000").path == str(Path("all", "step1000"))
+    with pytest.raises(LetheError, match="no such checkpoint"):  # there are two of this step
+        refs.resolve("all@global_step1000")
 
 
 def test_the_checkpoints_of_a_trainer_are_swept(plain, lab, tmp_path, capsys):
     for step in (5, 20):
         shutil.copytree(plain, tmp_path / "all" / f"checkpoint-{step}")
-    words = ["checkpoints", "all", "--tasks", "lab_forget_robust", "--limit", "4", "--search", "all", "--json"]
-    assert main(words) == 0
-    rows = json.loads(capsys.readouterr().out)["checkpoints"]
-    assert [(row["name"], row["step"], bool(row["evals"])) for row in rows] == [
+    assert main(["checkpoints", "all", "--tasks", "lab_forget_robust", "--limit", "4", "--search", "all", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [(row["name"], row["step"], bool(row["evals"])) for row in found] == [
         ("checkpoint-5", 5, True),
         ("checkpoint-20", 20, True),
     ]

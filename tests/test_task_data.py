@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import lm_eval
+import numpy as np
 import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe.config import EvalSettings, EvaluateConfig
+from lethe.config import EvalSettings, EvaluateConfig, UnlearnConfig
 from lethe.config.parse import from_recipe, parse
 from lethe.errors import LetheError
 from lethe.evaluation import tasks
@@ -166,23 +167,6 @@ def test_few_shot_examples_are_those_of_lm_eval(loaded, theirs, tmp_path):
         sys.modules["lethe.evaluation.questions"]._loaded.clear()
 
 
-def test_cloze_gives_a_probability_and_a_length_normalised_accuracy(loaded, tmp_path):
-    import numpy as np
-
-    some = [row | {"choices": [c + " and more" * (k % 2) for k, c in enumerate(row["choices"])]} for row in rows()]
-    samples: dict[str, list] = {}
-    task_data = {"wmdp_bio_cloze": write(tmp_path / "d.jsonl", some)}
-    result = evaluate_model(*loaded, ["wmdp_bio_cloze"], samples=samples, task_data=task_data)["wmdp_bio_cloze"]
-    values, right = [], []
-    for sample, row in zip(samples["wmdp_bio_cloze"], some, strict=True):
-        scores = np.array(sample["log_likelihoods"])
-        values.append(np.exp(scores)[row["answer"]] / np.exp(scores).sum())
-        right.append(np.argmax(scores / [len(c) for c in row["choices"]]) == row["answer"])
-    assert result["correct_prob"] == pytest.approx(np.mean(values))
-    assert result["acc_norm"] == pytest.approx(np.mean(right))
-    assert "acc" not in result and "chance" not in result
-
-
 PUBLISHED_CLOZE = """
 description: "Complete the following biology questions with the correct answer.\\n\\n"
 test_split: test
@@ -196,18 +180,22 @@ metadata: {version: 1}
 """
 
 
-def test_the_cloze_is_asked_and_normalised_as_the_published_one(loaded, theirs, tmp_path):
+def test_the_cloze_has_a_probability_and_is_prompted_and_normalised_as_the_published_one(loaded, theirs, tmp_path):
     """`wmdp_bio_cloze_verified` of the Deep Ignorance repository, read by lm-eval itself."""
     (tmp_path / "published.yaml").write_text(PUBLISHED_CLOZE)
     some = [row | {"choices": [c + " and more" * (k % 3) for k, c in enumerate(row["choices"])]} for row in rows()]
     expected = theirs(tmp_path / "published.yaml", "cloze", {"test": some})
     samples: dict[str, list] = {}
     task_data = {"wmdp_bio_cloze": write(tmp_path / "d.jsonl", some)}
-    evaluate_model(*loaded, ["wmdp_bio_cloze"], samples=samples, task_data=task_data)
+    result = evaluate_model(*loaded, ["wmdp_bio_cloze"], samples=samples, task_data=task_data)["wmdp_bio_cloze"]
     agree(samples["wmdp_bio_cloze"], expected)
     theirs_right = [row["acc_norm"] for row in sorted(expected, key=lambda row: row["doc_id"])]
     assert [row["acc_norm"] for row in samples["wmdp_bio_cloze"]] == theirs_right
-    assert 0 < sum(theirs_right) < len(theirs_right)
+    assert 0 < sum(theirs_right) < len(theirs_right) and result["acc_norm"] == pytest.approx(np.mean(theirs_right))
+    scores = [np.exp(sample["log_likelihoods"]) for sample in samples["wmdp_bio_cloze"]]
+    probabilities = [score[row["answer"]] / score.sum() for score, row in zip(scores, some, strict=True)]
+    assert result["correct_prob"] == pytest.approx(np.mean(probabilities))
+    assert "acc" not in result and "chance" not in result
 
 
 @pytest.mark.parametrize(
@@ -277,6 +265,18 @@ def test_rows_of_a_hub_data_set_are_taken_whatever_a_task_makes_of_them(tmp_path
 GOOD = rows(3)
 
 
+def refused(file: str, name: str = "wmdp_bio") -> str:
+    with pytest.raises(LetheError) as refusal:
+        data.read({name: file}, tasks.locate([name]))
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def accepted(file: str, name: str = "wmdp_bio") -> dict[str, int]:
+    """The number of rows by task."""
+    return {task: len(one.rows) for task, one in data.read({name: file}, tasks.locate([name])).items()}
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -306,53 +306,27 @@ GOOD = rows(3)
         (GOOD[1] | {"question": "Q?", "split": ["test"]}, "line 4 (split ['test'] is not text)"),
         (GOOD[1] | {"answer": 0}, "line 4 (has the question of line 2)"),
         (GOOD[1] | {"choices": GOOD[1]["choices"][::-1]}, "line 4 (has the question of line 2)"),
+        (rows(4)[3] | {"answer": "C"}, "line 4 (answer is text, in lines before a number)"),
+        (rows(4)[3] | {"source": 7}, "line 4 (source is a number, in lines before text)"),
+        (rows(4)[3] | {"meta": {"a": ["x"]}}, "line 4 (meta.a[] is text, in lines before a number)"),
     ],
 )
 def test_a_broken_row_is_named_by_its_line(tmp_path, line, says):
-    file = write(tmp_path / "d.jsonl", [*GOOD, line, rows(5)[4]])
-    with pytest.raises(LetheError) as refusal:
-        data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))
-    assert says in str(refusal.value) and "\n" not in str(refusal.value)
+    some = [row | {"source": "a book", "meta": {"a": [1]}} for row in GOOD]
+    assert says in refused(write(tmp_path / "d.jsonl", [*some, line, rows(5)[4]]))
 
 
 def test_every_broken_row_is_named_at_once_and_blank_lines_count(tmp_path):
     file = write(tmp_path / "d.jsonl", [GOOD[0], "", "nonsense", GOOD[0], GOOD[2] | {"answer": 9}])
-    with pytest.raises(LetheError, match=r"line 3 \(is not JSON\), line 4 \(has the question of line 1\), line 5 \(answer 9"):
-        data.read({"wmdp_bio_robust": file}, tasks.locate(["wmdp_bio_robust"]))
-
-
-def test_of_many_broken_rows_each_is_named(tmp_path):
+    says = "line 3 (is not JSON), line 4 (has the question of line 1), line 5 (answer 9"
+    assert says in refused(file, "wmdp_bio_robust")
     some = ["nonsense"] * 10 + [GOOD[0]] + ["nonsense"] + [GOOD[1]] + ["nonsense"] * 2
-    with pytest.raises(LetheError, match=r"line 8 \(is not JSON\), lines 9-10, 12, 14-15$"):
-        data.read({"wmdp_bio": write(tmp_path / "d.jsonl", some)}, tasks.locate(["wmdp_bio"]))
-
-
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ({"answer": "C"}, "line 4 (answer is text, in lines before a number)"),
-        ({"source": 7}, "line 4 (source is a number, in lines before text)"),
-    ],
-)
-def test_a_field_that_holds_something_else_than_before_is_broken(tmp_path, row, says):
-    """The data set's columns have one type: what the library says of it names no line."""
-    some = [one | {"source": "a book"} for one in GOOD]
-    file = write(tmp_path / "d.jsonl", [*some, rows(4)[3] | row])
-    with pytest.raises(LetheError) as refusal:
-        data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))
-    assert says in str(refusal.value)
-
-
-def test_an_inner_field_has_one_kind_in_all_lines(tmp_path):
-    some = [row | {"meta": {"a": [1]}} for row in GOOD] + [rows(4)[3] | {"meta": {"a": ["x"]}}]
-    with pytest.raises(LetheError, match=r"line 4 \(meta\.a\[\] is text, in lines before a number\)"):
-        data.read({"wmdp_bio": write(tmp_path / "d.jsonl", some)}, tasks.locate(["wmdp_bio"]))
+    assert refused(write(tmp_path / "d.jsonl", some)).endswith("line 8 (is not JSON), lines 9-10, 12, 14-15")
 
 
 def test_rows_of_another_split_alone_are_refused(tmp_path):
     file = write(tmp_path / "d.jsonl", [row | {"split": "train"} for row in GOOD])
-    with pytest.raises(LetheError, match=r"no row of wmdp-bio in the split test, only in train; leave out the field split"):
-        data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))
+    assert "no row of wmdp-bio in the split test, only in train; leave out the field split" in refused(file)
 
 
 @pytest.mark.parametrize(
@@ -375,40 +349,30 @@ def test_rows_may_name_several_right_answers(loaded, tmp_path):
     assert evaluate_model(*loaded, ["wmdp_bio"], task_data={"wmdp_bio": file})["wmdp_bio"]["chance"] == 0.5
 
 
-@pytest.mark.parametrize("value", [["x"], {"a": 1}, 5])
-def test_a_field_named_subject_that_is_no_text_is_only_a_field(tmp_path, value):
-    file = write(tmp_path / "d.jsonl", [row | {"subject": value} for row in GOOD])
-    assert len(data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))["wmdp_bio"].rows) == 3
-
-
 @pytest.mark.parametrize(
     ("file", "says"), [("", "directory"), ("none.jsonl", "no such file"), ("a\0b", "null byte"), ("x" * 5000, "too long")]
 )
 def test_a_file_that_cannot_be_read_is_one_line(file, says):
-    with pytest.raises(LetheError, match=f"task_data: .*cannot be read.*{says}"):
-        data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))
+    assert re.match(f"task_data: .*cannot be read.*{says}", refused(file))
 
 
 def test_a_row_of_no_configuration_is_broken(tmp_path):
-    """A misspelt subject would otherwise be a question that is never asked."""
+    """A misspelt subject would otherwise be a question that is never evaluated."""
     some = [GOOD[0] | {"subject": "anatomy"}, GOOD[1] | {"subject": "anatmy"}, GOOD[2], rows(4)[3] | {"subject": "virology"}]
-    with pytest.raises(LetheError, match=r"line 2 \(subject 'anatmy' is no configuration\), line 3 \(has no subject\)"):
-        data.read({"mmlu_stem": write(tmp_path / "d.jsonl", some)}, tasks.locate(["mmlu_stem"]))
-    found = data.read({"mmlu_stem": write(tmp_path / "d.jsonl", [some[0], some[3]])}, tasks.locate(["mmlu_stem"]))
-    assert list(found) == ["mmlu_anatomy"]  # virology is MMLU's, and not of this group
+    says = "line 2 (subject 'anatmy' is no configuration), line 3 (has no subject)"
+    assert says in refused(write(tmp_path / "d.jsonl", some), "mmlu_stem")
+    # virology belongs to MMLU, and not to this group
+    assert accepted(write(tmp_path / "d.jsonl", [some[0], some[3]]), "mmlu_stem") == {"mmlu_anatomy": 1}
 
 
-def test_a_subject_that_names_no_configuration_at_all_is_only_a_field(tmp_path):
-    file = write(tmp_path / "d.jsonl", [row | {"subject": "biology"} for row in GOOD])
-    assert len(data.read({"wmdp_bio": file}, tasks.locate(["wmdp_bio"]))["wmdp_bio"].rows) == 3
-    pooled = data.read({"wmdp_bio_robust": file}, tasks.locate(["wmdp_bio_robust"]))
-    assert list(pooled) == ["wmdp_bio_robust"]
+@pytest.mark.parametrize("value", [["x"], {"a": 1}, 5, "biology"])
+def test_a_subject_that_names_no_configuration_at_all_is_only_a_field(tmp_path, value):
+    file = write(tmp_path / "d.jsonl", [row | {"subject": value} for row in GOOD])
+    assert accepted(file) == {"wmdp_bio": 3} and accepted(file, "wmdp_bio_robust") == {"wmdp_bio_robust": 3}
 
 
-def test_the_same_words_with_other_choices_are_another_question(tmp_path):
-    other = GOOD[0] | {"choices": ["w", "x", "y", "z"]}
-    found = data.read({"wmdp_bio": write(tmp_path / "d.jsonl", [*GOOD, other])}, tasks.locate(["wmdp_bio"]))
-    assert len(found["wmdp_bio"].rows) == 4
+def test_the_same_prompt_with_other_choices_is_another_question(tmp_path):
+    assert accepted(write(tmp_path / "d.jsonl", [*GOOD, GOOD[0] | {"choices": ["w", "x", "y", "z"]}])) == {"wmdp_bio": 4}
 
 
 @pytest.mark.parametrize(
@@ -418,7 +382,7 @@ def test_the_same_words_with_other_choices_are_another_question(tmp_path):
         (["mmlu_stem"], "mmlu_stem", "a field subject with one of"),
     ],
 )
-def test_data_that_no_task_would_ask_is_refused(tmp_path, names, task_data, says):
+def test_data_of_no_task_is_refused(tmp_path, names, task_data, says):
     with pytest.raises(LetheError, match=says):
         data.read({task_data: write(tmp_path / "d.jsonl", GOOD)}, tasks.locate(names))
 
@@ -470,36 +434,22 @@ def test_folders_groups_and_their_members_are_found(tmp_path):
     assert "mmlu_anatomy" in tasks.leaves("mmlu_stem", known)
 
 
-def test_suites_and_commas_are_spelled_out(tmp_path):
+def test_suites_commas_and_local_data_in_recipes_and_on_the_command_line(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("suites:\n  bio: [wmdp_bio, wmdp_bio_robust]\n  general: [mmlu]\n")
     words = ["lab:final", "--config", str(recipe), "--tasks", "bio,general", "lab_retain"]
+    words += ["--task_data", "a=x.jsonl", "b=y=z.jsonl", "--limit", "3"]
     config = parse("evaluate", EvaluateConfig, words, "", "model")
     assert config.tasks == ["wmdp_bio", "wmdp_bio_robust", "mmlu", "lab_retain"]
+    assert config.task_data == {"a": "x.jsonl", "b": "y=z.jsonl"}
     assert from_recipe(EvaluateConfig, recipe, model="x", tasks=["general"]).tasks == ["mmlu"]
     assert EvalSettings(["a", "b,c"], suites={"a": ["x", "b"]}).tasks == ["x", "b", "c"]
-
-
-def test_a_recipe_for_unlearning_has_suites_and_local_data(tmp_path):
-    from lethe.config import UnlearnConfig
-
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
-        "source: lab:global_step600\neval:\n  tasks: [bio, lab_retain]\n  suites: {bio: [wmdp_bio, wmdp_bio_robust]}\n"
-        "  task_data: {wmdp_bio: a.jsonl}\n  num_fewshot: 1\n"
-    )
-    settings = parse("unlearn", UnlearnConfig, ["--config", str(recipe), "--eval.task_data", "wmdp_bio=b.jsonl"], "").eval
-    assert settings.tasks == ["wmdp_bio", "wmdp_bio_robust", "lab_retain"]
-    assert (settings.task_data, settings.num_fewshot) == ({"wmdp_bio": "b.jsonl"}, 1)
-    assert from_recipe(UnlearnConfig, recipe).eval.task_data == {"wmdp_bio": "a.jsonl"}
-
-
-def test_task_data_on_the_command_line(tmp_path):
-    words = ["m", "--task_data", "a=x.jsonl", "b=y=z.jsonl", "--limit", "3"]
-    assert parse("evaluate", EvaluateConfig, words, "", "model").task_data == {"a": "x.jsonl", "b": "y=z.jsonl"}
-    assert parse("evaluate", EvaluateConfig, ["m", "--task_data=a=x.jsonl"], "", "model").task_data == {"a": "x.jsonl"}
     with pytest.raises(LetheError, match=r"expected name=value, got 'x\.jsonl'"):
         parse("evaluate", EvaluateConfig, ["m", "--task_data", "x.jsonl"], "", "model")
+    recipe.write_text("source: lab:final\neval:\n  tasks: [bio, lab_retain]\n  suites: {bio: [wmdp_bio]}\n  num_fewshot: 1\n")
+    settings = parse("unlearn", UnlearnConfig, ["--config", str(recipe), "--eval.task_data", "wmdp_bio=b.jsonl"], "").eval
+    assert (settings.tasks, settings.task_data) == (["wmdp_bio", "lab_retain"], {"wmdp_bio": "b.jsonl"})
+    assert settings.num_fewshot == 1
 
 
 def test_refusals_import_no_torch(tmp_path):

@@ -10,7 +10,6 @@ Results are cached in $LETHE_HOME by a hash of everything that they depend on, s
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -22,7 +21,7 @@ from lethe.config import CheckpointsConfig, to_dict
 from lethe.errors import LetheError, nearest
 from lethe.evaluation.check import check_tasks
 from lethe.files import refuse_run_folder
-from lethe.home import lethe_home, store, stored
+from lethe.home import cache_key, lethe_home, store, stored
 from lethe.models import refs
 from lethe.models.checkpoint_folders import checkpoint_folders, step_of
 from lethe.progress import bar
@@ -210,17 +209,8 @@ def _cache_file(ref: refs.ModelRef, weights: str, config: CheckpointsConfig, loa
 
     questions = {name: [leaf.definition for leaf in leaves] for name, leaves in loaded.items()}
     versions = [importlib.metadata.version(name) for name in ("lethe-lm", "lm_eval", "torch", "transformers")]
-    content = [
-        FORMAT,
-        versions,
-        weights,
-        ref.config,
-        tokenizer_hash(refs.tokenizer(ref)),
-        questions,
-        config.limit,
-        config.dtype,
-    ]
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    tokens = tokenizer_hash(refs.tokenizer(ref))
+    key = cache_key(FORMAT, versions, weights, ref.config, tokens, questions, config.limit, config.dtype)
     return lethe_home() / "evaluations" / f"{key}.json"
 
 
@@ -248,7 +238,7 @@ def _source(source: str | None, rows: list[dict[str, Any]]) -> str | None:
 
 
 def _most(count: int, search: str) -> int:
-    """The most evaluations of a search: the last checkpoint, the bisection, and the earlier neighbour of the answer."""
+    """The largest number of evaluations: the last checkpoint, the bisection, and the earlier neighbour of the answer."""
     return count if search == "all" else min(count, 2 + math.ceil(math.log2(max(1, count))))
 
 

@@ -53,11 +53,7 @@ def _evaluation(name: str, out: str) -> Run | None:
 
 
 def _as_evaluated(config: CompareConfig, runs: list[Run]) -> CompareConfig:
-    """The settings and tasks of the evaluate runs, if there are any: the other model is evaluated in the same way.
-
-    Raises:
-        LetheError: a given setting differs, or the runs have no task in common.
-    """
+    """The settings and tasks of the evaluate runs, if there are any: the other model is evaluated in the same way."""
     if not runs:
         return replace(config, tasks=config.tasks or list(DEFAULT_TASKS))
     default, recorded = CompareConfig(config.models), runs[0].record["config"]

@@ -33,7 +33,7 @@ from lethe.evaluation.lm_eval_api import handle_non_serializable, hash_string
 from lethe.evaluation.scoring import Encoded, Scorer
 from lethe.evaluation.tasks import data
 from lethe.evaluation.tasks.manager import data_sets, manager_of, reason, texts_in
-from lethe.home import lethe_home, store, stored
+from lethe.home import cache_key, lethe_home, store, stored
 from lethe.lab.presets import active_preset
 
 FORMAT = 2
@@ -90,8 +90,8 @@ class Leaf:
     def questions(self, scorer: Scorer, limit: int) -> list[Question]:
         """The first `limit` questions (0: all), tokenised; from memory or disk if they are cached."""
         limit = self._known(limit)
-        known = [limit, tokenizer_hash(scorer.tokenizer), scorer.prefix_token_id]
-        key = hashlib.sha256(json.dumps([self.definition, *known, scorer.add_bos_token]).encode()).hexdigest()[:32]
+        tokens = tokenizer_hash(scorer.tokenizer)
+        key = cache_key(self.definition, limit, tokens, scorer.prefix_token_id, scorer.add_bos_token)
         if key not in self.built:
             name = re.sub(r"[^\w.-]+", "-", self.task.config.task)[:80]
             file = lethe_home() / "requests" / f"{name}-{key}.json"
@@ -264,9 +264,7 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
     except Exception as error:  # data sets, the network and definitions fail in many ways
         why = reason(error)
         if isinstance(error, ImportError):
-            raise LetheError(
-                f"tasks: the functions of '{name}' cannot be imported ({why}); install what they import"
-            ) from error
+            raise LetheError(f"tasks: the functions of '{name}' cannot be imported ({why}); install what they need") from error
         if files:
             raise LetheError(f"task_data: {source} cannot be used for '{name}' ({why}); correct its rows") from error
         if any(frame.name == "download" for frame in traceback.extract_tb(error.__traceback__)):

@@ -12,7 +12,6 @@ pair of weights, and the metadata records which.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -33,7 +32,7 @@ from lethe.config import AffineConfig, AffineScoreConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.questions import tokenizer_hash
 from lethe.files import sha256
-from lethe.home import evict, lethe_home
+from lethe.home import cache_key, evict, lethe_home
 from lethe.maps.check import check_affine, check_affine_score, split
 from lethe.maps.folder import CONVENTIONS, HASH, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention, refuse_altered
 from lethe.maps.ridge import RidgeSums, Score
@@ -218,8 +217,7 @@ def fit_once(
     """
     settings = (config.layers, config.alpha, config.held_out, config.max_length, config.batch_size, config.dtype, CONVENTION)
     weights = {role: parent["sha256"] for role, parent in parents.items()}
-    content = json.dumps([settings, weights, corpora.fingerprint(documents), tokenizer_hash(tokenizer)], sort_keys=True)
-    key = hashlib.sha256(content.encode()).hexdigest()[:24]
+    key = cache_key(settings, weights, corpora.fingerprint(documents), tokenizer_hash(tokenizer))
     folder = lethe_home() / "maps" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -86,11 +86,7 @@ def check_maps(
 
 
 def refuse_altered(folder: Path, recorded: str | None) -> None:
-    """Refuse maps that cannot be read, or whose hash differs from the recorded one (None: no hash was recorded).
-
-    Raises:
-        LetheError: the file is missing, empty, a pointer of Git LFS, or was changed.
-    """
+    """Refuse maps that cannot be read, or whose hash differs from the recorded one (None: no hash was recorded)."""
     if why := missing(folder / WEIGHTS):
         raise _unreadable(folder, why)
     if recorded is not None and sha256(folder / WEIGHTS) != recorded:

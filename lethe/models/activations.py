@@ -42,9 +42,8 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     ]
     outermost = [module for level, module in found if level == min(level for level, _ in found)]
     if len(outermost) != 1:
-        raise LetheError(
-            f"{type(model).__name__}: {len(outermost)} lists of {depth} blocks found, expected 1; architecture not supported"
-        )
+        found_lists = f"{len(outermost)} lists of {depth} blocks found, expected 1"
+        raise LetheError(f"{type(model).__name__}: {found_lists}; architecture not supported")
     return outermost[0]
 
 

@@ -30,9 +30,6 @@ def refuse_unreadable(model: nn.Module, name: str, width: int) -> None:
     Args:
         name: the user's name of the model.
         width: tokens of the longest sequence. Local attention behaves differently beyond its window.
-
-    Raises:
-        LetheError: the weights are damaged, or the architecture is not supported.
     """
     short, device = -(-width // 2), next(model.parameters()).device
     ids = _ids(model, 2, width).to(device)
@@ -52,11 +49,7 @@ def refuse_unreadable(model: nn.Module, name: str, width: int) -> None:
 
 @torch.no_grad()
 def refuse_untrainable(model: nn.Module, name: str, width: int) -> None:
-    """Refuse a model that is not readable, or that computes something else in training mode than in evaluation mode.
-
-    Raises:
-        LetheError: the architecture is not supported, or its configuration leaves random behaviour on.
-    """
+    """Refuse a model that is not readable, or that computes something else in training mode than in evaluation mode."""
     refuse_unreadable(model, name, width)
     ids, was_training = _ids(model, SEQUENCES, LENGTH).to(next(model.parameters()).device), model.training
     plain = _states(model.eval(), name, ids)
@@ -92,11 +85,7 @@ def _ids(model: nn.Module, batch: int, seq: int) -> Int[Tensor, "batch seq"]:
 
 
 def _states(model: nn.Module, name: str, ids: Tensor) -> States:
-    """The activations of all blocks and the input of the output head.
-
-    Raises:
-        LetheError: the model cannot run on token ids alone.
-    """
+    """The activations of all blocks and the input of the output head."""
     try:
         return read(model, ids, list(range(len(blocks(model)))), True, model.get_output_embeddings())  # type: ignore[operator]
     except torch.OutOfMemoryError:

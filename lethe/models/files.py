@@ -68,11 +68,7 @@ def part(name: str, path: Path) -> dict[str, Any]:
 
 
 def refuse_config(name: str, config: dict[str, Any]) -> None:
-    """Refuse a model that Lethe does not support, by its config.json.
-
-    Raises:
-        LetheError: it is quantised, is not a causal language model, or a size is not a whole number above 0.
-    """
+    """Refuse a model that Lethe does not support, by its config.json."""
     settings = text_settings(config)
     if quantised := settings.get("quantization_config") or config.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
@@ -154,11 +150,7 @@ def shards(index: Path) -> set[str]:
 
 
 def refuse_weights(name: str, folder: Path) -> None:
-    """Refuse a folder whose weights cannot be loaded, or that has more than one set of weights.
-
-    Raises:
-        LetheError: there are no weights or only pickled ones, there are two sets, or an adapter beside them, or one is damaged.
-    """
+    """Refuse a folder whose weights cannot be loaded, or that has more than one set of weights."""
     try:
         files = weight_files(folder)
     except UnreadableError as error:
@@ -178,11 +170,7 @@ def refuse_weights(name: str, folder: Path) -> None:
 
 
 def refuse_adapter(name: str, beside: list[str]) -> None:
-    """Refuse whole weights with an adapter beside them: transformers would apply the adapter without a word.
-
-    Raises:
-        LetheError: there is an adapter's configuration. Without it nothing reads an adapter.
-    """
+    """Refuse whole weights with an adapter beside them: transformers would apply the adapter without a word."""
     if ADAPTER[0] in beside:
         raise LetheError(
             f"model '{name}' holds whole weights and an adapter beside them ({', '.join(beside)}), so it is ambiguous; "
@@ -257,11 +245,7 @@ def advice(why: object) -> str:
 
 
 def refuse_tokenizer(name: str, folder: Path) -> None:
-    """Refuse a folder without a tokenizer, or with an unreadable file of settings beside it.
-
-    Raises:
-        LetheError: names the file.
-    """
+    """Refuse a folder without a tokenizer, or with an unreadable file of settings beside it."""
     there = [file for file in TOKENIZERS if os.path.lexists(folder / file)]
     if not there:
         raise LetheError(f"model '{name}' has no tokenizer in its folder; save it there: tokenizer.save_pretrained(FOLDER)")
@@ -274,11 +258,7 @@ def refuse_tokenizer(name: str, folder: Path) -> None:
 
 
 def refuse_no_config(name: str, folder: Path, checkpoints: list[str]) -> None:
-    """Refuse a folder without config.json, with what it has instead.
-
-    Raises:
-        LetheError: always.
-    """
+    """Refuse a folder without config.json, with what it has instead."""
     if (folder / ADAPTER[0]).exists():
         _refuse_adapter_alone(name, folder)
     if checkpoints:

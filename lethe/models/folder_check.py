@@ -81,9 +81,6 @@ def refuse_misfit(
     Args:
         settings: the content of config.json.
         tensors: type and shape of each tensor in the files; None: do not check the weights.
-
-    Raises:
-        LetheError: the model cannot be built, or tensors are missing, left over or of another shape.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -139,11 +136,7 @@ def depth_of(config: PreTrainedConfig) -> int:
 
 
 def refuse_report(name: str, report: dict[str, Any], depth: int) -> None:
-    """Refuse weights that do not match config.json, by the loading report of transformers. `depth`: number of blocks.
-
-    Raises:
-        LetheError: names the first tensors.
-    """
+    """Refuse weights that do not match config.json, by the loading report of transformers. `depth`: number of blocks."""
     todo = "take the model's own config.json, or download both again"
     if other := sorted(report["mismatched_keys"], key=str):
         key, given, expected = other[0]
@@ -172,9 +165,6 @@ def refuse_tokens(name: str, tokenizer: PreTrainedTokenizerBase, size: int | Non
 
     Two kinds of special tokens need no embedding. Tokens for images (as in Gemma 3) do not occur in text. A padding token is
     replaced by another token.
-
-    Raises:
-        LetheError: names the first token without an embedding.
     """
     vocabulary = tokenizer.get_vocab()
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}

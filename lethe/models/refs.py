@@ -200,7 +200,6 @@ def _verified(ref: ModelRef, files: tuple[tuple[str, int, int], ...]) -> None:
     """`verify`, cached for the same names, sizes and times of files."""
     from lethe.models.folder_check import blamed, refuse_misfit, refuse_tokens
 
-    checked(ref)
     if not (ref.local or ref.random):
         model_files.refuse_adapter(ref.name, [name for name in model_files.ADAPTER[:1] if _optional(ref, name)])
     with _readable(ref), blamed(ref.name, "config.json cannot be used", "take the model's own config.json", ref.config):
@@ -257,11 +256,7 @@ def record(ref: ModelRef) -> dict[str, str]:
 
 
 def refuse_mismatch(model: ModelRef, source: ModelRef) -> None:
-    """Refuse a source whose activations cannot be compared with those of the model.
-
-    Raises:
-        LetheError: widths or tokenizers differ.
-    """
+    """Refuse a source whose activations cannot be compared with those of the model."""
     todo = "the source must be a checkpoint of the same model"
     if model.width != source.width:
         raise LetheError(f"source '{source.name}' has width {source.width}, model '{model.name}' has {model.width}; {todo}")

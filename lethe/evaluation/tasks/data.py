@@ -128,11 +128,7 @@ def _lines(file: str) -> Iterator[tuple[int, Any]]:
 def _checked(
     file: str, lines: list[tuple[int, Any]], definition: Row, key: str | None, only: str, every: set[str]
 ) -> tuple[Row, ...]:
-    """The rows of the configuration `only`, by their field `key` (None: all rows). `every`: all known configurations.
-
-    Raises:
-        LetheError: lists every broken line with its fault.
-    """
+    """The rows of the configuration `only`, by their field `key` (None: all rows). `every`: all known configurations."""
     shape = _Shape.of(definition)
     broken: dict[int, str] = {}
     rows: list[Row] = []
@@ -187,11 +183,7 @@ KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text",
 
 
 def _kinds(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The kind of value in each field of a row, inner fields included. A data set needs the same kind in all rows.
-
-    Raises:
-        ValueError: a number has more than 64 bits, or a list has values of two kinds.
-    """
+    """The kind of value in each field of a row, inner fields included. A data set needs the same kind in all rows."""
     if value is None:
         return
     if path:
