@@ -1,4 +1,4 @@
-"""A made-up multiple-choice task: questions that are hard to tokenise, and the files of its task folder."""
+"""Made-up data of tasks: questions that are hard to tokenise with their task folder, and rows in the form of WMDP."""
 
 from __future__ import annotations
 
@@ -55,3 +55,22 @@ def write_task(folder: Path, questions: list[dict], delimiter: str = " ") -> Pat
     file.write_text("".join(json.dumps({k: q[k] for k in ("prompt", "choices", "answer")}) + "\n" for q in questions))
     (folder / "made_up.yaml").write_text(TASK.format(file=file, delimiter=delimiter))
     return folder
+
+
+def rows(count: int = 12, **more: str) -> list[dict]:
+    words = ["river", "mill", "copper", "salt", "sea", "coal", "resin", "wheel"]
+    return [
+        {
+            "question": f" Which {words[i % 8]} of the {words[(i * 3 + 1) % 8]} number {i}?",
+            "choices": [f"{words[(i + k) % 8]} {words[(i + 2 * k) % 8]}" for k in range(4)],
+            "answer": (i * 7) % 4,
+        }
+        | more
+        for i in range(count)
+    ]
+
+
+def write(file: Path, some: list) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in some))
+    return str(file)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import PLAIN
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from made_up import LONG, QUESTIONS, write_task
@@ -22,15 +23,8 @@ from lethe.errors import LetheError
 from lethe.evaluation import scoring, token_trees
 from lethe.evaluation.accuracy import Scorer, evaluate_model
 
-MODELS = [
-    ("gpt2", False),
-    ("llama", True),
-    ("llama", False),
-    ("qwen2", False),
-    ("olmo2", True),
-    ("gpt_neox", False),
-    ("gpt_neox_sequential", True),
-]
+MODELS = [(name, name in {"llama", "olmo2", "gpt_neox_sequential"}) for name in PLAIN] + [("llama", False)]
+"""Architectures, and whether their tokenizer begins each text with <s>."""
 
 
 @pytest.fixture(autouse=True)

@@ -47,24 +47,15 @@ def test_maps_are_saved_in_the_published_layout_and_come_back(tmp_path):
     x = {10: torch.randn(2, 3, HIDDEN)}
     assert torch.equal(load_maps(tmp_path)(x)[10], maps(x)[10])
     assert (load_maps(tmp_path).layers, load_maps(tmp_path, [10]).layers) == ([0, 10], [10])
-
-
-def test_published_maps_can_be_read(tmp_path):
     save_file({"layer_3.weight": torch.eye(4).half(), "layer_3.bias": torch.ones(4).half()}, tmp_path / WEIGHTS)
-    (tmp_path / METADATA).write_text(json.dumps({"layer_indices": [3], "hidden_dim": 4, "alpha": 0.01}))
-    x = torch.randn(5, 4)
-    assert torch.allclose(load_maps(tmp_path)({3: x})[3], x + 1)
+    (tmp_path / METADATA).write_text(json.dumps({"layer_indices": [3], "hidden_dim": 4, "alpha": 0.01}))  # as published
+    assert torch.allclose(load_maps(tmp_path)({3: x[10][0, :, :4]})[3], x[10][0, :, :4] + 1)
 
 
 def test_split_is_by_document_and_nothing_is_on_both_sides():
     documents = [corpora.Document(str(i), str(i)) for i in range(25)]
     fitted, held = split(documents, 0.1)
     assert (len(fitted), len(held)) == (23, 2) and fitted + held == documents
-    with pytest.raises(LetheError, match="too few"):
-        split(documents[:1], 0.1)
-
-
-# --- fitting -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +117,11 @@ def test_record_says_what_the_maps_belong_to(world, fitted):
     assert fitted.record["artifacts"]["affine"]["path"] == "affine"
 
 
-@pytest.mark.parametrize("text", ["lab:forget", TextSource("lab:forget")])
-def test_fitting_on_forget_text_is_refused(world, tmp_path, text):
-    with pytest.raises(LetheError, match="never fitted on forget text"):
-        fit_affine(config(world, tmp_path / "runs", text=text))
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.parametrize(
     ("changes", "source", "message"),
     [
+        ({"text": "lab:forget"}, {}, "never fitted on forget text"),
+        ({"text": TextSource("lab:forget")}, {}, "never fitted on forget text"),
         ({"layers": [4]}, {}, "out of range"),
         ({"num_examples": 61}, {}, "60 documents, 61 are asked for"),
         ({"num_examples": 1}, {}, "too few"),
@@ -155,9 +141,6 @@ def test_what_cannot_be_fitted_is_refused_before_anything_is_written(world, make
         with pytest.raises(LetheError, match=message):
             check(UnlearnConfig(**settings, out=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
-
-
-# --- which maps may be used --------------------------------------------------------------------------------------------
 
 
 def test_maps_are_found_by_run_by_id_and_by_folder(fitted):
@@ -255,9 +238,6 @@ def test_damaged_metadata_is_refused(world, fitted, tmp_path, changes, message):
         checked(folder, world)
 
 
-# --- scoring -----------------------------------------------------------------------------------------------------------
-
-
 def score_config(world: Path, fitted, **changes: Any) -> AffineScoreConfig:
     settings: dict[str, Any] = {"text": str(world / "text.jsonl"), "num_examples": 6, "max_length": 16}
     pair = str(world / "target"), str(world / "source")
@@ -294,8 +274,6 @@ def test_scoring_the_held_out_documents_gives_the_scores_of_the_fit(world, fitte
     for layer, scores in fitted.record["scores"].items():
         assert again.scores[layer] == pytest.approx(scores, rel=1e-6)
 
-
-# --- the cache of maps -------------------------------------------------------------------------------------------------
 
 PARENTS = {"model": {"ref": "m", "sha256": "1"}, "source": {"ref": "s", "sha256": "2"}}
 

@@ -80,6 +80,32 @@ def test_a_checkpoint_of_a_folder(home):
     assert "no such checkpoint" in message and "did you mean 'global_step20'" in message
 
 
+@pytest.mark.parametrize("name", ["step600", "global_step600", "checkpoint-600"])
+def test_checkpoints_by_the_names_that_pythia_and_trainer_use(home, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for step in (name, "step1000"):
+        shutil.copytree(home / "plain", tmp_path / "all" / step)
+    for given in (name, "step600", "global_step600", "checkpoint-600"):
+        assert resolve(f"all@{given}").path == str(Path("all", name))
+    assert list(checkpoint_folders(Path("all"))) == [name, "step1000"]
+    with pytest.raises(LetheError, match=r"no config\.json, but checkpoints; name one of them: 'all@step1000'"):
+        resolve("all")
+    shutil.copytree(home / "plain", tmp_path / "all" / "checkpoint-1000")
+    assert resolve("all@step1000").path == str(Path("all", "step1000"))
+    with pytest.raises(LetheError, match="no such checkpoint"):  # there are two of this step
+        resolve("all@global_step1000")
+
+
+def test_a_folder_with_an_at_sign_in_its_name(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / "plain", tmp_path / "me@home")
+    shutil.copytree(home / "plain", tmp_path / "a@b" / "step5")
+    assert resolve("me@home").path == "me@home"
+    assert resolve("a@b@step5").path == str(Path("a@b", "step5"))
+    with pytest.raises(LetheError, match="no such checkpoint"):
+        resolve("me@home@step5")
+
+
 def test_lab_references(lab):
     steps = list(checkpoint_folders(lab / "checkpoints"))
     assert resolve("lab:final").path == str(lab / "checkpoints" / steps[-1])
