@@ -138,10 +138,8 @@ def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
     else:
         raise LetheError(f"checkpoints: '{where}' is not a folder; give one, a repository of the hub, or lab:final")
     if not names:
-        raise LetheError(
-            f"checkpoints: '{where}' has none (folders or branches global_step…, step… or checkpoint-…); "
-            f"name the folder or repository that has them: --checkpoints"
-        )
+        wanted = "folders or branches global_step…, step… or checkpoint-…"
+        raise LetheError(f"checkpoints: '{where}' has none ({wanted}); name what has them: --checkpoints")
     if Path(where).is_dir():  # files are checked later, so that a damaged checkpoint does not hide the others
         return {name: refs.ModelRef(f"{where}@{name}", str(Path(where) / name)) for name in names}
     return {name: refs.ModelRef(f"{where}@{name}", where, name) for name in names}

@@ -62,10 +62,8 @@ def _as_evaluated(config: CompareConfig, runs: list[Run]) -> CompareConfig:
         given, usual = getattr(config, key), getattr(default, key)
         settings[key] = usual if recorded.get(key) is None else recorded[key]
         if given not in (usual, settings[key]):
-            raise LetheError(
-                f"{key}: {given} has no effect, since '{runs[0].path}' was made with {settings[key]}; "
-                "leave it out, or evaluate again"
-            )
+            why = f"since '{runs[0].path}' was made with {settings[key]}"
+            raise LetheError(f"{key}: {given} has no effect, {why}; leave it out, or evaluate again")
     shared = [task for task in runs[0].record["evals"] if all(task in run.record["evals"] for run in runs)]
     if not config.tasks and not shared:
         raise LetheError(f"compare: '{config.models[0]}' and '{config.models[1]}' have no task in common; name tasks")
@@ -103,9 +101,8 @@ def _compared(task: str, a: TaskAnswers, b: TaskAnswers) -> dict[str, Any]:
     if not differ and (len(a[1]) != len(b[1]) or any(x["doc_hash"] != y["doc_hash"] for x, y in pairs)):
         differ = ["the questions in their samples"]
     if differ:
-        raise LetheError(
-            f"compare: {task} was evaluated in two ways: they differ in {', '.join(differ)}; evaluate one of them again"
-        )
+        how = f"they differ in {', '.join(differ)}"
+        raise LetheError(f"compare: {task} was evaluated in two ways: {how}; evaluate one of them again")
     if "acc" not in a[0]:
         values = [[row["correct_prob"] for row in rows] for rows in (a[1], b[1])]
         found = regimes.paired_means(*values)

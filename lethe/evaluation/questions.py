@@ -115,10 +115,8 @@ class Leaf:
             docs = self.docs[:limit] if limit else self.docs
             found = [self._prompt(i, doc) for i, doc in enumerate(docs)]
             if self.multiple_choice and not callable(self.task.config.process_results) and not any(one.right for one in found):
-                raise LetheError(
-                    f"tasks: '{self.task.config.task}' has no right answer among the choices of any row of {self.source}; "
-                    "correct its doc_to_target, or the rows"
-                )
+                wrong = f"has no right answer among the choices of any row of {self.source}"
+                raise LetheError(f"tasks: '{self.task.config.task}' {wrong}; correct its doc_to_target, or the rows")
             self.prompted[limit] = found
         return self.prompted[limit]
 
@@ -140,14 +138,10 @@ class Leaf:
             name = task.config.task
             if self.shots and context is None and self._has_prompt_without_examples(doc):
                 available = len(getattr(getattr(task, "sampler", None), "df", []))
-                raise LetheError(
-                    f"num_fewshot: '{name}' cannot give {self.shots} examples, it has {available} to draw from "
-                    f"({reason(error)}); give a smaller number"
-                ) from error
-            raise LetheError(
-                f"tasks: '{name}' has no prompt for row {i + 1} of {self.source} ({reason(error)}): {printable(doc, 120)}; "
-                "correct the row"
-            ) from error
+                wrong = f"cannot give {self.shots} examples, it has {available} to draw from ({reason(error)})"
+                raise LetheError(f"num_fewshot: '{name}' {wrong}; give a smaller number") from error
+            wrong = f"has no prompt for row {i + 1} of {self.source} ({reason(error)}): {printable(doc, 120)}"
+            raise LetheError(f"tasks: '{name}' {wrong}; correct the row") from error
 
     def _has_prompt_without_examples(self, doc: dict[str, Any]) -> bool:
         with contextlib.suppress(Exception):
@@ -268,14 +262,11 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
         if files:
             raise LetheError(f"task_data: {source} cannot be used for '{name}' ({why}); correct its rows") from error
         if any(frame.name == "download" for frame in traceback.extract_tb(error.__traceback__)):
-            raise LetheError(
-                f"tasks: {source} of '{name}' cannot be loaded ({why}); "
-                f"give its rows in a local file: --task_data {name}=FILE.jsonl"
-            ) from error
+            todo = f"give its rows in a local file: --task_data {name}=FILE.jsonl"
+            raise LetheError(f"tasks: {source} of '{name}' cannot be loaded ({why}); {todo}") from error
         part = "a template" if isinstance(error, TemplateError) else "the definition"
-        raise LetheError(
-            f"tasks: {part} of '{name}' does not work with {source} ({why}); correct the file in '{folder}' that defines it"
-        ) from error
+        wrong = f"{part} of '{name}' does not work with {source} ({why})"
+        raise LetheError(f"tasks: {wrong}; correct the file in '{folder}' that defines it") from error
 
 
 def _leaf(task: Any, group: Any, num_fewshot: int | None, source: str) -> Leaf:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from lethe.errors import LetheError, printable
 from lethe.files import UnreadableError, json_of, sha256, text_of
 from lethe.models import refs
-from lethe.models.files import advice, missing
+from lethe.models.files import advice, require_content
 from lethe.runs.run import find_run
 
 WEIGHTS = "affine_transforms.safetensors"
@@ -65,9 +65,8 @@ def check_maps(
     refuse_altered(folder, facts.get(HASH))
     for name, shape in _shapes(folder).items():
         if shape != [model.width] * (2 if name.endswith(".weight") else 1):
-            raise LetheError(
-                f"affine: {name} in '{folder}' is {shape}, '{model.name}' has width {model.width}; fit maps for it"
-            )
+            wrong = f"{name} in '{folder}' is {shape}, '{model.name}' has width {model.width}"
+            raise LetheError(f"affine: {wrong}; fit maps for it")
     if recorded := recorded_convention(facts):
         if convention not in {"auto", recorded}:
             raise LetheError(f"affine_convention: the maps in '{folder}' record that they are {recorded}; leave it at auto")
@@ -87,8 +86,10 @@ def check_maps(
 
 def refuse_altered(folder: Path, recorded: str | None) -> None:
     """Refuse maps that cannot be read, or whose hash differs from the recorded one (None: no hash was recorded)."""
-    if why := missing(folder / WEIGHTS):
-        raise _unreadable(folder, why)
+    try:
+        require_content(folder / WEIGHTS)
+    except UnreadableError as error:
+        raise _unreadable(folder, error) from error
     if recorded is not None and sha256(folder / WEIGHTS) != recorded:
         raise LetheError(f"affine: '{folder / WEIGHTS}' was altered after it was written; fit the maps again")
 

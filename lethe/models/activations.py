@@ -42,8 +42,8 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     ]
     outermost = [module for level, module in found if level == min(level for level, _ in found)]
     if len(outermost) != 1:
-        found_lists = f"{len(outermost)} lists of {depth} blocks found, expected 1"
-        raise LetheError(f"{type(model).__name__}: {found_lists}; architecture not supported")
+        wrong = f"{len(outermost)} lists of {depth} blocks found, expected 1"
+        raise LetheError(f"{type(model).__name__}: {wrong}; its architecture is not supported")
     return outermost[0]
 
 
@@ -179,10 +179,8 @@ def _store(activations: dict[int, Tensor], layer: int):  # type: ignore[no-untyp
     def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         stream = output if isinstance(output, Tensor) else output[0]
         if stream.ndim != 3:
-            raise LetheError(
-                f"layer {layer} returns {stream.ndim} dimensions ({type(module).__name__}), expected [batch, seq, hidden]; "
-                f"without a single residual stream the architecture is not supported"
-            )
+            wrong = f"layer {layer} returns {stream.ndim} dimensions ({type(module).__name__}), expected [batch, seq, hidden]"
+            raise LetheError(f"{wrong}; without a single residual stream the architecture is not supported")
         activations[layer] = stream
 
     return hook

@@ -36,9 +36,8 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings, layers: list[int], 
             torch.manual_seed(seed)
             return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise LetheError(
-            f"lora: PEFT does not adapt {type(model).__name__} ({printable(error, 200)}); train all weights: lora null"
-        ) from error
+        why = printable(error, 200)
+        raise LetheError(f"lora: PEFT does not adapt {type(model).__name__} ({why}); train all weights: lora null") from error
 
 
 def linear_layers(model: nn.Module, last: int, targets: str = "all") -> list[str]:

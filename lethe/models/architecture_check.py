@@ -37,14 +37,11 @@ def refuse_unreadable(model: nn.Module, name: str, width: int) -> None:
     padded[0, short:] = 0
     together, alone = _states(model, name, padded), _states(model, name, ids[:1, :short])
     if not all(tensor.isfinite().all() for tensor in (*model.parameters(), *_tensors(alone))):
-        raise LetheError(
-            f"model '{name}': its weights or activations are not finite numbers, so it has diverged or is damaged; give another"
-        )
+        wrong = "its weights or activations are not finite numbers, so it diverged or is damaged"
+        raise LetheError(f"model '{name}': {wrong}; give another")
     if not all(_mostly_alike(a[:1, :short], b) for a, b in zip(_tensors(together), _tensors(alone), strict=True)):
-        raise LetheError(
-            f"model '{name}': {type(model).__name__} computes other activations for a sequence when padding or other sequences "
-            f"stand beside it; its architecture is not supported"
-        )
+        wrong = "computes other activations for a sequence when padding or other sequences stand beside it"
+        raise LetheError(f"model '{name}': {type(model).__name__} {wrong}; its architecture is not supported")
 
 
 @torch.no_grad()
@@ -92,9 +89,8 @@ def _states(model: nn.Module, name: str, ids: Tensor) -> States:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LetheError(
-            f"model '{name}': {type(model).__name__} cannot run on token ids alone ({why}); its architecture is not supported"
-        ) from error
+        wrong = f"{type(model).__name__} cannot run on token ids alone ({why})"
+        raise LetheError(f"model '{name}': {wrong}; its architecture is not supported") from error
 
 
 def _mostly_alike(a: Tensor, b: Tensor) -> bool:

@@ -35,19 +35,38 @@ WINDOW_KEYS = ("max_position_embeddings", "n_positions")
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 PART_KEYS = ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_experts_per_tok", *EXPERT_KEYS)
 """Sizes that may be lists with one number for each block."""
+SAVE = "save it as safetensors: model.save_pretrained(FOLDER)"
 OTHER_HEADS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining")
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+def unreadable(name: str, file: str, why: object) -> LetheError:
+    """The refusal of a file of the model `name`, with what to do unless the reason says it."""
+    return LetheError(f"model '{name}': {file} cannot be read ({why}){advice(why)}")
 
-    Raises:
-        UnreadableError: the file has none.
+
+def advice(why: object) -> str:
+    """What to do about an unreadable file, unless the reason says it."""
+    return "" if LFS_POINTER in str(why) else "; copy or download it again"
+
+
+def require_content(file: Path) -> None:
     """
-    found = json_of(text_of(path))
-    if not isinstance(found, dict):
-        raise UnreadableError(f"a JSON {type(found).__name__} where an object was expected")
-    return found
+    Raises:
+        UnreadableError: the file is missing, a broken link, a folder, empty, or a pointer of Git LFS.
+    """
+    if file.is_symlink() and not file.exists():
+        raise UnreadableError(f"a broken link to '{file.readlink()}'")
+    if not file.exists():
+        raise UnreadableError("there is no such file")
+    if not file.is_file():
+        raise UnreadableError("it is a folder")
+    try:
+        if not file.stat().st_size:
+            raise UnreadableError("it is empty")
+        if is_lfs_pointer(file):
+            raise UnreadableError(LFS_POINTER)
+    except OSError as error:
+        raise UnreadableError(error.strerror or str(error)) from error
 
 
 def part(name: str, path: Path) -> dict[str, Any]:
@@ -57,13 +76,14 @@ def part(name: str, path: Path) -> dict[str, Any]:
         LetheError: the file has none, or describes no tokenizer though it is tokenizer.json.
     """
     try:
-        if why := missing(path):
-            raise UnreadableError(why)
-        found = json_object(path)
+        require_content(path)
+        found = json_of(text_of(path))
+        if not isinstance(found, dict):
+            raise UnreadableError(f"a JSON {type(found).__name__} where an object was expected")
         if path.name == "tokenizer.json" and not isinstance(found.get("model"), dict):
             raise UnreadableError("it describes no tokenizer")
     except UnreadableError as error:
-        raise LetheError(f"model '{name}': {path.name} cannot be read ({error}){advice(error)}") from error
+        raise unreadable(name, path.name, error) from error
     return found
 
 
@@ -72,10 +92,8 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
     settings = text_settings(config)
     if quantised := settings.get("quantization_config") or config.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise LetheError(
-            f"model '{name}': its weights are quantised ({printable(method or quantised, 80)}, quantization_config in "
-            f"config.json), and such weights cannot be trained; use the model that was quantised"
-        )
+        how = printable(method or quantised, 80)
+        raise LetheError(f"model '{name}': its weights are quantised ({how}) and cannot be trained; use the original model")
     listed = config.get("architectures")
     heads = [str(head) for head in listed] if isinstance(listed, list) else []
     both = config.get("is_encoder_decoder") is True
@@ -83,19 +101,16 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
         what = "an encoder with a decoder" if both else printable(heads[0], 80)
         raise LetheError(f"model '{name}' is no causal language model but {what} (config.json); give another")
     if config.get("transformers_weights") is not None:
-        raise LetheError(
-            f"model '{name}': config.json names the file of its weights (transformers_weights), which Lethe does not follow; "
-            f"rename that file {WEIGHTS} and take the setting out"
-        )
+        todo = f"rename the file of its weights to {WEIGHTS} and remove the setting"
+        raise LetheError(f"model '{name}': config.json has transformers_weights, which Lethe does not follow; {todo}")
     for key in (*WIDTH_KEYS, *DEPTH_KEYS, "vocab_size", *WINDOW_KEYS, *PART_KEYS):
         if settings.get(key) is not None and not (key in PART_KEYS and isinstance(settings[key], list)):
             whole(name, settings, key)
     experts = next((settings[key] for key in EXPERT_KEYS if type(settings.get(key)) is int), None)
     used = settings.get("num_experts_per_tok")
     if experts is not None and type(used) is int and used > experts:
-        raise LetheError(
-            f"model '{name}': num_experts_per_tok is {used} in config.json, of {experts} experts; take the model's own"
-        )
+        wrong = f"num_experts_per_tok is {used} in config.json, of {experts} experts"
+        raise LetheError(f"model '{name}': {wrong}; take the model's own config.json")
 
 
 def text_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -113,69 +128,59 @@ def whole(name: str, settings: dict[str, Any], key: str) -> int:
     value = settings[key]
     if type(value) is not int or value < 1:
         shown = printable("null" if value is None else repr(value), 60)
-        raise LetheError(
-            f"model '{name}': {key} is {shown} in config.json, not a whole number above 0; take the model's own config.json"
-        )
+        wrong = f"{key} is {shown} in config.json, not a whole number above 0"
+        raise LetheError(f"model '{name}': {wrong}; take the model's own config.json")
     return value
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(name: str, folder: Path) -> list[Path]:
     """The files that transformers would load, in order of name: model.safetensors, or the shards that the index lists.
 
     Raises:
-        UnreadableError: the index does not list files of this folder.
+        LetheError: the index does not list files of this folder.
     """
     if os.path.lexists(folder / WEIGHTS):
         return [folder / WEIGHTS]
-    return [folder / shard for shard in sorted(shards(folder / INDEX))] if (folder / INDEX).exists() else []
+    return [folder / shard for shard in sorted(shards(name, folder / INDEX))] if (folder / INDEX).exists() else []
 
 
-def shards(index: Path) -> set[str]:
+def shards(name: str, index: Path) -> set[str]:
     """The names of the files that an index of weights lists.
 
     Raises:
-        UnreadableError: it cannot be read, or does not list files of its own folder.
+        LetheError: the index cannot be read, or does not list files of its own folder.
     """
-    try:
-        found = json_object(index)
-    except UnreadableError as error:
-        raise UnreadableError(f"{INDEX} cannot be read: {error}") from error
+    found = part(name, index)
     listed = found.get("weight_map")
     names = set(listed.values()) if isinstance(listed, dict) and all(isinstance(x, str) for x in listed.values()) else set()
     if not isinstance(found.get("metadata"), dict):
-        raise UnreadableError(f"{INDEX} has no metadata, as transformers expects it")
+        raise unreadable(name, INDEX, "it has no metadata, which transformers expects")
     if not names or any(Path(shard).name != shard for shard in names):
-        raise UnreadableError(f"{INDEX} does not say which file of the folder each tensor is in (weight_map)")
+        raise unreadable(name, INDEX, "its weight_map does not give the file of the folder for each tensor")
     return names
 
 
 def refuse_weights(name: str, folder: Path) -> None:
     """Refuse a folder whose weights cannot be loaded, or that has more than one set of weights."""
-    try:
-        files = weight_files(folder)
-    except UnreadableError as error:
-        raise LetheError(f"model '{name}': {error}{advice(error)}") from error
+    files = weight_files(name, folder)
     if not files:
         _refuse_without_weights(name, folder)
     refuse_adapter(name, [file for file in ADAPTER if (folder / file).exists()])
     rivals = sorted(path.name for path in folder.glob("shard-*-model-*.safetensors"))  # transformers prefers these
     if files == [folder / WEIGHTS] and (folder / INDEX).exists():
-        with contextlib.suppress(UnreadableError):  # nothing reads an index beside whole weights
-            rivals += [INDEX] if shards(folder / INDEX) - {WEIGHTS} else []
+        with contextlib.suppress(LetheError):  # nothing reads an index beside whole weights
+            rivals += [INDEX] if shards(name, folder / INDEX) - {WEIGHTS} else []
     if rivals:
-        raise LetheError(
-            f"model '{name}' holds its weights twice ({files[0].name} and {rivals[0]}), so it is ambiguous; remove one of them"
-        )
+        both = f"{files[0].name} and {rivals[0]}"
+        raise LetheError(f"model '{name}' holds its weights twice ({both}), so it is ambiguous; remove one of them")
     shapes(name, files)
 
 
 def refuse_adapter(name: str, beside: list[str]) -> None:
     """Refuse whole weights with an adapter beside them: transformers would apply the adapter without a word."""
     if ADAPTER[0] in beside:
-        raise LetheError(
-            f"model '{name}' holds whole weights and an adapter beside them ({', '.join(beside)}), so it is ambiguous; "
-            f"move the adapter's files out, or merge it into its model and save that in another folder"
-        )
+        found = f"whole weights and an adapter beside them ({', '.join(beside)})"
+        raise LetheError(f"model '{name}' holds {found}, so it is ambiguous; move one of the two to another folder")
 
 
 def _refuse_without_weights(name: str, folder: Path) -> None:
@@ -184,16 +189,11 @@ def _refuse_without_weights(name: str, folder: Path) -> None:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     pickles = sorted((p.name for p in folder.iterdir() if p.suffix in PICKLES), key=lambda n: (not n.startswith("pytorch"), n))
     if others:
-        raise LetheError(
-            f"model '{name}' has no {WEIGHTS} and no {INDEX}, only {', '.join(map(printable, others[:3]))}; "
-            f"save it with model.save_pretrained(FOLDER)"
-        )
+        found = ", ".join(map(printable, others[:3]))
+        raise LetheError(f"model '{name}' has no {WEIGHTS} and no {INDEX}, only {found}; {SAVE}")
     if pickles:
-        raise LetheError(
-            f"model '{name}' has only pickled weights ({pickles[0]}), which can run code when read; "
-            f"save it with safetensors: model.save_pretrained(FOLDER)"
-        )
-    raise LetheError(f"model '{name}' has no weights: no .safetensors file in its folder")
+        raise LetheError(f"model '{name}' has only pickled weights ({pickles[0]}), which can run code when read; {SAVE}")
+    raise LetheError(f"model '{name}' has no weights: there is no .safetensors file in its folder; {SAVE}")
 
 
 def shapes(name: str, files: list[Path]) -> dict[str, tuple[str, list[int]]]:
@@ -207,54 +207,34 @@ def shapes(name: str, files: list[Path]) -> dict[str, tuple[str, list[int]]]:
     found: dict[str, tuple[str, list[int]]] = {}
     where: dict[str, str] = {}
     for file in files:
-        why = missing(file)
-        if why is None:
-            try:
-                with safe_open(file, framework="np") as opened:
-                    for key in opened.keys():  # noqa: SIM118  # not a mapping
-                        if key in where:
-                            why = f"it holds {printable(key, 80)}, as {where[key]} does"
-                        tensor = opened.get_slice(key)
-                        found[key], where[key] = (tensor.get_dtype(), tensor.get_shape()), file.name
-            except (SafetensorError, OSError, ValueError) as error:
-                why = f"cut short or damaged: {' '.join(str(error).split())}"
-        if why is not None:
-            raise LetheError(f"model '{name}': {file.name} cannot be read ({why}){advice(why)}")
+        try:
+            require_content(file)
+            with safe_open(file, framework="np") as opened:
+                for key in opened.keys():  # noqa: SIM118  # not a mapping
+                    if key in where:
+                        raise UnreadableError(f"it holds {printable(key, 80)}, as {where[key]} does")
+                    tensor = opened.get_slice(key)
+                    found[key], where[key] = (tensor.get_dtype(), tensor.get_shape()), file.name
+        except UnreadableError as error:
+            raise unreadable(name, file.name, error) from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise unreadable(name, file.name, f"cut short or damaged: {' '.join(str(error).split())}") from error
     return found
-
-
-def missing(file: Path) -> str | None:
-    """Why a file has no content: missing, a broken link, a folder, empty, or a pointer of Git LFS. None if it has content."""
-    if file.is_symlink() and not file.exists():
-        return f"a broken link to '{file.readlink()}'"
-    if not file.exists():
-        return "there is no such file"
-    if not file.is_file():
-        return "it is a folder"
-    if not file.stat().st_size:
-        return "it is empty"
-    try:
-        return LFS_POINTER if is_lfs_pointer(file) else None
-    except OSError as error:
-        return error.strerror
-
-
-def advice(why: object) -> str:
-    """What to do about an unreadable file, unless the reason says it."""
-    return "" if LFS_POINTER in str(why) else "; copy or download it again"
 
 
 def refuse_tokenizer(name: str, folder: Path) -> None:
     """Refuse a folder without a tokenizer, or with an unreadable file of settings beside it."""
-    there = [file for file in TOKENIZERS if os.path.lexists(folder / file)]
-    if not there:
+    files = [folder / file for file in TOKENIZERS if os.path.lexists(folder / file)]
+    if not files:
         raise LetheError(f"model '{name}' has no tokenizer in its folder; save it there: tokenizer.save_pretrained(FOLDER)")
-    for file in there:
-        if why := missing(folder / file):
-            raise LetheError(f"model '{name}': {file} cannot be read ({why}){advice(why)}")
-    for file in SETTINGS:
-        if os.path.lexists(folder / file):
-            part(name, folder / file)
+    for file in files:
+        try:
+            require_content(file)
+        except UnreadableError as error:
+            raise unreadable(name, file.name, error) from error
+    for settings in (folder / file for file in SETTINGS):
+        if os.path.lexists(settings):
+            part(name, settings)
 
 
 def refuse_no_config(name: str, folder: Path, checkpoints: list[str]) -> None:
@@ -270,7 +250,5 @@ def _refuse_adapter_alone(name: str, folder: Path) -> None:
     base = part(name, folder / ADAPTER[0]).get("base_model_name_or_path")
     of = f"an adapter of '{printable(base, 200)}'" if base else "an adapter that does not say of which model"
     run = (folder.parent / "run.json").exists()
-    todo = (
-        f"name its run: '{folder.parent}'" if run else "merge it into that model (PEFT: merge_and_unload) and save the result"
-    )
+    todo = f"name its run: '{folder.parent}'" if run else "merge it into that model (PEFT: merge_and_unload) and save that"
     raise LetheError(f"model '{name}' is {of}, without the model itself ({ADAPTER[0]}); {todo}")

@@ -49,10 +49,8 @@ def blamed(name: str, part: str, todo: str, settings: dict[str, Any]) -> Iterato
         if "trust_remote_code" in str(error):
             named = settings.get("auto_map")
             found = printable(", ".join(map(str, named.values())) if isinstance(named, dict) else named, 200)
-            raise LetheError(
-                f"model '{name}' needs code of its own (auto_map: {found}), and Lethe runs no code from a model's folder; "
-                f"use an architecture that transformers has"
-            ) from error
+            code = f"code of its own (auto_map: {found}), which Lethe does not run"
+            raise LetheError(f"model '{name}' needs {code}; use an architecture that transformers has") from error
         raise LetheError(f"model '{name}': {part} ({cause(error, settings)}); {todo}") from error
 
 
@@ -91,9 +89,8 @@ def refuse_misfit(
     with blamed(name, "no model can be built from config.json", todo, settings), _silent():
         depth = depth_of(config)
         if tensors is not None and depth > len(tensors):
-            raise LetheError(
-                f"model '{name}': config.json describes {depth} blocks, the weights are {len(tensors)} tensors in all; {todo}"
-            )
+            wrong = f"config.json describes {depth} blocks, the weights have {len(tensors)} tensors in all"
+            raise LetheError(f"model '{name}': {wrong}; {todo}")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if tensors is None:
@@ -108,10 +105,8 @@ def refuse_misfit(
         )
     refuse_report(name, report, depth)
     if other := sorted(key for key, (kind, _) in tensors.items() if "F" not in kind and key.endswith(".weight")):
-        raise LetheError(
-            f"model '{name}': {printable(other[0], 120)} is of type {tensors[other[0]][0]} in the weights, not floating point; "
-            f"use the model before it was quantised"
-        )
+        wrong = f"{printable(other[0], 120)} is of type {tensors[other[0]][0]} in the weights, not floating point"
+        raise LetheError(f"model '{name}': {wrong}; use the original model")
 
 
 @contextlib.contextmanager
@@ -140,19 +135,15 @@ def refuse_report(name: str, report: dict[str, Any], depth: int) -> None:
     todo = "take the model's own config.json, or download both again"
     if other := sorted(report["mismatched_keys"], key=str):
         key, given, expected = other[0]
-        raise LetheError(
-            f"model '{name}': {printable(key, 120)} is {list(given)} in the weights and {list(expected)} by config.json "
-            f"({len(other)} such tensors); {todo}"
-        )
+        wrong = f"{printable(key, 120)} is {list(given)} in the weights and {list(expected)} by config.json"
+        raise LetheError(f"model '{name}': {wrong} ({len(other)} such tensors); {todo}")
     if missing := sorted(report["missing_keys"]):
         raise LetheError(f"model '{name}' lacks weights that config.json ({depth} blocks) describes: {_some(missing)}; {todo}")
     unexpected = {key for key in report["unexpected_keys"] if not LEFT_OVER.search(key)}
     extra = tuple({found[1] for key in unexpected if (found := EXTRA_HEAD.match(key))})
     if unexpected := {key for key in unexpected if not key.startswith(extra)}:
-        raise LetheError(
-            f"model '{name}': the weights hold tensors that config.json ({depth} blocks) does not describe: "
-            f"{_some(sorted(unexpected))}; {todo}"
-        )
+        wrong = f"the weights hold tensors that config.json ({depth} blocks) does not describe"
+        raise LetheError(f"model '{name}': {wrong}: {_some(sorted(unexpected))}; {todo}")
 
 
 def _some(keys: list[str]) -> str:
@@ -175,8 +166,8 @@ def refuse_tokens(name: str, tokenizer: PreTrainedTokenizerBase, size: int | Non
     spared = {token for token in special if OTHER_INPUT.search(token)} - {tokenizer.bos_token, tokenizer.eos_token}
     spared |= {tokenizer.unk_token} if tokenizer.unk_token in special else set()  # some classes add one that is never used
     if beyond := sorted((i, token) for token, i in vocabulary.items() if i >= size and token not in spared):
+        example = f"{beyond[0][0]} for {printable(beyond[0][1], 40)!r} (vocab_size {size})"
         raise LetheError(
-            f"model '{name}': its tokenizer makes {len(beyond)} ids that the model has no embedding for, such as "
-            f"{beyond[0][0]} for {printable(beyond[0][1], 40)!r} (vocab_size {size}); give the tokenizer that the model was "
-            f"trained with, or resize its embedding: model.resize_token_embeddings(len(tokenizer))"
+            f"model '{name}': its tokenizer makes {len(beyond)} ids that the model has no embedding for, such as {example}; "
+            f"take its own tokenizer, or resize its embedding: model.resize_token_embeddings(len(tokenizer))"
         )

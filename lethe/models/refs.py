@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lethe.errors import LetheError, nearest
-from lethe.files import UnreadableError, sha256
+from lethe.files import sha256
 from lethe.lab import presets
 from lethe.models import files as model_files
 from lethe.models.checkpoint_folders import checkpoint_folders, checkpoint_of
@@ -113,10 +113,8 @@ def resolve(name: str, out: str | Path = "runs") -> ModelRef:
         return checked(ModelRef(name, path, revision or "main"))
     if os.path.islink(name):
         raise LetheError(f"model reference '{name}' is a broken link to '{os.readlink(name)}'; name the folder itself")
-    raise LetheError(
-        f"model reference '{name}' is not a folder and has none of the forms org/name@revision, FOLDER, "
-        f"FOLDER@global_stepN, run:ID, lab:final, random:REF"
-    )
+    forms = "org/name@revision, FOLDER, FOLDER@global_stepN, run:ID, lab:final, random:REF"
+    raise LetheError(f"model reference '{name}' is not a folder; give one of the forms {forms}")
 
 
 def run_of(name: str, out: str | Path = "runs") -> Run | None:
@@ -268,17 +266,15 @@ def refuse_length(max_length: int, *models: ModelRef) -> None:
     """Refuse sequences longer than the window of one of the models."""
     for model in models:
         if model.window is not None and max_length > model.window:
-            raise LetheError(
-                f"max_length: {max_length} is beyond the window of '{model.name}', {model.window} tokens; lower it"
-            )
+            window = f"the window of '{model.name}', {model.window} tokens"
+            raise LetheError(f"max_length: {max_length} is beyond {window}; lower it")
 
 
 def refuse_layers(model: ModelRef, layers: list[int]) -> None:
     """Refuse a layer that the model does not have."""
     if max(layers) >= model.depth:
-        raise LetheError(
-            f"layers: {max(layers)} is out of range; '{model.name}' has {model.depth} blocks, layers 0 to {model.depth - 1}"
-        )
+        known = f"{model.depth} blocks, layers 0 to {model.depth - 1}"
+        raise LetheError(f"layers: {max(layers)} is out of range; '{model.name}' has {known}")
 
 
 def lab_folder() -> Path:
@@ -317,9 +313,8 @@ def _of_run(name: str, run: Run) -> ModelRef:
             raise LetheError(f"'{name}' is an adapter, and its record does not name its model (parents.model.ref)")
         base = resolve(parent["ref"], run.path.parent)
         if weight_hash(base) != parent["sha256"]:
-            raise LetheError(
-                f"'{name}' is an adapter on '{parent['ref']}', whose weights have changed since; restore them, or run it again"
-            )
+            changed = f"'{parent['ref']}', whose weights have changed since"
+            raise LetheError(f"'{name}' is an adapter on {changed}; restore them, or run it again")
         return ModelRef(name, base.path, base.revision, _adapter(name, run))
     unfinished = run.record["kind"] == "unlearn" and run.status in {"failed", "cancelled", "lost"}
     resumable = unfinished and "imported" not in run.record
@@ -357,16 +352,14 @@ def checked(ref: ModelRef) -> ModelRef:
 
 def _weight_files(ref: ModelRef) -> list[Path]:
     """The files of a model's weights, downloaded if it is not local."""
-    try:
-        if ref.local:
-            return model_files.weight_files(Path(ref.path))
-        if whole := _optional(ref, model_files.WEIGHTS):
-            return [whole]
-        if index := _optional(ref, model_files.INDEX):
-            return [_file(ref, shard) for shard in sorted(model_files.shards(index))]
-        raise UnreadableError(f"there is no {model_files.WEIGHTS} or {model_files.INDEX}, and pickled weights are not read")
-    except UnreadableError as error:
-        raise LetheError(f"model '{ref.name}': {error}{model_files.advice(error)}") from error
+    if ref.local:
+        return model_files.weight_files(ref.name, Path(ref.path))
+    if whole := _optional(ref, model_files.WEIGHTS):
+        return [whole]
+    if index := _optional(ref, model_files.INDEX):
+        return [_file(ref, shard) for shard in sorted(model_files.shards(ref.name, index))]
+    found = f"there is no {model_files.WEIGHTS} and no {model_files.INDEX}, and pickled weights are not read"
+    raise LetheError(f"model '{ref.name}': {found}; {model_files.SAVE}")
 
 
 def _file(ref: ModelRef, name: str) -> Path:

@@ -168,9 +168,8 @@ def _checked(
     if rows and not any(row.get("split") in {None, "", test} for row in rows):
         splits = printable(", ".join(sorted({row["split"] for row in rows})), 80)
         whose = f" of {only}" if definition.get("dataset_name") else ""
-        raise LetheError(
-            f"task_data: '{file}' has no row{whose} in the split {test}, only in {splits}; leave out the field split"
-        )
+        wrong = f"has no row{whose} in the split {test}, only in {splits}"
+        raise LetheError(f"task_data: '{file}' {wrong}; leave out the field split")
     return tuple(rows)
 
 
