@@ -365,13 +365,3 @@ def test_a_number_that_could_not_be_measured_is_absent_with_its_reason(make_mode
     assert "not numbers" in record["evals_missing"]["made_up"] and "not numbers" in record["reason"]
     table = evals_table({}, missing=record["evals_missing"])
     assert table.rows == [["made_up", *["-"] * 6]] and table.notes[0].startswith("made_up was not measured: ")
-
-
-@pytest.mark.parametrize("change", [{"tasks": ["lab_forgot"]}, {"tasks": []}, {"model": "nowhere"}])
-def test_an_unknown_model_or_task_is_refused_before_anything_is_written(make_model, tmp_path, change):
-    folder = make_model("llama", tmp_path / "model")
-    with pytest.raises(LetheError):
-        evaluate_function(
-            EvaluateConfig(**({"model": str(folder), "tasks": ["lab_forget"], "out": str(tmp_path / "runs")} | change))
-        )
-    assert not (tmp_path / "runs").exists()

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lethe import unlearn
-from lethe.attacks.tampering import tamper
 from lethe.attacks.weights import disturb
-from lethe.config import AffineConfig, EvalSettings, LoraSettings, TamperConfig, UnlearnConfig, to_dict
+from lethe.config import EvalSettings, LoraSettings, UnlearnConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.scoring import Scorer
-from lethe.maps.affine import fit_affine
 from lethe.models import refs
 from lethe.models.adapters import add_adapters, linear_layers
 from lethe.models.architecture_check import refuse_untrainable
@@ -252,16 +250,6 @@ def test_adapters_of_experts_models_leave_routers_alone_say_so_and_load_again(fa
     assert not torch.allclose(expected, refs.load(refs.resolve(model))[0](input_ids=ids).logits, atol=1e-2)
     assert torch.allclose(again(input_ids=ids).logits, expected, atol=1e-5)
     assert torch.allclose(trainer.model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-3)
-
-
-def test_attacks_and_maps_refuse_what_they_cannot_use_before_a_run_is_made(pair, folder, tmp_path):
-    out, text = str(tmp_path / "runs"), str(folder / "forget.jsonl")
-    few = {"num_train_examples": 4, "max_length": LENGTH, "eval": EvalSettings(["lab_retain"])}
-    with pytest.raises(LetheError, match="draws random numbers"):
-        tamper(TamperConfig(model=pair("phimoe")[0], forget=text, out=out, **few))
-    with pytest.raises(LetheError, match="4 dimensions"):
-        fit_affine(AffineConfig(*pair("gemma3n_text"), text=text, layers=[1], max_length=LENGTH, num_examples=8, out=out))
-    assert not list(tmp_path.rglob("run.json"))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoehybrid", "llama4_text"])

@@ -11,32 +11,15 @@ import sys
 import threading
 from pathlib import Path
 
-import datasets
-import huggingface_hub
 import pytest
 
-from lethe import CheckpointsConfig, EvaluateConfig, TamperConfig, UnlearnConfig, checkpoints, evaluate, tamper, unlearn
+from lethe import CheckpointsConfig, TamperConfig, UnlearnConfig, checkpoints, tamper, unlearn
 from lethe.cli import main
 from lethe.config import EvalSettings
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
 
 pytestmark = pytest.mark.slow
-
-
-def test_a_task_whose_data_cannot_be_loaded_is_refused_before_anything_is_written(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else the client tries for half a minute each time
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    out, source = str(tmp_path / "runs"), f"lab:global_step{active_preset().onset}"
-    for function, config in (
-        (evaluate, EvaluateConfig("lab:final", ["wmdp_bio"], out=out)),
-        (unlearn, UnlearnConfig(source=source, eval=EvalSettings(["wmdp_bio"]), out=out)),
-        (tamper, TamperConfig(model="lab:filtered", eval=EvalSettings(["wmdp_bio"]), out=out)),
-        (checkpoints, CheckpointsConfig("lab:final", tasks=["wmdp_bio"], out=out)),
-    ):
-        with pytest.raises(LetheError, match="the data set cais/wmdp of 'wmdp_bio' cannot be loaded"):
-            function(config)
-    assert not (tmp_path / "runs").exists()
 
 
 WAITING = """
@@ -76,11 +59,6 @@ def test_a_connection_to_the_hub_that_breaks_is_a_refusal(tmp_path):
             assert done.returncode and "Connection reset" in done.stderr
             assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("lethe: "), done.stderr
         server.shutdown()
-
-
-def test_a_seed_too_large_is_refused():
-    with pytest.raises(LetheError, match=r"seed: must be below 2\*\*32"):
-        TamperConfig(model="lab:final", seed=2**32)
 
 
 def test_checkpoints_of_a_repository_that_does_not_exist_are_refused(lab, tmp_path):

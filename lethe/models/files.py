@@ -40,7 +40,7 @@ OTHER_HEADS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMult
 
 
 def unreadable(name: str, file: str, why: object) -> LetheError:
-    """The refusal of a file of the model `name`, with what to do unless the reason says it."""
+    """The error for an unreadable file of the model `name`."""
     return LetheError(f"model '{name}': {file} cannot be read ({why}){advice(why)}")
 
 
@@ -50,10 +50,7 @@ def advice(why: object) -> str:
 
 
 def require_content(file: Path) -> None:
-    """
-    Raises:
-        UnreadableError: the file is missing, a broken link, a folder, empty, or a pointer of Git LFS.
-    """
+    """Refuse a file that is missing, a broken link, a folder, empty, or a pointer of Git LFS."""
     if file.is_symlink() and not file.exists():
         raise UnreadableError(f"a broken link to '{file.readlink()}'")
     if not file.exists():

@@ -118,11 +118,10 @@ def select(
     available = int(min(len(pool) * total / source.weight for pool, source in zip(pools, text, strict=True)))
     wanted = min(most, available) if count is None else count or available
     bounds = [round(wanted * sum(s.weight for s in text[:i]) / total) for i in range(len(text) + 1)]
-    chosen: dict[str, Document] = {}
+    chosen: list[Document] = []
     for pool, source, low, high in zip(pools, text, bounds, bounds[1:], strict=False):
-        part = take(pool, high - low, end, f"{what} '{source.source}'") if high > low else []
-        chosen |= {document.id: document for document in part}
-    return list(chosen.values())
+        chosen += take(pool, high - low, end, f"{what} '{source.source}'") if high > low else []
+    return chosen
 
 
 def fingerprint(documents: Iterable[Document]) -> str:
