@@ -277,7 +277,7 @@ def _hashes(path: Path) -> list[str]:
 def test_two_builders_share_one_build_that_has_the_same_weights_as_another(lab, tmp_path):
     """Also after a builder was killed half-way."""
     killed = _start(tmp_path)
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not list(tmp_path.glob("lab/*.partial/checkpoints/*")) and time.time() < deadline:
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
@@ -286,7 +286,7 @@ def test_two_builders_share_one_build_that_has_the_same_weights_as_another(lab, 
 
     queue = multiprocessing.get_context("spawn").Queue()
     builders = [_start(tmp_path, queue) for _ in range(2)]
-    paths = {queue.get(timeout=300)[0] for _ in builders}
+    paths = {queue.get(timeout=900)[0] for _ in builders}
     for builder in builders:
         builder.join()
     assert len(paths) == 1
