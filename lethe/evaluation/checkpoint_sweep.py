@@ -47,8 +47,6 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
     Raises:
         LetheError: there are no checkpoints, a task is unknown or has no chance level; raised before anything is written.
     """
-    from lethe.evaluation.questions import load_tasks
-
     refuse_run_folder(config.out)
     check_tasks(config)
     found = find_checkpoints(config)
@@ -56,6 +54,8 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
         {"name": name, "step": step_of(name), "ref": ref.name, "evals": {}, "note": ""} for name, ref in found.items()
     ]
     source = _source(config.source, rows)
+    from lethe.evaluation.questions import load_tasks  # imports torch: what is refused above is refused at once
+
     loaded = load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
     first = next(iter(loaded))
     if any(not leaf.multiple_choice or "acc" not in leaf.task._metric_fn_list for leaf in loaded[first]):
