@@ -25,7 +25,6 @@ from lethe.config import AffineConfig, AffineScoreConfig, ResumeConfig, TextSour
 from lethe.errors import LetheError
 from lethe.maps import affine
 from lethe.maps.affine import AffineMap, fit_affine, load_maps, score_affine
-from lethe.maps.check import split
 from lethe.maps.folder import HASH, METADATA, WEIGHTS, check_maps, find_maps
 from lethe.models import refs
 from lethe.sweeps.resuming import resume
@@ -50,12 +49,6 @@ def test_maps_are_saved_in_the_published_layout_and_come_back(tmp_path):
     save_file({"layer_3.weight": torch.eye(4).half(), "layer_3.bias": torch.ones(4).half()}, tmp_path / WEIGHTS)
     (tmp_path / METADATA).write_text(json.dumps({"layer_indices": [3], "hidden_dim": 4, "alpha": 0.01}))  # as published
     assert torch.allclose(load_maps(tmp_path)({3: x[10][0, :, :4]})[3], x[10][0, :, :4] + 1)
-
-
-def test_split_is_by_document_and_nothing_is_on_both_sides():
-    documents = [corpora.Document(str(i), str(i)) for i in range(25)]
-    fitted, held = split(documents, 0.1)
-    assert (len(fitted), len(held)) == (23, 2) and fitted + held == documents
 
 
 @pytest.fixture(scope="module")
