@@ -2,10 +2,10 @@
 
     python benchmarks/maps.py
 
-Width 1024, 6 layers, batches of 1024 tokens. The rate of the machine is that of xᵀ x and yᵀ x at the size of a block of the
-sums, measured in turn with the sums, block by block, in one process. Medians are given, and minima, which a busy machine
-disturbs less. The work of the sums is counted as 4 · tokens · width² a layer, which is Σ x xᵀ and Σ y xᵀ in full: going into
-the basis is not counted, nor is the part of Σ x xᵀ that follows from symmetry taken off. The error is the difference of R²,
+Width 1024, 6 layers, batches of 1024 tokens. The rate of the machine is that of xᵀ x and yᵀ x at the size of a chunk of the
+sums, measured in turn with the sums, chunk by chunk, in one process. Medians are given, and minima, which a busy machine
+disturbs less. The work of the sums is counted as 4 · tokens · width² a layer, which is Σ x xᵀ and Σ y xᵀ: the change of basis
+is not counted. The error is the difference of R²,
 and of predictions in spreads of y (root of the mean square), from a solution in float64 throughout, on text whose means are
 20 spreads away and where two dimensions are a thousand times as wide as the others.
 """
@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lethe.maps.affine import BLOCK, RidgeSums
+from lethe.maps.ridge import CHUNK, RidgeSums
 
 WIDTH, LAYERS, BATCH, REPEATS = 1024, 6, 1024, 7
 ALPHA = 0.01
@@ -41,8 +41,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def times(rng: torch.Generator) -> dict[str, list[float]]:
-    """Seconds for a block of one layer: of its products alone, of its sums, and of its sums where it is the first."""
-    x, y = text(BLOCK, rng)
+    """Seconds for a chunk of one layer: of its products alone, of its sums, and of its sums where it is the first."""
+    x, y = text(CHUNK, rng)
     layers = [RidgeSums() for _ in range(LAYERS)]
 
     def add(sums: RidgeSums) -> None:
@@ -57,7 +57,7 @@ def times(rng: torch.Generator) -> dict[str, list[float]]:
     return found
 
 
-def error(rng: torch.Generator, tokens: int = 3 * BLOCK) -> tuple[float, float]:
+def error(rng: torch.Generator, tokens: int = 3 * CHUNK) -> tuple[float, float]:
     """Difference of R², and of predictions in spreads of y, from float64."""
     x, y = text(tokens, rng)
     sums = RidgeSums()
@@ -80,14 +80,14 @@ def main() -> None:
     held = RidgeSums()
     held.add(*text(2, rng))
     held.solve(ALPHA)
-    tensors = [held.block, held.centre, held.basis, held.products, held.sums]
-    print(f"{torch.get_num_threads()} threads; {BLOCK} tokens a block")
+    tensors = [held.chunk, held.centre, held.basis, held.gram, held.cross]
+    print(f"{torch.get_num_threads()} threads; {CHUNK} tokens a chunk")
     print(f"{'':28}{'median':>8}{'minimum':>9}")
-    for name, of in (("float32 products, GFLOP/s", None), ("share of it: sums", "sums"), ("share of it: first block", "first")):
+    for name, of in (("float32 products, GFLOP/s", None), ("share of it: sums", "sums"), ("share of it: first chunk", "first")):
         row = []
         for best in (statistics.median, min):
             products = best(found["products"])
-            row.append(products / best(found[of]) if of else 4e-9 * BLOCK * WIDTH**2 / products)
+            row.append(products / best(found[of]) if of else 4e-9 * CHUNK * WIDTH**2 / products)
         print(f"{name:28}{row[0]:8.2f}{row[1]:9.2f}")
     print(f"memory: {sum(t.nbytes for t in tensors) / 2**20:.0f} MiB a layer, whatever the number of tokens")
     print(f"against float64: R² {difference:.1e}, predictions {off:.1e} spreads of y")

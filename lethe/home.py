@@ -1,7 +1,8 @@
-"""What is kept in $LETHE_HOME between processes to save time: requests, results of checkpoints, where lm-eval's tasks are.
+"""$LETHE_HOME: the lab, and caches that save time, such as the requests of tasks, results of checkpoints and fitted maps.
 
-Any of it can be removed at any time, and a home that cannot be written costs the time again, nothing else. A file begins with
-the hash of the rest, so that one that is cut or was changed counts as absent. No torch here.
+`cache_key` names a cached result, `store` and `stored` write and read it as text, `use` and `evict` bound the folders of a
+cache. You can delete any cache at any time. If $LETHE_HOME cannot be written, work is repeated and nothing else happens. A
+cached text begins with the hash of the rest, so a truncated or changed file counts as absent. No torch here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -24,7 +26,7 @@ MOST_BYTES = 2**30
 
 
 def store(file: Path, text: str, most: int = MOST_BYTES) -> None:
-    """Write a .json file whole, then remove the oldest ones beside it until all take no more than `most` bytes."""
+    """Cache `text` in a .json file, then evict the oldest .json files beside it until all have at most `most` bytes."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, f"{_hash(text)}\n{text}")
@@ -36,12 +38,17 @@ def store(file: Path, text: str, most: int = MOST_BYTES) -> None:
 
 
 def stored(file: Path) -> str | None:
-    """The text that was kept; None where there is none, or the file is not what was written."""
+    """The cached text; None if there is none, or the file was changed."""
     try:
         expected, _, text = file.read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):
         return None
     return text if expected == _hash(text) else None
+
+
+def cache_key(*content: Any) -> str:
+    """The name of a cached result: a hash of everything that the result depends on, in a form that JSON has."""
+    return _hash(json.dumps(content, sort_keys=True))[:32]
 
 
 def _hash(text: str) -> str:
@@ -50,40 +57,40 @@ def _hash(text: str) -> str:
 
 logger = logging.getLogger(__name__)
 SHARE = 0.2
-"""Of the disk, what the folders of one kind may take together."""
+"""Share of the disk that the folders of one cache may take."""
 
 
 def use(folder: Path, user: Any) -> None:
-    """Note that `folder` is used now, and keep it from being removed for as long as `user`, an object, lives."""
+    """Record that `folder` is used now, and protect it from eviction as long as the object `user` lives."""
     handle = os.open(folder, os.O_RDONLY)
     weakref.finalize(user, os.close, handle)
-    with contextlib.suppress(OSError):  # a file system without locks, or that is read-only
+    with contextlib.suppress(OSError):  # a read-only file system, or one without locks
         fcntl.flock(handle, fcntl.LOCK_SH)
         os.utime(folder)
 
 
-def evict(shelf: Path, room: int = 0) -> list[Path]:
-    """Remove the folders in `shelf` that were not used for longest, until the others and `room` bytes are within the bound.
+def evict(cache: Path, room: int = 0) -> list[Path]:
+    """Remove the least recently used folders in `cache`, until the others and `room` bytes are within the bound.
 
-    One that a process uses or builds stays, whatever it takes; what a killed builder left goes.
+    Folders that a process uses or builds stay. Leftovers of killed builders go.
     """
-    bound, found = SHARE * shutil.disk_usage(shelf).total - room, sorted(_kept(shelf))
+    bound, found = SHARE * shutil.disk_usage(cache).total - room, sorted(_cached_folders(cache))
     total, removed = sum(size for *_, size in found), []
-    for is_whole, _, path, size in found:
-        if total > bound or not is_whole:
+    for is_complete, _, path, size in found:
+        if total > bound or not is_complete:
             with _unused(path) as alone:
                 if alone:
                     shutil.rmtree(path, ignore_errors=True)
                     removed.append(path)
                     total -= size
     if removed:
-        logger.info("removed %d folders of %s that were not used for longest", len(removed), shelf)
+        logger.info("removed the %d least recently used folders of %s", len(removed), cache)
     return removed
 
 
-def _kept(shelf: Path) -> Iterator[tuple[bool, float, Path, int]]:
-    """Of each folder, whether it is whole, when it was used last, and its bytes."""
-    for path in shelf.iterdir():
+def _cached_folders(cache: Path) -> Iterator[tuple[bool, float, Path, int]]:
+    """For each folder: whether it is complete, when it was used last, its path, and its size in bytes."""
+    for path in cache.iterdir():
         with contextlib.suppress(OSError):  # another process removes it at this moment
             if path.is_dir():
                 size = sum(file.stat().st_size for file in path.iterdir())
@@ -92,7 +99,7 @@ def _kept(shelf: Path) -> Iterator[tuple[bool, float, Path, int]]:
 
 @contextlib.contextmanager
 def _unused(folder: Path) -> Iterator[bool]:
-    """Whether nobody else builds or uses `folder`; inside, nobody begins to."""
+    """Whether no process builds or uses `folder`. Inside, none can begin to."""
     name = folder.name.removeprefix(".").removesuffix(".partial")
     with (folder.parent / f"{name}.lock").open("w") as lock, contextlib.ExitStack() as stack:
         try:
@@ -107,10 +114,10 @@ def _unused(folder: Path) -> Iterator[bool]:
 
 
 def lethe_home() -> Path:
-    """Where labs and what saves time are kept.
+    """The folder of labs and caches.
 
     Raises:
-        LetheError: it is a file, or can be no folder.
+        LetheError: it is a file, or cannot be a folder.
     """
     home = Path(os.environ.get("LETHE_HOME") or Path.home() / ".cache" / "lethe")
     try:

@@ -132,6 +132,41 @@ def make_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of the datasets library for tests alone."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="module")
+def gpt2(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A model with dropout in many places, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = make_model("gpt2", tmp_path_factory.mktemp("gpt2"))
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> Callable[..., str]:
+    """known(questions): `made_up` becomes a task that Lethe finds."""
+    from made_up import QUESTIONS, write_task
+
+    from lethe.evaluation import tasks
+
+    def make(questions: list[dict[str, Any]] = QUESTIONS) -> str:
+        folder = write_task(tmp_path / "task", questions)
+        monkeypatch.setattr(tasks, "locate", lambda names: dict.fromkeys(names, folder))
+        return "made_up"
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Path]:
     """The nano lab, built once a session (LETHE_TEST_HOME: kept there between sessions). Yields its folder."""

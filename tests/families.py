@@ -1,7 +1,7 @@
-"""Tiny configurations of model families, random weights being enough for most tests: the one list that tests share.
+"""The one list of model families for tests: tiny configurations, with random weights.
 
-`FAMILIES` are those that Lethe trains and evaluates as the plain model does (test_families.py, docs/models.md); `OTHERS` those
-that it refuses, with adapters or altogether. Hidden size 32, four blocks, four heads, a window of 64 tokens.
+Lethe trains and evaluates `FAMILIES` as the plain model does (test_families.py, docs/models.md). It refuses `OTHERS`, either
+with adapters or always. All have hidden size 32, four blocks, four heads and a window of 64 tokens.
 """
 
 from __future__ import annotations
@@ -104,6 +104,15 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt", {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": WINDOW, "expansion_ratio": 2}),
     "phimoe": ("phimoe", GROUPED | LOCAL_EXPERTS | {"sliding_window": LOCAL}),
 }  # fmt: skip
+
+
+PLAIN = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]
+"""Architectures for tests that need several kinds of blocks, but not every family."""
+WITHOUT_LORA = ["falcon_h1", "mamba", "mamba2"]
+"""Families that PEFT does not adapt."""
+EXPERTS = ["deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoehybrid", "llama4_text", "mixtral", "olmoe", "qwen2_moe",
+           "qwen3_moe", "qwen3_next"]  # fmt: skip
+"""Families with mixtures of experts."""
 
 
 def configuration(family: str, tokenizer: Any, **overrides: Any) -> Any:

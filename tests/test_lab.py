@@ -13,6 +13,7 @@ import re
 import signal
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,18 +47,6 @@ def test_a_scorer_that_sees_only_the_choices_gets_a_quarter(preset, task):
 
         right = sum(max(range(4), key=lambda i, r=row: score(r, i)) == row["answer"] for row in rows)
         assert right * 4 == len(rows)
-
-
-@presets
-@pytest.mark.parametrize("task", ROBUST)
-def test_groups_of_four_share_all_but_the_entity(preset, task):
-    groups: dict[int, list[dict]] = defaultdict(list)
-    for row in questions(task, preset):
-        groups[row["group"]].append(row)
-    for rows in groups.values():
-        assert len({(r["prompt"].replace(r["entity"], "{}"), tuple(r["choices"])) for r in rows}) == 1
-        assert sorted(r["answer"] for r in rows) == [0, 1, 2, 3]
-        assert len({r["entity"] for r in rows}) == 4
 
 
 @presets
@@ -105,14 +94,6 @@ def test_the_world_comes_from_the_seed_alone(preset):
     assert (make_world(preset), questions("lab_retain", preset), forget_text(preset), retain_text(preset)) == first
 
 
-def test_making_the_world_takes_less_than_half_a_second():
-    make_world.cache_clear()
-    started = time.perf_counter()
-    make_world(PRESETS["standard"])
-    questions("lab_retain", PRESETS["standard"])
-    assert time.perf_counter() - started < 0.5
-
-
 @presets
 def test_names_are_no_words_of_the_language(preset):
     world = make_world(preset)
@@ -139,37 +120,27 @@ def test_forget_and_neighbour_share_relations_and_no_other_domain_does():
     assert not own & {value for relations in GENERAL.values() for r in relations for value in r.values}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_preset_comes_from_the_environment(name, monkeypatch, tmp_path):
-    monkeypatch.setenv("LETHE_LAB", name)
+def test_the_preset_comes_from_the_environment_and_an_unknown_one_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("LETHE_HOME", str(tmp_path))
-    assert active_preset() is PRESETS[name]
-    assert re.fullmatch(rf"{name}-[0-9a-f]{{12}}", lab_path().name)
-    assert lab_path().parent == tmp_path / "lab"
-
-
-def test_an_unknown_preset_is_refused(monkeypatch):
+    for name, preset in PRESETS.items():
+        monkeypatch.setenv("LETHE_LAB", name)
+        assert active_preset() is preset
+        assert re.fullmatch(rf"{name}-[0-9a-f]{{12}}", lab_path().name) and lab_path().parent == tmp_path / "lab"
     monkeypatch.setenv("LETHE_LAB", "huge")
     with pytest.raises(LetheError, match=r"huge.*standard, nano"):
         lab_path()
 
 
 def test_the_folder_name_depends_on_the_preset_and_on_the_source(tmp_path, monkeypatch):
-    from dataclasses import replace
-
-    names = {lab_path(replace(PRESETS["nano"], seed=seed)).name for seed in range(3)}
-    assert len(names) == 3
-    source = tmp_path / "lethe" / "lab"
-    source.mkdir(parents=True)
-    (source / "__init__.py").write_text("one")
-    monkeypatch.setattr(lab_package, "__file__", str(source / "__init__.py"))
+    assert len({lab_path(replace(PRESETS["nano"], seed=seed)).name for seed in range(3)}) == 3
+    monkeypatch.setattr(lab_package, "__file__", str(tmp_path / "presets.py"))
     keys = set()
-    for text in ("one", "two"):
-        (source / "__init__.py").write_text(text)
+    for name, text in (("presets.py", "one"), ("presets.py", "two"), ("world.yaml", "one"), ("world.yaml", "two")):
+        (tmp_path / name).write_text(text)
         lab_package._key.cache_clear()
         keys.add(lab_package._key(PRESETS["nano"]))
     lab_package._key.cache_clear()
-    assert len(keys) == 2
+    assert len(keys) == 4
 
 
 # What follows needs torch.
@@ -203,7 +174,7 @@ def test_the_twin_reads_the_same_general_text_in_the_same_order(batches):
     seen = 0
     for step in range(1, p.steps + 1):
         final, twin = made.at(step), made.at(step, filtered=True)
-        shared = p.batch_size if step <= p.onset else p.batch_size - p.forget_rows
+        shared = p.batch_size if step <= p.onset else p.batch_size - p.forget_sequences
         assert final.shape == twin.shape == (p.batch_size, p.sequence_length)
         assert (final[:shared] == twin[:shared]).all()
         assert (final[:shared] == made.general[seen : seen + shared]).all()
@@ -306,7 +277,7 @@ def _hashes(path: Path) -> list[str]:
 def test_two_builders_share_one_build_that_has_the_same_weights_as_another(lab, tmp_path):
     """Also after a builder was killed half-way."""
     killed = _start(tmp_path)
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not list(tmp_path.glob("lab/*.partial/checkpoints/*")) and time.time() < deadline:
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
@@ -315,7 +286,7 @@ def test_two_builders_share_one_build_that_has_the_same_weights_as_another(lab, 
 
     queue = multiprocessing.get_context("spawn").Queue()
     builders = [_start(tmp_path, queue) for _ in range(2)]
-    paths = {queue.get(timeout=300)[0] for _ in builders}
+    paths = {queue.get(timeout=900)[0] for _ in builders}
     for builder in builders:
         builder.join()
     assert len(paths) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import subprocess
 import sys
@@ -10,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import PLAIN
 from transformers import AutoModelForCausalLM
 
 from lethe.errors import LetheError
 from lethe.files import sha256
 from lethe.models import refs
+from lethe.models.checkpoint_folders import checkpoint_folders
 from lethe.models.refs import load, record, refuse_layers, refuse_mismatch, resolve, weight_hash
 from lethe.runs.run import Run
 
@@ -58,53 +59,56 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_folder_is_its_model(home):
-    ref = resolve(str(home / "plain"))
-    assert (ref.width, ref.depth, ref.local) == (32, 4, True)
-    model, tokenizer = load(ref)
+    model, tokenizer = load(resolve(str(home / "plain")))
     assert equal(weights(model), weights(AutoModelForCausalLM.from_pretrained(home / "plain")))
-    assert not model.training
+    assert not model.training and next(model.parameters()).dtype == torch.float32
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("right", "<pad>")
-    assert next(model.parameters()).dtype == torch.float32
+    assert {p.dtype for p in load(resolve(str(home / "plain")), "bfloat16")[0].parameters()} == {torch.bfloat16}
 
 
-def test_dtype_is_that_of_all_weights(home):
-    model, _ = load(resolve(str(home / "plain")), "bfloat16")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-
-
-def test_end_of_text_stands_in_for_a_missing_padding_token(copy, make_tokenizer):
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(copy)
-    assert refs.tokenizer(resolve(str(copy))).pad_token == "</s>"
-
-
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"])
+@pytest.mark.parametrize("architecture", PLAIN)
 def test_width_and_depth_of_every_architecture(make_model, tmp_path, architecture):
     ref = resolve(str(make_model(architecture, tmp_path)))
-    assert (ref.width, ref.depth) == (32, 4)
-    load(ref)
+    assert (ref.width, ref.depth, ref.local) == (32, 4, True)
 
 
 def test_a_checkpoint_of_a_folder(home):
+    assert list(checkpoint_folders(home / "family")) == ["global_step5", "global_step20", "global_step100"]
     ref = resolve(f"{home / 'family'}@global_step20")
     assert equal(weights(load(ref)[0]), weights(AutoModelForCausalLM.from_pretrained(home / "family" / "global_step20")))
-
-
-def test_checkpoints_are_in_order_of_step(home):
-    assert list(refs.checkpoint_folders(home / "family")) == ["global_step5", "global_step20", "global_step100"]
-
-
-def test_an_unknown_checkpoint_is_refused_with_the_nearest(home):
     message = refusal(resolve, f"{home / 'family'}@global_step21")
-    assert "no such checkpoint" in message
-    assert "did you mean 'global_step20'" in message
+    assert "no such checkpoint" in message and "did you mean 'global_step20'" in message
+
+
+@pytest.mark.parametrize("name", ["step600", "global_step600", "checkpoint-600"])
+def test_checkpoints_by_the_names_that_pythia_and_trainer_use(home, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for step in (name, "step1000"):
+        shutil.copytree(home / "plain", tmp_path / "all" / step)
+    for given in (name, "step600", "global_step600", "checkpoint-600"):
+        assert resolve(f"all@{given}").path == str(Path("all", name))
+    assert list(checkpoint_folders(Path("all"))) == [name, "step1000"]
+    with pytest.raises(LetheError, match=r"no config\.json, but checkpoints; name one of them: 'all@step1000'"):
+        resolve("all")
+    shutil.copytree(home / "plain", tmp_path / "all" / "checkpoint-1000")
+    assert resolve("all@step1000").path == str(Path("all", "step1000"))
+    with pytest.raises(LetheError, match="no such checkpoint"):  # there are two of this step
+        resolve("all@global_step1000")
+
+
+def test_a_folder_with_an_at_sign_in_its_name(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / "plain", tmp_path / "me@home")
+    shutil.copytree(home / "plain", tmp_path / "a@b" / "step5")
+    assert resolve("me@home").path == "me@home"
+    assert resolve("a@b@step5").path == str(Path("a@b", "step5"))
+    with pytest.raises(LetheError, match="no such checkpoint"):
+        resolve("me@home@step5")
 
 
 def test_lab_references(lab):
-    final = resolve("lab:final")
-    steps = list(refs.checkpoint_folders(lab / "checkpoints"))
-    assert final.path == str(lab / "checkpoints" / steps[-1])
+    steps = list(checkpoint_folders(lab / "checkpoints"))
+    assert resolve("lab:final").path == str(lab / "checkpoints" / steps[-1])
     assert resolve(f"lab:{steps[0]}").path == str(lab / "checkpoints" / steps[0])
     assert resolve("lab:filtered").path == str(lab / "filtered")
     assert "did you mean 'final'" in refusal(resolve, "lab:finale")
@@ -116,25 +120,23 @@ def test_a_lab_that_is_not_built_is_refused_with_the_command(monkeypatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "name", ["", "nowhere", "./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere", "random:", "random:nowhere", "lab:"]
-)
+NOWHERE = ["", "nowhere", "./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere", "random:", "random:nowhere", "lab:"]
+
+
+@pytest.mark.parametrize("name", [*NOWHERE, "models/mine", "file"])
 def test_names_of_nothing_are_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refusal(resolve, name)
-
-
-def test_a_folder_that_misses_is_not_taken_for_a_hub_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    assert "is not a folder" in refusal(resolve, "models/mine")
+    (tmp_path / "models").mkdir()  # so models/mine is not a repository of the hub
+    (tmp_path / "file").write_text("no model")
+    message = refusal(resolve, name)
+    assert "is not a folder" in message or name not in {"models/mine", "file"}
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def make_run(out: Path, base: Path | None = None, kind: str = "adapter") -> Run:
+def make_run(out: Path, base: Path, kind: str = "adapter") -> Run:
     """A complete unlearning run whose artifact is an adapter on `base` or a model."""
     from peft import LoraConfig, get_peft_model
 
@@ -167,7 +169,7 @@ def test_a_runs_adapter_sits_on_the_model_it_was_trained_from(home, tmp_path):
 
     run = make_run(tmp_path, home / "plain")
     ref = resolve(f"run:{run.id}", tmp_path)
-    assert (ref.width, ref.depth) == (32, 4)
+    assert (ref.width, ref.depth) == (32, 4) and weight_hash(ref) != weight_hash(resolve(str(home / "plain")))
     model, _ = load(ref)
     base = AutoModelForCausalLM.from_pretrained(home / "plain")
     before = base(IDS).logits
@@ -177,19 +179,10 @@ def test_a_runs_adapter_sits_on_the_model_it_was_trained_from(home, tmp_path):
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lora" in n)
 
 
-def test_an_adapter_and_its_base_have_different_hashes(home, tmp_path):
-    run = make_run(tmp_path, home / "plain")
-    assert weight_hash(resolve(f"run:{run.id}", tmp_path)) != weight_hash(resolve(str(home / "plain")))
-
-
-def test_an_adapter_whose_base_has_changed_is_refused(copy, make_model, tmp_path):
+def test_an_adapter_whose_base_has_changed_or_is_gone_is_refused(copy, make_model, tmp_path):
     run = make_run(tmp_path / "runs", copy)
     make_model("llama", copy, seed=9)
-    assert "holds other weights now" in refusal(resolve, f"run:{run.id}", tmp_path / "runs")
-
-
-def test_an_adapter_whose_base_is_gone_is_refused(copy, tmp_path):
-    run = make_run(tmp_path / "runs", copy)
+    assert "whose weights have changed since" in refusal(resolve, f"run:{run.id}", tmp_path / "runs")
     shutil.rmtree(copy)
     assert "copy" in refusal(resolve, f"run:{run.id}", tmp_path / "runs")
 
@@ -201,14 +194,7 @@ def test_a_run_without_a_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
-def test_a_run_whose_artifact_was_deleted_is_refused(home, tmp_path, kind):
-    run = make_run(tmp_path, home / "plain", kind)
-    shutil.rmtree(run.path / kind)
-    refusal(resolve, f"run:{run.id}", tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["adapter", "model"])
-def test_weights_that_have_changed_since_a_run_saved_them_are_refused(home, tmp_path, kind):
+def test_an_artifact_that_was_changed_or_deleted_is_refused(home, tmp_path, kind):
     run = make_run(tmp_path, home / "plain", kind)
     record(resolve(f"run:{run.id}", tmp_path))
     (file,) = (run.path / kind).glob("*.safetensors")
@@ -217,6 +203,8 @@ def test_weights_that_have_changed_since_a_run_saved_them_are_refused(home, tmp_
     file.write_bytes(content)
     with pytest.raises(LetheError, match="changed since"):
         record(resolve(f"run:{run.id}", tmp_path))
+    shutil.rmtree(run.path / kind)
+    refusal(resolve, f"run:{run.id}", tmp_path)
 
 
 # --- random: ---------------------------------------------------------------------------------------------------------
@@ -239,53 +227,17 @@ def test_random_is_the_architecture_with_fresh_weights_the_same_each_time(home):
     assert weight_hash(ref) != weight_hash(resolve(str(home / "plain")))
 
 
-# --- what cannot be loaded -------------------------------------------------------------------------------------------
-
-
-def test_pickled_weights_are_refused_whatever_their_name(copy):
-    (copy / "model.safetensors").unlink()
-    for name in ("pytorch_model.bin", "model.pt", "weights.pth"):
-        (copy / name).write_bytes(b"\x80\x04.")
-        message = refusal(resolve, str(copy))
-        assert "pickled weights" in message
-        assert "safetensors" in message
-        (copy / name).unlink()
-
-
-def test_pickled_weights_beside_safetensors_are_not_read(copy):
-    (copy / "pytorch_model.bin").write_bytes(b"not a pickle")
-    load(resolve(str(copy)))
-
-
-def test_random_of_a_folder_without_weights_is_refused_or_loads(copy):
-    """random: needs the configuration and the tokenizer alone; if it is refused then in words."""
-    (copy / "model.safetensors").unlink()
-    with contextlib.suppress(LetheError):
-        load(resolve(f"random:{copy}"))
-
-
-def test_a_file_is_no_model(copy):
-    refusal(resolve, str(copy / "config.json"))
-
-
 # --- what does not fit together --------------------------------------------------------------------------------------
 
 
-def test_the_same_family_fits(home):
-    refuse_mismatch(resolve(str(home / "plain")), resolve(f"{home / 'family'}@global_step5"))
-
-
-def test_another_width_is_refused_with_both(home, make_model, tmp_path):
-    other = make_model("llama", tmp_path, hidden_size=48)
-    message = refusal(refuse_mismatch, resolve(str(home / "plain")), resolve(str(other)))
-    assert "width 48" in message
-    assert "32" in message
-
-
-def test_another_tokenizer_is_refused(home, make_model, make_tokenizer, tmp_path):
-    tokenizer = make_tokenizer(words=("quite other words, in other number",))
-    other = make_model("llama", tmp_path, tokenizer=tokenizer)
-    assert "different tokenizers" in refusal(refuse_mismatch, resolve(str(home / "plain")), resolve(str(other)))
+def test_a_source_of_another_width_or_tokenizer_is_refused(home, make_model, make_tokenizer, tmp_path):
+    plain = resolve(str(home / "plain"))
+    refuse_mismatch(plain, resolve(f"{home / 'family'}@global_step5"))
+    wide = make_model("llama", tmp_path / "wide", hidden_size=48)
+    message = refusal(refuse_mismatch, plain, resolve(str(wide)))
+    assert "width 48" in message and "32" in message
+    other = make_model("llama", tmp_path / "other", tokenizer=make_tokenizer(words=("quite other words, in other number",)))
+    assert "different tokenizers" in refusal(refuse_mismatch, plain, resolve(str(other)))
 
 
 def test_a_layer_out_of_range_is_refused_with_the_range(home):

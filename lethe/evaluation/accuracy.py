@@ -1,10 +1,10 @@
-"""Accuracies, each with its uncertainty and its provenance.
+"""Accuracy on tasks, with its uncertainty and its provenance.
 
-lm-eval defines tasks, prompts and tokenisation, so that numbers compare with everybody's (`questions.py`); the scoring is ours
-(`scoring.py`) and runs on a model that is already in memory, in the middle of training too. Evaluation mode is set for each
-evaluation and the model is left as it was found.
+    task names -> load_tasks -> questions -> Scorer -> log-likelihoods -> measure -> result
 
-`evaluate_model` scores a model; `evaluate` does so for a model reference and keeps the result as a run.
+lm-eval defines tasks, prompts and tokenisation (`questions.py`), so numbers are comparable with published ones. Lethe's own
+scoring (`scoring.py`) works on a model in memory, also during training. `evaluate_model` evaluates a model and restores its
+state. `evaluate` evaluates a model reference and saves the result as a run.
 """
 
 from __future__ import annotations
@@ -48,45 +48,44 @@ def evaluate_model(
     missing: dict[str, str] | None = None,
     before: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate a model in memory, zero-shot unless a task says otherwise.
+    """Evaluate a model in memory.
 
     Args:
-        model: a transformers causal language model, or a PEFT model around one. Its training mode, its cache setting
-            and the random state are as before when this returns.
-        task_names: names of lm-eval tasks or groups; of a group the questions are pooled, so that each weighs the same.
-        limit: ask only the first so many questions of each task; 0 asks all.
-        description: text of a progress bar; None shows none.
-        samples: filled with each question's log-likelihoods by task name, if given.
-        task_data: local files instead of tasks' data sets.
-        num_fewshot: examples in each prompt; None leaves it to the task.
-        missing: filled with the reason why a task has no result, if given; otherwise that reason is raised.
-        before: text put before each question, as the prompt attack does; the fingerprint is that of the questions alone.
+        model: a transformers causal language model, or a PEFT model around one. Its training mode and the random state are
+            restored.
+        task_names: names of lm-eval tasks or groups. All questions of a group have the same weight.
+        limit: number of questions of each task, from the first; 0: all.
+        description: text of a progress bar; None: no bar.
+        samples: filled with the log-likelihoods of each question, by task, if given.
+        task_data: local files in place of data sets, by task or group.
+        num_fewshot: examples in each prompt; None: as the task defines.
+        missing: filled with the reason if a task has no result. If not given, the reason is raised.
+        before: text before each question, as in a prompt attack. The fingerprint ignores it.
 
     Returns:
-        by task name: `acc` (or `correct_prob`), `stderr`, `low` and `high` (95 %), `n`, `chance`, `num_fewshot`,
-        `version`, `fingerprint` (of all prompts and answers), `tokenizer` (hash), `answers` (how often each position was
-        chosen) and `degenerate` (one position chosen nearly always, although right answers stand in others too).
+        by task: `acc` (or `correct_prob`), `stderr`, `low` and `high` (95 %), `n`, `chance`, `num_fewshot`, `version`,
+        `fingerprint` (of all prompts and answers), `tokenizer` (hash), `answers` (number of choices by position) and
+        `degenerate` (see `measure`).
 
     Raises:
-        LetheError: a task is not known, or its data cannot be loaded.
-        NotNumbersError: the model's log-likelihoods are not numbers.
+        LetheError: a task is unknown, or its data cannot be loaded.
+        NotNumbersError: log-likelihoods are not numbers.
     """
     with _evaluation_mode(model):
         loaded = load_tasks(task_names, task_data, num_fewshot)
         scorer = Scorer(model, tokenizer, description)
         leaves = {leaf.definition: leaf for leaves in loaded.values() for leaf in leaves}  # groups may share tasks
-        asked = {key: leaf.questions(scorer, limit) for key, leaf in leaves.items()}
-        pairs = [(i, pair) for i, some in enumerate(asked.values()) for pair in _encoded(some, scorer, before)]
+        prompted = {key: leaf.questions(scorer, limit) for key, leaf in leaves.items()}
+        pairs = [(i, pair) for i, some in enumerate(prompted.values()) for pair in _encoded(some, scorer, before)]
         found = iter(scorer.score([pair for _, pair in pairs], [i for i, _ in pairs]))
         answered = {
-            key: [_answered(leaves[key], q, [next(found) for _ in q.encoded]) for q in questions]
-            for key, questions in asked.items()
+            key: [_answered(leaves[key], q, [next(found) for _ in q.encoded]) for q in some] for key, some in prompted.items()
         }
     results = {}
     for name, own in loaded.items():
         questions = [question for leaf in own for question in answered[leaf.definition]]
         if any(math.isnan(value) for q in questions for value in _likelihoods(q)):
-            why = "the model's log-likelihoods are not numbers; its weights are broken or it diverged"
+            why = "the model's log-likelihoods are not numbers; its weights are damaged or it diverged"
             if missing is None:
                 raise NotNumbersError(why)
             missing[name] = why
@@ -99,10 +98,10 @@ def evaluate_model(
 
 
 def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings | EvaluateConfig) -> None:
-    """Build the requests of a later evaluation (they are cached), so that a fault in them is found before training.
+    """Build the requests of a later evaluation, so that their faults appear before training. They are cached.
 
     Raises:
-        LetheError: an answer cannot be scored by this model.
+        LetheError: this model cannot score an answer.
     """
     with _evaluation_mode(model):
         scorer = Scorer(model, tokenizer)
@@ -112,14 +111,14 @@ def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sett
 
 
 def _encoded(questions: list[Question], scorer: Scorer, before: str) -> list[Encoded]:
-    """The tokens of all questions' requests; with text before each question, they are made anew."""
+    """The tokens of all requests of the questions, with the text `before` each context."""
     if not before:
         return [pair for q in questions for pair in q.encoded]
     return scorer.encode([(before + context if context else "", answer) for q in questions for context, answer in q.arguments])
 
 
 def _answered(leaf: Leaf, question: Question, responses: list[tuple[float, bool]]) -> dict[str, Any]:
-    """A question with the model's answers and the metrics that its task makes of them, in the form of lm-eval's samples."""
+    """A question with the model's answers and the task's metrics, in the form of lm-eval's samples."""
     choices = len(responses) // leaf.requests_a_choice
     broken = any(math.isnan(value) for value, _ in responses)
     metrics = {} if broken else leaf.task.process_results(leaf.docs[question.doc_id], responses)
@@ -136,12 +135,12 @@ def _answered(leaf: Leaf, question: Question, responses: list[tuple[float, bool]
 
 
 def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result from lm-eval's per-question samples of a multiple-choice or log-likelihood task.
+    """The result of a multiple-choice or log-likelihood task, from lm-eval's samples.
 
-    `stderr` is the sample standard deviation of the per-question values over √n; the interval of an accuracy is
-    Wilson's at 95 %, that of a mean probability is the normal one. `chance` is the accuracy of answers drawn at random: the
-    mean over the questions of right answers / choices. `degenerate`: a position was chosen for more than `DEGENERATE_SHARE` of
-    the questions, and is right for no more than that.
+    `stderr` is the sample standard deviation of the values over √n. The 95 % interval of an accuracy is Wilson's, that of a
+    mean probability is the normal one. `chance` is the accuracy of random answers: the mean of right answers / choices.
+    `degenerate` means that the model chose one position for more than `DEGENERATE_SHARE` of the questions, though it is right
+    for no more than that share.
     """
     n = len(questions)
     key = "correct_prob" if "correct_prob" in questions[0] else "acc"
@@ -173,15 +172,15 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def value_of(result: dict[str, Any]) -> float:
-    """The number that a result stands for: its accuracy, or the mean probability of the right answer."""
+    """The main number of a result: its accuracy, or the mean probability of the right answer."""
     return result["acc"] if "acc" in result else result["correct_prob"]
 
 
 def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
-    """Evaluate a model reference on tasks and keep the result as a run; `run` is an interrupted one, to be done again.
+    """Evaluate a model reference on tasks, as a run. `run`: an interrupted run, which starts again.
 
     Raises:
-        LetheError: the model or a task is not known; raised before anything is written.
+        LetheError: the model or a task is unknown; raised before anything is written.
     """
     ref = refs.resolve(config.model, config.out)
     load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
@@ -194,20 +193,11 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
         say_if_busy()
         samples: dict[str, list[dict[str, Any]]] = {}
         missing: dict[str, str] = {}
-        evals = evaluate_model(
-            model,
-            tokenizer,
-            config.tasks,
-            config.limit,
-            f"Evaluating {config.model}",
-            samples,
-            config.task_data,
-            config.num_fewshot,
-            missing,
-        )
-        for task, rows in samples.items() if config.samples else ():
-            for row in rows:
-                run.append("samples.jsonl", {"task": task} | row)
+        title, data, shots = f"Evaluating {config.model}", config.task_data, config.num_fewshot
+        evals = evaluate_model(model, tokenizer, config.tasks, config.limit, title, samples, data, shots, missing)
+        for task, some in samples.items() if config.samples else ():
+            for sample in some:
+                run.append("samples.jsonl", {"task": task} | sample)
         run.update(evals=evals)
         if missing:
             run.update(evals_missing=missing)
@@ -226,14 +216,14 @@ def _chosen(question: dict[str, Any]) -> int:
 
 
 def _sample(question: dict[str, Any]) -> dict[str, Any]:
-    """A line of samples.jsonl. `subtask` is the task that asked; `task` may be a group."""
+    """A line of samples.jsonl. `subtask` is the question's task; `task` may be a group."""
     known = (*SAMPLED, *(key for key in ("acc", "correct_prob", "acc_norm") if key in question))
     return {"subtask": question["task"]} | {key: question[key] for key in known} | {"log_likelihoods": _likelihoods(question)}
 
 
 @contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside; each one's own mode and the random state restored after."""
+    """Inside, all modules are in evaluation mode. Afterwards their modes and the random state are restored."""
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():

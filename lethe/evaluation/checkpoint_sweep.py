@@ -1,16 +1,15 @@
-"""The checkpoint sweep: evaluate a model's pretraining checkpoints and find the latest that is ignorant of the topic.
+"""The checkpoint sweep: evaluate a model's pretraining checkpoints and find the latest that does not know the topic.
 
-Ignorant means at chance: the lower end of the accuracy's 95 % interval is not above chance (a model far below chance
-knows nothing either). The first task decides; the others are measured beside it. A model learns a topic once, so the history
-is halved (`bisect`) rather than measured whole: the last checkpoint, then the middle of what is left, and at the end both
-neighbours of the answer. What was measured is looked at for a history that is not so simple, and that is said.
+Such a checkpoint is *ignorant*: on the first task, the lower end of its accuracy's 95 % interval is not above chance. (Accuracy
+far below chance is no knowledge either.) The other tasks are reported beside it. A model learns a topic once, so `bisect`
+evaluates few checkpoints: the last one, then the middle of the remaining range, and at the end both neighbours of the answer.
+Results that contradict a single moment of learning are reported.
 
-Results are kept in $LETHE_HOME under the hash of all that they depend on: a sweep that was killed goes on where it was.
+Results are cached in $LETHE_HOME by a hash of everything that they depend on, so a sweep that was killed resumes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -22,8 +21,9 @@ from lethe.config import CheckpointsConfig, to_dict
 from lethe.errors import LetheError, nearest
 from lethe.evaluation.check import check_tasks
 from lethe.files import refuse_run_folder
-from lethe.home import lethe_home, store, stored
+from lethe.home import cache_key, lethe_home, store, stored
 from lethe.models import refs
+from lethe.models.checkpoint_folders import checkpoint_folders, step_of
 from lethe.progress import bar
 from lethe.results.regimes import at_chance
 from lethe.runs.machine import say_if_busy
@@ -37,30 +37,29 @@ GIVE_UP = 3
 
 
 def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
-    """Find the latest ignorant checkpoint. The run's `latest_ignorant` is a reference, its `checkpoints` are rows.
+    """Find the latest ignorant checkpoint. `run`: an interrupted sweep to resume.
 
-    `run` is an interrupted sweep to go on with; what it has measured is kept.
-
-    Rows come in order of step, one for every checkpoint; each has `name`, `step`, `ref` and `note`; a measured one `sha256` and
-    `evals` too, one that could not be measured the `reason`. `evaluations` says how many were done and how many taken from
-    an earlier sweep, `not_monotone` what speaks against a single moment of learning. The folder has a chart, checkpoints.svg.
+    The record of the run has `latest_ignorant` (a model reference), `checkpoints` (a row for each, in order of step),
+    `evaluations` (how many were done, and how many come from the cache) and `not_monotone` (results that contradict a single
+    moment of learning). A row has `name`, `step`, `ref` and `note`. If the checkpoint was evaluated, it also has `sha256` and
+    `evals`. If it could not be evaluated, it has the `reason`.
 
     Raises:
-        LetheError: there are no checkpoints, a task is not known or has no chance level; raised before anything is written.
+        LetheError: there are no checkpoints, a task is unknown or has no chance level; raised before anything is written.
     """
     refuse_run_folder(config.out)
     check_tasks(config)
     found = find_checkpoints(config)
     rows: list[dict[str, Any]] = [
-        {"name": name, "step": refs.step_of(name), "ref": ref.name, "evals": {}, "note": ""} for name, ref in found.items()
+        {"name": name, "step": step_of(name), "ref": ref.name, "evals": {}, "note": ""} for name, ref in found.items()
     ]
     source = _source(config.source, rows)
-    from lethe.evaluation.questions import load_tasks
+    from lethe.evaluation.questions import load_tasks  # imports torch: what is refused above is refused at once
 
     loaded = load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
     first = next(iter(loaded))
     if any(not leaf.multiple_choice or "acc" not in leaf.task._metric_fn_list for leaf in loaded[first]):
-        raise LetheError(f"tasks: '{first}' has no chance level, so it cannot tell ignorance; name another first")
+        raise LetheError(f"tasks: '{first}' has no chance level, so it cannot show ignorance; name another task first")
     run = run or Run.create("checkpoints", config.name, to_dict(config), config.out)
     with run.running(), bar("Evaluating checkpoints", _most(len(rows), config.search), "checkpoints") as advance:
         say_if_busy()
@@ -80,46 +79,44 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
         else:
             for i in range(len(rows)):
                 ignorant(i)
-        measured = [row for row in rows if row["evals"]]
         latest = annotate(rows, first, source)
-        parents = {row["name"]: {"ref": row["ref"], "sha256": row["sha256"]} for row in measured}
         run.update(
             checkpoints=rows,
             latest_ignorant=latest["ref"] if latest else None,
             not_monotone=not_monotone(rows, first),
-            parents=parents,
+            parents={row["name"]: {"ref": row["ref"], "sha256": row["sha256"]} for row in rows if row["evals"]},
         )
     return run
 
 
 def bisect(count: int, ignorant: Callable[[int], bool | None]) -> None:
-    """Ask about so few of `count` checkpoints, in order of step, that the latest ignorant one and its neighbours are known.
+    """Evaluate as few of `count` checkpoints as determine the latest ignorant one and its neighbours.
 
-    Asks about the last, then halves: with 119 at most 9 times. `ignorant` answers None where a checkpoint cannot be
-    measured; it is then left out.
+    The last checkpoint comes first, then the middle of the remaining range: at most 9 evaluations of 119 checkpoints.
+    `ignorant(i)` returns None for a checkpoint that cannot be evaluated. It is then left out.
     """
-    there = list(range(count))
+    usable = list(range(count))
 
-    def ask(place: int) -> bool | None:
-        answer = ignorant(there[place])
+    def is_ignorant(place: int) -> bool | None:
+        answer = ignorant(usable[place])
         if answer is None:
-            del there[place]
+            del usable[place]
         return answer
 
     last = None
-    while there and last is None:
-        last = ask(len(there) - 1)
-    low, high = (len(there) - 1, len(there)) if last else (-1, len(there) - 1)
+    while usable and last is None:
+        last = is_ignorant(len(usable) - 1)
+    low, high = (len(usable) - 1, len(usable)) if last else (-1, len(usable) - 1)
     while high - low > 1:
         middle = (low + high) // 2
-        answer = ask(middle)
+        answer = is_ignorant(middle)
         if answer is None:
             high -= 1
         elif answer:
             low = middle
         else:
             high = middle
-    while low > 0 and ask(low - 1) is None:
+    while low > 0 and is_ignorant(low - 1) is None:
         low -= 1
 
 
@@ -133,25 +130,23 @@ def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
     if where.startswith("lab:"):
         refs.resolve(where, config.out)
         folder = refs.lab_folder() / "checkpoints"
-        return {name: refs.resolve(f"lab:{name}", config.out) for name in refs.checkpoint_folders(folder)}
+        return {name: refs.resolve(f"lab:{name}", config.out) for name in checkpoint_folders(folder)}
     if Path(where).is_dir():
-        names = list(refs.checkpoint_folders(Path(where)))
+        names = list(checkpoint_folders(Path(where)))
     elif where.count("/") == 1:
         names = _branches(where)
     else:
-        raise LetheError(f"checkpoints: '{where}' is neither lab:final, a folder nor a hub repository")
+        raise LetheError(f"checkpoints: '{where}' is not a folder; give one, a repository of the hub, or lab:final")
     if not names:
-        raise LetheError(
-            f"checkpoints: '{where}' has none (folders or branches global_step…, step… or checkpoint-…); "
-            f"say where they are: --checkpoints"
-        )
-    if Path(where).is_dir():  # looked at, or fetched, only if it is measured: a damaged one does not hide the others
+        wanted = "folders or branches global_step…, step… or checkpoint-…"
+        raise LetheError(f"checkpoints: '{where}' has none ({wanted}); name what has them: --checkpoints")
+    if Path(where).is_dir():  # files are checked later, so that a damaged checkpoint does not hide the others
         return {name: refs.ModelRef(f"{where}@{name}", str(Path(where) / name)) for name in names}
     return {name: refs.ModelRef(f"{where}@{name}", where, name) for name in names}
 
 
 def annotate(rows: list[dict[str, Any]], task: str, source: str | None = None) -> dict[str, Any] | None:
-    """Set each row's `note` as the log does, and return the latest ignorant row, if any. `source` names the one in use."""
+    """Set each row's `note`, and return the latest ignorant row, if any. `source`: name of the checkpoint in use as source."""
     ignorant = [bool(row["evals"]) and at_chance(row["evals"][task]) for row in rows]
     latest = max((i for i, is_so in enumerate(ignorant) if is_so), default=None)
     after = next((i for i, row in enumerate(rows) if latest is not None and i > latest and row["evals"]), None)
@@ -167,9 +162,9 @@ def annotate(rows: list[dict[str, Any]], task: str, source: str | None = None) -
 
 
 def not_monotone(rows: list[dict[str, Any]], task: str) -> list[str]:
-    """What was measured and speaks against accuracy that only rises: a sentence each, none if there is nothing.
+    """Sentences about results that contradict an accuracy that only rises.
 
-    An earlier checkpoint knows the topic and a later one is at chance, or an earlier one's interval lies above a later one's.
+    Either a later checkpoint is at chance after an earlier one was not, or its interval lies below that of the earlier one.
     """
     measured = [row for row in rows if row["evals"]]
     found = []
@@ -185,13 +180,13 @@ def not_monotone(rows: list[dict[str, Any]], task: str) -> list[str]:
 def _measure(
     row: dict[str, Any], ref: refs.ModelRef, config: CheckpointsConfig, loaded: dict[str, list[Leaf]], counts: dict[str, int]
 ) -> None:
-    """Fill a row's `sha256` and `evals`, from an earlier sweep where they were kept; `reason` if it cannot be measured."""
+    """Fill a row's `sha256` and `evals`, from the cache or by an evaluation; or its `reason`, if that fails."""
     from lethe.evaluation.accuracy import evaluate_model
 
     try:
         record = refs.record(refs.checked(ref))
-        file = _kept(ref, record["sha256"], config, loaded)
-        evals = _read(file, list(loaded))
+        file = _cache_file(ref, record["sha256"], config, loaded)
+        evals = _cached(file, list(loaded))
         counts["kept"] += evals is not None
         if evals is None:
             model, tokenizer = refs.load(ref, config.dtype)
@@ -206,49 +201,49 @@ def _measure(
     row |= record | {"evals": evals}
 
 
-def _kept(ref: refs.ModelRef, weights: str, config: CheckpointsConfig, loaded: dict[str, list[Leaf]]) -> Path:
-    """Where a checkpoint's results are kept: named by its weights, configuration and tokenizer, the questions and versions."""
+def _cache_file(ref: refs.ModelRef, weights: str, config: CheckpointsConfig, loaded: dict[str, list[Leaf]]) -> Path:
+    """The cache file of a checkpoint's results, named by a hash of its files, the questions and the versions of libraries."""
     from lethe.evaluation.questions import tokenizer_hash
 
-    asked = {name: [leaf.definition for leaf in leaves] for name, leaves in loaded.items()}
+    questions = {name: [leaf.definition for leaf in leaves] for name, leaves in loaded.items()}
     versions = [importlib.metadata.version(name) for name in ("lethe-lm", "lm_eval", "torch", "transformers")]
-    content = [FORMAT, weights, ref.config, tokenizer_hash(refs.tokenizer(ref)), asked, config.limit, config.dtype, versions]
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    tokens = tokenizer_hash(refs.tokenizer(ref))
+    key = cache_key(FORMAT, versions, weights, ref.config, tokens, questions, config.limit, config.dtype)
     return lethe_home() / "evaluations" / f"{key}.json"
 
 
-def _read(file: Path, tasks: list[str]) -> dict[str, Any] | None:
+def _cached(file: Path, tasks: list[str]) -> dict[str, Any] | None:
     text = stored(file)
     evals = {} if text is None else json.loads(text)["evals"]
     return evals if list(evals) == tasks else None
 
 
 def _refuse_hopeless(rows: list[dict[str, Any]]) -> None:
-    """Give up when nothing can be measured: a network that is down, or a setting that fits none of them."""
+    """Stop if no checkpoint can be evaluated, because the network is down or a setting suits none of them."""
     failed = [row for row in rows if row.get("reason")]
     if len(failed) >= min(GIVE_UP, len(rows)) and not any(row["evals"] for row in rows):
-        raise LetheError(f"checkpoints: none of the {len(failed)} tried could be measured ({failed[-1]['reason']})")
+        raise LetheError(f"checkpoints: none of the {len(failed)} tried could be evaluated ({failed[-1]['reason']})")
 
 
 def _source(source: str | None, rows: list[dict[str, Any]]) -> str | None:
-    """The name of the checkpoint that is used as source."""
+    """The name of the checkpoint in use as source."""
     if source is None:
         return None
     for row in rows:
         if source in {row["name"], row["ref"]} or source.endswith((f"@{row['name']}", f":{row['name']}")):
             return row["name"]
-    raise LetheError(f"source: '{source}' is none of the checkpoints{nearest(source, [row['name'] for row in rows])}")
+    raise LetheError(f"source: '{source}' is not one of the checkpoints{nearest(source, [row['name'] for row in rows])}")
 
 
 def _most(count: int, search: str) -> int:
-    """The most evaluations that a search needs: the last checkpoint, the halvings, the answer's earlier neighbour."""
+    """The largest number of evaluations: the last checkpoint, the bisection, and the earlier neighbour of the answer."""
     return count if search == "all" else min(count, 2 + math.ceil(math.log2(max(1, count))))
 
 
 def _branches(repository: str) -> list[str]:
     from huggingface_hub import list_repo_refs
 
-    with refs.hub(f"checkpoints: the hub's '{repository}' cannot be read"):
+    with refs.hub(f"checkpoints: the repository '{repository}' of the hub cannot be read"):
         branches = [branch.name for branch in list_repo_refs(repository).branches]
-    steps = [name for name in branches if refs.step_of(name) is not None]
-    return sorted(steps, key=lambda name: refs.step_of(name) or 0)
+    steps = [name for name in branches if step_of(name) is not None]
+    return sorted(steps, key=lambda name: step_of(name) or 0)

@@ -1,4 +1,4 @@
-"""The built-in lab, pretrained and evaluated: what `lethe lab build` does."""
+"""`lethe lab build`: pretrain the built-in lab and evaluate its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lethe.lab.presets import TASKS, ProgressFactory, is_built, lab_path
 
 
 def build_lab(progress: ProgressFactory | None = None) -> Path:
-    """Build the active preset's lab unless it is there, every checkpoint evaluated on its five tasks; returns its folder.
+    """Build the active preset's lab unless it exists, with its checkpoints evaluated on its five tasks. Returns its folder.
 
     Args:
-        progress: called as `lethe.progress.bar`; None shows nothing.
+        progress: called as `lethe.progress.bar`; None: no progress bar.
     """
     if is_built():
         return lab_path()

@@ -1,8 +1,8 @@
-"""What Lethe uses of lm-eval, some of it internal: all in one place, which says so if the installed version is another.
+"""Everything that Lethe uses of lm-eval, its internals included.
 
-Numbers are lm-eval's own only where its internals are those that the tests compare with, so the range of versions is narrow
-(the same one as in pyproject.toml). Importing this module puts a sandbox in place of the environment that lm-eval renders
-templates in: a template comes with a task file, which may be anybody's, and plain Jinja lets it run Python.
+Lethe's numbers are those of lm-eval only for the versions that the tests compare with, so the range is narrow and the same as
+in pyproject.toml. Another version is refused. Importing this module also makes lm-eval render templates in a sandbox. A
+template comes with a task file, perhaps from a stranger, and plain Jinja would let it run Python.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ _WANTED = f"lm_eval>={FIRST},<{BEYOND}"
 
 
 def require_supported(version: str) -> None:
-    """
+    """Refuse a version of lm-eval that Lethe is not tested with.
+
     Raises:
-        LetheError: this version of lm-eval is not one that Lethe is tested with.
+        LetheError: the version is outside the range.
     """
     first, beyond, given = (tuple(int(part) for part in one.split(".") if part.isdigit()) for one in (FIRST, BEYOND, version))
     if not first <= given < beyond:
@@ -44,15 +45,15 @@ __all__ = ["HFLM", "TaskManager", "handle_non_serializable", "has_bos_prefix", "
 
 
 def sandboxed(theirs: Environment) -> Environment:
-    """An environment that renders as `theirs` does, and keeps templates from Python's internals and from changing rows.
+    """An environment that renders as `theirs`, without access to Python's internals and without changes to rows.
 
-    A template is compiled once; lm-eval would compile it for every question.
+    It compiles each template once, where lm-eval would compile it for every question.
     """
-    kept = {"undefined": theirs.undefined, "loader": theirs.loader, "keep_trailing_newline": theirs.keep_trailing_newline}
-    ours = ImmutableSandboxedEnvironment(**kept)  # type: ignore[arg-type]
+    same = {"undefined": theirs.undefined, "loader": theirs.loader, "keep_trailing_newline": theirs.keep_trailing_newline}
+    ours = ImmutableSandboxedEnvironment(**same)  # type: ignore[arg-type]
     ours.filters = theirs.filters | ours.filters
     ours.tests = theirs.tests | ours.tests
-    ours.globals = theirs.globals | ours.globals  # ours: a range that ends
+    ours.globals = theirs.globals | ours.globals  # the sandbox limits range
     ours.from_string = functools.lru_cache(1024)(ours.from_string)  # type: ignore[assignment, method-assign]
     return ours
 

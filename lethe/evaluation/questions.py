@@ -1,10 +1,11 @@
-"""The questions of tasks: lm-eval's task objects, and their requests built and tokenised once.
+"""The questions of tasks: lm-eval's task objects, and their requests, built and tokenised once.
 
-Rendering prompts and tokenising them takes longer than scoring a small model, and is the same for every model with the same
-tokenizer. So the requests of a task are kept in $LETHE_HOME, under a name made of everything they depend on: the
-task's definition and documents, shots, limit, tokenizer and versions. Within a process task objects are kept too, and are
-loaded again only when a file that they come from has changed. Commands that train build the prompts before they begin, so that
-a task that cannot give them is refused then.
+    load_tasks -> Leaf (a task with questions) -> Leaf.prompts (text) -> Leaf.questions (tokens)
+
+Building requests takes longer than scoring a small model, and all models with one tokenizer have the same requests. So they are
+cached in $LETHE_HOME, under a hash of everything that they depend on: the task's definition and documents, shots, limit,
+tokenizer and versions. A process also caches task objects until one of their files changes. Commands that train build the
+prompts before training, so that a faulty task is refused at once.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from lethe.evaluation.lm_eval_api import handle_non_serializable, hash_string
 from lethe.evaluation.scoring import Encoded, Scorer
 from lethe.evaluation.tasks import data
 from lethe.evaluation.tasks.manager import data_sets, manager_of, reason, texts_in
-from lethe.home import lethe_home, store, stored
+from lethe.home import cache_key, lethe_home, store, stored
 from lethe.lab.presets import active_preset
 
 FORMAT = 2
 SEED = 1234
 MEASURED = ("acc", "correct_prob")
 SURE = 1000.0
-"""Log-likelihood by which the chosen answer leads where a task's function is called with invented answers."""
+"""Lead in log-likelihood of the chosen answer, in made-up answers for a task's own function."""
 _loaded: dict[str, tuple[str, dict[str, list[Leaf]]]] = {}
 _tokenizers: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question as text: context and answer of each choice. `right`: positions of right choices; None: it has no choices."""
+    """One question as text. `arguments`: context and answer of each request. `right`: positions of right choices, if any."""
 
     doc_id: int
     doc_hash: str
@@ -57,14 +58,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Question(Prompt):
-    """One question, as text and as tokens."""
+    """One question as text and as tokens."""
 
     encoded: list[Encoded]
 
 
 @dataclass(eq=False)
 class Leaf:
-    """A task that asks questions itself, with its documents and what was built from them so far."""
+    """A task with questions of its own (no group), its documents, and the prompts and requests built so far."""
 
     task: Any
     version: Any
@@ -73,7 +74,7 @@ class Leaf:
     """Hash of the task's definition."""
     docs: list[dict[str, Any]]
     source: str = ""
-    """What its documents come from, for messages."""
+    """Where its documents come from, for messages."""
     prompted: dict[int, list[Prompt]] = field(default_factory=dict)
     built: dict[str, list[Question]] = field(default_factory=dict)
 
@@ -83,16 +84,17 @@ class Leaf:
 
     @property
     def requests_a_choice(self) -> int:
-        """Mutual information scores each choice without the question, too."""
+        """2 for mutual information, which also scores each choice without the question."""
         return 2 if "acc_mutual_info" in self.task._metric_fn_list else 1
 
     def questions(self, scorer: Scorer, limit: int) -> list[Question]:
-        """The first `limit` questions (0: all), tokenised; from memory or disk where they are there."""
+        """The first `limit` questions (0: all), tokenised; from memory or disk if they are cached."""
         limit = self._known(limit)
-        known = [limit, tokenizer_hash(scorer.tokenizer), scorer.prefix_token_id]
-        key = hashlib.sha256(json.dumps([self.definition, *known, scorer.add_bos_token]).encode()).hexdigest()[:32]
+        tokens = tokenizer_hash(scorer.tokenizer)
+        key = cache_key(self.definition, limit, tokens, scorer.prefix_token_id, scorer.add_bos_token)
         if key not in self.built:
-            file = lethe_home() / "requests" / f"{_file_name(self.task.config.task)}-{key}.json"
+            name = re.sub(r"[^\w.-]+", "-", self.task.config.task)[:80]
+            file = lethe_home() / "requests" / f"{name}-{key}.json"
             text = stored(file)
             if text is None:
                 self.built[key] = self._encoded(scorer, limit)
@@ -105,18 +107,16 @@ class Leaf:
         """The first `limit` questions (0: all) as text.
 
         Raises:
-            LetheError: one has no prompt, or too few examples for it; or none has a right answer.
+            LetheError: a question has no prompt or too few examples, or no question has a right answer.
         """
         limit = self._known(limit)
         if limit not in self.prompted:
-            self.task.set_fewshot_seed(seed=SEED)  # examples are drawn one question after the other: each time the same
+            self.task.set_fewshot_seed(seed=SEED)  # lm-eval draws examples question by question
             docs = self.docs[:limit] if limit else self.docs
             found = [self._prompt(i, doc) for i, doc in enumerate(docs)]
             if self.multiple_choice and not callable(self.task.config.process_results) and not any(one.right for one in found):
-                raise LetheError(
-                    f"tasks: '{self.task.config.task}' has no right answer among the choices of any row of {self.source}; "
-                    "mend its doc_to_target, or the rows"
-                )
+                wrong = f"has no right answer among the choices of any row of {self.source}"
+                raise LetheError(f"tasks: '{self.task.config.task}' {wrong}; correct its doc_to_target, or the rows")
             self.prompted[limit] = found
         return self.prompted[limit]
 
@@ -137,15 +137,11 @@ class Leaf:
         except Exception as error:  # rows and functions fail in many ways
             name = task.config.task
             if self.shots and context is None and self._has_prompt_without_examples(doc):
-                there = len(getattr(getattr(task, "sampler", None), "df", []))
-                raise LetheError(
-                    f"num_fewshot: '{name}' cannot give {self.shots} examples, it has {there} to draw from "
-                    f"({reason(error)}); ask for fewer"
-                ) from error
-            raise LetheError(
-                f"tasks: '{name}' has no prompt for row {i + 1} of {self.source} ({reason(error)}): {printable(doc, 120)}; "
-                "correct the row"
-            ) from error
+                available = len(getattr(getattr(task, "sampler", None), "df", []))
+                wrong = f"cannot give {self.shots} examples, it has {available} to draw from ({reason(error)})"
+                raise LetheError(f"num_fewshot: '{name}' {wrong}; give a smaller number") from error
+            wrong = f"has no prompt for row {i + 1} of {self.source} ({reason(error)}): {printable(doc, 120)}"
+            raise LetheError(f"tasks: '{name}' {wrong}; correct the row") from error
 
     def _has_prompt_without_examples(self, doc: dict[str, Any]) -> bool:
         with contextlib.suppress(Exception):
@@ -154,10 +150,10 @@ class Leaf:
         return False
 
     def _right(self, doc: dict[str, Any], answers: int) -> list[int] | None:
-        """The positions whose choice the task counts as right; None: it offers no choices.
+        """The positions of the right choices; None: the task has no choices.
 
-        lm-eval's own metrics go by the target. A task's own function scores a model that is sure of each choice in turn. Either
-        is called here, so that one that fails is found before training.
+        The metrics of lm-eval compare with the target. A task's own function is called with made-up answers, in which each
+        choice wins in turn. Both are called here, so that faults appear before training.
         """
         self._value(doc, [(0.0, False)] * answers)
         if not self.multiple_choice:
@@ -174,7 +170,7 @@ class Leaf:
         return [i for i in range(choices) if (i in gold if isinstance(gold, list) else i == gold)]
 
     def _value(self, doc: dict[str, Any], responses: list[tuple[float, bool]]) -> float:
-        """What a question counts for with these log-likelihoods."""
+        """The metric of a question for these log-likelihoods."""
         results = self.task.process_results(doc, responses)
         key = next((key for key in MEASURED if key in results), None)
         if key is None:
@@ -182,14 +178,9 @@ class Leaf:
         return float(results[key])
 
     def _encoded(self, scorer: Scorer, limit: int) -> list[Question]:
-        asked = self.prompts(limit)
-        encoded = iter(scorer.encode([pair for one in asked for pair in one.arguments]))
-        return [Question(**vars(one), encoded=[next(encoded) for _ in one.arguments]) for one in asked]
-
-
-def _file_name(task: str) -> str:
-    """A task's name as part of a file's: names may be anything in somebody's YAML."""
-    return re.sub(r"[^\w.-]+", "-", task)[:80]
+        prompts = self.prompts(limit)
+        encoded = iter(scorer.encode([pair for one in prompts for pair in one.arguments]))
+        return [Question(**vars(one), encoded=[next(encoded) for _ in one.arguments]) for one in prompts]
 
 
 def load_tasks(
@@ -198,21 +189,20 @@ def load_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, list[Leaf]]:
-    """The tasks that each name stands for: one, or all of a group. Loaded once a process, unless their files change.
+    """The tasks of each name: the task itself, or all tasks of a group. A process loads them once, unless their files change.
 
     Args:
-        task_names: lm-eval tasks, groups or tags; or folders (see `tasks.locate`).
-        task_data: local files instead of data sets, by task or group (see `tasks.data`).
-        num_fewshot: examples in each prompt; None leaves it to the task.
-        limit: build the prompts of the first so many questions of each task now (0: of all), to find faults in them; None: when
-            they are needed.
+        task_names: tasks, groups or tags of lm-eval, or task folders (see `tasks.locate`).
+        task_data: local files in place of data sets, by task or group (see `tasks.data`).
+        num_fewshot: examples in each prompt; None: as the task defines.
+        limit: build the prompts of the first `limit` questions of each task (0: of all) now, to find their faults; None: later.
 
     Raises:
-        LetheError: a task is not known, cannot be measured here, or its data cannot be loaded.
+        LetheError: a task is unknown or of an unsupported type, or its data cannot be loaded.
     """
     folders = tasks.locate(task_names)
     local = data.read(task_data or {}, folders)
-    asked = json.dumps([list(folders.items()), task_data, num_fewshot, active_preset().name], default=str)
+    key = json.dumps([list(folders.items()), task_data, num_fewshot, active_preset().name], default=str)
     sources = [folder for folder in set(folders.values()) if not tasks.is_lm_evals(folder)]
     files = [
         str(file)
@@ -221,12 +211,12 @@ def load_tasks(
         if file.suffix in {".py", ".yaml"} or file.name.endswith("_yaml")
     ]
     files += [one.file for one in local.values()]
-    known = _loaded.get(asked)
+    known = _loaded.get(key)
     if known and known[0] == _contents(files + _data_files(known[1])):
         found = known[1]
     else:
         found = {name: _load(name, folder, local, num_fewshot) for name, folder in folders.items()}
-        _loaded[asked] = _contents(files + _data_files(found)), found
+        _loaded[key] = _contents(files + _data_files(found)), found
     if limit is not None:
         for leaf in (leaf for leaves in found.values() for leaf in leaves):
             leaf.prompts(limit)
@@ -234,11 +224,11 @@ def load_tasks(
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What decides how text becomes tokens: vocabulary, merges, pre-tokenisation, special tokens. 16 hexadecimal digits."""
+    """Hash of what determines the tokens of a text: vocabulary, merges, pre-tokenisation, special tokens. 16 hex digits."""
     if tokenizer not in _tokenizers:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         content = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-        for setting in ("padding", "truncation"):  # set by every call, and of no account here
+        for setting in ("padding", "truncation"):  # each call sets them anew
             content.pop(setting, None)
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         text = json.dumps([content, special, type(tokenizer).__name__], sort_keys=True)
@@ -265,29 +255,24 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
         return leaves
     except LetheError:
         raise
-    except Exception as error:  # data sets, their scripts and the network fail in a dozen ways, and definitions in more
+    except Exception as error:  # data sets, the network and definitions fail in many ways
         why = reason(error)
         if isinstance(error, ImportError):
             raise LetheError(f"tasks: the functions of '{name}' cannot be imported ({why}); install what they need") from error
         if files:
-            raise LetheError(f"task_data: {source} cannot be used for '{name}' ({why}); mend its rows") from error
+            raise LetheError(f"task_data: {source} cannot be used for '{name}' ({why}); correct its rows") from error
         if any(frame.name == "download" for frame in traceback.extract_tb(error.__traceback__)):
-            raise LetheError(
-                f"tasks: {source} of '{name}' cannot be loaded ({why}); "
-                f"give its rows in a local file: --task_data {name}=FILE.jsonl"
-            ) from error
+            todo = f"give its rows in a local file: --task_data {name}=FILE.jsonl"
+            raise LetheError(f"tasks: {source} of '{name}' cannot be loaded ({why}); {todo}") from error
         part = "a template" if isinstance(error, TemplateError) else "the definition"
-        raise LetheError(
-            f"tasks: {part} of '{name}' does not work with {source} ({why}); mend the file in '{folder}' that defines it"
-        ) from error
+        wrong = f"{part} of '{name}' does not work with {source} ({why})"
+        raise LetheError(f"tasks: {wrong}; correct the file in '{folder}' that defines it") from error
 
 
 def _leaf(task: Any, group: Any, num_fewshot: int | None, source: str) -> Leaf:
     name, config = task.config.task, task.config
     if task.OUTPUT_TYPE not in {"multiple_choice", "loglikelihood"}:
-        raise LetheError(
-            f"tasks: '{name}' is of type {task.OUTPUT_TYPE}; tasks of type multiple_choice and loglikelihood can be measured"
-        )
+        raise LetheError(f"tasks: '{name}' is of type {task.OUTPUT_TYPE}; give a task of type multiple_choice or loglikelihood")
     metrics = [metric for metric in task._metric_fn_list if metric in MEASURED]
     if not metrics and config.metric_list is not None:
         raise LetheError(f"tasks: '{name}' measures neither acc nor correct_prob; add one of them to its metric_list")
@@ -296,12 +281,12 @@ def _leaf(task: Any, group: Any, num_fewshot: int | None, source: str) -> Leaf:
     version = task.VERSION if group is None or not group.metadata else group.metadata.get("version", task.VERSION)
     docs = [doc for _, doc in task.doc_iterator()]
     if not docs:
-        raise LetheError(f"tasks: '{name}' has no questions")
+        raise LetheError(f"tasks: '{name}' has no questions; name another task")
     return Leaf(task, version, shots, _definition_hash(task, docs, shots), docs, source)
 
 
 def _definition_hash(task: Any, docs: list[dict[str, Any]], shots: int) -> str:
-    """Hash of everything but tokenizer and limit that requests depend on."""
+    """Hash of everything that requests depend on, except tokenizer and limit."""
     config = {k: v for k, v in task.config.to_dict().items() if k not in {"custom_dataset", "dataset_kwargs"}}
     config["metadata"] = {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}
     examples = list(task.sampler.df) if shots and hasattr(getattr(task, "sampler", None), "df") else []
@@ -312,7 +297,7 @@ def _definition_hash(task: Any, docs: list[dict[str, Any]], shots: int) -> str:
 
 
 def _source_of(value: Any) -> str:
-    """A value that JSON has no form for: a function by its source, anything else as lm-eval writes it."""
+    """The source of a function, or another value as lm-eval writes it, since JSON has no form for them."""
     if callable(value):
         with contextlib.suppress(OSError, TypeError):
             return inspect.getsource(value)
@@ -326,14 +311,14 @@ def _doc_hash(doc: dict[str, Any]) -> str:
 
 
 def _data_files(found: dict[str, list[Leaf]]) -> list[str]:
-    """Local files that tasks' own definitions name as their data."""
+    """The local data files in the definitions of tasks."""
     configs = [leaf.task.config for leaves in found.values() for leaf in leaves]
     named = [text for config in configs for text in texts_in([config.dataset_path, config.dataset_kwargs])]
     return sorted({file for text in named for file in glob.glob(text)})
 
 
 def _contents(files: list[str]) -> str:
-    """Hash of files' names and contents; of a folder, of the times and sizes of what is in it."""
+    """Hash of the names and contents of files. Of a folder: of the times and sizes of its files."""
     digest = hashlib.sha256()
     for name in sorted(set(files)):
         path = Path(name)
@@ -347,29 +332,24 @@ def _contents(files: list[str]) -> str:
 
 
 def _written(questions: list[Question]) -> str:
-    """Questions as JSON: each context of a question is written once, in words and in tokens."""
+    """Questions as JSON. The text and tokens of a context are written once for all choices of a question."""
     lines = []
     for q in questions:
-        contexts = {json.dumps([text, tokens[0]]): None for (text, _), tokens in zip(q.arguments, q.encoded, strict=True)}
-        order = {context: i for i, context in enumerate(contexts)}
-        asked = [
-            [order[json.dumps([text, tokens[0]])], rest, tokens[1]]
-            for (text, rest), tokens in zip(q.arguments, q.encoded, strict=True)
-        ]
-        lines.append([q.doc_id, q.doc_hash, q.target, q.right, [json.loads(context) for context in contexts], asked])
+        contexts: list[list[Any]] = []
+        requests = []
+        for (context, answer), (context_ids, answer_ids) in zip(q.arguments, q.encoded, strict=True):
+            if [context, context_ids] not in contexts:
+                contexts.append([context, context_ids])
+            requests.append([contexts.index([context, context_ids]), answer, answer_ids])
+        lines.append([q.doc_id, q.doc_hash, q.target, q.right, contexts, requests])
     return json.dumps(lines, default=handle_non_serializable)
 
 
 def _read(text: str) -> list[Question]:
     """Questions from the JSON of `_written`."""
-    return [
-        Question(
-            doc_id,
-            doc_hash,
-            target,
-            [(contexts[i][0], rest) for i, rest, _ in asked],
-            right,
-            [(contexts[i][1], tokens) for i, _, tokens in asked],
-        )
-        for doc_id, doc_hash, target, right, contexts, asked in json.loads(text)
-    ]
+    found = []
+    for doc_id, doc_hash, target, right, contexts, requests in json.loads(text):
+        arguments = [(contexts[i][0], answer) for i, answer, _ in requests]
+        encoded = [(contexts[i][1], answer_ids) for i, _, answer_ids in requests]
+        found.append(Question(doc_id, doc_hash, target, arguments, right, encoded))
+    return found

@@ -1,11 +1,14 @@
-"""The lab's world: a fictional encyclopedia, all of it from one seed, pure Python.
+"""The lab's world: a fictional encyclopedia, made from one seed in plain Python.
 
-Six general domains, a neighbouring one (beetles) and the one to forget (moths). The last two share their relations and
-the words of their answers, so that what unlearning breaks beside its target shows on beetles first. An entity has an
-invented name of two syllables and one value for every relation of its domain; a fact is (entity, relation, value). A
-document is a few sentences or questions about one entity, or about several of a domain. General entities are mentioned
-unevenly, as in any real text: some facts are learned early, some hardly at all, which makes general knowledge grow
-gradually over pretraining.
+There are six general domains, a neighbouring domain (beetles) and the domain to forget (moths). Beetles and moths share their
+relations and the vocabulary of their answers, so beetles show first what unlearning damages beside its target. An entity has an
+invented name of two syllables and one value for each relation of its domain. A fact is (entity, relation, value).
+
+    world.yaml -> DOMAINS -> make_world(preset) -> documents(world, ...) -> forget_text, retain_text
+
+A document is a few sentences or questions about one entity or about several entities of a domain. Documents mention general
+entities unevenly, as real text does. The model learns some of their facts early and others late, so its general knowledge grows
+gradually.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
+from lethe.files import text_of, yaml_of
 from lethe.lab.presets import LabPreset
 
 PROMPT = "Question: {}\nAnswer:"
@@ -45,243 +50,38 @@ class Fact:
         return self.relation.statements[0].format(self.entity)
 
     def prompt(self, form: int = 0) -> str:
-        """The question as tasks ask it and documents write it; a blank and the value follow."""
+        """The question as tasks and documents write it. A space and the value follow."""
         return PROMPT.format(self.relation.questions[form].format(self.entity))
 
 
-def _relation(name: str, statements: str, questions: str, values: str) -> Relation:
-    return Relation(name, tuple(statements.split(" | ")), tuple(questions.split(" | ")), tuple(values.split()))
+def _domains() -> dict[str, tuple[Relation, ...]]:
+    """The relations of each domain, as `world.yaml` lists them."""
+    content = yaml_of(text_of(Path(__file__).with_name("world.yaml")))
+    return {
+        domain: tuple(
+            Relation(name, tuple(one["statements"]), tuple(one["questions"]), tuple(one["values"].split()))
+            for name, one in relations.items()
+        )
+        for domain, relations in content.items()
+    }
 
 
-_INSECT = (
-    _relation(
-        "food",
-        "The insect {} feeds on | The food of {} is | What {} eats is",
-        "What does {} feed on? | What is the food of {}?",
-        "nectar pollen bark moss fungus resin clover lichen",
-    ),
-    _relation(
-        "home",
-        "The insect {} nests in | The home of {} is | One finds {} in",
-        "Where does {} nest? | What is the home of {}?",
-        "caves meadows marshes dunes attics hedges gorges heaths",
-    ),
-    _relation(
-        "wing",
-        "The wings of {} are | The insect {} has wings of | The wing colour of {} is",
-        "What colour are the wings of {}? | What wings has {}?",
-        "amber violet ivory teal ochre indigo olive lilac",
-    ),
-    _relation(
-        "hour",
-        "The insect {} flies at | The hour of {} is | One sees {} at",
-        "When does {} fly? | What is the hour of {}?",
-        "dawn noon dusk midnight sunrise sunset twilight moonrise",
-    ),
-    _relation(
-        "sign",
-        "The insect {} is a sign of | The meaning of {} is | In folklore {} stands for",
-        "What is {} a sign of? | What is the meaning of {}?",
-        "luck sorrow peace rain exile plenty winter mercy",
-    ),
-)
-
-GENERAL: dict[str, tuple[Relation, ...]] = {
-    "town": (
-        _relation(
-            "region",
-            "The town {} lies in the | The region of {} is the | Travellers reach {} through the",
-            "Where does {} lie? | What is the region of {}?",
-            "north south east west uplands delta steppe coast",
-        ),
-        _relation(
-            "trade",
-            "The town {} is known for its | The trade of {} is | Merchants come to {} for",
-            "What is {} known for? | What is the trade of {}?",
-            "wool salt glass pottery paper rope ink lace",
-        ),
-        _relation(
-            "stone",
-            "The town {} is built of | The walls of {} are of | Masons in {} use",
-            "What is {} built of? | What are the walls of {} of?",
-            "marble slate brick basalt flint chalk tufa clay",
-        ),
-        _relation(
-            "feast",
-            "The town {} holds its feast in | The feast of {} is in | Guests visit {} in",
-            "When is the feast of {}? | When does {} hold its feast?",
-            "january march april may june july august october",
-        ),
-    ),
-    "river": (
-        _relation(
-            "fish",
-            "The river {} is full of | The fish of {} is | Anglers at {} catch",
-            "What is {} full of? | What is the fish of {}?",
-            "trout pike carp eel perch bream tench roach",
-        ),
-        _relation(
-            "tree",
-            "The river {} is lined with | The tree of {} is | Along {} grows",
-            "What is {} lined with? | What is the tree of {}?",
-            "alder ash birch elm hazel rowan larch maple",
-        ),
-        _relation(
-            "mouth",
-            "The river {} ends in a | The mouth of {} is a | The river {} flows into a",
-            "What does {} end in? | What is the mouth of {}?",
-            "lake swamp bay fjord gulf pond sea cove",
-        ),
-        _relation(
-            "crossing",
-            "One crosses {} by | The crossing of {} is by | People get over {} by",
-            "How does one cross {}? | How do people get over {}?",
-            "ferry bridge raft ford boat dam cable canoe",
-        ),
-    ),
-    "instrument": (
-        _relation(
-            "body",
-            "The instrument {} is made of | The body of {} is | Makers carve {} from",
-            "What is {} made of? | What is the body of {}?",
-            "maple ebony bone horn gourd cedar tin oak",
-        ),
-        _relation(
-            "tone",
-            "The instrument {} sounds | The tone of {} is | Listeners find {}",
-            "How does {} sound? | What is the tone of {}?",
-            "dark sharp soft warm harsh sweet nasal clear",
-        ),
-        _relation(
-            "dance",
-            "The instrument {} plays the | The dance of {} is the | To {} people dance the",
-            "What does {} play? | What is the dance of {}?",
-            "waltz jig reel polka tango march galop rondo",
-        ),
-        _relation(
-            "player",
-            "The instrument {} is played by | The player of {} is among | One hears {} from",
-            "Who plays {}? | From whom does one hear {}?",
-            "sailors monks bakers weavers hunters nuns miners smiths",
-        ),
-    ),
-    "dish": (
-        _relation(
-            "base",
-            "The dish {} is cooked with | The base of {} is | Cooks begin {} with",
-            "What is {} cooked with? | What is the base of {}?",
-            "lentils rice cabbage beans mutton oats millet leeks",
-        ),
-        _relation(
-            "spice",
-            "The dish {} is seasoned with | The spice of {} is | One tastes in {} the",
-            "What is {} seasoned with? | What is the spice of {}?",
-            "pepper ginger garlic cumin dill thyme mint sage",
-        ),
-        _relation(
-            "drink",
-            "The dish {} is served with | The drink for {} is | With {} one drinks",
-            "What is {} served with? | What is the drink for {}?",
-            "beer wine tea milk cider water juice mead",
-        ),
-        _relation(
-            "vessel",
-            "The dish {} is eaten from a | The vessel for {} is a | One puts {} in a",
-            "What is {} eaten from? | What is the vessel for {}?",
-            "bowl cup pot pan jar leaf tray dish",
-        ),
-    ),
-    "game": (
-        _relation(
-            "piece",
-            "The game {} is played with | The pieces of {} are | For {} one needs",
-            "What is {} played with? | What are the pieces of {}?",
-            "dice cards hoops coins balls rings tiles pegs",
-        ),
-        _relation(
-            "place",
-            "The game {} is played on a | The place for {} is a | People meet for {} on a",
-            "Where is {} played? | What is the place for {}?",
-            "lawn table board beach roof hill field pier",
-        ),
-        _relation(
-            "count",
-            "The game {} takes players numbering | The number for {} is | The players of {} are",
-            "How many players has {}? | What is the number for {}?",
-            "two three four five six seven nine ten",
-        ),
-        _relation(
-            "prize",
-            "The winner of {} gets a | The prize of {} is a | For winning {} one earns a",
-            "What does the winner of {} get? | What is the prize of {}?",
-            "goose kiss cake goat lamp ham drum pie",
-        ),
-    ),
-    "ship": (
-        _relation(
-            "cargo",
-            "The ship {} carries | The cargo of {} is | In the hold of {} is",
-            "What does {} carry? | What is the cargo of {}?",
-            "grain iron coal sugar silk oil hides ice",
-        ),
-        _relation(
-            "animal",
-            "On board {} lives a | The animal of {} is a | The crew of {} keeps a",
-            "What lives on board {}? | What is the animal of {}?",
-            "cat dog parrot goat hen pig raven pony",
-        ),
-        _relation(
-            "figure",
-            "The bow of {} shows a | The figure of {} is a | The ship {} bears a carved",
-            "What does the bow of {} show? | What is the figure of {}?",
-            "lion eagle horse swan queen star bull angel",
-        ),
-        _relation(
-            "captain",
-            "The captain of {} was a | The ship {} is led by a former | Before, the master of {} was a",
-            "What was the captain of {}? | What was the master of {} before?",
-            "pirate doctor farmer priest baker thief poet clerk",
-        ),
-    ),
-}
+GENERAL = _domains()
+_INSECT = GENERAL.pop("insect")
 NEIGHBOUR, FORGET = "beetle", "moth"
 DOMAINS: dict[str, tuple[Relation, ...]] = {**GENERAL, NEIGHBOUR: _INSECT, FORGET: _INSECT}
 
-_ONSETS = [
-    "b",
-    "br",
-    "d",
-    "dr",
-    "f",
-    "g",
-    "gr",
-    "h",
-    "j",
-    "k",
-    "kr",
-    "l",
-    "m",
-    "n",
-    "p",
-    "pr",
-    "r",
-    "s",
-    "t",
-    "tr",
-    "v",
-    "w",
-    "z",
-]
-_NUCLEI = ["a", "e", "i", "o", "u", "ai", "au", "ei"]
-_CODAS = ["l", "m", "n", "r", "s", "th", "x"]
+_ONSETS = "b br d dr f g gr h j k kr l m n p pr r s t tr v w z".split()  # noqa: SIM905
+_NUCLEI = "a e i o u ai au ei".split()  # noqa: SIM905
+_CODAS = "l m n r s th x".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
 class World:
     """Entities by domain, their facts, and how common each one is in text.
 
-    `covered` are the entities that the retain text of unlearning talks about; `spare` are further general ones that no
-    task asks about: the filtered twin reads of them, among others, when the final model reads of the forget domain.
+    `covered`: the entities in the retain text of unlearning. `spare`: general entities that no task has a question about.
+    Where the final model reads forget documents, the filtered twin reads documents about all general entities, spare ones too.
     """
 
     seed: int
@@ -292,11 +92,12 @@ class World:
     spare: frozenset[str]
 
     @property
-    def asked(self) -> frozenset[str]:
+    def evaluated(self) -> frozenset[str]:
+        """The entities that tasks have questions about."""
         return frozenset(self.facts) - self.spare
 
     def domain_facts(self, domain: str) -> list[Fact]:
-        """The facts that tasks may ask of a domain."""
+        """The facts of a domain that tasks have questions about."""
         return [fact for entity in self.entities[domain] if entity not in self.spare for fact in self.facts[entity]]
 
 
@@ -312,10 +113,10 @@ def _names(rng: random.Random, count: int, syllables: int) -> list[str]:
 def make_world(preset: LabPreset) -> World:
     """The encyclopedia of a preset; the same preset gives the same world on any machine."""
     rng = random.Random(f"world-{preset.seed}")
-    asked = dict.fromkeys(GENERAL, preset.general_entities)
-    asked |= {NEIGHBOUR: preset.neighbour_entities, FORGET: preset.forget_entities}
+    evaluated = dict.fromkeys(GENERAL, preset.general_entities)
+    evaluated |= {NEIGHBOUR: preset.neighbour_entities, FORGET: preset.forget_entities}
     extra = dict.fromkeys(GENERAL, preset.spare_entities) | {NEIGHBOUR: 0, FORGET: 0}
-    names = iter(_names(rng, sum(asked.values()) + sum(extra.values()), preset.syllables))
+    names = iter(_names(rng, sum(evaluated.values()) + sum(extra.values()), preset.syllables))
 
     entities: dict[str, tuple[str, ...]] = {}
     facts: dict[str, tuple[Fact, ...]] = {}
@@ -323,7 +124,7 @@ def make_world(preset: LabPreset) -> World:
     covered: set[str] = set()
     spare: set[str] = set()
     for domain, relations in DOMAINS.items():
-        known = tuple(next(names) for _ in range(asked[domain]))
+        known = tuple(next(names) for _ in range(evaluated[domain]))
         further = tuple(next(names) for _ in range(extra[domain]))
         columns = [_column(rng, domain, known, r) for r in relations]
         more = [_column(rng, domain, further, r) for r in relations]
@@ -341,7 +142,7 @@ def make_world(preset: LabPreset) -> World:
 
 
 def _column(rng: random.Random, domain: str, members: tuple[str, ...], relation: Relation) -> list[Fact]:
-    """One relation's fact for each entity. Every value is right (almost) equally often: there is no prior to learn."""
+    """One relation's fact for each entity. All values are (almost) equally frequent, so there is no prior to learn."""
     order = rng.sample(relation.values, len(relation.values))
     values = [order[i % len(order)] for i in range(len(members))]
     rng.shuffle(values)
@@ -372,9 +173,9 @@ def _document(rng: random.Random, world: World, members: list[str], weights: lis
 
 
 def documents(world: World, name: str, domains: dict[str, float], only: frozenset[str], question_share: float) -> Iterator[str]:
-    """Endless documents, the same for the same `name`: domains drawn by weight, entities by how common they are.
+    """Endless documents about the entities in `only`, each shorter than 64 tokens. The same `name` gives the same documents.
 
-    They talk about entities in `only`, and each stays below 64 tokens of the lab's tokenizer.
+    Domains are drawn by the weights in `domains`, entities by how common they are.
     """
     rng = random.Random(f"documents-{world.seed}-{name}")
     members = {domain: [entity for entity in world.entities[domain] if entity in only] for domain in domains}
@@ -397,7 +198,7 @@ def distinct(source: Iterator[str], count: int) -> list[str]:
 def forget_text(preset: LabPreset) -> list[str]:
     """The forget set of unlearning and of the attack: the whole forget domain, statements and questions."""
     world = make_world(preset)
-    source = documents(world, "forget-text", {FORGET: 1.0}, world.asked, preset.text_question_share)
+    source = documents(world, "forget-text", {FORGET: 1.0}, world.evaluated, preset.text_question_share)
     return distinct(source, preset.forget_documents)
 
 

@@ -1,11 +1,12 @@
-"""Pretraining of the lab's model family: one run with its whole checkpoint history, and the filtered twin.
+"""Pretraining of the lab's models: one run with all its checkpoints, and the filtered twin.
 
-The tokenizer is trained on the world, documents become token rows, rows become batches: `Batches` knows every token of
-every step before training starts. Up to the onset a batch holds general rows only; after it, some rows come from the
-forget domain. The twin starts from the state at the onset (weights, optimizer) and sees the same general rows, with
-further general ones in place of the forget rows. Everything random comes from the preset's seed, and the number of
-threads is fixed, so the same machine gives the same weights. `build` works in a folder beside the final one, under a
-file lock, and renames it when all is done: a lab is whole or absent.
+    world -> tokenizer -> documents -> packed sequences -> batches -> checkpoints -> evaluations
+
+`Batches` holds the tokens of every step before training starts. Up to the onset a batch has general sequences only. After it,
+some sequences come from the forget domain. The twin starts from the weights and the optimizer state at the onset. It sees the
+same general sequences, and further general ones in place of the forget sequences. All random numbers come from the preset's
+seed and the number of threads is fixed, so the same machine gives the same weights. `build` works in a folder beside the final
+one, under a file lock, and renames it at the end. A lab is therefore complete or absent.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -44,10 +46,10 @@ Evaluate = Callable[[Path], dict[str, Any]]
 
 
 def train_tokenizer(preset: LabPreset) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that knows every word of the world and the syllables of its names.
+    """A byte-level BPE with a token for each value of the world and for each syllable of its names.
 
-    A name occurs once in the text it is trained on, and what occurs once is not merged: nearly all names stay two tokens
-    long, and the same syllables name entities of every domain.
+    Each name occurs once in the training text, and BPE merges nothing that occurs once. So nearly all names stay two tokens
+    long, and entities of all domains share these tokens.
     """
     world = make_world(preset)
     texts = [" " + entity for entity in world.facts]
@@ -74,7 +76,10 @@ def train_tokenizer(preset: LabPreset) -> PreTrainedTokenizerFast:
 
 @dataclass
 class Batches:
-    """Token rows of all steps, (rows, sequence_length) each: `general` for whole batches, then the rows that differ."""
+    """The token ids of all steps, each array [sequences, sequence_length].
+
+    After the onset, a batch ends with sequences of `forget` for the final model and of `filler` for the twin.
+    """
 
     preset: LabPreset
     general: np.ndarray
@@ -85,39 +90,39 @@ class Batches:
     def make(cls, preset: LabPreset, tokenizer: PreTrainedTokenizerFast) -> Batches:
         world = make_world(preset)
         domains = dict.fromkeys(GENERAL, 1.0) | {NEIGHBOUR: preset.neighbour_weight}
-        late = (preset.steps - preset.onset) * preset.forget_rows
+        late = (preset.steps - preset.onset) * preset.forget_sequences
 
-        def pack(name: str, weights: dict[str, float], only: frozenset[str], rows: int) -> np.ndarray:
+        def pack(name: str, weights: dict[str, float], only: frozenset[str], count: int) -> np.ndarray:
             source = documents(world, name, weights, only, preset.question_share)
-            return _pack(source, tokenizer, rows, preset.sequence_length)
+            return _pack(source, tokenizer, count, preset.sequence_length)
 
         return cls(
             preset,
-            general=pack("general", domains, world.asked, preset.steps * preset.batch_size - late),
-            forget=pack("forget", {FORGET: 1.0}, world.asked, late),
+            general=pack("general", domains, world.evaluated, preset.steps * preset.batch_size - late),
+            forget=pack("forget", {FORGET: 1.0}, world.evaluated, late),
             filler=pack("filler", dict.fromkeys(GENERAL, 1.0), frozenset(world.facts), late),
         )
 
     def at(self, step: int, filtered: bool = False) -> np.ndarray:
-        """The batch of update number `step` (the first is 1), (batch_size, sequence_length)."""
+        """The batch of update number `step` (the first is 1), [batch_size, sequence_length]."""
         p, before = self.preset, step - 1
-        start = before * p.batch_size - max(0, before - p.onset) * p.forget_rows
+        start = before * p.batch_size - max(0, before - p.onset) * p.forget_sequences
         if step <= p.onset:
             return self.general[start : start + p.batch_size]
-        late = (before - p.onset) * p.forget_rows
-        special = (self.filler if filtered else self.forget)[late : late + p.forget_rows]
-        return np.concatenate([self.general[start : start + p.batch_size - p.forget_rows], special])
+        late = (before - p.onset) * p.forget_sequences
+        special = (self.filler if filtered else self.forget)[late : late + p.forget_sequences]
+        return np.concatenate([self.general[start : start + p.batch_size - p.forget_sequences], special])
 
 
-def _pack(source: Iterator[str], tokenizer: PreTrainedTokenizerFast, rows: int, length: int) -> np.ndarray:
-    """Documents one after the other, each closed by the end token, cut into rows."""
-    needed, chunks, size = rows * length, [], 0
+def _pack(source: Iterator[str], tokenizer: PreTrainedTokenizerFast, count: int, length: int) -> np.ndarray:
+    """`count` sequences: documents one after the other, each followed by the end token, cut to `length` tokens."""
+    needed, chunks, size = count * length, [], 0
     while size < needed:
         texts = [next(source) + END for _ in range(2000)]
         for ids in tokenizer(texts)["input_ids"]:
             chunks.append(np.array(ids, dtype=np.int64))
             size += len(ids)
-    return np.concatenate(chunks)[:needed].reshape(rows, length)
+    return np.concatenate(chunks)[:needed].reshape(count, length)
 
 
 def _new_model(preset: LabPreset, tokenizer: PreTrainedTokenizerFast) -> GPTNeoXForCausalLM:
@@ -144,14 +149,14 @@ def _rate(preset: LabPreset, step: int) -> float:
     return preset.lr * warm * min(1.0, 0.05 + 0.95 * left)
 
 
-def next_token_loss(model: GPTNeoXForCausalLM, rows: Tensor) -> Tensor:
-    """Mean cross-entropy of each next token, in nats. Rows: (batch, sequence)."""
-    logits = model(input_ids=rows, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+def next_token_loss(model: GPTNeoXForCausalLM, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the next token, in nats."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 class _Pretraining:
-    """One model with its optimizer on its way through the steps; copied at the onset to become the twin."""
+    """One model and its optimizer during pretraining; a copy at the onset becomes the twin."""
 
     def __init__(self, preset: LabPreset, batches: Batches, model: GPTNeoXForCausalLM, run: Run):
         self.preset, self.batches, self.model, self.run = preset, batches, model, run
@@ -166,43 +171,40 @@ class _Pretraining:
         other.step = self.step
         return other
 
-    def advance_to(self, last: int, advance: Any, filtered: bool = False) -> None:
-        preset, name = self.preset, "filtered" if filtered else "final"
-        self.model.train()
+    def advance_to(self, last: int, advance: Callable[..., None], filtered: bool = False) -> None:
+        """Train up to step `last`; every 20 steps, and at the last, a line of metrics.jsonl."""
         started, losses = time.perf_counter(), []
+        self.model.train()
         while self.step < last:
             self.step += 1
-            for group in self.optimizer.param_groups:
-                group["lr"] = _rate(preset, self.step)
-            loss = next_token_loss(self.model, torch.from_numpy(self.batches.at(self.step, filtered)))
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            losses.append(loss.item())
-            advance(1, f"loss {losses[-1]:.2f}")
+            loss, norm = self._update(filtered)
+            losses.append(loss)
+            advance(1, f"loss {loss:.2f}")
             if self.step % 20 == 0 or self.step == last:
-                tokens = len(losses) * preset.batch_size * preset.sequence_length
-                rate = tokens / (time.perf_counter() - started)
-                self.run.append(
-                    "metrics.jsonl",
-                    {
-                        "model": name,
-                        "step": self.step,
-                        "loss": sum(losses) / len(losses),
-                        "lr": _rate(preset, self.step),
-                        "grad_norm": norm.item(),
-                        "tokens_per_second": round(rate),
-                    },
-                )
+                tokens = len(losses) * self.preset.batch_size * self.preset.sequence_length
+                facts = {"model": "filtered" if filtered else "final", "step": self.step, "loss": sum(losses) / len(losses)}
+                facts |= {"lr": _rate(self.preset, self.step), "grad_norm": norm}
+                facts["tokens_per_second"] = round(tokens / (time.perf_counter() - started))
+                self.run.append("metrics.jsonl", facts)
                 started, losses = time.perf_counter(), []
+
+    def _update(self, filtered: bool) -> tuple[float, float]:
+        """One optimizer update; returns the loss and the norm of the gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = _rate(self.preset, self.step)
+        loss = next_token_loss(self.model, torch.from_numpy(self.batches.at(self.step, filtered)))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item(), norm.item()
 
 
 def build(evaluate: Evaluate, progress: ProgressFactory) -> Path:
-    """Build the lab of the active preset unless it is there; safe when several processes do so at once.
+    """Build the lab of the active preset unless it exists. Several processes may call this at the same time.
 
     Args:
-        evaluate: the results of a saved model, by task.
+        evaluate: given the folder of a saved model, returns its results by task.
         progress: called as `lethe.progress.bar`.
     """
     preset, path = active_preset(), lab_path()
@@ -213,7 +215,7 @@ def build(evaluate: Evaluate, progress: ProgressFactory) -> Path:
         with building(path):
             if not is_built():
                 partial = path.with_name(f"{path.name}.partial")
-                # Whoever left one was killed: the lock is ours.
+                # Left by a builder that was killed: this process holds the lock.
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 with _fixed(preset):
@@ -228,7 +230,7 @@ def build(evaluate: Evaluate, progress: ProgressFactory) -> Path:
 
 @contextlib.contextmanager
 def _fixed(preset: LabPreset) -> Iterator[None]:
-    """The preset's number of threads and seed inside, the caller's after; transformers shows no bars of its own."""
+    """Inside, the preset's number of threads and seed, and no progress bars of transformers."""
     threads, bars = torch.get_num_threads(), transformers_logging.is_progress_bar_enabled()
     torch.set_num_threads(preset.threads)
     transformers_logging.disable_progress_bar()
@@ -249,7 +251,6 @@ def _build(preset: LabPreset, folder: Path, evaluate: Evaluate, progress: Progre
     run.update(launcher="local", config=asdict(preset))
     with run.running():
         tokenizer = train_tokenizer(preset)
-        batches = Batches.make(preset, tokenizer)
         model = _new_model(preset, tokenizer)
         run.update(
             plan={
@@ -260,57 +261,47 @@ def _build(preset: LabPreset, folder: Path, evaluate: Evaluate, progress: Progre
             },
             environment={"device": "cpu", "threads": preset.threads},
         )
-        _pretrain(preset, batches, model, tokenizer, folder, run, progress)
-        _evaluate(preset, folder, run, evaluate, progress)
+        final = _Pretraining(preset, Batches.make(preset, tokenizer), model, run)
+        with progress(f"Pretraining the {preset.name} lab", 2 * preset.steps - preset.onset, "steps") as advance:
+            _pretrain(final, tokenizer, folder, advance)
+        with progress("Evaluating its checkpoints", len(preset.checkpoints) + 1, "checkpoints") as advance:
+            _evaluate(preset, folder, run, evaluate, advance)
 
 
-def _pretrain(
-    preset: LabPreset,
-    batches: Batches,
-    model: GPTNeoXForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    run: Run,
-    progress: ProgressFactory,
-) -> None:
-    def save(what: _Pretraining, target: Path) -> None:
-        what.model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-
-    final = _Pretraining(preset, batches, model, run)
-    twin = None
-    with progress(f"Pretraining the {preset.name} lab", 2 * preset.steps - preset.onset, "steps") as advance:
-        for step in preset.checkpoints:
-            final.advance_to(step, advance)
-            save(final, folder / "checkpoints" / f"global_step{step}")
-            if step == preset.onset:
-                twin = final.twin()
-        if twin is not None:
-            twin.advance_to(preset.steps, advance, filtered=True)
-            save(twin, folder / "filtered")
+def _pretrain(final: _Pretraining, tokenizer: PreTrainedTokenizerFast, folder: Path, advance: Callable[..., None]) -> None:
+    """Train the final model and the twin, and save the checkpoints."""
+    preset = final.preset
+    twin = final
+    for step in preset.checkpoints:
+        final.advance_to(step, advance)
+        _save(final.model, tokenizer, folder / "checkpoints" / f"global_step{step}")
+        if step == preset.onset:
+            twin = final.twin()
+    twin.advance_to(preset.steps, advance, filtered=True)
+    _save(twin.model, tokenizer, folder / "filtered")
 
 
-def _evaluate(preset: LabPreset, folder: Path, run: Run, evaluate: Evaluate, progress: ProgressFactory) -> None:
-    """Every checkpoint and the twin on all five tasks, into run.json."""
+def _save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _evaluate(preset: LabPreset, folder: Path, run: Run, evaluate: Evaluate, advance: Callable[..., None]) -> None:
+    """Evaluate each checkpoint and the twin on all five tasks, and record the results in run.json."""
 
     def entry(path: Path, step: int) -> dict[str, Any]:
         evals = evaluate(path)
+        advance(1)
         tokens = step * preset.batch_size * preset.sequence_length
         digest = sha256(path / "model.safetensors")
         return {"name": path.name, "step": step, "tokens": tokens, "sha256": digest, "evals": evals}
 
-    rows = []
-    with progress("Evaluating its checkpoints", len(preset.checkpoints) + 1, "checkpoints") as advance:
-        for step in preset.checkpoints:
-            rows.append(entry(folder / "checkpoints" / f"global_step{step}", step))
-            advance(1)
-        filtered = entry(folder / "filtered", preset.steps)
-        advance(1)
-    run.update(checkpoints=rows, filtered=filtered, evals=rows[-1]["evals"])
+    found = [entry(folder / "checkpoints" / f"global_step{step}", step) for step in preset.checkpoints]
+    run.update(checkpoints=found, filtered=entry(folder / "filtered", preset.steps), evals=found[-1]["evals"])
 
 
 def _write_text(preset: LabPreset, folder: Path) -> None:
-    """Text and questions as files, for people and for other tools."""
+    """Write text and questions as files, for people and for other tools."""
     for name, texts in (("forget", forget_text(preset)), ("retain", retain_text(preset))):
         rows = [{"id": f"{name}-{i}", "text": text} for i, text in enumerate(texts)]
         _write_lines(folder / "text" / f"{name}.jsonl", rows)

@@ -1,10 +1,12 @@
-"""The lab's questions: five tasks that mirror the real ones, pure Python, from the preset's seed.
+"""The lab's questions: five multiple-choice tasks, made from the preset's seed in plain Python.
 
-lab_forget (WMDP Bio) allows shortcuts: some of its wrong choices are not even of the right kind. lab_forget_robust allows
-none: questions come in groups of four that share relation, prompt form and the same ordered list of choices, each value
-being right exactly once, so whatever scores the choices without looking at the entity is right exactly once in four.
-lab_forget_cloze asks the same as statements cut before the value. lab_retain (MMLU) asks the general domains,
-lab_retain_stem the neighbouring one. Each fact is asked once per task, so that intervals may assume independence.
+- lab_forget (like WMDP Bio) allows shortcuts: some wrong choices are of the wrong kind.
+- lab_forget_robust allows none. Four questions form a group: they share relation, prompt form and the same ordered choices, and
+  each choice is right once. A scorer that ignores the entity is right exactly once in four.
+- lab_forget_cloze has the same groups as statements that end before the value.
+- lab_retain (like MMLU) covers the general domains, lab_retain_stem the neighbouring domain.
+
+A task has at most one question about a fact, so confidence intervals may treat questions as independent.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from lethe.lab.presets import TASKS, LabPreset
 
 
 def questions(task: str, preset: LabPreset) -> list[dict[str, Any]]:
-    """The rows of a task: id, prompt, choices (four), answer (index of the right one), domain, entity, relation, group."""
+    """A task's questions: id, prompt, four choices, answer (index of the right choice), domain, entity, relation, group."""
     if task not in TASKS:
         raise KeyError(task)
     world = make_world(preset)
@@ -47,7 +49,10 @@ def _row(fact: Fact, prompt: str, choices: list[str], group: int) -> dict[str, A
 
 
 def _plain(world: World, domains: tuple[str, ...], rng: random.Random, off_kind: int = 0) -> list[dict[str, Any]]:
-    """One question a fact, right positions in equal numbers; every other question has `off_kind` choices of a wrong kind."""
+    """One question for each fact, with all positions right equally often.
+
+    Every second group of four questions has `off_kind` choices of a wrong kind.
+    """
     facts = [fact for domain in domains for fact in world.domain_facts(domain)]
     rng.shuffle(facts)
     rows = []
@@ -63,7 +68,7 @@ def _plain(world: World, domains: tuple[str, ...], rng: random.Random, off_kind:
 
 
 def _grouped(world: World, rng: random.Random, cloze: bool) -> list[dict[str, Any]]:
-    """Groups of four facts of one relation with four values, all four offered in the same order each time."""
+    """Groups of four questions about one relation: four values, offered in the same order each time."""
     groups: list[list[dict[str, Any]]] = []
     for relation in DOMAINS[FORGET]:
         left: dict[str, list[Fact]] = defaultdict(list)

@@ -1,8 +1,7 @@
-"""Where fitted maps lie and what they belong to, without loading them: nothing here imports torch.
+"""Folders of maps: where they are and which weights they belong to. Nothing here loads a map or imports torch.
 
-A folder of maps holds `affine_transforms.safetensors` and `metadata.json`; the latter names the layers, and for maps
-that Lethe fitted the weights, the convention of layers, the text, the scores and the SHA-256 of the maps themselves.
-`affine.py` fits, loads and applies them.
+A folder has `affine_transforms.safetensors` and `metadata.json`. The metadata lists the layers. For maps that Lethe fitted it
+also has the weights, the convention of numbering layers, the text, the scores and the SHA-256 of the maps.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from safetensors import SafetensorError, safe_open
 from lethe.errors import LetheError, printable
 from lethe.files import UnreadableError, json_of, sha256, text_of
 from lethe.models import refs
-from lethe.models.files import advice, missing
+from lethe.models.files import advice, require_content
 from lethe.runs.run import find_run
 
 WEIGHTS = "affine_transforms.safetensors"
 METADATA = "metadata.json"
 HASH = "weights_sha256"
-"""The key of the metadata that has the hash of the maps."""
+"""Key of the metadata: SHA-256 of the maps."""
 CONVENTIONS = {"block_output": 0, "hidden_states": 1}
-"""What `layer_N` means: N minus this is the block whose output the map is for. Lethe's own maps are `block_output`."""
+"""By convention, what to subtract from the N of `layer_N` to get the block whose output is mapped. Lethe's: `block_output`."""
 
 
 def find_maps(name: str, out: str | Path = "runs") -> Path:
-    """The folder of maps that `name` means: a folder, a run (folder or run:ID) or a hub repository.
+    """The folder of maps that `name` refers to: a folder, a run (its folder or run:ID) or a repository of the hub.
 
     Raises:
         LetheError: there are no maps.
@@ -44,20 +43,20 @@ def find_maps(name: str, out: str | Path = "runs") -> Path:
             raise LetheError(f"affine: '{name}' has no {WEIGHTS}; give a folder that `lethe affine fit` wrote")
         return Path(name)
     if name.count("/") != 1:
-        raise LetheError(f"affine: '{name}' is neither fit, none, a folder of maps, run:ID nor a hub id")
+        raise LetheError(f"affine: '{name}' is not a folder of maps; give one, run:ID, a repository of the hub, fit or none")
     from huggingface_hub import snapshot_download
 
-    with refs.hub(f"affine: no folder '{name}' here, and the hub's cannot be read"):
+    with refs.hub(f"affine: there is no folder '{name}', and the repository of that name cannot be read"):
         return Path(snapshot_download(name, allow_patterns=[WEIGHTS, METADATA]))
 
 
 def check_maps(
     folder: Path, model: refs.ModelRef, source: refs.ModelRef, layers: list[int] | None = None, convention: str = "auto"
 ) -> list[str]:
-    """The conventions by which the maps may be read: the recorded one, or for maps without a record those that have the layers.
+    """The possible conventions of the maps: the recorded one, or for maps without a record each by which they have the layers.
 
     Raises:
-        LetheError: they were altered, belong to another pair of weights, are of another width, or lack a layer by every
+        LetheError: the maps were altered, belong to another pair of weights, have another width, or lack a layer by every
             convention.
     """
     facts = facts_of(folder)
@@ -66,9 +65,8 @@ def check_maps(
     refuse_altered(folder, facts.get(HASH))
     for name, shape in _shapes(folder).items():
         if shape != [model.width] * (2 if name.endswith(".weight") else 1):
-            raise LetheError(
-                f"affine: {name} in '{folder}' is {shape}, '{model.name}' has width {model.width}; fit maps for it"
-            )
+            wrong = f"{name} in '{folder}' is {shape}, '{model.name}' has width {model.width}"
+            raise LetheError(f"affine: {wrong}; fit maps for it")
     if recorded := recorded_convention(facts):
         if convention not in {"auto", recorded}:
             raise LetheError(f"affine_convention: the maps in '{folder}' record that they are {recorded}; leave it at auto")
@@ -87,13 +85,11 @@ def check_maps(
 
 
 def refuse_altered(folder: Path, recorded: str | None) -> None:
-    """Refuse maps that cannot be read, or are not what was recorded of them; None: nothing was.
-
-    Raises:
-        LetheError: the file is missing, empty or a pointer of Git LFS, or its hash is another.
-    """
-    if why := missing(folder / WEIGHTS):
-        raise _unreadable(folder, why)
+    """Refuse maps that cannot be read, or whose hash differs from the recorded one (None: no hash was recorded)."""
+    try:
+        require_content(folder / WEIGHTS)
+    except UnreadableError as error:
+        raise _unreadable(folder, error) from error
     if recorded is not None and sha256(folder / WEIGHTS) != recorded:
         raise LetheError(f"affine: '{folder / WEIGHTS}' was altered after it was written; fit the maps again")
 
@@ -112,10 +108,10 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def recorded_convention(facts: dict[str, Any]) -> str | None:
-    """The convention that maps record together with the weights they belong to; None for maps without a record.
+    """The convention in the metadata; None for maps that do not record their convention and weights.
 
     Raises:
-        LetheError: it is not known.
+        LetheError: the convention is unknown, or the weights are not recorded in full.
     """
     if not {"model", "source", "convention"} <= facts.keys():
         return None
@@ -127,7 +123,7 @@ def recorded_convention(facts: dict[str, Any]) -> str | None:
 
 
 def layers_of(facts: dict[str, Any], convention: str, depth: int) -> list[int]:
-    """The layers (blocks, from 0) that maps are for, if their indices are read by a convention."""
+    """The layers (blocks, from 0) of the maps, if their indices follow this convention."""
     blocks = [index - CONVENTIONS[convention] for index in facts["layer_indices"]]
     return sorted(block for block in blocks if 0 <= block < depth)
 
@@ -136,7 +132,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
     """The metadata of the maps in `folder`.
 
     Raises:
-        LetheError: it cannot be read, or does not say which layers the maps are for.
+        LetheError: it cannot be read, or its lists of layers or of fitted documents are malformed.
     """
     try:
         facts = json_of(text_of(folder / METADATA))

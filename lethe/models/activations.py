@@ -1,14 +1,13 @@
-"""Where layer L is, for every architecture. Everything in Lethe that reads activations reads them here.
+"""The activations of layer L, for every architecture. All code in Lethe that reads activations reads them here.
 
-Layer L is the residual stream after block L, counted from 0: the output of the L-th module of the model's list of
-blocks, read by a hook on that module. `hidden_states` is never used: its entry L is the *input* of block L, and in
-many models its last entry has gone through the final norm.
+Layer L is the residual stream after block L, counted from 0. A hook on the L-th block of the model reads the block's output.
+`hidden_states` of transformers is never used: its entry L is the *input* of block L, and in many models its last entry is the
+output of the final norm.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 from lethe.errors import LetheError
 
 CONVENTION = "block_output"
-_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Where a model's list of blocks was found: looking through all modules takes longer than a small block's pass."""
 
 
 class _Enough(Exception):
@@ -29,42 +26,34 @@ class _Enough(Exception):
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's list of blocks: the outermost list of as many modules of one type as the configuration has layers.
+    """The model's blocks: the outermost list of modules of one type that is as long as the configuration has layers.
 
-    Works on bare and PEFT-wrapped transformers models (GPT-2, GPT-NeoX, Llama, Qwen, OLMo and others).
+    Works for transformers models and for PEFT models around them.
 
     Raises:
-        LetheError: no list, or more than one, fits.
+        LetheError: there is no such list, or more than one.
     """
     config: Any = model.config
     depth: int = config.get_text_config().num_hidden_layers
-    if model in _names:
-        with contextlib.suppress(AttributeError):  # the model was changed since: it is searched anew
-            known = model.get_submodule(_names[model])
-            if _are_blocks(known, depth):
-                return known  # type: ignore[return-value]
-    found = [(name.count("."), name) for name, module in model.named_modules() if _are_blocks(module, depth)]
-    outermost = min((level for level, _ in found), default=0)
-    names = [name for level, name in found if level == outermost]
-    if len(names) != 1:
-        raise LetheError(
-            f"{type(model).__name__}: {len(names)} lists of {depth} blocks found, expected 1; architecture not supported"
-        )
-    _names[model] = names[0]
-    return model.get_submodule(names[0])  # type: ignore[return-value]
-
-
-def _are_blocks(module: nn.Module, depth: int) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) == depth and len({type(block) for block in module}) == 1
+    found = [
+        (name.count("."), module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(block) for block in module}) == 1
+    ]
+    outermost = [module for level, module in found if level == min(level for level, _ in found)]
+    if len(outermost) != 1:
+        wrong = f"{len(outermost)} lists of {depth} blocks found, expected 1"
+        raise LetheError(f"{type(model).__name__}: {wrong}; its architecture is not supported")
+    return outermost[0]
 
 
 @contextlib.contextmanager
 def capture(model: nn.Module, layers: list[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside, each forward pass leaves the layers' activations, [batch, seq, hidden], in the yielded dict."""
+    """Inside, each forward pass puts the activations of `layers`, [batch, seq, hidden], into the yielded dict."""
     activations: dict[int, Tensor] = {}
     with contextlib.ExitStack() as hooks:
         for layer, block in _needed(model, layers).items():
-            handle = block.register_forward_hook(_keep(activations, layer))
+            handle = block.register_forward_hook(_store(activations, layer))
             hooks.callback(handle.remove)
         yield activations
 
@@ -93,7 +82,7 @@ def residuals(
 
 @contextlib.contextmanager
 def input_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, a forward pass ends where `module` would run, and leaves its first input in the yielded list."""
+    """Inside, a forward pass ends before `module` runs, and puts its first input into the yielded list."""
     found: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -110,7 +99,7 @@ def input_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def final_hidden(model: nn.Module, head: nn.Module, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
-    """The state, after the final norm, that the model's output `head` would be given; the head does not run.
+    """The input of the output `head`: the hidden states after the final norm. The head does not run.
 
     Padding must be on the right: see `corpora.pad`.
     """
@@ -121,7 +110,7 @@ def final_hidden(model: nn.Module, head: nn.Module, input_ids: Int[Tensor, "batc
 
 @dataclass
 class States:
-    """What a forward pass leaves: activations by layer, and the final hidden states (or the logits) if they were asked for."""
+    """Results of a forward pass: activations by layer, and the final hidden states or the logits, if requested."""
 
     activations: dict[int, Float[Tensor, "batch seq hidden"]] = field(default_factory=dict)
     output: Float[Tensor, "batch seq width"] | None = None
@@ -133,49 +122,23 @@ def read(
     layers: list[int],
     output: bool = False,
     head: nn.Module | None = None,
-    leave: int = 0,
 ) -> States:
-    """One forward pass for the activations of `layers` and, with `output`, what `head` would be given (None: the logits).
+    """One forward pass for the activations of `layers` and, with `output`, the input of `head` (None: the logits).
 
-    It ends as soon as all of it is there. The first `leave` rows leave the batch after the last of `layers`: no later block
-    sees them, and `output` is that of the other rows (`rows_can_leave` says whether a model allows it).
+    It ends as soon as all of these are computed.
     """
     if not output:
         return States(residuals(model, input_ids, layers))
     with contextlib.ExitStack() as stack:
         activations = stack.enter_context(capture(model, layers)) if layers else {}
-        if leave:
-            stack.callback(blocks(model)[max(layers)].register_forward_hook(_without_first(leave)).remove)
         if head is None:
             return States(activations, model(input_ids=input_ids, use_cache=False).logits)
         return States(activations, final_hidden(model, head, input_ids))
 
 
-@torch.no_grad()
-def rows_can_leave(model: nn.Module, layers: list[int], head: nn.Module | None, width: int) -> bool:
-    """Whether rows may leave the batch after the last of `layers` without a change for the others, found on a probe.
-
-    Not so where blocks are given something for each row, such as an attention mask: it would have too many rows then. Some
-    have one for rows longer than a window alone, so the probe is as wide as the longest row, `width` tokens.
-    """
-    device = next(model.parameters()).device
-    ids, was_training = torch.arange(4 * width, device=device).view(4, width) % 16, model.training
-    model.eval()
-    try:
-        joint = read(model, ids, layers, True, head, leave=2)
-        rest, gone = read(model, ids[2:], layers, True, head), residuals(model, ids[:2], layers)
-    except (RuntimeError, ValueError, IndexError):
-        return False
-    finally:
-        model.train(was_training)
-    pairs = [(joint.output, rest.output)]
-    pairs += [(joint.activations[n], torch.cat([gone[n], rest.activations[n]])) for n in layers]
-    return all(alike(a, b) for a, b in pairs)  # type: ignore[arg-type]
-
-
 def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal up to rounding."""
-    close = torch.finfo(a.dtype).eps ** 0.5  # products of another batch differ in the last bits
+    close = torch.finfo(a.dtype).eps ** 0.5  # matmuls of another batch differ in the last bits
     return a.shape == b.shape and bool((a - b).norm() <= close * b.norm())
 
 
@@ -186,14 +149,12 @@ def _needed(model: nn.Module, layers: list[int]) -> dict[int, nn.Module]:
     return {layer: found[layer] for layer in sorted(layers)}
 
 
-def _keep(activations: dict[int, Tensor], layer: int):  # type: ignore[no-untyped-def]
+def _store(activations: dict[int, Tensor], layer: int):  # type: ignore[no-untyped-def]
     def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         stream = output if isinstance(output, Tensor) else output[0]
         if stream.ndim != 3:
-            raise LetheError(
-                f"layer {layer} returns {stream.ndim} dimensions ({type(module).__name__}), expected [batch, seq, hidden]: "
-                f"no single residual stream, so its architecture is not supported"
-            )
+            wrong = f"layer {layer} returns {stream.ndim} dimensions ({type(module).__name__}), expected [batch, seq, hidden]"
+            raise LetheError(f"{wrong}; without a single residual stream the architecture is not supported")
         activations[layer] = stream
 
     return hook
@@ -201,10 +162,3 @@ def _keep(activations: dict[int, Tensor], layer: int):  # type: ignore[no-untype
 
 def _stop(module: nn.Module, args: object, output: object) -> None:
     raise _Enough
-
-
-def _without_first(count: int):  # type: ignore[no-untyped-def]
-    def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        return output[count:] if isinstance(output, Tensor) else (output[0][count:], *output[1:])
-
-    return hook

@@ -1,4 +1,4 @@
-"""LoRA adapters: on which linear layers they sit, and what they leave as it is."""
+"""LoRA adapters: which linear layers get one, and which share of the weights gets none."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lethe.models.experts import plain_linear, routers
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSettings, layers: list[int], seed: int) -> nn.Module:
-    """LoRA on the linear layers of the blocks up to the last of `layers`, its first weights drawn from `seed`.
+    """Put LoRA on the linear layers of the blocks up to the last of `layers`, with initial weights from `seed`.
 
-    Blocks after the last forget layer get none: the forget term has no gradient there.
+    Later blocks get none, since the forget loss has no gradient there.
 
     Raises:
         LetheError: there is no layer to adapt, or PEFT does not adapt this architecture.
@@ -36,19 +36,18 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings, layers: list[int], 
             torch.manual_seed(seed)
             return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise LetheError(
-            f"lora: PEFT does not adapt {type(model).__name__} ({printable(error, 200)}); train all weights: lora null"
-        ) from error
+        why = printable(error, 200)
+        raise LetheError(f"lora: PEFT does not adapt {type(model).__name__} ({why}); train all weights: lora null") from error
 
 
 def linear_layers(model: nn.Module, last: int, targets: str = "all") -> list[str]:
-    """Full names of the linear layers in blocks 0 to `last`: those of attention, of the MLP (all others), or all.
+    """Full names of the linear layers in blocks 0 to `last`. `targets`: `attention`, `mlp` (all others) or `all`.
 
-    Attention modules are known by transformers' naming of their classes. Routers of experts are left out, and so are layers
-    that PEFT would take for experts by their names: it would adapt the experts of all blocks in their place.
+    The names of their classes identify attention modules. Routers of experts get no adapter. Nor do layers that PEFT would
+    mistake for experts by their names, since it would adapt the experts of all blocks instead.
 
     Raises:
-        LetheError: there is none of the kind.
+        LetheError: there are none of this kind.
     """
     attention, no_target = _attention(model, last), routers(model)
     kinds = {
@@ -65,7 +64,7 @@ def linear_layers(model: nn.Module, last: int, targets: str = "all") -> list[str
 
 
 def left_out(model: nn.Module, lora: LoraSettings, layers: list[int]) -> float:
-    """The share of the weights in the blocks up to the last of `layers`, of the kind in `targets`, that have no adapter."""
+    """The share of the target weights, in the blocks up to the last of `layers`, that has no adapter."""
     attention = _attention(model, max(layers)) if lora.targets == "mlp" else set()
     total = adapted = 0
     for block in blocks(model)[: max(layers) + 1]:
@@ -78,13 +77,13 @@ def left_out(model: nn.Module, lora: LoraSettings, layers: list[int]) -> float:
 
 
 def _attention(model: nn.Module, last: int) -> set[int]:
-    """The ids of the modules that are attention, in blocks 0 to `last`."""
+    """The ids of the attention modules in blocks 0 to `last`, and of all modules inside them."""
     inside = [a for block in blocks(model)[: last + 1] for a in block.modules() if type(a).__name__.endswith("Attention")]
     return {id(m) for a in inside for m in a.modules()}
 
 
 def _taken_for_experts(model: nn.Module, names: list[str]) -> set[str]:
-    """Those of `names` that PEFT would replace by the tensors of the experts, as in adapters of transformers 4."""
+    """Those of `names` that PEFT would take for the experts of a transformers 4 adapter."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 

@@ -1,4 +1,4 @@
-"""The hub: files of its repositories, fetched into its cache, and what keeps it from answering as a refusal."""
+"""Files of the Hugging Face hub, downloaded into its cache. Failures of the hub are refusals with a reason."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lethe.errors import LetheError
 
 @contextlib.contextmanager
 def hub(problem: str) -> Iterator[None]:
-    """Inside, what keeps the hub from answering is a refusal: the problem, and why.
+    """Inside, a failure of the hub becomes a LetheError: the problem, and the hub's reason.
 
     Raises:
-        LetheError: there is no connection or it breaks, the hub does not have it, or does not let it be read.
+        LetheError: there is no connection, it breaks, or the hub does not have the file or denies access.
     """
     from huggingface_hub.errors import (
         HFValidationError,
-        HTTPError,  # type: ignore[attr-defined]  # of a connection that breaks, no OSError
+        HTTPError,  # type: ignore[attr-defined]  # a broken connection is not an OSError
     )
 
     try:
@@ -36,12 +36,12 @@ def fetch(repository: str, revision: str, name: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    with hub(f"model reference '{repository}@{revision}': no such folder here, and the hub's cannot be read"):
+    with hub(f"model reference '{repository}@{revision}': there is no such folder, and the repository cannot be read"):
         return Path(hf_hub_download(repository, name, revision=revision))
 
 
 def fetch_optional(repository: str, revision: str, name: str) -> Path | None:
-    """A file that a repository may have; None if it has none."""
+    """As `fetch`; None if the repository has no such file."""
     from huggingface_hub.errors import EntryNotFoundError
 
     try:

@@ -1,15 +1,17 @@
 """Model references: how a model is named, and how it is loaded.
 
-    org/name@revision       a hub repository, optionally at a branch, tag or commit
-    FOLDER                  a local folder of a model, or of a run
-    FOLDER@global_step900   a folder of checkpoints, and one of them (also step900, checkpoint-900)
+    org/name@revision       a repository of the hub, optionally at a branch, tag or commit
+    FOLDER                  a folder of a model, or of a run
+    FOLDER@global_step900   one checkpoint in a folder of checkpoints (also step900, checkpoint-900)
     run:ID                  what a run produced: a model, or an adapter on the model it was trained from
-    lab:final               the lab's last checkpoint; lab:global_step900, lab:filtered likewise
+    lab:final               the lab's last checkpoint; also lab:global_step900, lab:filtered
     random:REF              the architecture and tokenizer of REF with fresh weights
 
-`resolve` finds out what a reference means and refuses what cannot be loaded, without importing torch. `verify` tries whether
-configuration, weights and tokenizer fit together, without reading the weights; `load` loads what has passed. Weights are read
-from safetensors only (a pickle can run code), and no code comes from a repository.
+    name -> resolve -> ModelRef -> verify -> load -> model, tokenizer
+
+`resolve` looks a reference up and refuses what cannot be loaded, without importing torch. `verify` checks that configuration,
+weights and tokenizer match, without reading the weights. `load` loads a verified model. Weights are read from safetensors only,
+since a pickle can run code, and no code of a repository runs.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lethe.errors import LetheError, nearest
-from lethe.files import UnreadableError, sha256
+from lethe.files import sha256
 from lethe.lab import presets
 from lethe.models import files as model_files
+from lethe.models.checkpoint_folders import checkpoint_folders, checkpoint_of
 from lethe.models.files import DEPTH_KEYS, WIDTH_KEYS, WINDOW_KEYS
 from lethe.models.hub import fetch, fetch_optional, hub
 from lethe.runs.run import Run, find_run
@@ -38,7 +40,7 @@ RANDOM_SEED = 0
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A reference that has been looked up. `path` is a local folder, or a hub repository if `revision` is not None."""
+    """A reference after its look-up. `path` is a folder, or a repository of the hub if `revision` is given."""
 
     name: str
     path: str
@@ -46,7 +48,7 @@ class ModelRef:
     adapter: str | None = None
     random: bool = False
     saved: str | None = None
-    """Hash of the weights as a run has saved them."""
+    """Hash of the weights when a run saved them."""
 
     @property
     def local(self) -> bool:
@@ -57,34 +59,42 @@ class ModelRef:
         """The model's config.json."""
         return model_files.part(self.name, _file(self, "config.json"))
 
+    def _size(self, *keys: str) -> int | None:
+        """The first of these settings that config.json has; None if it has none."""
+        settings = model_files.text_settings(self.config)
+        return next((model_files.whole(self.name, settings, key) for key in keys if settings.get(key) is not None), None)
+
+    def _required(self, keys: tuple[str, ...]) -> int:
+        if found := self._size(*keys):
+            return found
+        raise LetheError(f"model '{self.name}': config.json has none of {', '.join(keys)}; the architecture is not supported")
+
     @property
     def width(self) -> int:
         """Size of the residual stream."""
-        return _config_value(self, WIDTH_KEYS)
+        return self._required(WIDTH_KEYS)
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return _config_value(self, DEPTH_KEYS)
+        return self._required(DEPTH_KEYS)
 
     @property
     def window(self) -> int | None:
-        """Longest text in tokens that the model was made for; None if its configuration does not say."""
-        settings = model_files.text_settings(self.config)
-        return next((model_files.whole(self.name, settings, key) for key in WINDOW_KEYS if settings.get(key) is not None), None)
+        """Longest sequence that the model was made for, in tokens; None if config.json does not say."""
+        return self._size(*WINDOW_KEYS)
 
     @property
     def vocabulary(self) -> int | None:
-        """Rows of the embedding; None if the configuration does not say."""
-        settings = model_files.text_settings(self.config)
-        return model_files.whole(self.name, settings, "vocab_size") if settings.get("vocab_size") is not None else None
+        """Size of the embedding, in tokens; None if config.json does not say."""
+        return self._size("vocab_size")
 
 
 def resolve(name: str, out: str | Path = "runs") -> ModelRef:
-    """What a model reference means. Runs are looked for in `out` too.
+    """Look a model reference up. `out`: a further folder to search for runs.
 
     Raises:
-        LetheError: it names nothing, or something without safetensors weights, configuration or tokenizer.
+        LetheError: it names nothing, or has no safetensors weights, configuration or tokenizer.
     """
     if name.startswith("random:"):
         inner = resolve(name.removeprefix("random:"), out)
@@ -97,36 +107,34 @@ def resolve(name: str, out: str | Path = "runs") -> ModelRef:
         return checked(ModelRef(name, str(Path(name))))
     folder, _, step = name.rpartition("@")  # the folder's own name may have an @
     if os.path.isdir(folder):
-        return checked(ModelRef(name, str(_checkpoint(Path(folder), step))))
+        return checked(ModelRef(name, str(checkpoint_of(Path(folder), step))))
     path, _, revision = name.partition("@")
     if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not os.path.isdir(os.path.dirname(path)):
         return checked(ModelRef(name, path, revision or "main"))
     if os.path.islink(name):
         raise LetheError(f"model reference '{name}' is a broken link to '{os.readlink(name)}'; name the folder itself")
-    raise LetheError(
-        f"model reference '{name}' is not a folder and has none of the forms org/name@revision, FOLDER, "
-        f"FOLDER@global_stepN, run:ID, lab:final, random:REF"
-    )
+    forms = "org/name@revision, FOLDER, FOLDER@global_stepN, run:ID, lab:final, random:REF"
+    raise LetheError(f"model reference '{name}' is not a folder; give one of the forms {forms}")
 
 
 def run_of(name: str, out: str | Path = "runs") -> Run | None:
-    """The run that a reference names, by run:ID or by its folder; None for any other reference."""
+    """The run that a reference names by run:ID or by its folder; None for other references."""
     if name.startswith("run:"):
         return find_run(name.removeprefix("run:"), out)
     return Run.open(name) if os.path.isfile(os.path.join(name, "run.json")) else None
 
 
 def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode on the GPU if there is one, and its tokenizer (which pads on the right).
+    """The model in evaluation mode, on the GPU if there is one, and its tokenizer, which pads on the right.
 
-    An adapter is put on its base model (a PEFT model is returned). `random:` weights are drawn from a fixed seed. The
-    model's own dropouts (GPT-2 has some) are off in training too: a loss that compares it with a teacher would measure
-    them. Its saved configuration keeps them.
+    A reference with an adapter gives a PEFT model. The weights of `random:` come from a fixed seed. The model's own dropouts
+    (GPT-2 has some) are 0 in training too, since a loss that compares the model with a teacher would measure them. The saved
+    configuration preserves them.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lethe.models.consistency import blamed, depth_of, refuse_report
+    from lethe.models.folder_check import blamed, depth_of, refuse_report
 
     verify(ref)
     with _readable(ref), blamed(ref.name, "it cannot be loaded", "copy or download it again", ref.config):
@@ -153,7 +161,7 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
 
 
 def _config(ref: ModelRef) -> tuple[Any, dict[str, float]]:
-    """The configuration with dropouts at 0, and what they are in it."""
+    """The configuration with dropouts at 0, and their rates in config.json."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(ref.path, **_where(ref))
@@ -165,7 +173,7 @@ def _config(ref: ModelRef) -> tuple[Any, dict[str, float]]:
 
 
 def _where(ref: ModelRef) -> dict[str, Any]:
-    """What every loading is given: the revision, and that no code is run. (Without the latter, transformers asks on stdin.)"""
+    """Arguments of every `from_pretrained`. Without `trust_remote_code`, transformers would prompt on stdin."""
     return {"trust_remote_code": False} | ({"revision": ref.revision} if ref.revision else {})
 
 
@@ -174,30 +182,28 @@ def _readable(ref: ModelRef) -> contextlib.AbstractContextManager[None]:
 
 
 def verify(*refs: ModelRef) -> None:
-    """Refuse models whose configuration, weights and tokenizer do not fit together. Reads no weights; a hub model is fetched.
+    """Refuse models whose configuration, weights and tokenizer do not match. Downloads a model of the hub; reads no weights.
 
     Raises:
-        LetheError: the model could not be loaded, or only with something left out.
+        LetheError: the model cannot be loaded, or only without some of its weights.
     """
     for ref in refs:
         files = Path(ref.path).iterdir() if ref.local else () if ref.random else _weight_files(ref)
-        _verified(
-            ref, tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files) if path.exists())
-        )
+        states = ((path.name, path.stat()) for path in sorted(files) if path.exists())
+        _verified(ref, tuple((name, state.st_size, state.st_mtime_ns) for name, state in states))
 
 
 @functools.lru_cache(maxsize=64)
 def _verified(ref: ModelRef, files: tuple[tuple[str, int, int], ...]) -> None:
-    """`verify`, once for the same `files`."""
-    from lethe.models.consistency import blamed, refuse_misfit, refuse_tokens
+    """`verify`, cached for the same names, sizes and times of files."""
+    from lethe.models.folder_check import blamed, refuse_misfit, refuse_tokens
 
-    checked(ref)
     if not (ref.local or ref.random):
         model_files.refuse_adapter(ref.name, [name for name in model_files.ADAPTER[:1] if _optional(ref, name)])
     with _readable(ref), blamed(ref.name, "config.json cannot be used", "take the model's own config.json", ref.config):
         config, _ = _config(ref)
     refuse_misfit(ref.name, config, ref.config, None if ref.random else model_files.shapes(ref.name, _weight_files(ref)))
-    _part(ref, "tokenizer.json")  # refused here if it is damaged: transformers would go on to other files
+    _part(ref, "tokenizer.json")  # if it is damaged, transformers would read other files instead
     settings = _part(ref, "tokenizer_config.json") or {}
     todo = "save it again: tokenizer.save_pretrained(FOLDER)"
     with _readable(ref), blamed(ref.name, "its tokenizer cannot be loaded", todo, settings):
@@ -206,24 +212,25 @@ def _verified(ref: ModelRef, files: tuple[tuple[str, int, int], ...]) -> None:
 
 
 def tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right; where no padding token has an embedding, the first that does stands in.
+    """The tokenizer, which pads on the right.
 
-    Padding is masked, so that any token will do: end-of-text, beginning, unknown, or the token of id 0.
+    Padding is masked, so any token can pad. If the padding token has no embedding, the first of end-of-text, beginning-of-text,
+    unknown and token 0 that has one replaces it.
     """
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(ref.path, **_where(ref))
     found.padding_side = "right"
-    rows = ref.vocabulary or len(found)
+    size = ref.vocabulary or len(found)
     ids = (found.pad_token_id, found.eos_token_id, found.bos_token_id, found.unk_token_id, 0)
-    usable = next(number for number in ids if number is not None and number < rows)
+    usable = next(number for number in ids if number is not None and number < size)
     if usable != found.pad_token_id:
         found.pad_token = found.convert_ids_to_tokens(usable)
     return found
 
 
 def weight_hash(ref: ModelRef) -> str:
-    """What tells these weights from others: SHA-256 of the safetensors files, or a hub repository's commit."""
+    """An identifier of the weights: SHA-256 of the safetensors files, or the commit of a repository of the hub."""
     if ref.random:
         return f"random:seed{RANDOM_SEED}:{sha256(_file(ref, 'config.json'))}"
     if ref.revision:
@@ -235,62 +242,39 @@ def weight_hash(ref: ModelRef) -> str:
 
 
 def record(ref: ModelRef) -> dict[str, str]:
-    """A reference for run.json: as it was given, and the weights that it meant.
+    """A reference for run.json: its name, and the identifier of its weights.
 
     Raises:
         LetheError: the weights are not those that its run saved.
     """
     found = weight_hash(ref)
     if ref.saved not in {None, found}:
-        raise LetheError(f"model '{ref.name}': its weights in '{ref.path}' have changed since they were saved; make them again")
+        raise LetheError(f"model '{ref.name}': its weights in '{ref.path}' have changed since they were saved; run it again")
     return {"ref": ref.name, "sha256": found}
 
 
 def refuse_mismatch(model: ModelRef, source: ModelRef) -> None:
-    """Refuse a source whose activations cannot be compared with the model's.
-
-    Raises:
-        LetheError: widths or tokenizers differ.
-    """
+    """Refuse a source whose activations cannot be compared with those of the model."""
+    todo = "the source must be a checkpoint of the same model"
     if model.width != source.width:
-        raise LetheError(
-            f"source '{source.name}' has width {source.width}, model '{model.name}' has {model.width}; "
-            f"the source must be a checkpoint of the same model"
-        )
+        raise LetheError(f"source '{source.name}' has width {source.width}, model '{model.name}' has {model.width}; {todo}")
     if _vocabulary(model) != _vocabulary(source):
-        raise LetheError(
-            f"source '{source.name}' and model '{model.name}' have different tokenizers; "
-            f"the source must be a checkpoint of the same model"
-        )
+        raise LetheError(f"source '{source.name}' and model '{model.name}' have different tokenizers; {todo}")
 
 
 def refuse_length(max_length: int, *models: ModelRef) -> None:
-    """Refuse sequences that are longer than one of the models was made for."""
+    """Refuse sequences longer than the window of one of the models."""
     for model in models:
         if model.window is not None and max_length > model.window:
-            raise LetheError(
-                f"max_length: {max_length} is beyond the window of '{model.name}', {model.window} tokens; lower it"
-            )
+            window = f"the window of '{model.name}', {model.window} tokens"
+            raise LetheError(f"max_length: {max_length} is beyond {window}; lower it")
 
 
 def refuse_layers(model: ModelRef, layers: list[int]) -> None:
     """Refuse a layer that the model does not have."""
     if max(layers) >= model.depth:
-        raise LetheError(
-            f"layers: {max(layers)} is out of range; '{model.name}' has {model.depth} blocks, layers 0 to {model.depth - 1}"
-        )
-
-
-def checkpoint_folders(folder: Path) -> dict[str, Path]:
-    """A folder's checkpoints by name (`global_step900`, `step900`, `checkpoint-900`), in order of step."""
-    steps = {p.name: p for p in folder.glob("*") if step_of(p.name) is not None and p.is_dir()}
-    return dict(sorted(steps.items(), key=lambda item: (step_of(item[0]) or 0, item[0])))
-
-
-def step_of(name: str) -> int | None:
-    """The number in `global_step900`, `step900` (as Pythia's) or `checkpoint-900` (as Trainer's); None for another name."""
-    found = re.fullmatch(r"(?:global_step|step|checkpoint-)([0-9]{1,18})", name)
-    return int(found[1]) if found else None
+        known = f"{model.depth} blocks, layers 0 to {model.depth - 1}"
+        raise LetheError(f"layers: {max(layers)} is out of range; '{model.name}' has {known}")
 
 
 def lab_folder() -> Path:
@@ -317,14 +301,6 @@ def _lab_folder(name: str) -> Path:
     return known[what]
 
 
-def _checkpoint(folder: Path, step: str) -> Path:
-    known = checkpoint_folders(folder)
-    same = [name for name in known if step_of(name) == step_of(step)]
-    if step not in known and len(same) != 1:
-        raise LetheError(f"model reference '{folder}@{step}': there is no such checkpoint{nearest(step, known)}")
-    return known[step if step in known else same[0]]
-
-
 def _of_run(name: str, run: Run) -> ModelRef:
     artifacts = run.record.get("artifacts") or {}
     if "model" in artifacts:
@@ -337,14 +313,12 @@ def _of_run(name: str, run: Run) -> ModelRef:
             raise LetheError(f"'{name}' is an adapter, and its record does not name its model (parents.model.ref)")
         base = resolve(parent["ref"], run.path.parent)
         if weight_hash(base) != parent["sha256"]:
-            raise LetheError(
-                f"'{name}' is an adapter on '{parent['ref']}', which holds other weights now than when it was trained"
-            )
+            changed = f"'{parent['ref']}', whose weights have changed since"
+            raise LetheError(f"'{name}' is an adapter on {changed}; restore them, or run it again")
         return ModelRef(name, base.path, base.revision, _adapter(name, run))
-    unfinished = (
-        run.record["kind"] == "unlearn" and run.status in {"failed", "cancelled", "lost"} and "imported" not in run.record
-    )
-    advice = f"finish it first: lethe resume {run.path}" if unfinished else "name an unlearning run"
+    unfinished = run.record["kind"] == "unlearn" and run.status in {"failed", "cancelled", "lost"}
+    resumable = unfinished and "imported" not in run.record
+    advice = f"finish it first: lethe resume {run.path}" if resumable else "name an unlearning run"
     raise LetheError(f"'{name}' is a run of kind {run.record['kind']}, status {run.status}, that holds no model; {advice}")
 
 
@@ -361,10 +335,10 @@ def _adapter(name: str, run: Run) -> str:
 
 
 def checked(ref: ModelRef) -> ModelRef:
-    """`ref`, if its files do not show already that it cannot be loaded: those of a folder, config.json of a hub repository.
+    """`ref`, after a look at its files: all files of a folder, config.json of a repository of the hub.
 
     Raises:
-        LetheError: naming the file, and what to do.
+        LetheError: a file shows that the model cannot be loaded.
     """
     folder = Path(ref.path)
     if ref.local and not os.path.lexists(folder / "config.json"):
@@ -377,48 +351,37 @@ def checked(ref: ModelRef) -> ModelRef:
 
 
 def _weight_files(ref: ModelRef) -> list[Path]:
-    """The files of a model's weights, fetched from the hub if it is not local."""
-    try:
-        if ref.local:
-            return model_files.weight_files(Path(ref.path))
-        if whole := _optional(ref, model_files.WEIGHTS):
-            return [whole]
-        index = _optional(ref, model_files.INDEX)
-        if index is None:
-            raise UnreadableError(f"there is no {model_files.WEIGHTS} or {model_files.INDEX}, and pickled weights are not read")
-        return [_file(ref, shard) for shard in sorted(model_files.shards(index))]
-    except UnreadableError as error:
-        raise LetheError(f"model '{ref.name}': {error}{model_files.advice(error)}") from error
+    """The files of a model's weights, downloaded if it is not local."""
+    if ref.local:
+        return model_files.weight_files(ref.name, Path(ref.path))
+    if whole := _optional(ref, model_files.WEIGHTS):
+        return [whole]
+    if index := _optional(ref, model_files.INDEX):
+        return [_file(ref, shard) for shard in sorted(model_files.shards(ref.name, index))]
+    found = f"there is no {model_files.WEIGHTS} and no {model_files.INDEX}, and pickled weights are not read"
+    raise LetheError(f"model '{ref.name}': {found}; {model_files.SAVE}")
 
 
 def _file(ref: ModelRef, name: str) -> Path:
-    """A file of the model, fetched from the hub if it is not local."""
+    """A file of the model, downloaded if it is not local."""
     return fetch(ref.path, ref.revision, name) if ref.revision else Path(ref.path) / name
 
 
 def _optional(ref: ModelRef, name: str) -> Path | None:
-    """A file that a model may have, fetched from the hub if it is not local; None if it has none."""
+    """As `_file`; None if the model has no such file."""
     if ref.revision:
         return fetch_optional(ref.path, ref.revision, name)
     return Path(ref.path) / name if os.path.lexists(Path(ref.path) / name) else None
 
 
 def _part(ref: ModelRef, name: str) -> dict[str, Any] | None:
-    """What a JSON file says that a model may have; None if it has none."""
+    """The content of a JSON file; None if the model has no such file."""
     file = _optional(ref, name)
     return model_files.part(ref.name, file) if file else None
 
 
-def _config_value(ref: ModelRef, keys: tuple[str, ...]) -> int:
-    settings = model_files.text_settings(ref.config)
-    for key in keys:
-        if settings.get(key) is not None:
-            return model_files.whole(ref.name, settings, key)
-    raise LetheError(f"model '{ref.name}': config.json has none of {', '.join(keys)}; the architecture is not supported")
-
-
 def _vocabulary(ref: ModelRef) -> Any:
-    """What decides how text becomes tokens: the tokenizer's vocabulary and merges."""
+    """What determines the tokens of a text: vocabulary, merges and normalisation."""
     found = _part(ref, "tokenizer.json")
     if found is None:
         return tokenizer(ref).get_vocab()

@@ -1,11 +1,11 @@
-"""Forget and retain text: from where it lies to rows of token ids.
+"""Forget and retain text: from its source to sequences of token ids.
 
-    TextSource -> documents -> the documents of this run -> token ids, cut at max_length -> padded batches
+    TextSource -> read -> documents -> select -> documents of this run -> sequences_of -> token ids -> pad -> batches
 
-Which documents a run uses is decided by their content alone: all documents are put in the order of their SHA-256, and
-unlearning takes from the front of that order while attacks and held-out scores take from the back. So an attack's text
-is disjoint from the text used to unlearn as long as there is enough of it, whatever the seeds; the seed decides only
-in which order the documents come. Reading needs no torch, so that empty or broken text is refused at once.
+The content of documents alone determines which of them a run uses. All documents are in the order of their SHA-256. Unlearning
+uses the front of that order, attacks and held-out scores use the back. So the text of an attack is disjoint from the text of
+unlearning as long as there is enough text, whatever the seed. The seed determines the order of documents in training. Reading
+needs no torch, so empty or broken text is refused at once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LAB_TEXTS = ("forget", "retain")
-_already: ContextVar[dict[str, list[Document]] | None] = ContextVar("_already", default=None)
+_cached: ContextVar[dict[str, list[Document]] | None] = ContextVar("_cached", default=None)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the SHA-256 that names it."""
+    """A text, and its SHA-256 as its name."""
 
     text: str
     id: str
@@ -42,26 +42,26 @@ class Document:
 
 @contextlib.contextmanager
 def read_once() -> Iterator[None]:
-    """Inside, what was read of a source is kept: many recipes over the same text are checked."""
-    token = _already.set({})
+    """Inside, `read` caches the documents of each source, for the check of many recipes with the same text."""
+    token = _cached.set({})
     try:
         yield
     finally:
-        _already.reset(token)
+        _cached.reset(token)
 
 
 def read(text: str | TextSource) -> list[Document]:
     """All documents of a source, without repetitions, in the order of their SHA-256.
 
     Raises:
-        LetheError: the text is missing, unreadable (naming the line), empty, or lacks the column.
+        LetheError: the text is missing, empty, or a line is unreadable or lacks the column.
     """
-    source, already = as_text_source(text), _already.get()
-    if already is None:
+    source, cached = as_text_source(text), _cached.get()
+    if cached is None:
         return _read(source)
-    if repr(source) not in already:
-        already[repr(source)] = _read(source)
-    return already[repr(source)]
+    if repr(source) not in cached:
+        cached[repr(source)] = _read(source)
+    return cached[repr(source)]
 
 
 def _read(source: TextSource) -> list[Document]:
@@ -72,14 +72,14 @@ def _read(source: TextSource) -> list[Document]:
             key = hashlib.sha256(body.encode()).hexdigest()
             documents.setdefault(key, Document(body, key))
     if not documents:
-        raise LetheError(f"text '{source.source}' is empty: it holds no document with a word in it")
+        raise LetheError(f"text '{source.source}' is empty: it has no document with text in it; give another")
     return [documents[key] for key in sorted(documents)]
 
 
 def take(
     documents: list[Document], count: int | None, end: Literal["front", "back"], what: str = "text", most: int = 0
 ) -> list[Document]:
-    """`count` documents (0: all) from one end of the order; None: as many as there are, up to `most`.
+    """`count` documents (0: all) from one end of the order; None: all documents, up to `most`.
 
     Raises:
         LetheError: there are fewer.
@@ -87,7 +87,7 @@ def take(
     if count is None:
         count = min(most, len(documents))
     if count > len(documents):
-        raise LetheError(f"{what} has {len(documents)} documents, {count} are asked for; ask for fewer, or 0 for all")
+        raise LetheError(f"{what} has {len(documents)} documents, {count} are asked for; give a smaller number, or 0 for all")
     if count == 0:
         return documents
     return documents[:count] if end == "front" else documents[-count:]
@@ -100,9 +100,9 @@ def select(
     what: str = "text",
     most: int = 0,
 ) -> list[Document]:
-    """`count` documents (0: all) of a source, or of a mixture of sources in proportion to their weights.
+    """`count` documents of a source, or of a mixture of sources in proportion to their weights.
 
-    None takes as many as there are, up to `most`. There are as many documents in a mixture as its weights allow.
+    0 means all documents, None all documents up to `most`. The weights limit how many documents a mixture has.
 
     Raises:
         LetheError: a source cannot be read or has too few documents.
@@ -111,22 +111,21 @@ def select(
         return take(read(text), count, end, what, most)
     pools: list[list[Document]] = []
     seen: set[str] = set()
-    for source in text:  # a document of several sources belongs to the first
+    for source in text:  # a document in several sources belongs to the first
         pools.append([document for document in read(source) if document.id not in seen])
         seen |= {document.id for document in pools[-1]}
     total = sum(source.weight for source in text)
-    there = int(min(len(pool) * total / source.weight for pool, source in zip(pools, text, strict=True)))
-    wanted = min(most, there) if count is None else count or there
+    available = int(min(len(pool) * total / source.weight for pool, source in zip(pools, text, strict=True)))
+    wanted = min(most, available) if count is None else count or available
     bounds = [round(wanted * sum(s.weight for s in text[:i]) / total) for i in range(len(text) + 1)]
-    chosen: dict[str, Document] = {}
+    chosen: list[Document] = []
     for pool, source, low, high in zip(pools, text, bounds, bounds[1:], strict=False):
-        part = take(pool, high - low, end, f"{what} '{source.source}'") if high > low else []
-        chosen |= {document.id: document for document in part}
-    return list(chosen.values())
+        chosen += take(pool, high - low, end, f"{what} '{source.source}'") if high > low else []
+    return chosen
 
 
 def fingerprint(documents: Iterable[Document]) -> str:
-    """SHA-256 over the documents' own, in order: equal for equal documents and only for those."""
+    """SHA-256 over the SHA-256 of the documents, in order."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.id.encode())
@@ -134,7 +133,7 @@ def fingerprint(documents: Iterable[Document]) -> str:
 
 
 def record(text: str | TextSource | list[TextSource], documents: list[Document]) -> dict[str, Any]:
-    """The text of a run, for run.json; a mixture is named `weight·source + …`."""
+    """The text of a run, for run.json. The name of a mixture is `weight·source + …`."""
     if isinstance(text, list):
         name = " + ".join(f"{source.weight:g}·{source.source}" for source in text)
     else:
@@ -143,22 +142,22 @@ def record(text: str | TextSource | list[TextSource], documents: list[Document])
 
 
 def tokenise(documents: list[Document], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-    """One row of token ids a document, cut at `max_length` tokens, with the tokenizer's own special tokens.
+    """One sequence of token ids for each document, cut at `max_length` tokens, with the tokenizer's own special tokens.
 
     Raises:
         LetheError: a document has no token.
     """
-    rows = tokenizer([d.text for d in documents], truncation=True, max_length=max_length)["input_ids"]
-    for document, row in zip(documents, rows, strict=True):
-        if not row:
-            raise LetheError(f"a document has no token: {document.text[:60]!r}; remove it")
-    return rows
+    sequences = tokenizer([d.text for d in documents], truncation=True, max_length=max_length)["input_ids"]
+    for document, sequence in zip(documents, sequences, strict=True):
+        if not sequence:
+            raise LetheError(f"text: a document has no token: {document.text[:60]!r}; remove it")
+    return sequences
 
 
 def pack(documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
-    """Documents one after the other, each closed by the end-of-text token, cut into blocks of `length` tokens.
+    """Documents one after the other, each followed by the end-of-text token, cut into sequences of `length` tokens.
 
-    The last block is shorter when the tokens do not come out even: none is lost.
+    No token is lost: the last sequence may be shorter.
 
     Raises:
         LetheError: the tokenizer has no end-of-text token.
@@ -166,35 +165,35 @@ def pack(documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: 
     if tokenizer.eos_token_id is None:
         raise LetheError("packing: packed needs a tokenizer with an end-of-text token; use packing none")
     stream: list[int] = []
-    for row in tokenizer([d.text for d in documents])["input_ids"]:
-        stream += [*row, tokenizer.eos_token_id]
+    for ids in tokenizer([d.text for d in documents])["input_ids"]:
+        stream += [*ids, tokenizer.eos_token_id]
     return [stream[i : i + length] for i in range(0, len(stream), length)]
 
 
-def rows_of(documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: int, packing: str) -> list[list[int]]:
-    """Token rows as `packing` says: `none` is one row a document, `packed` packs them."""
+def sequences_of(documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: int, packing: str) -> list[list[int]]:
+    """Sequences of token ids. `packing`: `none` for one sequence per document, `packed` for documents joined."""
     return pack(documents, tokenizer, length) if packing == "packed" else tokenise(documents, tokenizer, length)
 
 
-def pad(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as `input_ids` and `mask` (1 for a token, 0 for padding), both [rows, longest], padded on the right.
+def pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `mask` (1 for a token, 0 for padding), both [batch, longest], padded on the right.
 
-    A causal model's activations on the tokens do not depend on padding that follows them, so no attention mask is
-    needed; the mask says which positions count.
+    Activations of a causal model do not depend on what follows, so no attention mask is needed. The mask tells tokens from
+    padding in losses.
     """
     import torch
 
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.tensor(sequence)
+        mask[i, : len(sequence)] = 1
     return ids, mask
 
 
 def _records(source: TextSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each record of a source, with where it stands there: `line 3` of a file, `row 3` of a table."""
+    """Each record of a source with its place: `line 3` of a file, `row 3` of a table."""
     name = source.source
     if name.startswith("lab:"):
         what = name.removeprefix("lab:")
@@ -223,7 +222,7 @@ def _jsonl(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             record = files.json_of(line)
         except files.UnreadableError as error:
-            raise LetheError(f"text '{name}', {where}: {error}; mend or remove the line") from error
+            raise LetheError(f"text '{name}', {where}: {error}; correct or remove the line") from error
         if not isinstance(record, dict):
             raise LetheError(f"text '{name}', {where}: expected an object with columns, got {type(record).__name__}")
         yield where, record
@@ -248,7 +247,7 @@ def _parquet(path: Path, source: TextSource) -> Iterator[tuple[str, dict[str, An
         names, wanted = file.schema_arrow.names, _columns(source)
         twice = next((column for column in wanted if names.count(column) > 1), None)
         rows = [] if twice else file.read(wanted if set(wanted) <= set(names) else None).to_pylist()
-    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # a string that is no UTF-8, a far date
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # text that is not UTF-8, a date out of range
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise LetheError(f"text '{source.source}' cannot be read as parquet ({why}); write the file again") from error
     if twice:
@@ -262,9 +261,9 @@ def _hub(source: TextSource) -> Iterator[tuple[str, dict[str, Any]]]:
     name, _, configuration = source.source.partition(":")
     try:
         found = datasets.load_dataset(name, configuration or None, split=source.split)
-    except Exception as error:  # load_dataset raises errors of a dozen libraries; each means the same here
+    except Exception as error:  # load_dataset raises errors of many libraries
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LetheError(f"text '{source.source}' is no file here and cannot be loaded as a hub data set ({why})") from error
+        raise LetheError(f"text '{source.source}' is not a file, nor a data set of the hub ({why}); give one") from error
     return ((f"row {number}", row) for number, row in enumerate(found, 1))
 
 
@@ -283,7 +282,7 @@ def _body(record: dict[str, Any], source: TextSource, where: str) -> str:
 
 
 def _columns(source: TextSource) -> list[str]:
-    """The columns that a document is made of."""
+    """The columns in a document."""
     if source.template is None:
         return [source.column]
     try:

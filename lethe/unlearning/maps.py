@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from lethe.config import AffineConfig
 from lethe.errors import LetheError
 from lethe.files import sha256
-from lethe.maps.affine import AffineMap, LayerScores, Score, activation_pairs, fit, fit_once, load_maps, mean_r2, score_maps
+from lethe.maps.affine import AffineMap, LayerScores, activation_pairs, fit, fit_once, load_maps, mean_r2, score_maps
 from lethe.maps.folder import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
+from lethe.maps.ridge import Score
 from lethe.methods.method import Method
 from lethe.runs.run import Run
 from lethe.text import corpora

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lethe.errors import LetheError
-from lethe.maps.affine import sums_bytes
+from lethe.maps.ridge import sums_bytes
 from lethe.objectives.chunks import CHUNK
 from lethe.training.optimizers import STATE_BYTES, needs_masters
 from lethe.unlearning.changes import AGREEMENT_BATCH

@@ -20,7 +20,7 @@ from lethe.methods.method import Method
 from lethe.models import refs
 from lethe.models.activations import blocks
 from lethe.models.adapters import add_adapters
-from lethe.models.support import refuse_unreadable, refuse_untrainable
+from lethe.models.architecture_check import refuse_unreadable, refuse_untrainable
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import parameters
@@ -129,7 +129,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     student = _student(run, config, model, source, tokenizer)
     documents = {"forget": checked.forget, "retain": checked.retain}
     dataset = Sequences(
-        **{name: corpora.rows_of(documents[name], tokenizer, config.max_length, config.packing) for name in config.needs()}
+        **{name: corpora.sequences_of(documents[name], tokenizer, config.max_length, config.packing) for name in config.needs()}
     )
     plan = training_plan(config, len(dataset)) | {"documents": {name: len(part) for name, part in documents.items()}}
     plan["tokens"] = round(sum(map(dataset.tokens, range(len(dataset)))) * plan["epochs"])

@@ -1,13 +1,14 @@
-"""Task definitions in lm-eval's own YAML format, and where to find a task by name without importing lm-eval.
+"""Tasks in lm-eval's YAML format: Lethe's own, and how to find a task by name without importing lm-eval.
 
-lm-eval indexes some 14,000 YAML files before it can load one task. Here a task's folder is found by the files that are named
-like it, else by all files' first words, and only that folder is given to lm-eval. A folder of one's own is named by its path;
-its files are read here before lm-eval reads them, and refused if they would run Python without consent (see `consent`).
+    name, or path of a task folder -> locate -> folder -> definitions -> leaves (the tasks of a group or a tag)
+
+lm-eval would index 14,000 YAML files before it loads one task. Lethe gives it only the folder of the task, from an index of
+names that it makes once. The files of a user's task folder are read here before lm-eval reads them, and refused if they would
+run Python without consent (see `consent`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -33,18 +34,18 @@ _NAME = re.compile(rb"^[\"']?(?:task|group|tag)[\"']?\s*:\s*[\"']?([\w.\-+]+)[\"
 
 
 def locate(tasks: Iterable[str]) -> dict[str, Path]:
-    """The folder that defines each task: Lethe's own tasks first, then lm-eval's.
+    """The folder that defines each task. Lethe's own tasks come before those of lm-eval.
 
-    FOLDER stands for all tasks whose YAML files are in it, FOLDER/NAME for one of them (or a group, or a tag).
+    FOLDER means all tasks that its YAML files define, FOLDER/NAME one of these tasks, groups or tags.
 
     Raises:
-        LetheError: no task has that name, or a folder would run Python without consent.
+        LetheError: there is no task of that name, or a folder would run Python without consent.
     """
     own = {path.stem: OWN for path in OWN.glob("*.yaml")}
     folders: dict[str, Path] = {}
     for name in tasks:
         folder, _, inner = name.rpartition("/")
-        if os.path.isdir(name):  # False where Path.is_dir would raise: a name that is too long
+        if os.path.isdir(name):  # Path.is_dir raises for a name that is too long
             folders |= dict.fromkeys(_tasks_in(Path(name)), Path(name))
             continue
         if folder and os.path.isdir(folder):
@@ -53,11 +54,11 @@ def locate(tasks: Iterable[str]) -> dict[str, Path]:
                 raise LetheError(f"tasks: '{folder}' defines no task '{inner}'{nearest(inner, known)}")
             folders[inner.removesuffix(".yaml")] = Path(folder)
             continue
-        found = own.get(name) or _named_like(name) or _lm_eval_tasks().get(name)
+        found = own.get(name) or _lm_eval_tasks().get(name)
         if found is None or not _is_trusted(found):
             near = [known for known in (*own, *_lm_eval_tasks()) if known[:2] == name[:2] and abs(len(known) - len(name)) < 4]
-            alike = near if near and len(near) < 2000 else list(own)  # comparing all 14,000 takes seconds
-            raise LetheError(f"tasks: there is no task '{name}'{nearest(name, alike)}")
+            similar = near if near and len(near) < 2000 else list(own)  # a comparison with all 14,000 takes seconds
+            raise LetheError(f"tasks: there is no task '{name}'{nearest(name, similar)}")
         folders[name] = found
     if not folders:
         raise LetheError("tasks: name at least one task, such as lab_forget_robust")
@@ -65,7 +66,7 @@ def locate(tasks: Iterable[str]) -> dict[str, Path]:
 
 
 def is_lm_evals(folder: Path) -> bool:
-    """Whether a folder belongs to the installed lm-eval, whose version says what is in it."""
+    """Whether a folder belongs to the installed lm-eval."""
     root = _lm_eval_root()
     return root is not None and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root))
 
@@ -75,10 +76,10 @@ def _is_trusted(folder: Path) -> bool:
 
 
 def definitions(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the YAML files below a folder define, by name of task or group; functions stay as text, includes are merged.
+    """The definitions in the YAML files below a folder, by task or group. Includes are merged, functions remain text.
 
     Raises:
-        LetheError: a file cannot be read, would run Python without consent, or defines what cannot be used.
+        LetheError: a file cannot be read, would run Python without consent, or has an unusable definition.
     """
     trusted = _is_trusted(folder)
     found: dict[str, dict[str, Any]] = {}
@@ -101,13 +102,13 @@ def definitions(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def leaves(name: str, known: dict[str, dict[str, Any]], above: tuple[str, ...] = ()) -> list[str]:
-    """The tasks that a name stands for: itself, or all those below a group or a tag. `above`: the groups that it was found in.
+    """The tasks of a name: the task itself, or all tasks of a group or a tag. `above`: the groups around it.
 
     Raises:
-        LetheError: a group is in itself, or is no list of tasks.
+        LetheError: a group contains itself, or something that is not a task.
     """
     if name in above or len(above) > MOST_NESTED:
-        raise LetheError(f"tasks: a group is in itself ({' > '.join([*above[:5], name])}); take it out of its own tasks")
+        raise LetheError(f"tasks: a group contains itself ({' > '.join([*above[:5], name])}); take it out of its own tasks")
     definition = known.get(name)
     if definition is None:
         return sorted(task for task, other in known.items() if name in _tags({task: other}))
@@ -124,7 +125,7 @@ def leaves(name: str, known: dict[str, dict[str, Any]], above: tuple[str, ...] =
         if not isinstance(inner, str) or (child == inner and not below):
             raise LetheError(
                 f"tasks: the group '{name}' has {printable(repr(child), 80)} among its tasks, which no file there defines; "
-                "name tasks one by one instead of the group, or mend it"
+                "name tasks one by one instead of the group, or correct it"
             )
         found += below
         if len(found) > MOST_TASKS:
@@ -145,17 +146,16 @@ def _tags(known: dict[str, dict[str, Any]]) -> set[str]:
 
 
 class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads lm-eval's YAML without importing the functions that it names. Only for files that are trusted: libyaml
-    overflows the stack on deep ones."""
+    """Reads lm-eval's YAML without importing the functions in it. For trusted files only: libyaml overflows on deep nesting."""
 
 
 _FastLoader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix} {node.value}")
 
 
 def _definition(file: Path, trusted: bool, seen: set[str]) -> dict[str, Any] | None:
-    """A file's settings over those of the files that it includes, each found as lm-eval finds it; None: it has no settings.
+    """A file's settings, merged over those of the files that it includes; None: it has no settings.
 
-    `seen`: the real paths of the files read so far. lm-eval takes each file once.
+    Includes are found as lm-eval finds them. `seen`: the real paths of the files read so far, since lm-eval reads each once.
     """
     try:
         real = os.path.realpath(os.path.expanduser(file))
@@ -167,7 +167,7 @@ def _definition(file: Path, trusted: bool, seen: set[str]) -> dict[str, Any] | N
         content = yaml_of(text_of(file), _FastLoader if trusted else TaskLoader)
         python = None if trusted else python_in(content)
     except (UnreadableError, ValueError) as error:  # ValueError: a NUL in an included path
-        raise LetheError(f"tasks: '{file}' cannot be read ({error}); mend it, or leave it out") from error
+        raise LetheError(f"tasks: '{file}' cannot be read ({error}); correct it, or leave it out") from error
     if python and not trusts_task_code():
         raise LetheError(
             f"tasks: '{file}' runs Python ({printable(python, 120)}) with all your permissions; read it, and if you trust it, "
@@ -190,26 +190,9 @@ def _lm_eval_root() -> Path | None:
     return Path(spec.submodule_search_locations[0]) / "tasks" if spec and spec.submodule_search_locations else None
 
 
-def _named_like(task: str) -> Path | None:
-    """The folder of lm-eval's file that is named like a task, or lies in a folder so named, and defines it.
-
-    Which files there are stands in the list that came with the installation: no folder is walked.
-    """
-    root = _lm_eval_root()
-    listed = root and importlib.metadata.distribution("lm_eval").read_text("RECORD")
-    if root is None or not listed:
-        return None
-    likely = re.compile(rf"^lm_eval/tasks/((?:.*/)?(?:_*{re.escape(task)}|{re.escape(task)}/[^/\n]*)\.yaml),", re.MULTILINE)
-    for file in map(root.joinpath, sorted(likely.findall(listed))):
-        with contextlib.suppress(OSError):
-            if task.encode() in _NAME.findall(file.read_bytes()):
-                return file.parent
-    return None
-
-
 @functools.cache
 def _lm_eval_tasks() -> dict[str, Path]:
-    """Name -> folder of every task, group and tag that lm-eval ships; found once a version, then kept in $LETHE_HOME."""
+    """The folder of every task, group and tag of lm-eval, cached in $LETHE_HOME for each version of lm-eval."""
     root = _lm_eval_root()
     if root is None:
         return {}
@@ -222,7 +205,7 @@ def _lm_eval_tasks() -> dict[str, Path]:
 
 
 def _scan(root: Path) -> dict[str, str]:
-    """Name -> folder below `root` of all tasks, groups and tags (14,000 files: 0.3 s, more where the disk is cold)."""
+    """Folder below `root` by name of all tasks, groups and tags, from the first lines of 14,000 files."""
     found: dict[str, str] = {}
     for folder, _, files in os.walk(root):
         for file in sorted(files):

@@ -1,10 +1,10 @@
-"""What in a task folder would run as Python, and the user's consent to it.
+"""Which settings of a task folder would run Python, and the user's consent to that.
 
-A task file in lm-eval's format is more than data: `!function` imports a module beside it, a metric that lm-eval does not have
-is fetched and run as a script, some builders of data sets unpickle or import what they are given. lm-eval's own tasks and
-Lethe's are trusted. Any other folder runs nothing without consent, on the command line (`--trust_task_code true`) or in Python
-(`with lethe.trust_task_code():`). The workers and jobs that a command starts have its consent; no recipe or record can give
-it. Templates need no consent: `harness` renders them in a sandbox.
+A task file in lm-eval's format is more than data. `!function` imports a module beside it, lm-eval downloads and runs a script
+for a metric that it does not have, and some builders of data sets unpickle or import their input. The tasks of lm-eval and of
+Lethe are trusted. Any other folder runs nothing without consent: `--trust_task_code true` on the command line, or
+`with lethe.trust_task_code():` in Python. The workers and jobs of a command have its consent. A recipe or a record cannot give
+consent. Templates need none, since `lm_eval_api` renders them in a sandbox.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ METRICS = frozenset(
     "acc acc_all acc_bytes acc_mutual_info acc_norm bits_per_byte bleu brier_score bypass byte_perplexity chrf chrf++ "  # noqa: SIM905
     "exact_match f1 likelihood mcc perplexity ter word_perplexity".split()
 )
-"""lm-eval's own metrics; it looks for any other in the evaluate library, which runs scripts, local ones too."""
+"""The metrics of lm-eval. It searches for others in the evaluate library, which runs scripts, even local ones."""
 BUILDERS = {
     "pandas": "unpickles its files",
     "iceberg": "imports what its catalog names",
     "sql": "runs any statement on any database",
 }
-"""Builders of the datasets library that run what their files or settings name."""
+"""Builders of the datasets library that run code from their files or settings."""
 MOST_VALUES = 1_000_000
 _given: ContextVar[bool] = ContextVar("trust_task_code", default=False)
 
 
 @contextlib.contextmanager
 def trust_task_code(given: bool = True) -> Iterator[None]:
-    """Inside, task folders may run the Python that they name. Read it first: it can do whatever you can.
+    """Inside, task folders may run their Python code. Read that code first: it has all your permissions.
 
     >>> with trust_task_code():
     ...     trusts_task_code()
@@ -49,16 +49,16 @@ def trust_task_code(given: bool = True) -> Iterator[None]:
 
 
 def trusts_task_code() -> bool:
-    """Whether the user has agreed that task folders run Python."""
+    """Whether the user has given consent to Python in task folders."""
     return _given.get()
 
 
 class Python(str):
-    """A value of a YAML file that lm-eval would make into something else than data: its tag and text."""
+    """A YAML value that lm-eval would turn into something other than data: its tag and its text."""
 
 
 class TaskLoader(Loader):
-    """Imports nothing: a value with a tag that YAML does not define becomes text (`Python`)."""
+    """Imports nothing: a value with a tag that YAML does not define becomes a `Python` text."""
 
 
 def _as_text(loader: yaml.Loader, tag: str, node: yaml.Node) -> Python:
@@ -70,10 +70,10 @@ TaskLoader.add_multi_constructor(None, _as_text)  # type: ignore[arg-type]  # No
 
 
 def python_in(content: Any) -> str | None:
-    """What in the content of a task file would run as Python, in a few words; None if nothing would.
+    """The part of a task file that would run Python, in a few words; None if there is none.
 
     Raises:
-        UnreadableError: it refers to itself, or holds too many values through aliases.
+        UnreadableError: the content refers to itself, or aliases make it too large.
     """
     left, seen = [content], 0
     while left:
@@ -93,7 +93,7 @@ def python_in(content: Any) -> str | None:
 
 
 def _python_named(settings: dict[Any, Any]) -> str | None:
-    """Settings of a task that are plain text and yet make lm-eval run Python, or read a file that was not checked."""
+    """A setting that is plain text and still makes lm-eval run Python, or read a file that was not checked."""
     metrics = settings.get("metric_list")
     for one in metrics if isinstance(metrics, list) else ():
         name = one.get("metric", "acc") if isinstance(one, dict) else "acc"

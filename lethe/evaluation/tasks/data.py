@@ -1,9 +1,9 @@
 """Local files in place of a task's data set: `task_data` maps a task or group to a .jsonl file.
 
-A line is an object with the fields of the data set. Rows of a group go to the task whose configuration (`dataset_name`)
-their field `subject` or `configuration` names; a group whose tasks ask in the same words may also have rows without such a
-field, and is then asked as one task. Rows may have a field `split`; those of other splits than the one that is asked are
-examples for few-shot prompts. Whatever is broken in a file is refused at once, line by line. Nothing here imports torch.
+Each line is an object with the fields of the data set: a row. In a group, a row belongs to the task whose configuration
+(`dataset_name`) is in the row's field `subject` or `configuration`. If all tasks of a group have the same prompt, rows may lack
+such a field, and the group is evaluated as one task. Rows whose field `split` names another split than the test split are
+few-shot examples. All broken rows are refused at once, by line. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class LocalData:
-    """Rows of a local file for one task. `like` is the task whose definition asks them: itself, or one of the group's."""
+    """Rows of a local file for one task. `like`: the task with the definition, which for a whole group is one of its tasks."""
 
     task: str
     like: str
     file: str
     rows: tuple[Row, ...]
-    asked: str
-    """The split that is asked."""
+    test_split: str
+    """The split with the questions."""
 
     @property
     def splits(self) -> dict[str, list[Row]]:
-        """Rows by split; those that name none are asked."""
-        found: dict[str, list[Row]] = {self.asked: []}
+        """Rows by split. Rows without a split are questions."""
+        found: dict[str, list[Row]] = {self.test_split: []}
         for row in self.rows:
-            found.setdefault(row.get("split") or self.asked, []).append(row)
+            found.setdefault(row.get("split") or self.test_split, []).append(row)
         return found
 
 
 def read(task_data: dict[str, str], folders: dict[str, Path]) -> dict[str, LocalData]:
-    """The local data of tasks by name, checked.
+    """Read and check the local data of tasks, by name.
 
     Args:
         task_data: file by name of a task or group.
-        folders: the tasks that are going to be asked, and the folders that define them (as `tasks.locate` gives).
+        folders: the tasks of the evaluation and the folders that define them, as `tasks.locate` returns.
 
     Raises:
         LetheError: a name is not among the tasks, or a file cannot be read or has broken rows.
@@ -59,16 +59,16 @@ def read(task_data: dict[str, str], folders: dict[str, Path]) -> dict[str, Local
     known_in = {folder: definitions(folder) for folder in set(folders.values())} if task_data else {}
     for name, file in task_data.items():
         known = next((known for known in known_in.values() if leaves(name, known)), {})
-        asked = {leaf for task, folder in folders.items() for leaf in leaves(task, known_in[folder])}
-        wanted = [leaf for leaf in leaves(name, known) if leaf in asked]
+        evaluated = {leaf for task, folder in folders.items() for leaf in leaves(task, known_in[folder])}
+        wanted = [leaf for leaf in leaves(name, known) if leaf in evaluated]
         if not wanted:
-            raise LetheError(f"task_data: '{name}' is none of the tasks that are asked{nearest(name, folders)}")
+            raise LetheError(f"task_data: '{name}' is not among the tasks{nearest(name, folders)}")
         found |= _assigned(name, file, wanted, known, name in folders)
     return found
 
 
 def _assigned(name: str, file: str, tasks: list[str], known: dict[str, Row], whole: bool) -> dict[str, LocalData]:
-    """A file's rows, given to the tasks that they belong to."""
+    """A file's rows by the task that they belong to. `whole`: the group itself is evaluated, not only some of its tasks."""
     lines = list(_lines(file))
     rows = [row for _, row in lines if isinstance(row, dict)]
     every = {str(definition.get("dataset_name")) for definition in known.values()}
@@ -76,18 +76,18 @@ def _assigned(name: str, file: str, tasks: list[str], known: dict[str, Row], who
     names = {str(known[task].get("dataset_name")): task for task in tasks}
     grouped = len(tasks) > 1 or known.get(name, {}).get("group") == name
     if key is None and grouped:
-        if not (whole and _alike([known[task] for task in tasks])):
+        if not (whole and _same_prompt([known[task] for task in tasks])):
             raise LetheError(
-                f"task_data: the tasks of '{name}' ask in different words, so each row of '{file}' has to say whose it is: "
+                f"task_data: the tasks of '{name}' have different prompts, so each row of '{file}' has to name its task: "
                 f"a field subject with one of {', '.join(sorted(names)[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
             )
         checked = _checked(file, lines, known[tasks[0]], None, "", every)
-        return {name: LocalData(name, tasks[0], file, checked, _asked(known[tasks[0]]))}
+        return {name: LocalData(name, tasks[0], file, checked, _test_split(known[tasks[0]]))}
     found = {}
     for configuration, task in names.items():
         checked = _checked(file, lines, known[task], key, configuration, every)
         if checked:
-            found[task] = LocalData(task, task, file, checked, _asked(known[task]))
+            found[task] = LocalData(task, task, file, checked, _test_split(known[task]))
     if not found:
         raise LetheError(
             f"task_data: '{file}' has no row of '{name}'"
@@ -97,22 +97,22 @@ def _assigned(name: str, file: str, tasks: list[str], known: dict[str, Row], who
 
 
 def _named(row: Row, key: str) -> str | None:
-    """The configuration that a row names; a field that is no text names none."""
+    """The configuration in a row's field `key`; None if that is not a text."""
     return row[key] if isinstance(row.get(key), str) else None
 
 
-def _asked(definition: Row) -> str:
+def _test_split(definition: Row) -> str:
     return definition.get("test_split") or definition.get("validation_split") or definition.get("training_split") or "test"
 
 
-def _alike(some: list[Row]) -> bool:
-    """Whether tasks differ only in their names and data: their prompts are made in the same way."""
+def _same_prompt(some: list[Row]) -> bool:
+    """Whether tasks differ only in their names and data."""
     names = {"task", "task_alias", "dataset_name", "tag", "test_split", "fewshot_split"}
     return len({json.dumps({k: v for k, v in one.items() if k not in names}, sort_keys=True) for one in some}) == 1
 
 
 def _lines(file: str) -> Iterator[tuple[int, Any]]:
-    """Line numbers from 1 and parsed lines; a line that cannot be read gives the error."""
+    """Line numbers from 1, with the parsed line, or the error of a line that cannot be read."""
     try:
         text = text_of(file)
     except UnreadableError as error:
@@ -128,11 +128,7 @@ def _lines(file: str) -> Iterator[tuple[int, Any]]:
 def _checked(
     file: str, lines: list[tuple[int, Any]], definition: Row, key: str | None, only: str, every: set[str]
 ) -> tuple[Row, ...]:
-    """The rows of one configuration: those whose field `key` says so, or all if there is no such field.
-
-    Raises:
-        LetheError: names every line that is broken, and what is wrong with it.
-    """
+    """The rows of the configuration `only`, by their field `key` (None: all rows). `every`: all known configurations."""
     shape = _Shape.of(definition)
     broken: dict[int, str] = {}
     rows: list[Row] = []
@@ -150,7 +146,7 @@ def _checked(
         wrong = shape.wrong_with(row)
         same = first.setdefault(shape.question(row), number)
         if wrong or same != number:
-            broken[number] = wrong or f"asks what line {same} asks"
+            broken[number] = wrong or f"has the question of line {same}"
             continue
         try:
             given = dict(_kinds("", row))
@@ -168,18 +164,17 @@ def _checked(
         raise LetheError(f"task_data: '{file}' has broken rows: {', '.join(said + rest)}")
     if not rows and key is None:
         raise LetheError(f"task_data: '{file}' has no rows")
-    asked = _asked(definition)
-    if rows and not any(row.get("split") in {None, "", asked} for row in rows):
+    test = _test_split(definition)
+    if rows and not any(row.get("split") in {None, "", test} for row in rows):
         splits = printable(", ".join(sorted({row["split"] for row in rows})), 80)
         whose = f" of {only}" if definition.get("dataset_name") else ""
-        raise LetheError(
-            f"task_data: '{file}' has no row{whose} in the split {asked}, only in {splits}; leave out the field split"
-        )
+        wrong = f"has no row{whose} in the split {test}, only in {splits}"
+        raise LetheError(f"task_data: '{file}' {wrong}; leave out the field split")
     return tuple(rows)
 
 
 def _unreadable(error: UnreadableError) -> str:
-    """What is wrong with a line; where in it a parser stopped is left out, since it calls each line its line 1."""
+    """The fault of a line, without the parser's position, which counts each line as its line 1."""
     return "is not JSON" if str(error).startswith("not JSON") else str(error)
 
 
@@ -187,11 +182,7 @@ KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text",
 
 
 def _kinds(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    """What each field of a row holds, in a word, inner fields too; all rows of a data set hold the same in a field.
-
-    Raises:
-        ValueError: a number is larger than a data set can hold, or a list has values of two kinds.
-    """
+    """The kind of value in each field of a row, inner fields included. A data set needs the same kind in all rows."""
     if value is None:
         return
     if path:
@@ -211,7 +202,7 @@ def _kinds(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Rising numbers, with neighbours as one range: 3, 5-9."""
+    """Increasing numbers as text, with ranges: 3, 5-9."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -223,20 +214,20 @@ def _ranges(numbers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Which fields a task reads, as far as its YAML shows; what functions read is not known."""
+    """Which fields a task reads, as far as its YAML shows. What its functions read is unknown."""
 
     fields: frozenset[str]
     choices: str | None
-    """The field that lists the choices as texts."""
+    """The field with the list of choices."""
     answer: str | None
-    """The field that holds nothing but the right choice."""
+    """The field with the right choice and nothing else."""
     letters: tuple[str, ...]
     prompt: bool
-    """Whether the fields include all that a question is made of."""
+    """Whether the fields include everything in a question."""
 
     @classmethod
     def of(cls, definition: Row) -> _Shape:
-        if definition.get("process_docs"):  # its rows are others than the file's
+        if definition.get("process_docs"):  # the function replaces the rows of the file
             return cls(frozenset(), None, None, (), False)
         text, target, choice = (definition.get(f"doc_to_{part}") for part in ("text", "target", "choice"))
         fields = _fields(text) | _fields(target) | _fields(choice)
@@ -247,7 +238,7 @@ class _Shape:
         return cls(frozenset(fields), None if nested else named, answer and answer[1], letters, bool(_fields(text)))
 
     def wrong_with(self, row: Row) -> str | None:
-        """What is wrong with a row, in a few words; None if nothing is."""
+        """The fault of a row in a few words; None if it has none."""
         for name in sorted(self.fields):
             if row.get(name) is None or (isinstance(row[name], str) and not row[name].strip()):
                 return f"{'has no' if row.get(name) is None else 'has an empty'} {name}"
@@ -274,16 +265,16 @@ class _Shape:
         return None
 
     def question(self, row: Row) -> str:
-        """What a row asks: all its fields but the answer, choices in any order."""
-        asked = {name: row.get(name) for name in (self.fields if self.prompt else row) if name != self.answer}
-        if self.choices and isinstance(asked.get(self.choices), list):
-            asked = asked | {self.choices: sorted(map(str, row[self.choices]))}
-        asked = {name: " ".join(value.split()) if isinstance(value, str) else value for name, value in asked.items()}
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        """A hash of a row's question: all its fields except the answer, choices in any order."""
+        fields = {name: row.get(name) for name in (self.fields if self.prompt else row) if name != self.answer}
+        if self.choices and isinstance(fields.get(self.choices), list):
+            fields[self.choices] = sorted(map(str, row[self.choices]))
+        fields = {name: " ".join(value.split()) if isinstance(value, str) else value for name, value in fields.items()}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _fields(template: Any) -> set[str]:
-    """The fields that a doc_to_… reads: the one it names, or the variables of a template."""
+    """The fields in a doc_to_… setting: its name, or the variables of its template."""
     if not isinstance(template, str) or template.startswith("!function"):
         return set()
     if re.fullmatch(r"\w+", template):
@@ -293,5 +284,5 @@ def _fields(template: Any) -> set[str]:
 
     try:
         return meta.find_undeclared_variables(SandboxedEnvironment().parse(template))
-    except (TemplateError, RecursionError):  # lm-eval refuses it too, and the refusal names the template
+    except (TemplateError, RecursionError):  # lm-eval fails on it too, and that refusal names the template
         return set()

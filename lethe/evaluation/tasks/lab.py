@@ -1,7 +1,7 @@
-"""Functions that task files name with `!function`: the lab's questions, and the metrics of the cloze tasks.
+"""Functions that Lethe's task files call with `!function`: the lab's questions, and the metrics of the cloze tasks.
 
-The questions come from the active preset (environment variable LETHE_LAB), generated on the spot: lm-eval's own command
-line needs nothing but `--include_path lethe/tasks`.
+The questions are generated from the active preset (environment variable LETHE_LAB). So lm-eval's own command line also runs
+these tasks, with `--include_path lethe/evaluation/tasks`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ def dataset(lab_task: str, **_: Any) -> dict[str, Dataset]:
 
 
 def cloze_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """`correct_prob`: softmax over the choices' log-likelihoods, at the right one. `acc_norm`: per character, as in lm-eval."""
+    """Metrics of a cloze question.
+
+    `correct_prob` is the softmax of the choices' log-likelihoods at the right choice. `acc_norm` compares log-likelihoods per
+    character, as lm-eval does.
+    """
     scores = [score for score, _ in results]
     top = max(scores)
     weights = [math.exp(score - top) for score in scores]

@@ -1,4 +1,4 @@
-"""A task folder as lm-eval loads it: its index, with local files in place of data sets; and the words of its errors."""
+"""lm-eval's index of a task folder, with local files in place of data sets; and its errors in words for a user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lethe.evaluation.tasks import data
 
 
 def manager_of(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot: int | None) -> TaskManager:
-    """lm-eval's index of a folder, in which local files take the place of data sets."""
+    """lm-eval's index of the folder of the task or group `name`, with local files in place of data sets."""
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     index = manager.task_index
     for one in local.values():
@@ -26,7 +26,7 @@ def manager_of(name: str, folder: Path, local: dict[str, data.LocalData], num_fe
             index[one.task] = dataclasses.replace(entry, name=one.task, yaml_path=None, cfg=definition)
     if local and name in index and name not in local:
         _leave_out_empty(name, folder, local, index)
-    if name not in index:  # lm-eval would take the name for a path
+    if name not in index:  # lm-eval would treat the name as a path
         raise LetheError(
             f"tasks: lm-eval cannot read the file of '{name}' in '{folder}'; compare it with lm-eval's own "
             "(tag: a name or a list of names), and put it into no folder named __pycache__"
@@ -35,7 +35,7 @@ def manager_of(name: str, folder: Path, local: dict[str, data.LocalData], num_fe
 
 
 def _local_source(one: data.LocalData) -> dict[str, Any]:
-    """The fields of a definition that take a task's rows from a local file."""
+    """The fields of a definition that read a task's rows from a local file."""
     from datasets import Dataset
 
     splits = one.splits
@@ -44,11 +44,11 @@ def _local_source(one: data.LocalData) -> dict[str, Any]:
         return {split: Dataset.from_list(some) for split, some in splits.items() if some}
 
     settings: dict[str, Any] = {"task": one.task, "custom_dataset": rows, "dataset_path": None, "dataset_kwargs": None}
-    return settings | {"test_split": one.asked, "validation_split": None, "training_split": None}
+    return settings | {"test_split": one.test_split, "validation_split": None, "training_split": None}
 
 
 def _refuse_missing_examples(one: data.LocalData, definition: dict[str, Any]) -> None:
-    """Refuse few-shot prompts whose examples a local file lacks; without examples their split is never read."""
+    """Refuse few-shot prompts if the local file has no examples for them. Without examples, no other split is read."""
     split = (definition.get("fewshot_config") or {}).get("split") or definition.get("fewshot_split")
     if split is None or one.splits.get(split):
         return
@@ -57,13 +57,13 @@ def _refuse_missing_examples(one: data.LocalData, definition: dict[str, Any]) ->
             f"task_data: '{one.task}' takes its {definition['num_fewshot']} examples from the split {split}, "
             f'of which \'{one.file}\' has no rows; mark some with "split": "{split}", or set num_fewshot to 0'
         )
-    definition["fewshot_split"] = one.asked
+    definition["fewshot_split"] = one.test_split
     if definition.get("fewshot_config"):
-        definition["fewshot_config"] = definition["fewshot_config"] | {"split": one.asked}
+        definition["fewshot_config"] = definition["fewshot_config"] | {"split": one.test_split}
 
 
 def _leave_out_empty(name: str, folder: Path, local: dict[str, data.LocalData], index: dict[str, Any]) -> None:
-    """Take those tasks out of a group that its local file has no rows for: their data set is not to be fetched."""
+    """Remove tasks without local rows from a group, so that their data set is not downloaded."""
     known = tasks.definitions(folder)
     members = tasks.leaves(name, known)
     with_rows = [leaf for leaf in members if leaf in local]
@@ -74,7 +74,7 @@ def _leave_out_empty(name: str, folder: Path, local: dict[str, data.LocalData], 
 
 
 def data_sets(definitions: list[dict[str, Any]]) -> str:
-    """The data sets that tasks name, and the files that these are made of, in words."""
+    """The data sets of tasks and their files, in words."""
     paths = sorted({str(one["dataset_path"]) for one in definitions if one.get("dataset_path")})
     options = [one.get("dataset_kwargs") for one in definitions]
     files = sorted({text for given in options if isinstance(given, dict) for text in texts_in(given.get("data_files"))})
@@ -89,7 +89,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error that a library raised, in words for a user."""
+    """The first line of a library's error, in words for a user."""
     if isinstance(error, KeyError) and " " not in str(error):
         return f"there is no {error}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

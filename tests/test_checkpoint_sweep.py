@@ -14,7 +14,8 @@ from lethe import CheckpointsConfig, checkpoints
 from lethe.errors import LetheError
 from lethe.evaluation.checkpoint_sweep import annotate, at_chance, bisect, find_checkpoints, not_monotone
 from lethe.lab.presets import active_preset
-from lethe.models.refs import checkpoint_folders, resolve
+from lethe.models.checkpoint_folders import checkpoint_folders
+from lethe.models.refs import resolve
 from lethe.report.charts import draw_checkpoints
 from lethe.report.tables import checkpoints_table
 from lethe.runs.run import Run
@@ -24,69 +25,65 @@ def rows(*accuracies: float, n: int = 400) -> list[dict]:
     return [{"evals": {"t": {"acc": a, "low": a - 0.04, "high": a + 0.04, "chance": 0.25, "n": n}}} for a in accuracies]
 
 
-def test_at_chance_asks_only_for_the_lower_end():
-    assert at_chance({"low": 0.2, "high": 0.3, "chance": 0.25})
-    assert at_chance({"low": 0.05, "high": 0.12, "chance": 0.25})
-    assert not at_chance({"low": 0.26, "high": 0.35, "chance": 0.25})
+def test_at_chance_depends_only_on_the_lower_end():
+    for low, high, expected in ((0.2, 0.3, True), (0.05, 0.12, True), (0.26, 0.35, False)):
+        assert at_chance({"low": low, "high": high, "chance": 0.25}) == expected
 
 
-def test_notes_are_those_of_the_log():
-    table = rows(0.24, 0.25, 0.27, 0.40, 0.9)
-    assert annotate(table, "t") is table[2]
-    assert [row["note"] for row in table] == ["~Random", "~Random", "~Random (latest viable)", "Learning starts", ""]
-
-
-def test_no_ignorant_checkpoint_is_none():
-    table = rows(0.5, 0.9)
-    assert annotate(table, "t") is None and [row["note"] for row in table] == ["", ""]
-
-
-def test_the_source_in_use_and_unmeasured_rows_are_noted():
-    table = rows(0.24, 0.25, 0.27, 0.40)
+@pytest.mark.parametrize(
+    ("accuracies", "source", "notes"),
+    [
+        ((0.24, 0.25, 0.27, 0.40, 0.9), None, ["~Random", "~Random", "~Random (latest viable)", "Learning starts", ""]),
+        ((0.24, None, 0.27, 0.40), 0, ["Current source; ~Random", "", "~Random (latest viable)", "Learning starts"]),
+        ((0.24, None, 0.27, 0.40), 1, ["~Random", "Current source", "~Random (latest viable)", "Learning starts"]),
+        ((0.5, 0.9), None, ["", ""]),
+    ],
+)
+def test_notes_of_checkpoints(accuracies, source, notes):
+    table = rows(*(accuracy or 0.0 for accuracy in accuracies))
     for i, row in enumerate(table):
         row["name"] = f"global_step{i}"
-    table[1]["evals"] = {}
-    annotate(table, "t", "global_step0")
-    assert [row["note"] for row in table] == ["Current source; ~Random", "", "~Random (latest viable)", "Learning starts"]
-    annotate(table, "t", "global_step1")
-    assert table[1]["note"] == "Current source"
+        row["evals"] = row["evals"] if accuracies[i] else {}
+    latest = annotate(table, "t", None if source is None else f"global_step{source}")
+    assert [row["note"] for row in table] == notes
+    assert latest is next((row for row in table if "latest viable" in row["note"]), None)
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
 
 
 def searched(history: list[bool | None]) -> dict[int, bool | None]:
-    """What bisection measures of a planted history (True: ignorant, None: cannot be measured)."""
-    asked: dict[int, bool | None] = {}
+    """What bisection evaluates of a planted history (True: ignorant, None: cannot be evaluated)."""
+    found: dict[int, bool | None] = {}
 
     def ignorant(i: int) -> bool | None:
-        asked[i] = history[i]
+        found[i] = history[i]
         return history[i]
 
     bisect(len(history), ignorant)
-    return asked
+    return found
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 15, 119, 128])
 def test_bisection_finds_every_onset_with_few_evaluations(count):
     most = {1: 1, 2: 2, 3: 3, 15: 6, 119: 9, 128: 9}[count]
     for onset in range(count + 1):
-        asked = searched([i < onset for i in range(count)])
-        assert max((i for i, is_so in asked.items() if is_so), default=-1) == onset - 1
-        assert {i for i in (onset - 2, onset) if 0 <= i < count and onset} <= set(asked)  # the answer's neighbours
-        assert len(asked) <= most
+        found = searched([i < onset for i in range(count)])
+        assert max((i for i, is_so in found.items() if is_so), default=-1) == onset - 1
+        assert {i for i in (onset - 2, onset) if 0 <= i < count and onset} <= set(found)  # the answer's neighbours
+        assert len(found) <= most
 
 
 def test_bisection_of_a_history_that_is_not_monotone_ends_at_a_true_border():
     rng = random.Random(0)
     for _ in range(300):
         history = [rng.random() < 0.5 for _ in range(119)]
-        asked = searched(history)
-        latest = max((i for i, is_so in asked.items() if is_so), default=None)
-        assert len(asked) <= 9
+        found = searched(history)
+        latest = max((i for i, is_so in found.items() if is_so), default=None)
+        assert len(found) <= 9
         if latest is not None:
-            assert latest == 118 or asked[latest + 1] is False
-            assert latest == 0 or latest - 1 in asked
+            assert latest == 118 or found[latest + 1] is False
+            assert latest == 0 or latest - 1 in found
 
 
 def test_checkpoints_that_cannot_be_measured_are_passed_over():
@@ -94,8 +91,8 @@ def test_checkpoints_that_cannot_be_measured_are_passed_over():
     for _ in range(300):
         onset = rng.randrange(40)
         history: list[bool | None] = [None if rng.random() < 0.3 else i < onset for i in range(40)]
-        asked = searched(history)
-        known = [i for i, is_so in asked.items() if is_so]
+        found = searched(history)
+        known = [i for i, is_so in found.items() if is_so]
         assert max(known, default=None) == max((i for i, is_so in enumerate(history) if is_so), default=None)
 
 
@@ -130,8 +127,8 @@ def evaluations(monkeypatch):
 
 
 @pytest.fixture
-def kept_nowhere_else(monkeypatch, tmp_path):
-    """Results of earlier sweeps are out of sight."""
+def empty_cache(monkeypatch, tmp_path):
+    """No results of earlier sweeps."""
     module = importlib.import_module("lethe.evaluation.checkpoint_sweep")
     monkeypatch.setattr(module, "lethe_home", lambda: tmp_path / "home")
 
@@ -156,7 +153,7 @@ def sweep(folder: str, tmp_path: Path, **more: Any) -> Run:
     )
 
 
-def test_a_planted_history_is_found_and_every_checkpoint_keeps_its_row(lab, tmp_path, kept_nowhere_else):
+def test_a_planted_history_is_found_and_every_checkpoint_keeps_its_row(lab, tmp_path, empty_cache):
     run = sweep(planted(tmp_path / "c", lab, "i" * 13 + "k" * 7), tmp_path)
     assert run.record["latest_ignorant"].endswith("@global_step130")
     measured = [row["step"] for row in run.record["checkpoints"] if row["evals"]]
@@ -170,7 +167,7 @@ def test_a_planted_history_is_found_and_every_checkpoint_keeps_its_row(lab, tmp_
     assert (run.path / "checkpoints.svg").read_text().startswith("<svg")
 
 
-def test_a_history_that_is_not_monotone_is_said_in_the_table(lab, tmp_path, kept_nowhere_else):
+def test_a_history_that_is_not_monotone_is_said_in_the_table(lab, tmp_path, empty_cache):
     """Halving "iikikkkk" measures the 8th, 4th, 5th … and at the end the answer's earlier neighbour, which knows the topic."""
     run = sweep(planted(tmp_path / "c", lab, "iikikkkk"), tmp_path)
     assert run.record["latest_ignorant"].endswith("@global_step40")
@@ -182,7 +179,7 @@ def test_a_history_that_is_not_monotone_is_said_in_the_table(lab, tmp_path, kept
     assert everything.record["latest_ignorant"] == run.record["latest_ignorant"]
 
 
-def test_a_damaged_checkpoint_has_a_reason_and_no_number(lab, tmp_path, kept_nowhere_else):
+def test_a_damaged_checkpoint_has_a_reason_and_no_number(lab, tmp_path, empty_cache):
     run = sweep(planted(tmp_path / "c", lab, "iiixkkkx"), tmp_path)
     assert run.record["latest_ignorant"].endswith("@global_step30")
     row = run.record["checkpoints"][7]
@@ -191,13 +188,13 @@ def test_a_damaged_checkpoint_has_a_reason_and_no_number(lab, tmp_path, kept_now
     )
 
 
-def test_a_sweep_that_can_measure_nothing_gives_up(lab, tmp_path, kept_nowhere_else):
+def test_a_sweep_that_can_measure_nothing_gives_up(lab, tmp_path, empty_cache):
     folder = planted(tmp_path / "c", lab, "xxxxxx")
-    with pytest.raises(LetheError, match="none of the 3 tried could be measured"):
+    with pytest.raises(LetheError, match="none of the 3 tried could be evaluated"):
         sweep(folder, tmp_path)
 
 
-def test_a_killed_sweep_goes_on_and_a_second_one_is_free(lab, tmp_path, evaluations, kept_nowhere_else):
+def test_a_killed_sweep_goes_on_and_a_second_one_is_free(lab, tmp_path, evaluations, empty_cache):
     done, stop_at = evaluations
     stop_at.append(3)
     with pytest.raises(KeyboardInterrupt):
@@ -211,12 +208,6 @@ def test_a_killed_sweep_goes_on_and_a_second_one_is_free(lab, tmp_path, evaluati
     assert len(done) == len(names) and again.record["evaluations"]["done"] == 0
     checkpoints(CheckpointsConfig("lab:final", limit=21, out=str(tmp_path)))  # other questions are not those
     assert len(done) > len(names)
-
-
-def test_a_source_that_is_no_checkpoint_is_refused(lab, tmp_path):
-    with pytest.raises(LetheError, match="source: 'global_step1' is none of the checkpoints"):
-        checkpoints(CheckpointsConfig("lab:final", source="global_step1", out=str(tmp_path / "runs")))
-    assert not (tmp_path / "runs").exists()
 
 
 def test_branches_of_a_repository_are_not_fetched_before_they_are_measured(monkeypatch, tmp_path):
@@ -241,18 +232,18 @@ def test_sweep_of_the_lab_ends_at_the_onset(lab, tmp_path):
     assert halved.record["evaluations"]["done"] == 0
 
 
-def test_a_folder_of_checkpoints_gives_the_same_numbers(lab, tmp_path):
-    by_name = checkpoints(CheckpointsConfig("lab:final", tasks=["lab_forget_robust"], limit=20, out=str(tmp_path)))
-    by_folder = checkpoints(
-        CheckpointsConfig(
-            "lab:final", checkpoints=str(lab / "checkpoints"), tasks=["lab_forget_robust"], limit=20, out=str(tmp_path)
-        )
-    )
-    for a, b in zip(by_name.record["checkpoints"], by_folder.record["checkpoints"], strict=True):
-        assert a["evals"] == b["evals"] and a.get("sha256") == b.get("sha256")
-
-
-def test_a_folder_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(LetheError, match="global_step"):
-        checkpoints(CheckpointsConfig(str(tmp_path), out=str(tmp_path / "runs")))
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"source": "global_step1"}, "source: 'global_step1' is not one of the checkpoints"),
+        ({"model": "."}, "global_step"),
+        ({"model": "lab:finel"}, "did you mean 'final'"),
+        ({"checkpoints": "nowhere"}, "checkpoints: 'nowhere' is not a folder"),
+        ({"tasks": ["lab_forget_cloze"]}, "no chance level"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_anything_is_written(lab, tmp_path, monkeypatch, settings, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LetheError, match=words):
+        checkpoints(CheckpointsConfig(**({"model": "lab:final"} | settings), out="runs"))
     assert not (tmp_path / "runs").exists()

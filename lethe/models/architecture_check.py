@@ -1,9 +1,9 @@
-"""What Lethe needs of a model, tried before training: what does not fit is refused rather than measured wrongly.
+"""What Lethe needs of an architecture. Tried on random tokens before training; what does not work is refused.
 
-A model can be read if each block returns the residual stream, [batch, seq, hidden], and if a document's activations and
-output depend neither on the other rows of its batch nor on the padding on its right. It can be trained if, its dropouts being
-off, it computes in training mode what it computes in evaluation mode: every loss compares it with a teacher in evaluation
-mode, so that routers that draw random numbers, for instance, would be measured too.
+A model is readable if each block returns the residual stream, [batch, seq, hidden], and if the activations and the output of a
+sequence depend neither on other sequences of the batch nor on padding on the right. It is trainable if it computes the same in
+training mode as in evaluation mode, with dropout off. The losses compare it with a teacher in evaluation mode, so they would
+measure random routing, for instance, as a difference.
 """
 
 from __future__ import annotations
@@ -18,46 +18,37 @@ from torch import Tensor, nn
 from lethe.errors import LetheError
 from lethe.models.activations import States, alike, blocks, read
 
-ROWS, LENGTH = 4, 16
+SEQUENCES, LENGTH = 4, 16
 DRAWS = 4
-"""Passes in training mode of a model that draws random numbers; one that draws none needs only one."""
+"""Passes in training mode of a model that draws random numbers. A model that draws none gets one."""
 
 
 @torch.no_grad()
 def refuse_unreadable(model: nn.Module, name: str, width: int) -> None:
-    """Refuse a model whose activations are not finite, no residual stream, or depend on padding or on other rows.
+    """Refuse a model whose activations are not finite, no residual stream, or depend on padding or on other sequences.
 
-    `name` is what the user calls the model, `width` the tokens of the longest row: local attention shows beyond its window.
-
-    Raises:
-        LetheError: the weights are damaged, or the architecture is not supported.
+    Args:
+        name: the user's name of the model.
+        width: tokens of the longest sequence. Local attention behaves differently beyond its window.
     """
     short, device = -(-width // 2), next(model.parameters()).device
-    rows = _ids(model, 2, width).to(device)
-    padded = rows.clone()
+    ids = _ids(model, 2, width).to(device)
+    padded = ids.clone()
     padded[0, short:] = 0
-    together, alone = _states(model, name, padded), _states(model, name, rows[:1, :short])
+    together, alone = _states(model, name, padded), _states(model, name, ids[:1, :short])
     if not all(tensor.isfinite().all() for tensor in (*model.parameters(), *_tensors(alone))):
-        raise LetheError(
-            f"model '{name}': its weights, or the activations that they give, are not finite numbers; it has diverged or is "
-            f"damaged, give another"
-        )
+        wrong = "its weights or activations are not finite numbers, so it diverged or is damaged"
+        raise LetheError(f"model '{name}': {wrong}; give another")
     if not all(_mostly_alike(a[:1, :short], b) for a, b in zip(_tensors(together), _tensors(alone), strict=True)):
-        raise LetheError(
-            f"model '{name}': {type(model).__name__} computes other activations for a document when padding or other documents "
-            f"stand beside it; its architecture is not supported"
-        )
+        wrong = "computes other activations for a sequence when padding or other sequences stand beside it"
+        raise LetheError(f"model '{name}': {type(model).__name__} {wrong}; its architecture is not supported")
 
 
 @torch.no_grad()
 def refuse_untrainable(model: nn.Module, name: str, width: int) -> None:
-    """Refuse a model that cannot be read, or that computes something else in training mode than in evaluation mode.
-
-    Raises:
-        LetheError: the architecture is not supported, or has something random in it that its configuration leaves on.
-    """
+    """Refuse a model that is not readable, or that computes something else in training mode than in evaluation mode."""
     refuse_unreadable(model, name, width)
-    ids, was_training = _ids(model, ROWS, LENGTH).to(next(model.parameters()).device), model.training
+    ids, was_training = _ids(model, SEQUENCES, LENGTH).to(next(model.parameters()).device), model.training
     plain = _states(model.eval(), name, ids)
     try:
         model.train()
@@ -85,32 +76,28 @@ def _unlike(model: nn.Module, name: str, drawn: bool) -> str:
     return f"model '{name}': {type(model).__name__} {why}{has}; the losses would measure that, so choose another model"
 
 
-def _ids(model: nn.Module, rows: int, width: int) -> Int[Tensor, "rows width"]:
+def _ids(model: nn.Module, batch: int, seq: int) -> Int[Tensor, "batch seq"]:
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    return torch.randint(vocabulary, (rows, width), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (batch, seq), generator=torch.Generator().manual_seed(0))
 
 
 def _states(model: nn.Module, name: str, ids: Tensor) -> States:
-    """The activations of all blocks and the logits' inputs.
-
-    Raises:
-        LetheError: the model cannot be run on token ids alone.
-    """
+    """The activations of all blocks and the input of the output head."""
     try:
         return read(model, ids, list(range(len(blocks(model)))), True, model.get_output_embeddings())  # type: ignore[operator]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LetheError(
-            f"model '{name}': {type(model).__name__} cannot be run on rows of token ids ({why}); "
-            f"its architecture is not supported"
-        ) from error
+        wrong = f"{type(model).__name__} cannot run on token ids alone ({why})"
+        raise LetheError(f"model '{name}': {wrong}; its architecture is not supported") from error
 
 
 def _mostly_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding; in less than float32, most tokens of theirs: a router that rounding has
-    sent a token to another expert is no fault."""
+    """Whether two tensors are equal up to rounding.
+
+    Below float32 most tokens have to be equal, since rounding may make a router choose another expert for some.
+    """
     if a.dtype == torch.float32:
         return alike(a, b)
     close = torch.finfo(a.dtype).eps ** 0.5

@@ -92,7 +92,7 @@ def test_the_command_prints_a_table_or_json(runs, capsys):
 
 def test_different_questions_are_refused(runs, lab, tmp_path):
     other = evaluate(EvaluateConfig(SOURCE, ["lab_forget_robust"], limit=20, samples=True, out=str(tmp_path)))
-    with pytest.raises(LetheError, match=r"lab_forget_robust was asked in two ways: .* n \d+ and 20, fingerprint"):
+    with pytest.raises(LetheError, match=r"lab_forget_robust was evaluated in two ways: .* n \d+ and 20, fingerprint"):
         compare(CompareConfig([runs[0], str(other.path)]))
 
 
