@@ -466,6 +466,21 @@ def _runs_import(settings: c.ImportConfig, as_json: bool) -> None:
         print("\n".join(map(printable, imported.text().split("\n"))))
 
 
+def _recipes(settings: c.RecipesConfig, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from lethe.config import recipes
+
+    found = [recipes.named(name) for name in ([settings.recipe] if settings.recipe else recipes.names())]
+    if as_json:
+        _dump(asdict(found[0]) if settings.recipe else [asdict(recipe) for recipe in found])
+    elif settings.recipe:
+        print(found[0].text, end="")
+    else:
+        for recipe in found:
+            print(f"{recipe.name}\n    {recipe.about}\n    {recipe.command}")
+
+
 def _report(settings: c.ReportConfig, as_json: bool) -> None:
     from lethe.report import report
 
@@ -496,13 +511,14 @@ COMMANDS = {
     "affine score": Command(
         _affine_score, c.AffineScoreConfig, "lethe affine score run:ID --model lab:final --source lab:global_step900", "affine"
     ),
-    "check": Command(_check, c.UnlearnConfig, "lethe check --config recipes/lab.yaml"),
-    "unlearn": Command(_unlearn, c.UnlearnConfig, "lethe unlearn --config recipes/lab.yaml --remove_coef 20 --lora.r 8"),
+    "recipes": Command(_recipes, c.RecipesConfig, "lethe recipes lab", "recipe"),
+    "check": Command(_check, c.UnlearnConfig, "lethe check --config lab"),
+    "unlearn": Command(_unlearn, c.UnlearnConfig, "lethe unlearn --config lab --remove_coef 20 --lora.r 8"),
     "evaluate": Command(_evaluate, c.EvaluateConfig, "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model"),
     "compare": Command(_compare, c.CompareConfig, "lethe compare lab:final lab:filtered --tasks lab_forget_robust", "models"),
     "tamper": Command(_tamper, c.TamperConfig, "lethe tamper run:ID --max_steps 100", "model"),
     "tamper --suite": Command(_suite, c.SuiteConfig, "lethe tamper run:ID lab:filtered --suite standard --jobs 2", "models"),
-    "sweep": Command(_sweep, c.SweepConfig, "lethe sweep --config recipes/sweeps/lab-boundary.yaml --jobs 2"),
+    "sweep": Command(_sweep, c.SweepConfig, "lethe sweep --config sweeps/lab-boundary --jobs 2"),
     "sweep status": Command(_sweep_status, c.SweepStatusConfig, "lethe sweep status 1a2b3c4d", "sweep"),
     "sweep retry": Command(_sweep_retry, c.SweepRetryConfig, "lethe sweep retry 1a2b3c4d", "sweep"),
     "sweep cancel": Command(_sweep_cancel, c.SweepCancelConfig, "lethe sweep cancel 1a2b3c4d", "sweep"),

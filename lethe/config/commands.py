@@ -223,6 +223,17 @@ class ImportConfig:
 
 
 @dataclass
+class RecipesConfig:
+    """List the recipes that come with Lethe, or print one of them."""
+
+    recipe: str = ""
+    """The recipe to print, such as lab or tamper/lab; empty: list all."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass
 class ReportConfig:
     """Write tables (markdown), charts (SVG) and one self-contained web page from runs."""
 

@@ -1,8 +1,9 @@
 """From a recipe and a command line to a config object.
 
-jsonargparse does the typing, the YAML and `--print_config`. Around it: lists are written as plain words
-(`--layers 0 2`), the first word may be a positional setting (`lethe tamper run:ID`), and whatever is wrong is said in
-one line, with the nearest right name for an unknown field, wherever it is nested.
+    words -> one `--name=value` a setting, recipes as their text -> jsonargparse (types, YAML) -> `build` -> the dataclass
+
+Around jsonargparse, lists are written as plain words (`--layers 0 2`), the first word may be a positional setting
+(`lethe tamper run:ID`), and each error is one line that names the setting, with the nearest right name for an unknown one.
 """
 
 from __future__ import annotations
@@ -13,35 +14,39 @@ import itertools
 import json
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
 from lethe import files
-from lethe.config import options, spoken
+from lethe.config import options, recipes, renamed, spoken
 from lethe.config.checks import DEEPEST, refuse_text, refuse_unusable
 from lethe.errors import LetheError, nearest, printable
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+PASSED_ON = {"help", "print_config"}
+"""Options that jsonargparse answers itself."""
 
-def parse(command: str, config: type, words: list[str], example: str, positional: str | None = None) -> Any | None:
-    """The config object that `words` describe; None when they only asked to print something.
+
+def parse(command: str, config: type, words: list[str], example: str, positional: str | None = None) -> Any:
+    """The config object that `words` describe.
 
     Raises:
-        LetheError: a field is unknown or ill-typed, or a recipe cannot be read.
+        LetheError: a setting is unknown or has the wrong type, or a recipe cannot be read.
+        SystemExit: `words` ask for help or for the configuration, which is printed.
     """
-    words = _named(words, config, positional)
-    _refuse_unusable(words, config)
-    _refuse_unknown(words, config)
+    arguments = _arguments(_named(words, config, positional), fields_of(config))
     parser = _parser(command, config, example)
-    return _made(config, lambda: parser.parse_args(_joined(words, config)))
+    return _made(config, lambda: parser.parse_args(arguments))
 
 
 def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> Any:
-    """The config object of a recipe file (None: of the defaults), with fields overridden, as the command line would make it.
+    """The config object of a recipe (a file, or the name of a recipe that comes with Lethe; None: all defaults).
+
+    `overrides` are settings that replace those of the recipe, as they would on the command line.
 
     Raises:
         LetheError: as `parse`.
@@ -50,17 +55,16 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
     known = fields_of(config)
     for name in _dotted(plain, known):
         if name not in known:
-            raise LetheError(f"there is no setting '{name}'{_nearest_field(name, known)}")
+            raise LetheError(f"there is no setting '{name}'{_advice(name, known)}")
     for name, value in plain.items():
         refuse_unusable(name, value)
-    words = [] if recipe is None else ["--config", str(recipe)]
-    _refuse_unknown(words, config)
+    arguments = [] if recipe is None else [f"--config={_recipe(recipe, known)}"]
     parser = _parser("recipe", config, "")
-    return _made(config, lambda: parser.parse_args([*words, "--config", json.dumps(plain)]))
+    return _made(config, lambda: parser.parse_args([*arguments, f"--config={json.dumps(plain)}"]))
 
 
 def from_settings(config: type, given: Mapping[str, Any]) -> Any:
-    """The config object of settings as a recipe's section holds them: a `recipe` to start from, if named, and overrides.
+    """The config object of a section of a recipe: settings, with `recipe` as the recipe to start from.
 
     Raises:
         LetheError: as `parse`.
@@ -78,13 +82,14 @@ def _parser(command: str, config: type, example: str) -> ArgumentParser:
         exit_on_error=False,
         default_env=False,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="A recipe (YAML); later settings override it.")
+    help_text = "A recipe: a YAML file, or a name that `lethe recipes` lists. Later settings override it."
+    parser.add_argument("--config", action=ActionConfigFile, help=help_text)
     parser.add_class_arguments(config, as_group=False, fail_untyped=True)
     return parser
 
 
 def _made(config: type, values: Callable[[], Any]) -> Any:
-    """The config object from parsed values. Built here, so that its own refusals are not wrapped in the parser's."""
+    """The config object from parsed values. Built here, so that jsonargparse does not wrap the object's own errors."""
     try:
         found = values().as_dict()
     except (ArgumentError, TypeError) as error:
@@ -96,7 +101,7 @@ def build(kind: Any, value: Any) -> Any:
     """Plain data, such as a run's `config`, as the dataclasses that `kind` declares.
 
     Raises:
-        LetheError: a setting that has no default is missing, or one cannot be what it is.
+        LetheError: a required setting is missing, or a value is not allowed.
     """
     for option in options(kind):
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
@@ -117,53 +122,68 @@ def _plain(value: Any) -> Any:
 
 
 def _named(words: list[str], config: type, positional: str | None) -> list[str]:
-    """Words before the first option belong to the positional setting."""
+    """The words with the name of the positional setting before those that precede the first option."""
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     if count == 0:
         return words
     if positional is None:
         raise LetheError(f"'{words[0]}' is not a setting; settings are written --name value")
-    if count > 1 and positional not in _lists(config):
+    if count > 1 and typing.get_origin(fields_of(config)[positional]) is not list:
         raise LetheError(f"one {positional} is expected, got {count}: {' '.join(words[:count])}")
     return [f"--{positional}", *words]
 
 
-def _joined(words: list[str], config: type) -> list[str]:
-    """Words as jsonargparse reads them.
-
-    `--layers 0 2` becomes `--layers [0, 2]`; `--task_data a=FILE`: `--task_data {"a": "FILE"}`; `--merge`: `--merge true`.
-    """
-    lists, mixed = _lists(config), _mixed(config)
-    pairs = {name: kind for name, kind in fields_of(config).items() if kind in {dict[str, str], dict[str, Any]}}
-    switches = {f"--{name}" for name, kind in fields_of(config).items() if kind is bool}
-    several = lists.keys() | pairs.keys()
-    words = [part for word in words for part in (word.split("=", 1) if _head(word) in several and "=" in word else [word])]
-    out: list[str] = []
-    i = 0
-    while i < len(words):
-        word = words[i]
-        i += 1
-        name = word.removeprefix("--") if word.startswith("--") else ""
-        count = sum(1 for _ in itertools.takewhile(lambda w: not w.startswith("--"), words[i:]))
-        if name not in several and (name not in mixed or count == 1):
-            bare = word in switches and (i == len(words) or words[i].startswith("--"))
-            out += [word, "true"] if bare else [word]
-            continue
-        values = []
-        while i < len(words) and not words[i].startswith("--"):
-            values.append(words[i])
-            i += 1
-        if name in pairs:
-            out += [word, _pairs(name, values, pairs[name] == dict[str, Any])]
-            continue
-        quote = json.dumps if (lists | mixed)[name] is str else str
-        single = len(values) == 1 and values[0].startswith("[")
-        out += [word, values[0] if single else f"[{', '.join(map(quote, values))}]"]
-    return out
+def _arguments(words: list[str], known: dict[str, Any]) -> list[str]:
+    """Words as jsonargparse reads them: one `--name=value` for each setting, each recipe as its text."""
+    arguments = []
+    for name, values in _settings(words):
+        if name == "config":
+            if len(values) != 1:
+                raise LetheError(f"config: expected one recipe, got {' '.join(values) or 'none'}")
+            arguments.append(f"--config={_recipe(values[0], known)}")
+        elif name in known:
+            arguments.append(f"--{name}={_value(name, known[name], values)}")
+        elif name in PASSED_ON or name.endswith(".help"):
+            arguments.append("=".join([f"--{name}", *values]))
+        else:
+            raise LetheError(f"there is no setting '--{name}'{_advice(name, known)}")
+    return arguments
 
 
-def _head(word: str) -> str:
-    return word.removeprefix("--").split("=", 1)[0] if word.startswith("--") else ""
+def _settings(words: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each `--name` with the words that follow it."""
+    named: list[tuple[str, list[str]]] = []
+    for word in words:
+        refuse_text(named[-1][0] if named else "", word, free=True)
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            named.append((name, [value] if equals else []))
+        elif word == "-h":
+            named.append(("help", []))
+        elif not named or (word.startswith("-") and not re.fullmatch(r"-\d.*", word)):
+            raise LetheError(f"there is no setting '{word}'; settings are written --name value")
+        else:
+            named[-1][1].append(word)
+    yield from named
+
+
+def _value(name: str, kind: Any, words: list[str]) -> str:
+    """The words of a setting as one value: `0 2` is `[0, 2]` for a list, `a=FILE` is `{"a": "FILE"}` for name: value pairs."""
+    for word in words:
+        _refuse_unreadable(name, kind, word)
+    if kind in {dict[str, str], dict[str, Any]}:
+        return _pairs(name, words, kind == dict[str, Any])
+    items = [typing.get_args(option)[0] for option in options(kind) if typing.get_origin(option) is list]
+    always = len(options(kind)) == len(items) == 1
+    if always and len(words) == 1 and words[0].startswith("["):
+        return words[0]
+    if always or (len(words) != 1 and items and items[0] in {str, int, float}):
+        return f"[{', '.join(map(json.dumps if items[0] is str else str, words))}]"
+    if kind is bool and not words:
+        return "true"
+    if len(words) != 1:
+        raise LetheError(f"{name}: expected {spoken(kind)}, got {printable(' '.join(words), 80) or 'nothing'}")
+    return words[0]
 
 
 def _pairs(name: str, words: list[str], typed: bool) -> str:
@@ -171,9 +191,9 @@ def _pairs(name: str, words: list[str], typed: bool) -> str:
     if len(words) == 1 and words[0].startswith("{"):
         return words[0]
     parts = [word.partition("=") for word in words]
-    wrong = next((word for word, (key, _, value) in zip(words, parts, strict=True) if not key or not value), None)
-    if wrong is not None or not words:
-        raise LetheError(f"{name}: expected name=value, got {wrong!r}" if wrong is not None else f"{name}: expected name=value")
+    wrong = [word for word, (key, _, value) in zip(words, parts, strict=True) if not key or not value]
+    if wrong or not words:
+        raise LetheError(f"{name}: expected name=value, got {repr(wrong[0]) if wrong else 'nothing'}")
     found = {key: _yaml(name, value) if typed else value for key, _, value in parts}
     if len(found) < len(parts):
         raise LetheError(f"{name}: a name is written twice in {' '.join(words)}; write each once")
@@ -181,7 +201,7 @@ def _pairs(name: str, words: list[str], typed: bool) -> str:
 
 
 def _yaml(name: str, text: str) -> Any:
-    """A value on the command line as it would be in a recipe; numbers such as 1e-3 are numbers there, too."""
+    """A value on the command line, read as in a recipe. Numbers such as 1e-3 are numbers."""
     try:
         return numbers(files.yaml_of(text))
     except files.UnreadableError as error:
@@ -199,21 +219,6 @@ def numbers(value: Any) -> Any:
     return value
 
 
-def _lists(config: type) -> dict[str, Any]:
-    """Dotted names of the fields that are lists and nothing else, with the type of their items."""
-    return {name: typing.get_args(kind)[0] for name, kind in fields_of(config).items() if typing.get_origin(kind) is list}
-
-
-def _mixed(config: type) -> dict[str, Any]:
-    """Dotted names of the fields that may be a list of plain values or something else, with the type of the list's items."""
-    found = {
-        name: [option for option in options(kind) if typing.get_origin(option) is list]
-        for name, kind in fields_of(config).items()
-    }
-    items = {name: typing.get_args(lists[0])[0] for name, lists in found.items() if lists and name not in _lists(config)}
-    return {name: item for name, item in items.items() if item in {str, int, float}}
-
-
 def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
     """Dotted names of all fields, with their types."""
     found: dict[str, Any] = {}
@@ -224,51 +229,33 @@ def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _refuse_unusable(words: list[str], config: type) -> None:
-    """Refuse words that jsonargparse, which reads them as YAML, would fail on, or where it would drop a key written twice."""
-    kinds, name = fields_of(config), ""
-    for word in words:
-        name = word.partition("=")[0] if word.startswith("--") else name
-        setting = name.removeprefix("--")
-        refuse_text(setting, word, free=True)
-        depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
-        if max(depths, default=0) > DEEPEST:
-            raise LetheError(f"{setting}: nested too deeply; a setting has {DEEPEST} levels at most")
-        value = word.partition("=")[2] if word.startswith("--") else word
-        kind = kinds.get(setting, str)
-        holds_keys = any(dataclasses.is_dataclass(one) or typing.get_origin(one) in {dict, list} for one in options(kind))
-        if value.startswith(("{", "[{")) and holds_keys:
-            _yaml(setting, value)
+def _refuse_unreadable(name: str, kind: Any, word: str) -> None:
+    """Refuse a word that jsonargparse, which reads it as YAML, would fail on, and one in which a key is written twice."""
+    depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
+    if max(depths, default=0) > DEEPEST:
+        raise LetheError(f"{name}: nested too deeply; a setting has {DEEPEST} levels at most")
+    holds_keys = any(dataclasses.is_dataclass(one) or typing.get_origin(one) in {dict, list} for one in options(kind))
+    if word.startswith(("{", "[{")) and holds_keys:
+        _yaml(name, word)
 
 
-def _refuse_unknown(words: list[str], config: type) -> None:
-    known = fields_of(config)
-    own = {"config", "help", "json", "print_config"}
-    for i, word in enumerate(words):
-        if word.startswith("--"):
-            name, _, value = word.removeprefix("--").partition("=")
-            if name == "config":
-                _refuse_unknown_in_recipe(value or (words[i + 1] if i + 1 < len(words) else ""), known)
-            elif name not in known and name not in own and not name.endswith(".help"):
-                raise LetheError(f"there is no setting '--{name}'{_nearest_field(name, known)}")
-        elif word.startswith("-") and word != "-h" and not re.fullmatch(r"-\d.*", word):
-            raise LetheError(f"there is no setting '{word}'; settings are written --name value")
-
-
-def _refuse_unknown_in_recipe(file: str, known: dict[str, Any]) -> None:
+def _recipe(recipe: str | Path, known: dict[str, Any]) -> str:
+    """The text of a recipe, once all its settings are known to exist."""
+    text = recipes.text_of(recipe)
     try:
-        content = files.yaml_of(files.text_of(file))
+        content = files.yaml_of(text)
     except files.UnreadableError as error:
-        raise LetheError(f"config: '{file}' cannot be read ({error})") from error
+        raise LetheError(f"config: '{recipe}' cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise LetheError(f"config: '{file}' holds no settings; a recipe is a list of name: value lines")
+        raise LetheError(f"config: '{recipe}' holds no settings; a recipe is a list of name: value lines")
     for name in _dotted(content, known):
         if name not in known:
-            raise LetheError(f"config: '{file}' has an unknown field '{name}'{_nearest_field(name, known)}")
+            raise LetheError(f"config: '{recipe}' has an unknown field '{name}'{_advice(name, known)}")
     try:
         refuse_unusable("", content)
     except LetheError as error:
-        raise LetheError(f"config: '{file}': {error}") from error
+        raise LetheError(f"config: '{recipe}': {error}") from error
+    return text
 
 
 def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
@@ -280,8 +267,10 @@ def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") ->
     return names
 
 
-def _nearest_field(name: str, known: dict[str, Any]) -> str:
-    """The field of which this is the last part, or the nearest one."""
+def _advice(name: str, known: dict[str, Any]) -> str:
+    """What to write instead of an unknown setting: its new name, the field of which it is the last part, or the nearest one."""
+    if new := renamed.advice(name):
+        return f"; {new}"
     for full in known:
         if full.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]:
             return f"; did you mean '{full}'?"
@@ -292,18 +281,14 @@ def _one_line(message: str, config: type) -> str:
     """jsonargparse's message, which lists every alternative of a type over many lines, as one line."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
     known = fields_of(config)
-    name = ".".join(keys)
-    name = name if name in known else keys[0] if keys else ""
+    name = next((name for name in (".".join(keys), *keys) if name in known), "")
     missing = re.search(r'(?<![\w.])([\w.]+)"? is required', message)
     if missing or not name:
-        field = missing.group(1) if missing else ""
-        stray = message.partition("unrecognized arguments: ")[2]
-        if stray:
-            return f"'{stray}' belongs to no setting; one that is no list takes one value, as --name value"
-        return f"{field}: this setting is required" if field else " ".join(message.split())
-    got = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)
-    given = printable(got[0].strip(), 80) if got else "something else"
+        return f"{missing[1]}: this setting is required" if missing else " ".join(message.split())
+    got = re.findall(r"(?:Got|Given) value: (.+)", message)
+    given = got[0].strip() if got else "something else"
     if given.startswith("Namespace"):
         required = re.findall(r"arguments are required: (.+)", message)
         return f"{name}: {required[0].strip()} is required" if required else f"{name}: expected {spoken(known[name])}"
-    return f"{name}: expected {spoken(known[name])}, got {given}"
+    new = renamed.advice(name, given)
+    return f"{name}: expected {spoken(known[name])}, got {printable(given, 80)}" + (f"; {new}" if new else "")
