@@ -38,7 +38,11 @@ def parse(command: str, config: type, words: list[str], example: str, positional
         LetheError: a setting is unknown or has the wrong type, or a recipe cannot be read.
         SystemExit: `words` ask for help or for the configuration, which is printed.
     """
-    arguments = _arguments(_named(words, config, positional), fields_of(config))
+    settings = _settings(_named(words, config, positional))
+    given = {name: values[0] for name, values in settings if len(values) == 1}
+    found = [_Recipe.read(_one_recipe(values)) for name, values in settings if name == "config"]
+    config = _variant(config, *(recipe.content for recipe in found), given)
+    arguments = _arguments(settings, iter(found), fields_of(config))
     parser = _parser(command, config, example)
     return _made(config, lambda: parser.parse_args(arguments))
 
@@ -52,13 +56,15 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
         LetheError: as `parse`.
     """
     plain = {name: _plain(value) for name, value in overrides.items()}
+    found = [] if recipe is None else [_Recipe.read(recipe)]
+    config = _variant(config, *(each.content for each in found), plain)
     known = fields_of(config)
     for name in _dotted(plain, known):
         if name not in known:
             raise LetheError(f"there is no setting '{name}'{_advice(name, known)}")
     for name, value in plain.items():
         refuse_unusable(name, value)
-    arguments = [] if recipe is None else [f"--config={_recipe(recipe, known)}"]
+    arguments = [f"--config={each.checked(known)}" for each in found]
     parser = _parser("recipe", config, "")
     return _made(config, lambda: parser.parse_args([*arguments, f"--config={json.dumps(plain)}"]))
 
@@ -71,6 +77,49 @@ def from_settings(config: type, given: Mapping[str, Any]) -> Any:
     """
     overrides = {name: numbers(value) for name, value in given.items() if name != "recipe"}
     return from_recipe(config, given.get("recipe"), **overrides)
+
+
+@dataclasses.dataclass
+class _Recipe:
+    """A recipe that is read once: the name or file given, its text, and what the text says."""
+
+    given: str
+    text: str
+    content: dict[Any, Any]
+
+    @classmethod
+    def read(cls, given: str | Path) -> _Recipe:
+        text = recipes.text_of(given)
+        try:
+            content = files.yaml_of(text)
+        except files.UnreadableError as error:
+            raise LetheError(f"config: '{given}' cannot be read ({error})") from error
+        if not isinstance(content, dict):
+            raise LetheError(f"config: '{given}' holds no settings; a recipe is a list of name: value lines")
+        return cls(str(given), text, content)
+
+    def checked(self, known: dict[str, Any]) -> str:
+        """The text, whose settings are all known and usable."""
+        for name in _dotted(self.content, known):
+            if name not in known:
+                raise LetheError(f"config: '{self.given}' has an unknown field '{name}'{_advice(name, known)}")
+        try:
+            refuse_unusable("", self.content)
+        except LetheError as error:
+            raise LetheError(f"config: '{self.given}': {error}") from error
+        return self.text
+
+
+def _one_recipe(values: list[str]) -> str:
+    if len(values) != 1:
+        raise LetheError(f"config: expected one recipe, got {' '.join(values) or 'none'}")
+    return values[0]
+
+
+def _variant(config: type, *given: Mapping[Any, Any]) -> type:
+    """The class that has the settings: `config` itself, or the one that it chooses by what is given (later settings count)."""
+    choose = getattr(config, "variant", None)
+    return choose(dict(itertools.chain.from_iterable(each.items() for each in given))) if choose else config
 
 
 @functools.cache
@@ -133,14 +182,12 @@ def _named(words: list[str], config: type, positional: str | None) -> list[str]:
     return [f"--{positional}", *words]
 
 
-def _arguments(words: list[str], known: dict[str, Any]) -> list[str]:
-    """Words as jsonargparse reads them: one `--name=value` for each setting, each recipe as its text."""
+def _arguments(settings: list[tuple[str, list[str]]], found: Iterator[_Recipe], known: dict[str, Any]) -> list[str]:
+    """The settings as jsonargparse reads them: one `--name=value` for each, and each recipe as its text."""
     arguments = []
-    for name, values in _settings(words):
+    for name, values in settings:
         if name == "config":
-            if len(values) != 1:
-                raise LetheError(f"config: expected one recipe, got {' '.join(values) or 'none'}")
-            arguments.append(f"--config={_recipe(values[0], known)}")
+            arguments.append(f"--config={next(found).checked(known)}")
         elif name in known:
             arguments.append(f"--{name}={_value(name, known[name], values)}")
         elif name in PASSED_ON or name.endswith(".help"):
@@ -150,7 +197,7 @@ def _arguments(words: list[str], known: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def _settings(words: list[str]) -> Iterator[tuple[str, list[str]]]:
+def _settings(words: list[str]) -> list[tuple[str, list[str]]]:
     """Each `--name` with the words that follow it."""
     named: list[tuple[str, list[str]]] = []
     for word in words:
@@ -164,7 +211,7 @@ def _settings(words: list[str]) -> Iterator[tuple[str, list[str]]]:
             raise LetheError(f"there is no setting '{word}'; settings are written --name value")
         else:
             named[-1][1].append(word)
-    yield from named
+    return named
 
 
 def _value(name: str, kind: Any, words: list[str]) -> str:
@@ -237,25 +284,6 @@ def _refuse_unreadable(name: str, kind: Any, word: str) -> None:
     holds_keys = any(dataclasses.is_dataclass(one) or typing.get_origin(one) in {dict, list} for one in options(kind))
     if word.startswith(("{", "[{")) and holds_keys:
         _yaml(name, word)
-
-
-def _recipe(recipe: str | Path, known: dict[str, Any]) -> str:
-    """The text of a recipe, once all its settings are known to exist."""
-    text = recipes.text_of(recipe)
-    try:
-        content = files.yaml_of(text)
-    except files.UnreadableError as error:
-        raise LetheError(f"config: '{recipe}' cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise LetheError(f"config: '{recipe}' holds no settings; a recipe is a list of name: value lines")
-    for name in _dotted(content, known):
-        if name not in known:
-            raise LetheError(f"config: '{recipe}' has an unknown field '{name}'{_advice(name, known)}")
-    try:
-        refuse_unusable("", content)
-    except LetheError as error:
-        raise LetheError(f"config: '{recipe}': {error}") from error
-    return text
 
 
 def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
