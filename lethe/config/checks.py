@@ -9,6 +9,7 @@ import types
 import typing
 from typing import Any, Literal
 
+from lethe.config import renamed
 from lethe.errors import UNSEEN, LetheError, printable
 from lethe.files import refuse_name
 
@@ -30,8 +31,15 @@ def check_types(config: Any, prefix: str = "") -> None:
         if name == "name" and isinstance(value, str) and value != getattr(type(config), name, None):
             refuse_name(value)
         refuse_unusable(f"{prefix}{name}", value)
-        if not _fits(value, kind):
-            raise LetheError(f"{prefix}{name}: expected {spoken(kind)}, got {printable(repr(value), 80)}")
+        refuse_misfit(f"{prefix}{name}", value, kind)
+
+
+def refuse_misfit(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value that is not of this type."""
+    if not _fits(value, kind):
+        given = printable(value if isinstance(value, str) and value else repr(value), 80)
+        new = renamed.advice(name, value)
+        raise LetheError(f"{name}: expected {spoken(kind)}, got {given}" + (f"; {new}" if new else ""))
 
 
 def refuse_unusable(name: str, value: Any) -> None:

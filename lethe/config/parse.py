@@ -1,34 +1,33 @@
 """From a recipe and a command line to a config object.
 
-    words -> one `--name=value` a setting, recipes as their text -> jsonargparse (types, YAML) -> `build` -> the dataclass
+    words -> (name, words) of each setting -> plain data: recipes and settings in their order -> `build` -> the dataclass
 
-Around jsonargparse, lists are written as plain words (`--layers 0 2`), the first word may be a positional setting
-(`lethe tamper run:ID`), and each error is one line that names the setting, with the nearest right name for an unknown one.
+A value on the command line means what it would mean in a recipe, except that text is taken as it is written and that lists are
+plain words (`--layers 0 2`). The first word may be a positional setting (`lethe tamper run:ID`). Each error is one line that
+names the setting, with the nearest right name for an unknown one. jsonargparse writes the help.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import datetime
 import itertools
-import json
 import re
+import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+import yaml
 
 from lethe import files
-from lethe.config import options, recipes, renamed, spoken
-from lethe.config.checks import DEEPEST, refuse_text, refuse_unusable
+from lethe.config import options, recipes, renamed, spoken, to_dict
+from lethe.config.checks import DEEPEST, refuse_misfit, refuse_text, refuse_unusable
 from lethe.errors import LetheError, nearest, printable
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-PASSED_ON = {"help", "print_config"}
-"""Options that jsonargparse answers itself."""
+ANSWERED = {"help", "print_config"}
+"""Options of every command that are no settings."""
 
 
 def parse(command: str, config: type, words: list[str], example: str, positional: str | None = None) -> Any:
@@ -36,15 +35,33 @@ def parse(command: str, config: type, words: list[str], example: str, positional
 
     Raises:
         LetheError: a setting is unknown or has the wrong type, or a recipe cannot be read.
-        SystemExit: `words` ask for help or for the configuration, which is printed.
+        SystemExit: `words` ask for the help or for the configuration, which is printed.
     """
     settings = _settings(_named(words, config, positional))
     given = {name: values[0] for name, values in settings if len(values) == 1}
-    found = [_Recipe.read(_one_recipe(values)) for name, values in settings if name == "config"]
-    config = _variant(config, *(recipe.content for recipe in found), given)
-    arguments = _arguments(settings, iter(found), fields_of(config))
-    parser = _parser(command, config, example)
-    return _made(config, lambda: parser.parse_args(arguments))
+    found = {i: _read(values) for i, (name, values) in enumerate(settings) if name == "config"}
+    config = _variant(config, *(content for _, content in found.values()), given)
+    if "help" in dict(settings):
+        sys.stdout.write(_help(command, config, example))
+        raise SystemExit(0)
+    known, made = fields_of(config), _defaults(config)
+    for i, (name, values) in enumerate(settings):
+        if i in found:
+            _refuse_unknown(*found[i], known)
+            _merge(made, found[i][1], known)
+        elif name in known:
+            *above, last = name.split(".")
+            value: Any = {last: _value(name, known[name], values)}
+            for part in reversed(above):
+                value = {part: value}
+            _merge(made, value, known)
+        elif name not in ANSWERED:
+            raise LetheError(f"there is no setting '--{name}'{_advice(name, known)}")
+    config_made = build(config, made)
+    if "print_config" in dict(settings):
+        sys.stdout.write(yaml.safe_dump(to_dict(config_made), sort_keys=False, allow_unicode=True))
+        raise SystemExit(0)
+    return config_made
 
 
 def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> Any:
@@ -55,18 +72,16 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
     Raises:
         LetheError: as `parse`.
     """
-    plain = {name: _plain(value) for name, value in overrides.items()}
-    found = [] if recipe is None else [_Recipe.read(recipe)]
-    config = _variant(config, *(each.content for each in found), plain)
-    known = fields_of(config)
-    for name in _dotted(plain, known):
-        if name not in known:
-            raise LetheError(f"there is no setting '{name}'{_advice(name, known)}")
-    for name, value in plain.items():
-        refuse_unusable(name, value)
-    arguments = [f"--config={each.checked(known)}" for each in found]
-    parser = _parser("recipe", config, "")
-    return _made(config, lambda: parser.parse_args([*arguments, f"--config={json.dumps(plain)}"]))
+    given = {name: _plain(value) for name, value in overrides.items()}
+    found = [] if recipe is None else [_read([str(recipe)])]
+    config = _variant(config, *(content for _, content in found), given)
+    known, made = fields_of(config), _defaults(config)
+    for name, content in found:
+        _refuse_unknown(name, content, known)
+        _merge(made, content, known)
+    _refuse_unknown(None, given, known)
+    _merge(made, given, known)
+    return build(config, made)
 
 
 def from_settings(config: type, given: Mapping[str, Any]) -> Any:
@@ -79,122 +94,27 @@ def from_settings(config: type, given: Mapping[str, Any]) -> Any:
     return from_recipe(config, given.get("recipe"), **overrides)
 
 
-@dataclasses.dataclass
-class _Recipe:
-    """A recipe that is read once: the name or file given, its text, and what the text says."""
-
-    given: str
-    text: str
-    content: dict[Any, Any]
-
-    @classmethod
-    def read(cls, given: str | Path) -> _Recipe:
-        text = recipes.text_of(given)
-        try:
-            content = files.yaml_of(text)
-        except files.UnreadableError as error:
-            raise LetheError(f"config: '{given}' cannot be read ({error})") from error
-        if not isinstance(content, dict):
-            raise LetheError(f"config: '{given}' holds no settings; a recipe is a list of name: value lines")
-        return cls(str(given), text, content)
-
-    def checked(self, known: dict[str, Any]) -> str:
-        """The text, whose settings are all known and usable."""
-        for name in _dotted(self.content, known):
-            if name not in known:
-                raise LetheError(f"config: '{self.given}' has an unknown field '{name}'{_advice(name, known)}")
-        try:
-            refuse_unusable("", self.content)
-        except LetheError as error:
-            raise LetheError(f"config: '{self.given}': {error}") from error
-        return self.text
-
-
-def _one_recipe(values: list[str]) -> str:
-    if len(values) != 1:
-        raise LetheError(f"config: expected one recipe, got {' '.join(values) or 'none'}")
-    return values[0]
-
-
-def _variant(config: type, *given: Mapping[Any, Any]) -> type:
-    """The class that has the settings: `config` itself, or the one that it chooses by what is given (later settings count)."""
-    choose = getattr(config, "variant", None)
-    return choose(dict(itertools.chain.from_iterable(each.items() for each in given))) if choose else config
-
-
-@functools.cache
-def _parser(command: str, config: type, example: str) -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=f"lethe {command}",
-        description=(config.__doc__ or "").strip(),
-        epilog=f"--json prints the answer as JSON alone.    example: {example}",
-        exit_on_error=False,
-        default_env=False,
-    )
-    help_text = "A recipe: a YAML file, or a name that `lethe recipes` lists. Later settings override it."
-    parser.add_argument("--config", action=ActionConfigFile, help=help_text)
-    parser.add_class_arguments(config, as_group=False, fail_untyped=True)
-    return parser
-
-
-def _made(config: type, values: Callable[[], Any]) -> Any:
-    """The config object from parsed values. Built here, so that jsonargparse does not wrap the object's own errors."""
-    try:
-        found = values().as_dict()
-    except (ArgumentError, TypeError) as error:
-        raise LetheError(_one_line(str(error), config)) from error
-    return build(config, found)
-
-
-def build(kind: Any, value: Any) -> Any:
-    """Plain data, such as a run's `config`, as the dataclasses that `kind` declares.
+def build(kind: Any, value: Any, prefix: str = "") -> Any:
+    """Plain data, such as a run's `config`, as the dataclasses that `kind` declares. Unknown names are left out.
 
     Raises:
         LetheError: a required setting is missing, or a value is not allowed.
     """
     for option in options(kind):
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            hints = typing.get_type_hints(option)
+            hints, made = typing.get_type_hints(option), {}
             for f in dataclasses.fields(option):
-                if f.default is f.default_factory is dataclasses.MISSING and f.name not in value:
-                    raise LetheError(f"{f.name}: this setting is required")
-            return option(**{name: build(hints[name], item) for name, item in value.items() if name in hints})  # type: ignore[operator]
+                name = f"{prefix}{f.name}"
+                if f.name in value:
+                    made[f.name] = build(hints[f.name], value[f.name], f"{name}.")
+                    refuse_misfit(name, made[f.name], hints[f.name])
+                elif f.default is f.default_factory is dataclasses.MISSING:
+                    raise LetheError(f"{name}: this setting is required")
+            return option(**made)  # type: ignore[operator]
         if typing.get_origin(option) is list and isinstance(value, list):
-            return [build(typing.get_args(option)[0], item) for item in value]
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-
-
-def _named(words: list[str], config: type, positional: str | None) -> list[str]:
-    """The words with the name of the positional setting before those that precede the first option."""
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    if count == 0:
-        return words
-    if positional is None:
-        raise LetheError(f"'{words[0]}' is not a setting; settings are written --name value")
-    if count > 1 and typing.get_origin(fields_of(config)[positional]) is not list:
-        raise LetheError(f"one {positional} is expected, got {count}: {' '.join(words[:count])}")
-    return [f"--{positional}", *words]
-
-
-def _arguments(settings: list[tuple[str, list[str]]], found: Iterator[_Recipe], known: dict[str, Any]) -> list[str]:
-    """The settings as jsonargparse reads them: one `--name=value` for each, and each recipe as its text."""
-    arguments = []
-    for name, values in settings:
-        if name == "config":
-            arguments.append(f"--config={next(found).checked(known)}")
-        elif name in known:
-            arguments.append(f"--{name}={_value(name, known[name], values)}")
-        elif name in PASSED_ON or name.endswith(".help"):
-            arguments.append("=".join([f"--{name}", *values]))
-        else:
-            raise LetheError(f"there is no setting '--{name}'{_advice(name, known)}")
-    return arguments
+            return [build(typing.get_args(option)[0], item, prefix) for item in value]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if kind is float and whole and abs(value) < 2**53 else value
 
 
 def _settings(words: list[str]) -> list[tuple[str, list[str]]]:
@@ -214,56 +134,134 @@ def _settings(words: list[str]) -> list[tuple[str, list[str]]]:
     return named
 
 
-def _value(name: str, kind: Any, words: list[str]) -> str:
-    """The words of a setting as one value: `0 2` is `[0, 2]` for a list, `a=FILE` is `{"a": "FILE"}` for name: value pairs."""
-    for word in words:
-        _refuse_unreadable(name, kind, word)
-    if kind in {dict[str, str], dict[str, Any]}:
-        return _pairs(name, words, kind == dict[str, Any])
-    items = [typing.get_args(option)[0] for option in options(kind) if typing.get_origin(option) is list]
-    always = len(options(kind)) == len(items) == 1
-    if always and len(words) == 1 and words[0].startswith("["):
-        return words[0]
-    if always or (len(words) != 1 and items and items[0] in {str, int, float}):
-        return f"[{', '.join(map(json.dumps if items[0] is str else str, words))}]"
+def _named(words: list[str], config: type, positional: str | None) -> list[str]:
+    """The words with the name of the positional setting before those that precede the first option."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    if count == 0:
+        return words
+    if positional is None:
+        raise LetheError(f"'{words[0]}' is not a setting; settings are written --name value")
+    if count > 1 and typing.get_origin(fields_of(config)[positional]) is not list:
+        raise LetheError(f"one {positional} is expected, got {count}: {' '.join(words[:count])}")
+    return [f"--{positional}", *words]
+
+
+def _value(name: str, kind: Any, words: list[str]) -> Any:
+    """The words of a setting as a recipe's value: `0 2` is a list, and `a=FILE` is a name: value pair."""
+    choices = options(kind)
+    starts = words[0][:1] if len(words) == 1 else ""
+    if {dict[str, str], dict[str, Any]} & set(choices) and starts != "{" and words != ["null"]:
+        return _pairs(name, words, typed=dict[str, Any] in choices)
+    (item,) = [typing.get_args(option)[0] for option in choices if typing.get_origin(option) is list] or [None]
+    always_list = len(choices) == 1 and starts != "["
+    if item in {str, int, float} and (always_list or len(words) != 1):
+        return [_word(name, item, word) for word in words]
     if kind is bool and not words:
-        return "true"
+        return True
     if len(words) != 1:
         raise LetheError(f"{name}: expected {spoken(kind)}, got {printable(' '.join(words), 80) or 'nothing'}")
-    return words[0]
+    return _word(name, kind, words[0])
 
 
-def _pairs(name: str, words: list[str], typed: bool) -> str:
-    """`a=FILE b=FILE` as JSON; typed: the values are YAML, such as `lr=[1e-3, 1e-2]`."""
-    if len(words) == 1 and words[0].startswith("{"):
-        return words[0]
+def _word(name: str, kind: Any, word: str) -> Any:
+    """One word: text as it is written where the setting may be text, and YAML elsewhere."""
+    choices = options(kind)
+    if word == "null" and type(None) in choices:
+        return None
+    holds_settings = any(dataclasses.is_dataclass(option) for option in choices) and word.startswith(("{", "[{"))
+    if (str in choices and not holds_settings) or any(typing.get_origin(option) is Literal for option in choices):
+        return word
+    depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
+    if max(depths, default=0) > DEEPEST:
+        raise LetheError(f"{name}: nested too deeply; a setting has {DEEPEST} levels at most")
+    try:
+        return numbers(files.yaml_of(word))
+    except files.UnreadableError as error:
+        raise LetheError(f"{name}: '{printable(word, 80)}' cannot be read ({error})") from error
+
+
+def _pairs(name: str, words: list[str], typed: bool) -> dict[str, Any]:
+    """`a=FILE b=FILE` as a mapping; typed: the values are YAML, such as `lr=[1e-3, 1e-2]`."""
     parts = [word.partition("=") for word in words]
     wrong = [word for word, (key, _, value) in zip(words, parts, strict=True) if not key or not value]
     if wrong or not words:
         raise LetheError(f"{name}: expected name=value, got {repr(wrong[0]) if wrong else 'nothing'}")
-    found = {key: _yaml(name, value) if typed else value for key, _, value in parts}
+    found = {key: _word(name, Any if typed else str, value) for key, _, value in parts}
     if len(found) < len(parts):
         raise LetheError(f"{name}: a name is written twice in {' '.join(words)}; write each once")
-    return json.dumps(found)
-
-
-def _yaml(name: str, text: str) -> Any:
-    """A value on the command line, read as in a recipe. Numbers such as 1e-3 are numbers."""
-    try:
-        return numbers(files.yaml_of(text))
-    except files.UnreadableError as error:
-        raise LetheError(f"{name}: '{printable(text, 80)}' cannot be read ({error})") from error
+    return found
 
 
 def numbers(value: Any) -> Any:
-    """`value` with text such as "1e-3", which YAML 1.1 does not read as a number, as numbers."""
+    """`value` with text such as "1e-3", which YAML 1.1 does not read as a number, as numbers, and with dates as text."""
     if isinstance(value, list):
         return [numbers(item) for item in value]
     if isinstance(value, dict):
         return {key: numbers(item) for key, item in value.items()}
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
-    return value
+    return str(value) if isinstance(value, datetime.date) else value
+
+
+def _read(recipe: list[str]) -> tuple[str, dict[Any, Any]]:
+    """The name and the content of the recipe that `--config` names."""
+    if len(recipe) != 1:
+        raise LetheError(f"config: expected one recipe, got {' '.join(recipe) or 'nothing'}")
+    try:
+        content = numbers(files.yaml_of(recipes.text_of(recipe[0])))
+    except files.UnreadableError as error:
+        raise LetheError(f"config: '{recipe[0]}' cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise LetheError(f"config: '{recipe[0]}' holds no settings; a recipe is a list of name: value lines")
+    return recipe[0], content
+
+
+def _refuse_unknown(recipe: str | None, content: dict[Any, Any], known: dict[str, Any]) -> None:
+    """Refuse settings that do not exist or that cannot be used, before anything is made of them."""
+    where = f"config: '{recipe}'"
+    for name in _dotted(content, known):
+        if name not in known:
+            what = f"{where} has an unknown field '{name}'" if recipe else f"there is no setting '{name}'"
+            raise LetheError(f"{what}{_advice(name, known)}")
+    try:
+        refuse_unusable("", content)
+    except LetheError as error:
+        raise LetheError(f"{where}: {error}" if recipe else str(error)) from error
+
+
+def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all settings in plain data, those in lists of settings too."""
+    names = []
+    for key, value in content.items():
+        names.append(f"{prefix}{key}")
+        if any(map(dataclasses.is_dataclass, options(known.get(f"{prefix}{key}")))):
+            inner = value if isinstance(value, list) else [value]
+            names += [name for each in inner if isinstance(each, dict) for name in _dotted(each, known, f"{prefix}{key}.")]
+    return names
+
+
+def _variant(config: type, *given: Mapping[Any, Any]) -> type:
+    """The class that has the settings: `config`, or the one that it chooses by what is given (a later setting counts)."""
+    choose = getattr(config, "variant", None)
+    return choose(dict(itertools.chain.from_iterable(each.items() for each in given))) if choose else config
+
+
+def _defaults(config: type) -> dict[str, Any]:
+    """Default values of nested settings as plain data, so that a recipe may change one setting of them."""
+    made = {f.name: f.default_factory() for f in dataclasses.fields(config) if f.default_factory is not dataclasses.MISSING}
+    return {name: _plain(value) for name, value in made.items() if dataclasses.is_dataclass(value)}
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any], known: dict[str, Any], prefix: str = "") -> None:
+    """Put new values over old ones; of nested settings, those that are not named stay."""
+    for key, value in new.items():
+        nested = any(map(dataclasses.is_dataclass, options(known.get(f"{prefix}{key}"))))
+        if nested and isinstance(value, dict):
+            before = into.get(key)
+            into[key] = dict(before) if isinstance(before, dict) else {}
+            _merge(into[key], value, known, f"{prefix}{key}.")
+        else:
+            into[key] = value
 
 
 def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
@@ -276,23 +274,10 @@ def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _refuse_unreadable(name: str, kind: Any, word: str) -> None:
-    """Refuse a word that jsonargparse, which reads it as YAML, would fail on, and one in which a key is written twice."""
-    depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
-    if max(depths, default=0) > DEEPEST:
-        raise LetheError(f"{name}: nested too deeply; a setting has {DEEPEST} levels at most")
-    holds_keys = any(dataclasses.is_dataclass(one) or typing.get_origin(one) in {dict, list} for one in options(kind))
-    if word.startswith(("{", "[{")) and holds_keys:
-        _yaml(name, word)
-
-
-def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for key, value in content.items():
-        names.append(f"{prefix}{key}")
-        if isinstance(value, dict) and any(map(dataclasses.is_dataclass, options(known.get(f"{prefix}{key}")))):
-            names += _dotted(value, known, f"{prefix}{key}.")
-    return names
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _advice(name: str, known: dict[str, Any]) -> str:
@@ -305,18 +290,16 @@ def _advice(name: str, known: dict[str, Any]) -> str:
     return nearest(name, known)
 
 
-def _one_line(message: str, config: type) -> str:
-    """jsonargparse's message, which lists every alternative of a type over many lines, as one line."""
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    known = fields_of(config)
-    name = next((name for name in (".".join(keys), *keys) if name in known), "")
-    missing = re.search(r'(?<![\w.])([\w.]+)"? is required', message)
-    if missing or not name:
-        return f"{missing[1]}: this setting is required" if missing else " ".join(message.split())
-    got = re.findall(r"(?:Got|Given) value: (.+)", message)
-    given = got[0].strip() if got else "something else"
-    if given.startswith("Namespace"):
-        required = re.findall(r"arguments are required: (.+)", message)
-        return f"{name}: {required[0].strip()} is required" if required else f"{name}: expected {spoken(known[name])}"
-    new = renamed.advice(name, given)
-    return f"{name}: expected {spoken(known[name])}, got {printable(given, 80)}" + (f"; {new}" if new else "")
+def _help(command: str, config: type, example: str) -> str:
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"lethe {command}",
+        description=(config.__doc__ or "").strip(),
+        epilog=f"--json prints the answer as JSON alone.    example: {example}",
+    )
+    help_text = "A recipe: a YAML file, or a name that `lethe recipes` lists. Later settings override it."
+    parser.add_argument("--config", action=ActionConfigFile, help=help_text)
+    parser.add_class_arguments(config, as_group=False, fail_untyped=True)
+    return parser.format_help()
