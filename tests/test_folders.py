@@ -105,11 +105,10 @@ def test_no_text_of_a_table_reaches_a_terminal_raw():
 
 def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch, capsys):
     """As the adapter of somebody else's run; tests may run as root, to whom nothing is denied."""
-    import lethe.runs.run
 
     def denied(*_: object) -> list[Run]:
         raise PermissionError(13, "Permission denied", "adapter\n.safetensors")
 
-    monkeypatch.setattr(lethe.runs.run, "find_runs", denied)
+    monkeypatch.setattr("lethe.report.runs_list.find_runs", denied)
     assert main(["runs", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "lethe: 'adapter\\n.safetensors': no permission; ask whoever it belongs to\n"

@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from lethe.config import renamed
+from lethe.config.renamed import advice
 from lethe.errors import UNSEEN, LetheError, printable
 from lethe.files import refuse_name
 
@@ -38,7 +38,7 @@ def refuse_misfit(name: str, value: Any, kind: Any) -> None:
     """Refuse a value that is not of this type."""
     if not _fits(value, kind):
         given = printable(value if isinstance(value, str) and value else repr(value), 80)
-        new = renamed.advice(name, value)
+        new = advice(name, value)
         raise LetheError(f"{name}: expected {spoken(kind)}, got {given}" + (f"; {new}" if new else ""))
 
 

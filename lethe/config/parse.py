@@ -30,8 +30,8 @@ ANSWERED = {"help", "print_config"}
 """Options of every command that are no settings."""
 
 
-def parse(command: str, config: type, words: list[str], example: str, positional: str | None = None) -> Any:
-    """The config object that `words` describe.
+def parse(command: str, config: type, words: list[str], example: str, positional: str | None = None, about: str = "") -> Any:
+    """The config object that `words` describe. `example` and `about` are for the help.
 
     Raises:
         LetheError: a setting is unknown or has the wrong type, or a recipe cannot be read.
@@ -42,7 +42,7 @@ def parse(command: str, config: type, words: list[str], example: str, positional
     found = {i: _read(values) for i, (name, values) in enumerate(settings) if name == "config"}
     config = _variant(config, *(content for _, content in found.values()), given)
     if "help" in dict(settings):
-        sys.stdout.write(_help(command, config, example))
+        sys.stdout.write(_help(command, config, example, about))
         raise SystemExit(0)
     known, made = fields_of(config), _defaults(config)
     for i, (name, values) in enumerate(settings):
@@ -290,16 +290,16 @@ def _advice(name: str, known: dict[str, Any]) -> str:
     return nearest(name, known)
 
 
-def _help(command: str, config: type, example: str) -> str:
-    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+def _help(command: str, config: type, example: str, about: str) -> str:
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog=f"lethe {command}",
-        description=(config.__doc__ or "").strip(),
-        epilog=f"--json prints the answer as JSON alone.    example: {example}",
+        usage=f"lethe {command} [--config RECIPE] [--name value ...]", description=about, epilog=f"example: {example}"
     )
-    help_text = "A recipe: a YAML file, or a name that `lethe recipes` lists. Later settings override it."
-    parser.add_argument("--config", action=ActionConfigFile, help=help_text)
+    recipe = "A recipe: a YAML file, or a name that `lethe recipes` lists. Later settings override it."
+    parser.add_argument("--config", metavar="RECIPE", help=recipe)
+    parser.add_argument("--print_config", action="store_true", help="Print the settings as a recipe, and do nothing else.")
+    parser.add_argument("--json", action="store_true", help="Print the answer as JSON alone.")
     parser.add_class_arguments(config, as_group=False, fail_untyped=True)
     return parser.format_help()
