@@ -13,6 +13,8 @@ from lethe.config.renamed import advice
 from lethe.errors import UNSEEN, LetheError, printable
 from lethe.files import refuse_name
 
+Dtype = Literal["float32", "bfloat16"]
+"""Types of weights."""
 LARGEST, LARGEST_WHOLE = 3.4e38, 10**15
 """The largest number that float32 holds, and a whole number beyond any count."""
 LONGEST = 10_000

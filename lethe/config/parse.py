@@ -54,6 +54,7 @@ def parse(command: str, config: type, words: list[str], example: str, positional
             value: Any = {last: _value(name, known[name], values)}
             for part in reversed(above):
                 value = {part: value}
+            _refuse_unknown(None, value, known)
             _merge(made, value, known)
         elif name not in ANSWERED:
             raise LetheError(f"there is no setting '--{name}'{_advice(name, known)}")
@@ -80,6 +81,7 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
         _refuse_unknown(name, content, known)
         _merge(made, content, known)
     _refuse_unknown(None, given, known)
+    refuse_unusable("", given)
     _merge(made, given, known)
     return build(config, made)
 
@@ -165,19 +167,21 @@ def _value(name: str, kind: Any, words: list[str]) -> Any:
 
 def _word(name: str, kind: Any, word: str) -> Any:
     """One word: text as it is written where the setting may be text, and YAML elsewhere."""
+    depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
+    if max(depths, default=0) > DEEPEST:
+        raise LetheError(f"{name}: nested too deeply; a setting has {DEEPEST} levels at most")
     choices = options(kind)
     if word == "null" and type(None) in choices:
         return None
     holds_settings = any(dataclasses.is_dataclass(option) for option in choices) and word.startswith(("{", "[{"))
     if (str in choices and not holds_settings) or any(typing.get_origin(option) is Literal for option in choices):
         return word
-    depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
-    if max(depths, default=0) > DEEPEST:
-        raise LetheError(f"{name}: nested too deeply; a setting has {DEEPEST} levels at most")
     try:
-        return numbers(files.yaml_of(word))
+        value = files.yaml_of(word)
     except files.UnreadableError as error:
         raise LetheError(f"{name}: '{printable(word, 80)}' cannot be read ({error})") from error
+    refuse_unusable(name, value)
+    return numbers(value)
 
 
 def _pairs(name: str, words: list[str], typed: bool) -> dict[str, Any]:
@@ -207,29 +211,28 @@ def _read(recipe: list[str]) -> tuple[str, dict[Any, Any]]:
     """The name and the content of the recipe that `--config` names."""
     if len(recipe) != 1:
         raise LetheError(f"config: expected one recipe, got {' '.join(recipe) or 'nothing'}")
+    text = recipes.text_of(recipe[0])
     try:
-        content = numbers(files.yaml_of(recipes.text_of(recipe[0])))
+        content = files.yaml_of(text)
+        refuse_unusable("", content)
     except files.UnreadableError as error:
         raise LetheError(f"config: '{recipe[0]}' cannot be read ({error})") from error
+    except LetheError as error:
+        raise LetheError(f"config: '{recipe[0]}': {error}") from error
     if not isinstance(content, dict):
         raise LetheError(f"config: '{recipe[0]}' holds no settings; a recipe is a list of name: value lines")
-    return recipe[0], content
+    return recipe[0], numbers(content)
 
 
-def _refuse_unknown(recipe: str | None, content: dict[Any, Any], known: dict[str, Any]) -> None:
-    """Refuse settings that do not exist or that cannot be used, before anything is made of them."""
-    where = f"config: '{recipe}'"
+def _refuse_unknown(recipe: str | None, content: Mapping[Any, Any], known: dict[str, Any]) -> None:
+    """Refuse settings that do not exist."""
     for name in _dotted(content, known):
         if name not in known:
-            what = f"{where} has an unknown field '{name}'" if recipe else f"there is no setting '{name}'"
+            what = f"config: '{recipe}' has an unknown field '{name}'" if recipe else f"there is no setting '{name}'"
             raise LetheError(f"{what}{_advice(name, known)}")
-    try:
-        refuse_unusable("", content)
-    except LetheError as error:
-        raise LetheError(f"{where}: {error}" if recipe else str(error)) from error
 
 
-def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
+def _dotted(content: Mapping[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of all settings in plain data, those in lists of settings too."""
     names = []
     for key, value in content.items():
