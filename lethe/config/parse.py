@@ -180,7 +180,8 @@ def _word(name: str, kind: Any, word: str) -> Any:
         value = files.yaml_of(word)
     except files.UnreadableError as error:
         raise LetheError(f"{name}: '{printable(word, 80)}' cannot be read ({error})") from error
-    refuse_unusable(name, value)
+    if isinstance(value, dict | list):
+        refuse_unusable(name, value)
     return numbers(value)
 
 
