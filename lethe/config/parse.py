@@ -219,7 +219,7 @@ def _read(recipe: list[str]) -> tuple[str, dict[Any, Any]]:
     except files.UnreadableError as error:
         raise LetheError(f"config: '{recipe[0]}' cannot be read ({error})") from error
     except LetheError as error:
-        raise LetheError(f"config: '{recipe[0]}': {error}") from error
+        raise LetheError(f"config: '{recipe[0]}': {str(error).removeprefix(': ')}") from error
     if not isinstance(content, dict):
         raise LetheError(f"config: '{recipe[0]}' holds no settings; a recipe is a list of name: value lines")
     return recipe[0], numbers(content)
