@@ -84,9 +84,7 @@ def refuse_text(name: str, text: str, free: bool) -> None:
         raise LetheError(f"{name}: has {len(text)} characters; a setting has {LONGEST} at most")
     longest = max((len(part.encode()) for part in text.split("/")), default=0)
     if longest > LONGEST_PART and not free:
-        raise LetheError(
-            f"{name}: a part of it has {longest} bytes; a file system allows {LONGEST_PART} for one name"
-        )
+        raise LetheError(f"{name}: a part of it has {longest} bytes; a file system allows {LONGEST_PART} for one name")
 
 
 def at_least(name: str, value: float, least: float) -> None:

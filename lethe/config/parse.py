@@ -15,7 +15,7 @@ import itertools
 import re
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,10 @@ from lethe.config import options, recipes, renamed, spoken, to_dict
 from lethe.config.checks import DEEPEST, refuse_misfit, refuse_text, refuse_unusable
 from lethe.errors import LetheError, nearest, printable
 
-ANSWERED = {"help", "print_config"}
+ANSWERED = {"config", "help", "print_config"}
 """Options of every command that are no settings."""
+Part = tuple[str | None, Mapping[Any, Any]]
+"""Settings as plain data, and the recipe that they come from."""
 
 
 def parse(command: str, config: type, words: list[str], example: str, positional: str | None = None, about: str = "") -> Any:
@@ -44,25 +46,19 @@ def parse(command: str, config: type, words: list[str], example: str, positional
     if "help" in dict(settings):
         sys.stdout.write(_help(command, config, example, about))
         raise SystemExit(0)
-    known, made = fields_of(config), _defaults(config)
-    for i, (name, values) in enumerate(settings):
-        if i in found:
-            _refuse_unknown(*found[i], known)
-            _merge(made, found[i][1], known)
-        elif name in known:
-            *above, last = name.split(".")
-            value: Any = {last: _value(name, known[name], values)}
-            for part in reversed(above):
-                value = {part: value}
-            _refuse_unknown(None, value, known)
-            _merge(made, value, known)
-        elif name not in ANSWERED:
-            raise LetheError(f"there is no setting '--{name}'{_advice(name, known)}")
-    config_made = build(config, made)
+    known = fields_of(config)
+    if unknown := [name for name, _ in settings if name not in {*known, *ANSWERED}]:
+        raise LetheError(f"there is no setting '--{unknown[0]}'{_advice(unknown[0], known)}")
+    parts = [
+        found.get(i) or (None, _nested(name, _value(name, known[name], values)))
+        for i, (name, values) in enumerate(settings)
+        if name in {*known, "config"}
+    ]
+    made = _combined(config, parts)
     if "print_config" in dict(settings):
-        sys.stdout.write(yaml.safe_dump(to_dict(config_made), sort_keys=False, allow_unicode=True))
+        sys.stdout.write(yaml.safe_dump(to_dict(made), sort_keys=False, allow_unicode=True))
         raise SystemExit(0)
-    return config_made
+    return made
 
 
 def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> Any:
@@ -73,17 +69,9 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
     Raises:
         LetheError: as `parse`.
     """
-    given = {name: _plain(value) for name, value in overrides.items()}
-    found = [] if recipe is None else [_read([str(recipe)])]
-    config = _variant(config, *(content for _, content in found), given)
-    known, made = fields_of(config), _defaults(config)
-    for name, content in found:
-        _refuse_unknown(name, content, known)
-        _merge(made, content, known)
-    _refuse_unknown(None, given, known)
-    refuse_unusable("", given)
-    _merge(made, given, known)
-    return build(config, made)
+    parts = [*([] if recipe is None else [_read([str(recipe)])]), (None, overrides)]
+    refuse_unusable("", overrides)
+    return _combined(_variant(config, *(content for _, content in parts)), parts)
 
 
 def from_settings(config: type, given: Mapping[str, Any]) -> Any:
@@ -148,6 +136,13 @@ def _named(words: list[str], config: type, positional: str | None) -> list[str]:
     return [f"--{positional}", *words]
 
 
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    """`lora.r` and 8 as `{"lora": {"r": 8}}`."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
 def _value(name: str, kind: Any, words: list[str]) -> Any:
     """The words of a setting as a recipe's value: `0 2` is a list, and `a=FILE` is a name: value pair."""
     choices = options(kind)
@@ -208,7 +203,7 @@ def numbers(value: Any) -> Any:
     return str(value) if isinstance(value, datetime.date) else value
 
 
-def _read(recipe: list[str]) -> tuple[str, dict[Any, Any]]:
+def _read(recipe: list[str]) -> Part:
     """The name and the content of the recipe that `--config` names."""
     if len(recipe) != 1:
         raise LetheError(f"config: expected one recipe, got {' '.join(recipe) or 'nothing'}")
@@ -225,12 +220,20 @@ def _read(recipe: list[str]) -> tuple[str, dict[Any, Any]]:
     return recipe[0], numbers(content)
 
 
-def _refuse_unknown(recipe: str | None, content: Mapping[Any, Any], known: dict[str, Any]) -> None:
-    """Refuse settings that do not exist."""
-    for name in _dotted(content, known):
-        if name not in known:
-            what = f"config: '{recipe}' has an unknown field '{name}'" if recipe else f"there is no setting '{name}'"
-            raise LetheError(f"{what}{_advice(name, known)}")
+def _combined(config: type, parts: Iterable[Part]) -> Any:
+    """The config object of settings in their order: later ones replace earlier ones, and the defaults.
+
+    Raises:
+        LetheError: a setting does not exist, or its value is not allowed.
+    """
+    known, made = fields_of(config), _defaults(config)
+    for recipe, content in parts:
+        for name in _dotted(content, known):
+            if name not in known:
+                what = f"config: '{recipe}' has an unknown field '{name}'" if recipe else f"there is no setting '{name}'"
+                raise LetheError(f"{what}{_advice(name, known)}")
+        _merge(made, content, known)
+    return build(config, made)
 
 
 def _dotted(content: Mapping[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
@@ -252,8 +255,8 @@ def _variant(config: type, *given: Mapping[Any, Any]) -> type:
 
 def _defaults(config: type) -> dict[str, Any]:
     """Default values of nested settings as plain data, so that a recipe may change one setting of them."""
-    made = {f.name: f.default_factory() for f in dataclasses.fields(config) if f.default_factory is not dataclasses.MISSING}
-    return {name: _plain(value) for name, value in made.items() if dataclasses.is_dataclass(value)}
+    made = [(f.name, f.default_factory()) for f in dataclasses.fields(config) if f.default_factory is not dataclasses.MISSING]
+    return {name: to_dict(value) for name, value in made if dataclasses.is_dataclass(value)}
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any], known: dict[str, Any], prefix: str = "") -> None:
@@ -276,12 +279,6 @@ def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
         for option in filter(dataclasses.is_dataclass, options(kind)):
             found |= fields_of(option, f"{prefix}{name}.")  # type: ignore[arg-type]
     return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _advice(name: str, known: dict[str, Any]) -> str:
