@@ -113,7 +113,7 @@ def test_pages_about_training(here, page):
 def test_pages_name_recipes_that_are_there():
     known = {*recipes.names(), "recipe.yaml", "sweep.yaml", "suites.yaml"}
     for page in (ROOT / "README.md", *ROOT.glob("docs/**/*.md")):
-        given = re.findall(r"(?:--config|recipe[:=]) ?([\w./-]+)", page.read_text())
+        given = re.findall(r"(?:--config|recipe[:=]) ?([a-z][\w./-]+)", page.read_text())
         assert set(given) <= known, page.name
 
 
