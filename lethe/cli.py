@@ -25,6 +25,7 @@ from lethe.config.parse import parse
 from lethe.config.words import TRUST, as_suite, command_of, consent, is_suite
 from lethe.errors import LONGEST, LetheError, full_disk, printable
 from lethe.evaluation.tasks.consent import trust_task_code
+from lethe.methods.method import Method
 from lethe.progress import bar, quiet
 from lethe.runs import garbage
 from lethe.runs.run import Run, Terminated
@@ -249,11 +250,8 @@ def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
 
 
 @command("check", "lethe check --config lab", runs_tasks=True)
-def _check(settings: c.UnlearnConfig, as_json: bool) -> None:
+def _check(settings: Method, as_json: bool) -> None:
     """Show what `lethe unlearn` would do: the plan of the run, or why it cannot work. Nothing is trained or left behind."""
-    from lethe.unlearning.check import check
-
-    check(settings)
     from lethe.report.tables import plan_table
     from lethe.unlearning.pipeline import inspect
 
@@ -262,10 +260,7 @@ def _check(settings: c.UnlearnConfig, as_json: bool) -> None:
 
 
 @command("unlearn", "lethe unlearn --config lab --remove_coef 20 --lora.r 8", runs_tasks=True)
-def _unlearn(settings: c.UnlearnConfig, as_json: bool) -> None:
-    from lethe.unlearning.check import check
-
-    check(settings)
+def _unlearn(settings: Method, as_json: bool) -> None:
     from lethe.unlearning.pipeline import unlearn
 
     _answer_all(unlearn(settings), as_json)
@@ -388,7 +383,7 @@ def _recipes(settings: c.RecipesConfig, as_json: bool) -> None:
 
 @command("report", "lethe report demo/runs --out report", "runs")
 def _report(settings: c.ReportConfig, as_json: bool) -> None:
-    from lethe.report import report
+    from lethe.report.folder import report
 
     _answer_paths(report(settings), as_json)
 

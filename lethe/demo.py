@@ -22,16 +22,16 @@ from lethe.config import (
     EvaluateConfig,
     ReportConfig,
     TamperConfig,
-    UnlearnConfig,
     to_dict,
 )
 from lethe.config.parse import from_recipe
 from lethe.errors import LetheError, full_disk, printable
 from lethe.evaluation.lab import build_lab
 from lethe.files import refuse_run_folder
+from lethe.methods.method import Method
 from lethe.models import refs
 from lethe.progress import bar, console
-from lethe.report import check_out, report
+from lethe.report.folder import check_out, report
 from lethe.runs.locks import FolderLock
 from lethe.runs.run import Run, find_runs
 
@@ -85,7 +85,7 @@ def _demo(config: DemoConfig) -> dict[str, Path]:
     attacked = {}
     changes = {"source": source, "affine": f"run:{maps.id}", "seed": config.seed, "out": steps.out}
     for recipe in ("lab", "lab-full"):
-        settings = from_recipe(UnlearnConfig, recipe, **changes)
+        settings = from_recipe(Method, recipe, **changes)
         attacked[settings.name] = steps.do(f"Unlearning ({settings.name})", unlearn, settings)
     models = {name: f"run:{run.id}" for name, run in attacked.items()} | CONTROLS
     for name, model in models.items():

@@ -28,7 +28,7 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 def check_types(config: Any, prefix: str = "") -> None:
     """Refuse a field whose value does not have its declared type. It is the same rule for Python and recipes."""
-    for name, kind in typing.get_type_hints(type(config)).items():
+    for name, kind in types_of(type(config)).items():
         value = getattr(config, name)
         if name == "name" and isinstance(value, str) and value != getattr(type(config), name, None):
             refuse_name(value)
@@ -42,6 +42,12 @@ def refuse_misfit(name: str, value: Any, kind: Any) -> None:
         given = printable(value if isinstance(value, str) and value else repr(value), 80)
         new = advice(name, value)
         raise LetheError(f"{name}: expected {spoken(kind)}, got {given}" + (f"; {new}" if new else ""))
+
+
+def types_of(kind: type) -> dict[str, Any]:
+    """The type of each setting of a dataclass, by name."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def refuse_unusable(name: str, value: Any) -> None:

@@ -4,26 +4,29 @@
 
 A value on the command line means what it would mean in a recipe, except that text is taken as it is written and that lists are
 plain words (`--layers 0 2`). The first word may be a positional setting (`lethe tamper run:ID`). Each error is one line that
-names the setting, with the nearest right name for an unknown one. jsonargparse writes the help.
+names the setting, with the nearest right name for an unknown one. The help is made from the text below each field.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import itertools
+import json
 import re
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import docstring_parser
 import yaml
 
 from lethe import files
 from lethe.config import options, recipes, renamed, spoken, to_dict
-from lethe.config.checks import DEEPEST, refuse_misfit, refuse_text, refuse_unusable
+from lethe.config.checks import DEEPEST, refuse_misfit, refuse_text, refuse_unusable, types_of
 from lethe.errors import LetheError, nearest, printable
 
 ANSWERED = {"config", "help", "print_config"}
@@ -84,25 +87,32 @@ def from_settings(config: type, given: Mapping[str, Any]) -> Any:
     return from_recipe(config, given.get("recipe"), **overrides)
 
 
-def build(kind: Any, value: Any, prefix: str = "") -> Any:
-    """Plain data, such as a run's `config`, as the dataclasses that `kind` declares. Unknown names are left out.
+def build(kind: Any, value: Any) -> Any:
+    """The `config` of a run's record, as the dataclasses that `kind` declares. Unknown names are left out.
 
     Raises:
         LetheError: a required setting is missing, or a value is not allowed.
     """
+    if hasattr(kind, "of_record"):  # a method: its class, and the names that its settings have today
+        value = kind.of_record(value)
+        kind = kind.variant(value)
+    return _object(kind, value)
+
+
+def _object(kind: Any, value: Any, prefix: str = "") -> Any:
     for option in options(kind):
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            hints, made = typing.get_type_hints(option), {}
+            hints, made = types_of(option), {}  # type: ignore[arg-type]
             for f in dataclasses.fields(option):
                 name = f"{prefix}{f.name}"
                 if f.name in value:
-                    made[f.name] = build(hints[f.name], value[f.name], f"{name}.")
+                    made[f.name] = _object(hints[f.name], value[f.name], f"{name}.")
                     refuse_misfit(name, made[f.name], hints[f.name])
                 elif f.default is f.default_factory is dataclasses.MISSING:
                     raise LetheError(f"{name}: this setting is required")
             return option(**made)  # type: ignore[operator]
         if typing.get_origin(option) is list and isinstance(value, list):
-            return [build(typing.get_args(option)[0], item, prefix) for item in value]
+            return [_object(typing.get_args(option)[0], item, prefix) for item in value]
     whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if kind is float and whole and abs(value) < 2**53 else value
 
@@ -150,7 +160,7 @@ def _value(name: str, kind: Any, words: list[str]) -> Any:
     if {dict[str, str], dict[str, Any]} & set(choices) and starts != "{" and words != ["null"]:
         return _pairs(name, words, typed=dict[str, Any] in choices)
     (item,) = [typing.get_args(option)[0] for option in choices if typing.get_origin(option) is list] or [None]
-    always_list = len(choices) == 1 and starts != "["
+    always_list = len({*choices} - {type(None)}) == 1 and starts != "[" and words != ["null"]
     if item in {str, int, float} and (always_list or len(words) != 1):
         return [_word(name, item, word) for word in words]
     if kind is bool and not words:
@@ -233,7 +243,7 @@ def _combined(config: type, parts: Iterable[Part]) -> Any:
                 what = f"config: '{recipe}' has an unknown field '{name}'" if recipe else f"there is no setting '{name}'"
                 raise LetheError(f"{what}{_advice(name, known)}")
         _merge(made, content, known)
-    return build(config, made)
+    return _object(config, made)
 
 
 def _dotted(content: Mapping[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
@@ -274,7 +284,7 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], known: dict[str, Any], 
 def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
     """Dotted names of all fields, with their types."""
     found: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(config).items():
+    for name, kind in types_of(config).items():
         found[prefix + name] = kind
         for option in filter(dataclasses.is_dataclass, options(kind)):
             found |= fields_of(option, f"{prefix}{name}.")  # type: ignore[arg-type]
@@ -292,15 +302,27 @@ def _advice(name: str, known: dict[str, Any]) -> str:
 
 
 def _help(command: str, config: type, example: str, about: str) -> str:
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = argparse.ArgumentParser(
         usage=f"lethe {command} [--config RECIPE] [--name value ...]", description=about, epilog=f"example: {example}"
     )
     recipe = "A recipe: a YAML file, or a name that `lethe recipes` lists. Later settings override it."
     parser.add_argument("--config", metavar="RECIPE", help=recipe)
     parser.add_argument("--print_config", action="store_true", help="Print the settings as a recipe, and do nothing else.")
     parser.add_argument("--json", action="store_true", help="Print the answer as JSON alone.")
-    parser.add_class_arguments(config, as_group=False, fail_untyped=True)
+    for name, text in _described(config):
+        parser.add_argument(f"--{name}", metavar="VALUE", help=text.replace("%", "%%"))
     return parser.format_help()
+
+
+def _described(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each setting with the text below its field, its type and its default."""
+    texts: dict[str, str] = {}
+    for each in filter(dataclasses.is_dataclass, reversed(config.__mro__)):
+        texts |= {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(each).params}
+    for f in dataclasses.fields(config):
+        kind = types_of(config)[f.name]
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        fallback = "required" if default is dataclasses.MISSING else f"default: {json.dumps(default, default=to_dict)}"
+        yield f"{prefix}{f.name}", f"{texts.get(f.name, '')} ({spoken(kind)}; {fallback})"
+        for option in filter(dataclasses.is_dataclass, options(kind)):
+            yield from _described(option, f"{prefix}{f.name}.")
