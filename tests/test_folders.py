@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lethe import Transfer
 from lethe import config as c
 from lethe.cli import main
 from lethe.errors import LetheError
@@ -14,7 +15,7 @@ from lethe.report.layout import Table
 from lethe.runs.run import Run
 
 CONFIGS = [
-    lambda **given: c.Transfer(source="lab:final", **given),
+    lambda **given: Transfer(source="lab:final", **given),
     lambda **given: c.TamperConfig(model="lab:final", **given),
     lambda **given: c.EvaluateConfig(model="lab:final", **given),
     lambda **given: c.CheckpointsConfig(model="lab:final", **given),
