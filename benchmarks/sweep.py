@@ -15,12 +15,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from lethe.config import SweepConfig
 from lethe.lab.presets import active_preset
 from lethe.sweeps.controller import sweep
-from lethe.sweeps.search import hypervolume
 
 RUNS, SEEDS, TRIVIAL = 20, range(5), 200
 TASKS = ["lab_forget_robust", "lab_retain"]
@@ -54,6 +54,16 @@ def area(sampler: Any, seed: int) -> float:
     assert len(trials) == RUNS
     forget, retain = TASKS
     return hypervolume((evals[forget]["acc"], 1 - evals[retain]["acc"]) for evals in trials if evals)
+
+
+def hypervolume(points: Iterable[tuple[float, float]], worst: tuple[float, float] = (1.0, 1.0)) -> float:
+    """The area between a front of pairs (both to be small) and the worst point."""
+    area, height = 0.0, worst[1]
+    for x, y in sorted(p for p in points if p[0] < worst[0] and p[1] < worst[1]):
+        if y < height:
+            area += (worst[0] - x) * (height - y)
+            height = y
+    return area
 
 
 def pareto() -> None:

@@ -12,7 +12,7 @@ from lethe.runs.run import Run, find_runs
 
 
 class Steps:
-    """A run of `steps` tenths of a second, a line of metrics each; it saves every 50 and when asked to stop, and goes on."""
+    """A run of `steps` tenths of a second, a line of metrics each. It saves every 50 and when it must stop."""
 
     def __init__(self, folder: Path, steps: int):
         self.folder = folder
@@ -36,7 +36,7 @@ class Steps:
                     return
 
     def before_requeue(self, reason: str) -> None:
-        self.run().update(status="queued", reason=reason, told=reason)
+        self.run().update(status="queued", reason=reason, requeue=reason)
 
 
 class Submits:

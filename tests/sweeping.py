@@ -1,4 +1,4 @@
-"""What tests of sweeps share: a recipe of seconds on the nano lab, controllers as processes, and looking at what they do."""
+"""What tests of sweeps share: a recipe that takes seconds on the nano lab, and controllers in processes of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep's controller does with its trials, beside a launcher that makes up results at once: no model is trained."""
+"""What a sweep's controller does with its trials. A launcher makes results up at once: no model is trained."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState, create_trial
 from sweeping import TASKS, config, recipe, trials
 
+from lethe.config import SweepStatusConfig
 from lethe.launching import launchers
 from lethe.runs.run import Run
-from lethe.sweeps.controller import Sweep, sweep
+from lethe.sweeps.controller import Sweep, resume_sweep, status, sweep
 from lethe.sweeps.kinds import planner_of
 
 LR = {"low": 1e-4, "high": 1.0, "log": True}
 
 
 class MadeUp:
-    """A launcher whose runs are done when they are started, though it hears of that only when it waits.
+    """A launcher whose runs are done when they are started, which it notices only when it waits.
 
     Accuracies fall from 1 to chance as lr rises, forget a little before retain.
     """
 
-    def __init__(self, prune=lambda run: False):
-        self.prune = prune
+    def __init__(self, stops=lambda run: False):
+        self.stops = stops
         self.busy = False
 
     def room(self) -> int:
@@ -35,9 +37,9 @@ class MadeUp:
         self.busy = True
         for folder in folders:
             run = Run.open(folder)
-            if run.record["kind"] == "unlearn" and self.prune(run):
-                run.ask_to_stop("pruned at step 2: made up")
-                run.update(status="cancelled", reason="pruned at step 2: made up")
+            if run.record["kind"] == "unlearn" and self.stops(run):
+                run.ask_to_stop("stopped early at step 2: made up")
+                run.update(status="cancelled", reason="stopped early at step 2: made up")
             else:
                 run.update(status="complete", evals=self.evals(run.record["config"].get("lr", 0)))
         return {"host": "here", "pid": 0, "born": 0.0, "since": run.record["created"]}
@@ -49,14 +51,11 @@ class MadeUp:
             found[task] = {"acc": acc, "low": acc - 0.02, "high": acc + 0.02, "n": 100, "chance": 0.25}
         return found
 
-    def fates(self, owners):
-        return [None for _ in owners]
+    def lost(self, owned):
+        return [None for _ in owned]
 
     def wait(self, seconds: float) -> None:
         self.busy = False
-
-    def cancel(self, owners) -> None:
-        pass
 
     def stop(self) -> None:
         pass
@@ -74,7 +73,7 @@ def made_up(lab, monkeypatch):
 def test_a_sweep_is_not_over_while_a_worker_has_yet_to_say_that_it_is_done(made_up, tmp_path):
     """The last run's record is complete, nobody has room, and nothing is in the queue: more is still to be proposed."""
     bisected = sweep(config(tmp_path / "a", kind="boundary", vary={"lr": LR}, width=4.0))
-    assert len(bisected.record["trials"]) > 5 and all("asked for" not in said for said in bisected.record["conclusions"])
+    assert len(bisected.record["trials"]) > 5 and all("wider than" not in said for said in bisected.record["conclusions"])
     spent = sweep(config(tmp_path / "b", kind="pareto", vary={"lr": LR}, max_runs=6))
     assert len(trials(spent)) == 7
 
@@ -109,14 +108,14 @@ def test_the_text_of_a_sweep_is_read_once_for_all_its_settings(made_up, tmp_path
     assert len(read) == 3  # afterwards, a text is read as it stands then
 
 
-def test_pruned_runs_are_spent_and_never_numbers(made_up, tmp_path):
-    made_up(prune=lambda run: run.record["config"]["lr"] > 1e-2)
+def test_runs_stopped_early_are_spent_and_never_numbers(made_up, tmp_path):
+    made_up(stops=lambda run: run.record["config"]["lr"] > 1e-2)
     run = sweep(config(tmp_path, kind="pareto", vary={"lr": LR}, unlearn=recipe(eval={"tasks": TASKS, "every": 2}), max_runs=8))
     found = {name: trial for name, trial in trials(run).items() if not trial["reference"]}
-    pruned = [trial for trial in found.values() if trial["status"] == "pruned"]
-    assert len(found) == 8 and 0 < len(pruned) < 8
-    assert all(trial["evals"] == {} and trial["reason"].startswith("pruned at step") for trial in pruned)
-    assert [name for said in run.record["conclusions"] for name in found if name in said and found[name] in pruned] == []
+    stopped = [trial for trial in found.values() if trial["status"] == "stopped early"]
+    assert len(found) == 8 and 0 < len(stopped) < 8
+    assert all(trial["evals"] == {} and trial["reason"].startswith("stopped early at step") for trial in stopped)
+    assert [name for said in run.record["conclusions"] for name in found if name in said and found[name] in stopped] == []
     study = Sweep.open(str(run.path), str(tmp_path)).study
     assert all(trial.values is None for trial in study.trials if trial.state.name == "PRUNED")
 
@@ -154,3 +153,62 @@ def test_settings_that_fail_are_not_proposed_over_and_over(made_up, tmp_path, mo
     failed = sorted(math.log10(t["point"]["lr"]) for t in run.record["trials"] if t["status"] == "failed")
     assert failed and len([t for t in run.record["trials"] if not t["reference"]]) == 12
     assert len({round(10 * x) for x in failed}) == len(failed)  # each at a rate of its own, a tenth of a decade apart
+
+
+def measured(run: Run) -> list[tuple[float, str]]:
+    return sorted((trial["point"]["lr"], trial["regime"]) for trial in run.record["trials"] if not trial["reference"])
+
+
+def rate(half: float, share: float) -> float:
+    """The lr at which `MadeUp` leaves this share of a task's accuracy above chance."""
+    return half * (1 / share - 1) ** 0.25
+
+
+def test_a_boundary_is_bracketed_where_the_regimes_change(made_up, tmp_path):
+    run = sweep(config(tmp_path, kind="boundary", vary={"lr": LR}, width=2.0))
+    half_an_interval = 0.02 / 0.75
+    neither, both = rate(1e-2, 0.9 - half_an_interval), rate(3e-2, 0.1 + half_an_interval)
+    for truth, holds in ((neither, lambda regime: regime == "neither"), (both, lambda regime: regime != "both")):
+        low = max(lr for lr, regime in measured(run) if holds(regime))
+        high = min(lr for lr, regime in measured(run) if not holds(regime))
+        assert low < truth < high and high / low <= 2
+    said = " ".join(run.record["conclusions"])
+    assert all(words in said for words in ("Neither task fell up to", "Not both tasks are at chance", "One seed"))
+
+
+def test_an_axis_that_does_not_reach_both_is_not_bracketed_and_names_the_next(made_up, tmp_path):
+    run = sweep(config(tmp_path, kind="boundary", vary={"lr": {"low": 1e-4, "high": 2e-3}}))
+    said = " ".join(run.record["conclusions"])
+    assert "Not bracketed" in said and "Try another one: max_steps" in said
+    assert len(run.record["trials"]) == 3
+
+
+def test_the_largest_rate_that_retains_enough_is_found(made_up, tmp_path):
+    run = sweep(config(tmp_path, kind="boundary", find="retained", within=0.1, vary={"lr": LR}, width=1.5))
+    largest = max(lr for lr, _ in measured(run) if lr < rate(3e-2, 0.65 / 0.75))
+    said = f"The largest value that retains lab_retain within 10 points of baseline is lr {largest:g}"
+    assert run.record["conclusions"][0].startswith(said)
+
+
+def test_a_sweep_of_an_earlier_version_is_resumed(made_up, tmp_path):
+    """Its record has old names of settings, and its study a trial that waits."""
+    run = sweep(config(tmp_path, vary={"lr": LR | {"steps": 2}}))
+    settings = run.record["config"]
+    settings["kept_threshold"], settings["prune"] = 0.75, settings.pop("stop_early")
+    del settings["retained_threshold"]
+    run.update(status="cancelled")
+    made = Sweep.open(str(run.path), str(tmp_path))
+    assert made.config.retained_threshold == 0.75
+    plan = made.planner.plan({"lr": 0.5}, 0)
+    made.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=plan.attributes()))
+    resumed = resume_sweep(Run.open(run.path))
+    assert resumed.record["counts"] == {"complete": 4} and trials(resumed)["lr0.5"]["status"] == "complete"
+
+
+def test_a_sweep_that_starts_from_known_runs_can_be_opened_again(made_up, tmp_path):
+    known = sweep(config(tmp_path / "known", vary={"lr": [1e-3, 1e-2]}))
+    run = sweep(config(tmp_path / "a", kind="pareto", vary={"lr": LR}, max_runs=2, warm_start=[str(tmp_path / "known")]))
+    shown = status(SweepStatusConfig(str(run.path), str(tmp_path)))
+    assert shown.record["trials"] == run.record["trials"]
+    reused = {trial["name"] for trial in shown.record["trials"] if trial["reused"]}
+    assert reused == {trial["name"] for trial in known.record["trials"] if not trial["reference"]}

@@ -1,4 +1,4 @@
-"""A sweep's journal is read before it is written: what a crash cut short is taken out, anything else is refused."""
+"""A sweep's journal is repaired before it is written: what a crash cut short is removed, any other damage is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def journal(tmp_path) -> Path:
     study, _ = studies(None, tmp_path, NAME, directions=["minimize", "maximize"])
     for number in range(2):
         study.add_trial(
-            create_trial(state=TrialState.WAITING, user_attrs={"name": f"t{number}", "runs": [f"unlearn-t{number}"]})
+            create_trial(state=TrialState.RUNNING, user_attrs={"name": f"t{number}", "runs": [f"unlearn-t{number}"]})
         )
     return tmp_path / JOURNAL
 
@@ -32,15 +32,10 @@ def names(journal: Path) -> list[str]:
     return [trial.user_attrs["name"] for trial in study.get_trials()]
 
 
-def test_looking_at_a_sweep_writes_nothing(journal):
-    before = journal.read_bytes()
-    assert names(journal) == ["t0", "t1"]
-    assert journal.read_bytes() == before
-
-
 @pytest.mark.parametrize("cut", [1, 2, 30, 100])
-def test_a_last_line_that_was_cut_short_is_taken_out_and_said(journal, cut, caplog):
+def test_a_last_line_that_was_cut_short_is_removed_and_logged(journal, cut, caplog):
     before = journal.read_bytes()
+    assert names(journal) == ["t0", "t1"] and journal.read_bytes() == before  # looking at it writes nothing
     journal.write_bytes(before[:-cut])
     expected = ["t0", "t1"] if cut == 1 else ["t0"]  # without its end alone, the record is whole
     for _ in range(3):
@@ -52,7 +47,7 @@ def test_a_last_line_that_was_cut_short_is_taken_out_and_said(journal, cut, capl
     assert names(journal) == [*expected, "later"]
 
 
-def test_two_records_that_a_crash_joined_are_told_apart(journal, caplog):
+def test_two_records_that_a_crash_joined_are_separated(journal, caplog):
     lines = journal.read_text().splitlines()
     journal.write_text("\n".join([*lines[:-1], lines[-1][:-20] + lines[-1], lines[-1]]) + "\n")
     assert names(journal) == ["t0", "t1", "t1"]
@@ -76,8 +71,8 @@ def test_any_other_damage_is_refused_with_its_line(journal, line):
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"op_code": 99}, "does not hold together"),
-        ({"op_code": 4}, "does not hold together"),
+        ({"op_code": 99}, "do not fit together"),
+        ({"op_code": 4}, "do not fit together"),
         ({"op_code": 8, "trial_id": 0, "user_attr": {"runs": ["../../home"]}}, "trial 0.runs.0: expected a name without '/'"),
         ({"op_code": 8, "trial_id": 0, "user_attr": {"runs": "all"}}, "trial 0.runs: expected a list"),
         (

@@ -1,4 +1,4 @@
-"""No fault at any moment loses or bends a result: killed runs end in the bits that they would have ended in."""
+"""No fault at any moment loses or changes a result: killed runs are resumed with a bit-identical result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from lethe import (
     evaluate,
     fit_affine,
     tamper,
-    training,
     unlearn,
 )
 from lethe.cli import main
@@ -40,7 +39,7 @@ from lethe.lab.presets import active_preset
 from lethe.models import refs
 from lethe.runs.run import Run, find_runs
 from lethe.sweeps.resuming import resume
-from lethe.training import saves
+from lethe.training import saves, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -92,15 +91,15 @@ def wait_for(process: subprocess.Popen, out: Path, file: str, lines: int) -> Run
     raise AssertionError("the run did not come so far")
 
 
-def told(run: Run) -> list[Any]:
-    """All that a run wrote line by line, without what time decides."""
+def written(run: Run) -> list[Any]:
+    """All that a run wrote line by line, without its speed."""
     metrics = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.rows("metrics.jsonl")]
     return [metrics, run.rows("batches.jsonl"), run.rows("curve.jsonl")]
 
 
 def assert_same(run: Run, whole: Run) -> None:
     assert run.status == whole.status == "complete"
-    assert told(run) == told(whole)
+    assert written(run) == written(whole)
     for key in ("losses", "evals", "agreement", "update_by_layer", "parents"):
         assert run.record.get(key) == whole.record.get(key), key
     assert run.record["plan"].get("tokens") == whole.record["plan"].get("tokens")
@@ -144,7 +143,7 @@ def test_a_run_keeps_to_the_threads_that_it_began_with_and_says_so(stopped):
 
 
 def test_rewound_weights_and_packed_text_are_resumed_too(lab, tmp_path):
-    settings = {"rewind": 0.5, "forget_loss": "both", "packing": "packed", "lora": None, "affine": "none"}
+    settings = {"rewind": 0.5, "forget_kl_coef": 1.0, "packing": "packed", "lora": None, "affine": "none"}
     whole = unlearn(recipe(tmp_path / "whole", **settings))
     process = start("unlearn", recipe(tmp_path / "killed", **settings), tmp_path)
     run = wait_for(process, tmp_path / "killed", "metrics.jsonl", 7)
@@ -153,37 +152,30 @@ def test_rewound_weights_and_packed_text_are_resumed_too(lab, tmp_path):
     assert_same(resume(ResumeConfig(str(run.path))), whole)
 
 
-def attack(out: Path) -> TamperConfig:
+def finetuning(out: Path) -> TamperConfig:
     return TamperConfig(
         model="lab:filtered", num_train_examples=64, max_steps=20, save_every=2, out=str(out),
         per_device_train_batch_size=4, eval=EvalSettings(["lab_forget_robust"], every=4, limit=8),
     )  # fmt: skip
 
 
-def test_an_attack_without_training_goes_on_at_the_strength_that_it_was_killed_at(lab, tmp_path):
-    def noise(out: Path) -> TamperConfig:
-        tasks = EvalSettings(["lab_forget_robust", "lab_retain"], limit=200)
-        return TamperConfig(model="lab:final", attack="noise", eval=tasks, save_model=True, out=str(out))
-
-    whole = tamper(noise(tmp_path / "whole"))
-    process = start("tamper", noise(tmp_path / "killed"), tmp_path)
-    run = wait_for(process, tmp_path / "killed", "curve.jsonl", 2)
-    process.kill()
-    process.communicate()
-    if Run.open(run.path).status == "lost":
-        run = resume(ResumeConfig(str(run.path)))
-    assert_same(Run.open(run.path), whole)
+def noise(out: Path) -> TamperConfig:
+    tasks = EvalSettings(["lab_forget_robust", "lab_retain"], limit=200)
+    return TamperConfig(model="lab:final", attack="noise", eval=tasks, save_model=True, out=str(out))
 
 
-@pytest.mark.parametrize("lines", [1, 3])
-def test_an_attack_killed_at_any_step_has_the_same_curve(lab, tmp_path, lines):
+@pytest.mark.parametrize(("attack", "lines"), [(finetuning, 1), (finetuning, 3), (noise, 2)])
+def test_an_attack_killed_at_any_step_or_strength_has_the_same_curve(lab, tmp_path, attack, lines):
     whole = tamper(attack(tmp_path / "whole"))
     process = start("tamper", attack(tmp_path / "killed"), tmp_path)
     run = wait_for(process, tmp_path / "killed", "curve.jsonl", lines)
     process.kill()
     process.communicate()
-    assert_same(resume(ResumeConfig(str(run.path))), whole)
-    assert [line["step"] for line in whole.rows("curve.jsonl")] == [0, 4, 8, 12, 16, 20]
+    if Run.open(run.path).status == "lost":
+        run = resume(ResumeConfig(str(run.path)))
+    assert_same(Run.open(run.path), whole)
+    if attack is finetuning:
+        assert [line["step"] for line in whole.rows("curve.jsonl")] == [0, 4, 8, 12, 16, 20]
 
 
 def test_sigterm_saves_and_exits_and_the_run_goes_on_from_there(lab, tmp_path):
@@ -194,7 +186,7 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on_from_there(lab, tmp_path):
     process.terminate()
     _, printed = process.communicate()
     assert process.returncode == 143
-    assert printed.splitlines()[-1].startswith("lethe: SIGTERM; go on with: lethe resume")
+    assert printed.splitlines()[-1].startswith("lethe: SIGTERM; resume with: lethe resume")
     run = Run.open(run.path)
     assert run.status == "cancelled" and "SIGTERM" in run.record["reason"]
     done = len(run.rows("metrics.jsonl"))
@@ -244,17 +236,22 @@ def test_a_save_that_is_not_whole_is_never_used(stopped, file, damage):
     assert saves.newest(stopped.path / "saves").name == "step-6"
 
 
-def test_a_run_whose_newest_save_is_broken_goes_on_from_the_one_before(stopped, undisturbed):
-    (stopped.path / "saves" / "step-8" / "optimizer.pt").unlink()
-    (stopped.path / "saves" / ".step-9.1.tmp").mkdir()
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("step-8/optimizer.pt", "the newest whole save; 2 are done again"),
+        (".", "of 8 updates there is no whole save"),
+    ],
+)
+def test_a_run_without_its_newest_save_resumes_from_the_one_before_or_begins_anew(stopped, undisturbed, lost, said):
+    path = stopped.path / "saves" / lost
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+        (stopped.path / "saves" / ".step-9.1.tmp").mkdir()
     assert_same(resume(ResumeConfig(str(stopped.path))), undisturbed)
-    assert "going on from update 6, the newest whole save; 2 are done again" in (stopped.path / "log.txt").read_text()
-
-
-def test_a_run_without_a_save_begins_again(stopped, undisturbed):
-    shutil.rmtree(stopped.path / "saves")
-    assert_same(resume(ResumeConfig(str(stopped.path))), undisturbed)
-    assert "beginning anew: of 8 updates there is no whole save" in (stopped.path / "log.txt").read_text()
+    assert said in (stopped.path / "log.txt").read_text()
 
 
 def test_a_divergence_falls_back_on_planned_saves_wherever_the_run_was_stopped_on_the_way(tmp_path):
@@ -262,7 +259,7 @@ def test_a_divergence_falls_back_on_planned_saves_wherever_the_run_was_stopped_o
     optimizer = torch.optim.AdamW(model.parameters())
     parts = (model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), TrainerState())
     saves.begin(tmp_path, model)
-    for step in (3, 4):  # told to stop there
+    for step in (3, 4):  # stopped there
         saves.write(tmp_path, step, *parts, every=5)
     assert saves.before_divergence(tmp_path, 5) == (tmp_path / saves.BEGIN, 0)
     for step in (5, 7, 8):
@@ -309,23 +306,20 @@ def test_a_full_disk_is_an_error_in_one_line_that_leaves_earlier_saves_whole(und
     assert_same(resume(ResumeConfig(str(home))), undisturbed)
 
 
-def test_a_disk_that_is_full_when_the_model_is_written_is_an_error_in_one_line(lab, small, tmp_path, capfd):
-    config = recipe(small(8000) / "runs", lora=None, affine="none", save_every=0)
-    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
-    assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
-    said = capfd.readouterr().err
-    assert "Traceback" not in said and "a disk is full" in said and "make room and go on: lethe resume" in said
-    run = find_runs(config.out)[0]
-    assert run.status == "failed" and "a disk is full" in run.record["reason"]
-
-
-def test_a_disk_that_is_full_before_the_work_begins_leaves_no_run(lab, small, tmp_path, capfd):
-    config = recipe(small(1000) / "runs", rewind=0.5)
+@pytest.mark.parametrize(
+    ("kib", "settings", "left"), [(8000, {"lora": None, "affine": "none", "save_every": 0}, 1), (1000, {"rewind": 0.5}, 0)]
+)
+def test_a_disk_that_is_full_at_the_end_or_at_the_start(lab, small, tmp_path, capfd, kib, settings, left):
+    config = recipe(small(kib) / "runs", **settings)
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
     assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
     said = capfd.readouterr().err
     assert "Traceback" not in said and "lethe: a disk is full" in said
-    assert not Path(config.out).exists()
+    runs = find_runs(config.out)
+    assert len(runs) == left and Path(config.out).exists() == bool(left)
+    if left:
+        assert "make room and resume: lethe resume" in said
+        assert runs[0].status == "failed" and "a disk is full" in runs[0].record["reason"]
 
 
 # --- what cannot be resumed ------------------------------------------------------------------------------------------
@@ -403,7 +397,7 @@ def test_a_loss_far_above_the_first_ones_is_a_divergence_with_the_weights_of_the
         assert left.status in {"failed", "lost"} and left.diverged
         resumed = resume(ResumeConfig(str(left.path)))
         assert resumed.status == "diverged" and resumed.record["divergence"] == whole.record["divergence"]
-        assert told(resumed) == told(whole) and resumed.record["reason"] == whole.record["reason"]
+        assert written(resumed) == written(whole) and resumed.record["reason"] == whole.record["reason"]
         assert resumed.record["artifacts"] == whole.record["artifacts"] and resumed.record["evals"] == whole.record["evals"]
     with pytest.raises(LetheError, match="is diverged"):
         resume(ResumeConfig(str(run.path)))
@@ -442,13 +436,13 @@ def test_a_divergence_that_the_last_evaluation_finds_leaves_the_trained_weights(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise NotNumbersError("the model's log-likelihoods are not numbers")
 
-    monkeypatch.setattr(training, "evaluate_model", broken)
+    monkeypatch.setattr(trainer, "evaluate_model", broken)
     run = unlearn(recipe(tmp_path, max_steps=8, lora=None, eval=EvalSettings(["lab_forget_robust"], limit=4)))
     assert run.status == "diverged" and run.record["divergence"]["step"] == 8
-    before = {key: run.record[key] for key in ("divergence", "artifacts", "evals", "reason")}, told(run)
+    before = {key: run.record[key] for key in ("divergence", "artifacts", "evals", "reason")}, written(run)
     run.update(status="failed")  # as if it had been stopped just after
     resumed = resume(ResumeConfig(str(run.path)))
-    assert ({key: resumed.record[key] for key in before[0]}, told(resumed)) == before and resumed.status == "diverged"
+    assert ({key: resumed.record[key] for key in before[0]}, written(resumed)) == before and resumed.status == "diverged"
 
 
 def test_a_run_past_its_time_limit_saves_and_is_failed_with_the_reason(lab, tmp_path):

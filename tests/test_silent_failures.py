@@ -1,7 +1,7 @@
-"""Each way in which earlier work went wrong without an error (FIELD's table), planted: it is refused, or said aloud.
+"""Mistakes that would change a result without an error are refused or reported: altered maps, rounding, idle settings.
 
-Rows that another file provokes: few-shot counts in one table (test_report), the held-out split and the layer's place
-(test_affine, test_residual), Muon's routes (test_optimizers), degenerate answers and missing numbers (test_evaluate).
+Others of this kind: few-shot counts in one table (test_report), the held-out split and the layer's place (test_affine,
+test_residual), parameter groups of Muon (test_optimizers), degenerate answers and missing numbers (test_evaluate).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from lethe import AffineConfig, LoraSettings, TamperConfig, Transfer, fit_affine, tamper, unlearn
 from lethe.config import AffineScoreConfig, EvalSettings, TextSource, options
@@ -78,7 +79,7 @@ def test_maps_without_a_record_are_read_by_the_convention_that_fits(maps, tmp_pa
     assert run.rows("metrics.jsonl")[0]["cb_loss"] == recorded.rows("metrics.jsonl")[0]["cb_loss"]
 
 
-def test_the_other_convention_is_used_when_asked_for_and_warned_of(maps, tmp_path):
+def test_the_other_convention_is_used_when_named_and_warned_of(maps, tmp_path):
     folder = str(published(maps, tmp_path / "maps", 1))
     right, off = (
         unlearn(recipe(tmp_path, affine=folder, layers=[1, 3], affine_convention=convention))
@@ -88,17 +89,6 @@ def test_the_other_convention_is_used_when_asked_for_and_warned_of(maps, tmp_pat
     assert "fit better as hidden_states" in off.record["plan"]["warnings"][0]
     assert "fit better as hidden_states" in (off.path / "log.txt").read_text()
     assert off.rows("metrics.jsonl")[0]["cb_loss"] > right.rows("metrics.jsonl")[0]["cb_loss"]
-
-
-def test_maps_that_do_no_better_than_none_are_refused_and_nothing_is_left(maps, tmp_path):
-    folder = published(maps, tmp_path / "maps", 0)
-    noise = {
-        name: torch.randn(t.shape, generator=torch.Generator().manual_seed(0)) for name, t in load_file(maps / WEIGHTS).items()
-    }
-    save_file(noise, folder / WEIGHTS)
-    with pytest.raises(LetheError, match="no better than no map"):
-        unlearn(recipe(tmp_path / "runs", affine=str(folder)))
-    assert not (tmp_path / "runs").exists()
 
 
 DAMAGE: dict[str, Any] = {
@@ -147,14 +137,6 @@ def test_maps_without_a_hash_that_predict_better_than_none_are_used(maps, tmp_pa
     assert all("recorded for this pair; mean R²" in run.record["plan"]["maps"] for run in runs)
 
 
-def test_maps_of_a_run_that_were_changed_since_are_refused(maps, tmp_path):
-    run = shutil.copytree(maps.parent, tmp_path / "run")
-    damaged(maps, tmp_path / "maps", "larger", hashed=False)
-    shutil.copytree(tmp_path / "maps", run / "affine", dirs_exist_ok=True)
-    with pytest.raises(LetheError, match="was altered"):
-        unlearn(recipe(tmp_path / "runs", affine=str(run)))
-
-
 # --- teachers --------------------------------------------------------------------------------------------------------
 
 
@@ -190,22 +172,13 @@ def test_a_source_that_holds_the_models_own_weights_is_refused_wherever_it_lies(
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox", "starcoder2"])
 def test_a_models_own_dropout_is_off_in_training_and_kept_in_its_configuration(make_model, tmp_path, architecture):
-    names = [name for name in vars(AutoConfigs[architecture]()) if "drop" in name and name != "classifier_dropout"]
+    names = [name for name in vars(AutoConfig.for_model(architecture)) if "drop" in name and name != "classifier_dropout"]
     folder = make_model(architecture, tmp_path / "model", **dict.fromkeys(names, 0.3))
     model, _ = refs.load(resolve(str(folder)))
     ids = torch.arange(3, 30)[None]
     model.train()
     torch.testing.assert_close(model(ids).logits, model.eval()(ids).logits)
     assert names and all(getattr(model.config, name) == 0.3 for name in names)
-
-
-def _configs() -> dict[str, Any]:
-    from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Starcoder2Config
-
-    return {"gpt2": GPT2Config, "llama": LlamaConfig, "gpt_neox": GPTNeoXConfig, "starcoder2": Starcoder2Config}
-
-
-AutoConfigs = _configs()
 
 
 # --- updates ---------------------------------------------------------------------------------------------------------
@@ -244,6 +217,7 @@ def test_an_attack_keeps_float32_weights_whatever_the_models_type(lab, tmp_path)
 # --- settings --------------------------------------------------------------------------------------------------------
 
 CHANGES: dict[str, Any] = {
+    "method": "npo",
     "model": "lab:filtered",
     "source": "lab:filtered",
     "affine": "fit",
@@ -252,7 +226,6 @@ CHANGES: dict[str, Any] = {
     "retain": [TextSource("lab:retain"), TextSource("{home}/extra.jsonl", weight=0.5)],
     "packing": "packed",
     "rewind": 0.5,
-    "forget_loss": "distill",
     "forget_kl_coef": 2.0,
     "cb_scale": "relative",
     "num_train_examples": 8,
@@ -317,12 +290,19 @@ def baseline(lab, tmp_path_factory) -> dict[str, Any]:
     return first
 
 
+ECHOED = {"seconds", "teachers", "dtypes", "maps", "coefficients", "layers", "warnings"}
+"""Parts of the plan that say what a setting is, or how long something took."""
+
+
 def outcome(run: Run) -> dict[str, Any]:
-    """All that a run's settings decide, apart from the settings themselves and from time."""
+    """What came of a run: nothing that only repeats its settings, and nothing that time decides."""
     record = {key: run.record[key] for key in ("losses", "artifacts", "evals", "agreement")}
-    plan = {key: value for key, value in run.record["plan"].items() if key != "seconds"}
+    record["teachers"] = {text: how.partition(":")[0] for text, how in run.record["teachers"].items()}
+    plan = {key: value for key, value in run.record["plan"].items() if key not in ECHOED}
     plan["memory"] = {part: size for part, size in plan["memory"].items() if part not in {"libraries", "buffers"}}
-    return record | {"plan": plan, "curve": run.rows("curve.jsonl"), "files": sorted(p.name for p in run.path.iterdir())}
+    rows = [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in run.rows("metrics.jsonl")]
+    files = sorted(path.name for path in run.path.iterdir())
+    return record | {"plan": plan, "metrics": rows, "curve": run.rows("curve.jsonl"), "files": files}
 
 
 def test_the_source_is_found_by_a_sweep(lab, tmp_path):
@@ -334,7 +314,7 @@ def test_the_source_is_found_by_a_sweep(lab, tmp_path):
 
 
 @pytest.mark.parametrize(("targets", "tensors"), [("attention", 4), ("mlp", 4), ("all", 8)])
-def test_adapters_sit_on_the_layers_of_the_role_asked_for(lab, tmp_path, targets, tensors):
+def test_adapters_sit_on_the_layers_of_the_given_role(lab, tmp_path, targets, tensors):
     plan = inspect(recipe(tmp_path, lora=LoraSettings(targets=targets)))
     assert [row["tensors"] for row in plan["routing"]] == [tensors * 5]
 

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm cluster: their states, and what becomes of them when cancelled, out of time, preempted or lost."""
+"""Jobs on a real Slurm cluster: their states, and how they end when cancelled, out of time, preempted or lost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import subprocess
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,9 +94,9 @@ def test_sbatchs_refusal_in_its_own_words(cluster: Cluster, tmp_path: Path) -> N
 
 @pytest.mark.slurm
 def test_states_with_and_without_accounting(
-    cluster: Cluster, submit: Callable[..., tuple[str, Run]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, submit: Callable[..., tuple[str, Run]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Accounting and slurmctld each answer alone, too; what neither knows is never taken for an end that went well."""
+    """Accounting and slurmctld each answer alone, too. A job that neither knows is never taken for a completed one."""
     job, run = submit(3)
     assert ended(cluster, job) == slurm_jobs.JobState("COMPLETED", "None", False)
     assert (Run.open(run.path).record["job_id"], Run.open(run.path).status) == (job, "complete")
@@ -106,7 +105,7 @@ def test_states_with_and_without_accounting(
     assert not caplog.records
 
     cluster.kill("slurmdbd")
-    monkeypatch.setattr(slurm, "_warned", threading.Event())
+    slurm_jobs._warn_without_accounting.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             states = slurm_jobs.states([job, "999999"])
@@ -128,7 +127,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, submit: Cal
     slurm_jobs.cancel([job])
     assert ended(cluster, job).word == "CANCELLED"
     record = Run.open(run.path).record
-    assert (record["status"], "told" in record) == ("cancelled", False)
+    assert (record["status"], "requeue" in record) == ("cancelled", False)
     assert record["saved"] == run.rows("metrics.jsonl")[-1]["step"]
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
     assert "Restarts=0" in shown
@@ -152,13 +151,13 @@ def is_requeued(job: str) -> None:
     ("happens", "reason"),
     [(runs_out_of_time, "out of time"), (is_preempted, "preempted"), (is_requeued, "requeued by Slurm")],
 )
-def test_a_job_that_must_stop_saves_and_goes_on_under_its_id(
+def test_a_job_that_must_stop_saves_and_is_resumed_under_its_id(
     cluster: Cluster, submit: Callable[..., tuple[str, Run]], happens: Callable[[str], None], reason: str
 ) -> None:
     job, run = submit(40)
     happens(job)
-    cluster.until(lambda: "told" in Run.open(run.path).record)
-    assert Run.open(run.path).record["told"] == reason
+    cluster.until(lambda: "requeue" in Run.open(run.path).record)
+    assert Run.open(run.path).record["requeue"] == reason
     assert ended(cluster, job).word == "COMPLETED"
     rows = run.rows("metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 41))
@@ -167,7 +166,7 @@ def test_a_job_that_must_stop_saves_and_goes_on_under_its_id(
 
 
 @pytest.mark.slurm
-def test_a_job_out_of_time_too_often_has_failed(
+def test_a_job_out_of_time_too_often_or_killed_has_failed_and_its_log_says_why(
     cluster: Cluster, submit: Callable[..., tuple[str, Run]], tmp_path: Path
 ) -> None:
     job, run = submit(LONG, max_timeouts=0)
@@ -176,24 +175,18 @@ def test_a_job_out_of_time_too_often_has_failed(
     assert "timed-out too many times" in "\n".join(last_lines(slurm.log_file(tmp_path / "jobs", job), 10))
     assert "saved" in Run.open(run.path).record
 
-
-@pytest.mark.slurm
-def test_a_killed_job_has_failed_and_its_log_says_so(
-    cluster: Cluster, submit: Callable[..., tuple[str, Run]], tmp_path: Path
-) -> None:
     job, run = submit(LONG)
+    cluster.until(lambda: Run.open(run.path).status == "running")
     for process in cluster.processes(f"{job}.0"):
         os.kill(process, 9)
-    state = ended(cluster, job)
-    assert state.word == "FAILED"
+    assert ended(cluster, job).word == "FAILED"
     tail = "\n".join(last_lines(slurm.log_file(tmp_path / "jobs", job), 10))
-    assert "at work" in tail
-    assert "Killed" in tail
+    assert "at work" in tail and "Killed" in tail
     assert Run.open(run.path).status == "lost"
 
 
 @pytest.mark.slurm
-def test_a_job_whose_node_is_lost_goes_on_under_its_id(cluster: Cluster, submit: Callable[..., tuple[str, Run]]) -> None:
+def test_a_job_whose_node_is_lost_is_resumed_under_its_id(cluster: Cluster, submit: Callable[..., tuple[str, Run]]) -> None:
     """slurmd, slurmstepd and all of the job are gone at once, as when a machine loses its power; the node comes back."""
     job, run = submit(140)
     cluster.until(lambda: len(run.rows("metrics.jsonl")) > 110)  # Slurm misses a job only some time after its start
@@ -281,7 +274,7 @@ def test_a_cancelled_job_is_a_cancelled_run_and_a_cancelled_sweep_cancels_its_jo
         lambda: [t for t in status(named).record["trials"] if t["runs"] == [first.id] and t["status"] == "cancelled"]
     )[0]
     assert "CANCELLED" in shown["reason"]
-    until(lambda: len(unlearned(out)) == 3)  # the sweep has gone on with another one
+    until(lambda: len(unlearned(out)) == 3)  # the sweep has started another one
     cancel(SweepCancelConfig(str(made), str(out)))
     assert controller.wait(60) == 143
     assert {trial["status"] for name, trial in trials(status(named)).items() if name != "baseline"} == {"cancelled"}

@@ -1,4 +1,4 @@
-"""Suites of attacks on the nano lab, through the launcher of sweeps; what they cannot be is refused."""
+"""Suites of attacks on the nano lab, run by the controller of sweeps; what cannot work is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(out: Path, **changes) -> SuiteConfig:
 
 
 @pytest.mark.slow
-def test_every_attack_runs_on_every_model_with_every_seed_and_chains_go_on_from_what_was_kept(lab, tmp_path):
+def test_every_attack_runs_on_every_model_with_every_seed_and_chains_start_from_the_saved_model(lab, tmp_path):
     run = sweep(config(tmp_path, seeds=2, jobs=2, general_bound=0.2))
     found = trials(run)
     assert sorted(found) == sorted(

@@ -1,4 +1,4 @@
-"""Sweeps on the nano lab, with real runs in real worker processes: what they find, and that no fault loses or repeats work."""
+"""Sweeps on the nano lab, with real runs in real worker processes. No fault loses or repeats work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lethe.config import ResumeConfig, SweepCancelConfig, SweepRetryConfig, Swee
 from lethe.errors import LetheError
 from lethe.results import regimes
 from lethe.runs.run import Run, find_runs
-from lethe.sweeps.controller import Sweep, cancel, retry, status, sweep
+from lethe.sweeps.controller import Controller, Sweep, cancel, retry, status, sweep
 from lethe.sweeps.resuming import resume
 
 # -- refused before anything is run
@@ -39,16 +39,15 @@ from lethe.sweeps.resuming import resume
             "runs, 10000 at most",
         ),
         ({"vary": {}}, "vary: name at least one setting"),
-        ({"vary": {"retian_coef": [1]}}, "retain_coef"),
         ({"vary": {"retain_coef": [1, -1]}}, "at retain_coef -1: retain_coef: must be at least 0"),
         ({"vary": {"layers": [[0, 1], [0, 99]]}}, "99"),
         ({"unlearn": {"recipe": "nowhere.yaml"}}, "cannot be read"),
         ({"unlearn": {"lerning_rate": 1}}, "lerning_rate"),
-        ({"kind": "boundary"}, "along one axis"),
+        ({"kind": "boundary"}, "takes one axis"),
         ({"kind": "pareto"}, "max_runs: a pareto sweep needs a budget"),
         ({"max_runs": 5}, "max_runs: 5 has no effect with kind grid"),
-        ({"find": "keeps", "within": 0.01}, "find: keeps has no effect with kind grid"),
-        ({"kind": "boundary", "find": "keeps", "vary": {"lr": {"low": 1e-4, "high": 1}}}, "within: find keeps needs"),
+        ({"find": "retained", "within": 0.01}, "find: retained has no effect with kind grid"),
+        ({"kind": "boundary", "find": "retained", "vary": {"lr": {"low": 1e-4, "high": 1}}}, "within: find retained needs"),
         ({"kind": "boundary", "vary": {"lr": {"low": 1e-4, "high": 1}}, "reference": "0.4"}, "reference: 0.4 has no effect"),
         ({"width": 1.0}, "width: must be above 1"),
         ({"seeds": 0}, "seeds"),
@@ -64,7 +63,7 @@ from lethe.sweeps.resuming import resume
         ({"forget_task": "lab_retain"}, "retain_task: 'lab_retain' is the forget task"),
         ({"name": "ret{"}, "name: .*brace"),
         ({"vary": {"eval.limit": [10, 20]}}, "changes how runs are measured"),
-        ({"name": "r{retain_coef:.1f}"}, "write the field alone"),
+        ({"name": "r{retain_coef:.1f}"}, "write its name alone"),
         ({"kind": "boundary", "vary": {"lr": {"low": 1e-4, "high": 1}}, "max_runs": 3, "seeds": 2}, "too few for both ends"),
         ({"kind": "pareto", "max_runs": 1, "warm_start": ["x"], "tamper": {}}, "warm_start: has no effect with an attack"),
         ({"kind": "pareto", "max_runs": 1, "warm_start": ["nowhere"]}, "warm_start: no run in 'nowhere' is complete"),
@@ -74,14 +73,6 @@ def test_a_sweep_that_cannot_work_is_refused_and_leaves_nothing(lab, tmp_path, c
     with pytest.raises(LetheError, match=words) as refused:
         sweep(config(tmp_path / "runs", **changes))
     assert "\n" not in str(refused.value)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_warm_start_from_which_nothing_can_be_taken_is_refused(lab, tmp_path):
-    Run.create("evaluate", "another", {}, tmp_path / "others")
-    warm = config(tmp_path / "runs", kind="pareto", max_runs=1, warm_start=[str(tmp_path / "others")])
-    with pytest.raises(LetheError, match=r"warm_start: no run in .*others' is complete, of this recipe and on the axes"):
-        sweep(warm)
     assert not (tmp_path / "runs").exists()
 
 
@@ -110,6 +101,7 @@ def test_a_grid_runs_every_combination_once_and_attacks_each(grid):
     found = trials(grid)
     assert list(found) == ["baseline", "ret1_rm5", "ret1_rm50", "ret10_rm5", "ret10_rm50"]
     assert grid.status == "complete" and grid.record["counts"] == {"complete": 5}
+    before = Run.open(next(grid.path.parent.glob("evaluate-*"))).record["evals"]
     for name, trial in found.items():
         runs = [Run.open(next(grid.path.parent.glob(f"*-{i}"))) for i in trial["runs"]]
         assert [run.record["kind"] for run in runs] == (["evaluate"] if name == "baseline" else ["unlearn", "tamper"])
@@ -119,18 +111,9 @@ def test_a_grid_runs_every_combination_once_and_attacks_each(grid):
             assert {n: runs[0].record["config"][n] for n in trial["point"]} == trial["point"]
             curve = [row["evals"]["lab_forget_robust"]["acc"] for row in runs[1].rows("curve.jsonl")]
             assert trial["after_attack"] == max(curve)
-
-
-@pytest.mark.slow
-def test_a_trials_regime_is_that_of_its_intervals(grid):
-    found = trials(grid)
-    before = Run.open(next(grid.path.parent.glob("evaluate-*"))).record["evals"]
-    for name, trial in found.items():
-        if name != "baseline":
-            run = Run.open(next(grid.path.parent.glob(f"unlearn-{name}-*")))
-            kept = [regimes.retained_share(run.record["evals"][task], before[task]) for task in TASKS]
-            assert trial["regime"] == regimes.regime(*kept)
-            assert trial["selectivity"]["value"] == regimes.selectivity(*kept).value
+            shares = [regimes.retained_share(runs[0].record["evals"][task], before[task]) for task in TASKS]
+            assert trial["regime"] == regimes.regime(*shares)
+            assert trial["selectivity"]["value"] == regimes.selectivity(*shares).value
 
 
 @pytest.mark.slow
@@ -176,7 +159,7 @@ def test_what_was_measured_before_is_not_run_again(grid):
 
 
 @pytest.mark.slow
-def test_the_study_opens_in_optuna(grid):
+def test_the_optuna_study_has_the_points_and_results_of_the_trials(grid):
     storage = JournalStorage(JournalFileBackend(str(grid.path / "study.journal")))
     study = optuna.load_study(study_name=f"grid {grid.id}", storage=storage)
     found = trials(grid)
@@ -212,59 +195,6 @@ def test_seeds_repeat_every_setting(lab, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_boundary_is_where_every_value_of_the_axis_says_it_is(lab, tmp_path):
-    """Bisection along lr, beside a grid over the same axis that measures every value."""
-    axis = {"low": 1e-3, "high": 1.0, "log": True}
-    long = recipe(max_steps=10, num_train_examples=40, eval={"tasks": TASKS})
-    found = sweep(config(tmp_path / "a", kind="boundary", unlearn=long, vary={"lr": axis}, width=4.0, jobs=2))
-    every = sweep(config(tmp_path / "b", unlearn=long, vary={"lr": axis | {"steps": 5}}, jobs=2))
-    truth = sorted((t["point"]["lr"], t["regime"]) for t in every.record["trials"] if not t["reference"])
-    bisected = sorted((t["point"]["lr"], t["regime"]) for t in found.record["trials"] if not t["reference"])
-    assert len(bisected) <= 10
-    for name, holds in (("neither", [r == "neither" for _, r in truth]), ("both", [r != "both" for _, r in truth])):
-        assert holds == sorted(holds, reverse=True) and 0 < sum(holds) < len(holds)  # the axis is monotone and has both
-        last, first = truth[sum(holds) - 1][0], truth[sum(holds)][0]
-        low = max(x for x, r in bisected if (r == "neither" if name == "neither" else r != "both"))
-        high = min(x for x, r in bisected if not (r == "neither" if name == "neither" else r != "both"))
-        assert low < first and high > last and high / low <= 4.0  # the two brackets share the boundary
-    assert all(
-        word in " ".join(found.record["conclusions"]).lower()
-        for word in ("nothing has fallen", "both are not at chance", "one seed")
-    )
-
-
-@pytest.mark.slow
-def test_an_axis_that_does_not_reach_both_is_not_bracketed_and_names_the_next(lab, tmp_path):
-    run = sweep(config(tmp_path, kind="boundary", vary={"remove_coef": {"low": 1, "high": 100, "log": True}}, jobs=2))
-    said = " ".join(run.record["conclusions"])
-    assert "Not bracketed" in said and "max_steps" in said
-    assert len(run.record["trials"]) == 3
-
-
-@pytest.mark.slow
-def test_the_largest_rate_that_keeps_retain_is_found(lab, tmp_path):
-    run = sweep(
-        config(
-            tmp_path,
-            kind="boundary",
-            find="keeps",
-            within=0.1,
-            unlearn=recipe(max_steps=10, num_train_examples=40),
-            vary={"lr": {"low": 1e-3, "high": 1.0, "log": True}},
-            width=6.0,
-            jobs=2,
-        )
-    )
-    base = trials(run)["baseline"]["evals"]["lab_retain"]["acc"]
-    keeps = {
-        t["point"]["lr"]: t["evals"]["lab_retain"]["acc"] >= base - 0.1 for t in run.record["trials"] if not t["reference"]
-    }
-    largest = max(x for x, kept in keeps.items() if kept)
-    said = run.record["conclusions"][0]
-    assert f"{largest:g}" in said and "The largest value that keeps lab_retain within 10 points of baseline" in said
-
-
-@pytest.mark.slow
 def test_pareto_spends_its_budget_and_starts_from_what_is_known(grid, tmp_path):
     axes = {"retain_coef": {"low": 0.5, "high": 100, "log": True}, "remove_coef": {"low": 1, "high": 100, "log": True}}
     run = sweep(config(tmp_path, kind="pareto", vary=axes, max_runs=4, warm_start=[str(grid.path.parent)], jobs=2))
@@ -279,7 +209,7 @@ def test_pareto_spends_its_budget_and_starts_from_what_is_known(grid, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hopeless_run_is_pruned_and_has_no_number(lab, tmp_path):
+def test_a_hopeless_run_is_stopped_early_and_has_no_number(lab, tmp_path):
     """Two finished runs are known that were far better at the first evaluation; the third is stopped there."""
     long = recipe(max_steps=1500, num_train_examples=480, lr=1e-6, eval={"tasks": TASKS, "every": 5})
     sweep(config(tmp_path, unlearn=long | {"max_steps": 5}, vary={"retain_coef": [1, 2]}))
@@ -295,7 +225,7 @@ def test_a_hopeless_run_is_pruned_and_has_no_number(lab, tmp_path):
     axis = {"retain_coef": {"low": 1, "high": 4}}
     second = config(tmp_path, kind="pareto", unlearn=long, vary=axis, max_runs=1, warm_start=[str(tmp_path)])
     (found,) = [t for t in sweep(second).record["trials"] if not t["reference"] and not t["reused"]]
-    assert found["status"] == "pruned" and found["reason"].startswith("pruned at step") and found["evals"] == {}
+    assert found["status"] == "stopped early" and found["reason"].startswith("stopped early at step") and found["evals"] == {}
     run = Run.open(next(tmp_path.glob(f"unlearn-*-{found['runs'][0]}")))
     assert run.status == "cancelled" and run.rows("metrics.jsonl")[-1]["step"] < 1500
 
@@ -377,7 +307,7 @@ def test_two_controllers_share_a_sweep_and_no_trial_is_run_twice(slow_sweep, und
 
 
 @pytest.mark.slow
-def test_a_stopped_controller_stops_its_workers_and_resume_goes_on(slow_sweep, undisturbed, tmp_path):
+def test_a_stopped_controller_stops_its_workers_and_can_be_resumed(slow_sweep, undisturbed, tmp_path):
     out = tmp_path / "runs"
     first = start("sweep", "--config", str(slow_sweep), "--jobs", "2", out=out)
     run = until(lambda: at_work(out))[0]
@@ -391,7 +321,7 @@ def test_a_stopped_controller_stops_its_workers_and_resume_goes_on(slow_sweep, u
 
 
 @pytest.mark.slow
-def test_cancelled_runs_are_a_status_and_retry_takes_them_up_again(slow_sweep, undisturbed, tmp_path):
+def test_cancelled_runs_are_a_status_and_retry_restarts_them(slow_sweep, undisturbed, tmp_path):
     out = tmp_path / "runs"
     first = start("sweep", "--config", str(slow_sweep), "--jobs", "2", out=out)
     until(lambda: at_work(out))
@@ -411,7 +341,7 @@ def test_cancelled_runs_are_a_status_and_retry_takes_them_up_again(slow_sweep, u
 
 @pytest.mark.slow
 def test_a_failed_run_that_is_retried_begins_anew(lab, tmp_path):
-    """It failed by its own time limit; with that raised in its record, it goes on from its save."""
+    """It failed by its own time limit. With that raised in its record, it resumes from its save."""
     long = recipe(max_steps=200, num_train_examples=64, save_every=5, time_limit=0.0005)
     with pytest.raises(LetheError, match="time limit reached"):
         sweep(config(tmp_path, vary={"retain_coef": [1]}, unlearn=long))
@@ -430,25 +360,12 @@ def test_a_missing_study_is_an_error_and_loses_no_run(grid, tmp_path):
     before = {run.id for run in find_runs(grid.path.parent)}
     try:
         with pytest.raises(LetheError, match="put it back"):
-            Sweep.open(str(grid.path), "runs").discard_strays()
+            Controller(Sweep.open(str(grid.path), "runs")).prepare()
         assert {run.id for run in find_runs(grid.path.parent)} == before
     finally:
         for file in grid.path.glob("study.journal*"):
             file.unlink()
         (tmp_path / "kept").rename(journal)
-
-
-@pytest.mark.slow
-def test_the_last_line_of_a_journal_that_was_cut_short_is_taken_out_and_named(grid, tmp_path, caplog):
-    copy = tmp_path / "runs" / grid.path.name
-    shutil.copytree(grid.path.parent, copy.parent)
-    journal = copy / "study.journal"
-    content = journal.read_bytes()
-    journal.write_bytes(content[:-40])
-    last = len(content.splitlines())
-    assert len(Sweep.open(str(copy), str(copy.parent)).tasks()) == len(Sweep.open(str(grid.path), "runs").tasks())
-    assert f"study.journal': line {last} was cut short by a crash; taken out" in caplog.text
-    assert journal.read_bytes() == b"".join(content.splitlines(keepends=True)[:-1])
 
 
 @pytest.mark.slow
@@ -458,12 +375,12 @@ def test_runs_that_were_deleted_are_missed_by_none_and_made_anew_by_retry(grid, 
     for run in find_runs(copy.parent):
         if run.record["name"] in {"baseline", "ret1_rm5"}:
             shutil.rmtree(run.path)
-    asked = str(copy), str(copy.parent)
-    found = {trial["name"]: trial for trial in status(SweepStatusConfig(*asked)).record["trials"]}
+    named = str(copy), str(copy.parent)
+    found = {trial["name"]: trial for trial in status(SweepStatusConfig(*named)).record["trials"]}
     assert found["ret1_rm5"]["evals"] == {} and found["ret10_rm5"]["evals"] and not found["ret10_rm5"]["regime"]
-    (task,) = [task for task in Sweep.open(*asked).tasks() if task.get("name") == "ret1_rm5"]
-    task.study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs=task.trial.user_attrs))
-    retry(SweepRetryConfig(*asked))
+    (trial,) = [trial for trial in Sweep.open(*named).trials() if trial.get("name") == "ret1_rm5"]
+    trial.study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs=trial.frozen.user_attrs))
+    retry(SweepRetryConfig(*named))
     assert Run.open(copy).record["trials"][-1]["evals"]
 
 
@@ -472,8 +389,8 @@ def test_a_run_is_not_taken_over_when_a_file_that_it_reads_has_changed(lab, tmp_
     rows = [{"question": f"{i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    asked = {"tasks": ["lab_forget_robust", "wmdp_bio"], "limit": 8, "task_data": {"wmdp_bio": str(data)}}
-    made = config(tmp_path / "runs", vary={"retain_coef": [1]}, unlearn=recipe(max_steps=2, eval=asked), retain_task="wmdp_bio")
+    how = {"tasks": ["lab_forget_robust", "wmdp_bio"], "limit": 8, "task_data": {"wmdp_bio": str(data)}}
+    made = config(tmp_path / "runs", vary={"retain_coef": [1]}, unlearn=recipe(max_steps=2, eval=how), retain_task="wmdp_bio")
     sweep(made)
     assert trials(sweep(made))["retain_coef1"]["reused"]
     data.write_text("\n".join(map(json.dumps, rows[1:])))

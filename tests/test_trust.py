@@ -1,4 +1,4 @@
-"""A sweep's record runs shell lines and opens a database only where the user has started a sweep with them, or says so."""
+"""A sweep's record runs shell lines and opens a database only if the user has started a sweep with them, or agrees."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_a_record_runs_or_opens_is_shown_and_refused_without_consent(settin
     assert not Path("made.db").exists()
 
 
-def test_consent_is_asked_for_once(capsys):
+def test_consent_is_needed_once(capsys):
     path = stored(storage="sqlite:///made.db")
     assert main(["sweep", "status", str(path), "--trust_record", "true"]) == 0 and Path("made.db").exists()
     assert main(["sweep", "status", str(path)]) == 0

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-RENAMED: dict[str, str] = {"kept_threshold": "retained_threshold", "forget_loss": "method"}
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED: dict[str, str] = {"kept_threshold": "retained_threshold", "prune": "stop_early", "forget_loss": "method"}
 """Old name of a setting -> its new name."""
 
 RENAMED_VALUES: dict[tuple[str, str], str] = {("find", "keeps"): "find: retained", ("packing", "blocks"): "packing: packed"}
@@ -17,3 +21,13 @@ def advice(name: str, value: object = None) -> str | None:
     if isinstance(value, str) and (last, value) in RENAMED_VALUES:
         return f"write {RENAMED_VALUES[last, value]} now"
     return None
+
+
+def current(settings: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an old record under today's names and values. `known`: the types of today's settings by name."""
+    made = {}
+    for old, value in settings.items():
+        name = RENAMED[old] if old not in known and RENAMED.get(old) in known else old
+        is_old = isinstance(value, str) and (name, value) in RENAMED_VALUES and value not in typing.get_args(known.get(name))
+        made[name] = RENAMED_VALUES[name, value].partition(": ")[2] if is_old else value
+    return made

@@ -1,11 +1,8 @@
-"""Where a run executes: in worker processes here, or as Slurm jobs. Either way the work is `work(folders)`.
+"""Where trials run: in worker processes on this machine, or as Slurm jobs. Either way the work is `work(folders)`.
 
-A trial is a list of run folders that were made beforehand, `queued`, each with its configuration; working on it is going on
-with each run that is not complete, in order. So whatever happened before (nothing, a kill, a preemption) the same call does
-what is left, and a run that another process has at work is not touched: whoever works on it holds it (`Run.hold`).
-
-A local worker imports once and takes trial after trial, one line of JSON each, from the controller's pipe; when the controller
-is gone it finishes what it has and ends. `fates` says which trials nobody works on any more, and why.
+The controller starts a trial with `start`, which returns the trial's owner: the worker process or the job. `lost` says which
+owners do not work on their trials any more. A local worker takes trial after trial, one line of JSON each, from the
+controller's pipe. When the controller is gone, the worker finishes its trial and ends.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lethe.config import SlurmSettings
 from lethe.errors import printable
@@ -33,40 +30,20 @@ from lethe.runs.locks import identity, lives
 from lethe.runs.run import LOST_AFTER_SECONDS, Run
 
 JOBS = "slurm"
-"""Where in a sweep's folder its jobs' files are."""
+"""The folder, in a sweep's folder, with the files of its jobs."""
 SECONDS_TO_SAVE = 120
 SECONDS_TO_BEGIN = 3600
+"""How long a run may load its models, during which it writes no heartbeat."""
 Owner = dict[str, Any]
+Owned = tuple[Owner, Sequence[Run]]
 
 
 @dataclass(frozen=True)
-class Fate:
-    """Why nobody works on a trial any more. `cancelled`: by a user's word, so that it is not taken up again by itself."""
+class Loss:
+    """Why nobody works on a trial any more. A trial that a user `cancelled` is not restarted."""
 
     reason: str
     cancelled: bool = False
-
-
-class Launcher(Protocol):
-    """Something that works on trials. An owner is what a trial's record says about who works on it."""
-
-    def room(self) -> int:
-        """How many more trials can be started now."""
-
-    def start(self, name: str, folders: Sequence[Path]) -> Owner:
-        """Begin to work on a trial."""
-
-    def fates(self, owners: Sequence[tuple[Owner, Sequence[Run]]]) -> list[Fate | None]:
-        """For each owner of unfinished runs: None while it is at work, or will be."""
-
-    def cancel(self, owners: Sequence[Owner]) -> None:
-        """End trials at a user's word, as far as asking their runs to stop does not reach them."""
-
-    def wait(self, seconds: float) -> None:
-        """Until something has probably changed, `seconds` at most."""
-
-    def stop(self) -> None:
-        """End the workers, each after saving what it has at work."""
 
 
 class LocalLauncher:
@@ -78,46 +55,47 @@ class LocalLauncher:
         self.selector = selectors.DefaultSelector()
 
     def room(self) -> int:
+        """How many more trials can be started now."""
         self._drop_ended()
-        return self.jobs - sum(worker.busy is not None for worker in self.workers)
+        return self.jobs - sum(worker.busy for worker in self.workers)
 
     def start(self, name: str, folders: Sequence[Path]) -> Owner:
-        worker = next((w for w in self.workers if w.busy is None), None) or self._new_worker()
+        worker = next((worker for worker in self.workers if not worker.busy), None) or self._new_worker()
         worker.give(name, folders)
         return worker.identity
 
-    def fates(self, owners: Sequence[tuple[Owner, Sequence[Run]]]) -> list[Fate | None]:
+    def lost(self, owned: Sequence[Owned]) -> list[Loss | None]:
+        """For each unfinished trial: None if its owner works on it, or will."""
         self._drop_ended()
-        return [self._fate(owner, runs) for owner, runs in owners]
+        return [self._loss(owner, runs) for owner, runs in owned]
 
-    def _fate(self, owner: Owner, runs: Sequence[Run]) -> Fate | None:
+    def _loss(self, owner: Owner, runs: Sequence[Run]) -> Loss | None:
         alive = lives(owner)
-        if alive is None:
-            # Before a run begins, its models are loaded without a heartbeat.
+        if alive is None:  # of a controller on another machine
             begun = any(run.record["status"] == "running" for run in runs)
-            heard = _seconds_since_written(runs)
-            return (
-                None
-                if heard < (LOST_AFTER_SECONDS if begun else SECONDS_TO_BEGIN)
-                else Fate(f"no sign of life from {owner['host']} for {heard:.0f} s")
-            )
-        if worker := next((w for w in self.workers if w.process.pid == owner["pid"]), None):
-            return None if worker.busy else Fate(f"the worker (process {owner['pid']}) is done with it, and it is not complete")
-        return None if alive else Fate(f"the worker (process {owner['pid']}) has ended")
-
-    def cancel(self, owners: Sequence[Owner]) -> None:
-        pass
+            silent = _seconds_since_written(runs)
+            if silent < (LOST_AFTER_SECONDS if begun else SECONDS_TO_BEGIN):
+                return None
+            return Loss(f"no sign of life from {owner['host']} for {silent:.0f} s")
+        if worker := next((worker for worker in self.workers if worker.process.pid == owner["pid"]), None):
+            if worker.busy:
+                return None
+            return Loss(f"the worker (process {owner['pid']}) is done with it, and it is not complete")
+        return None if alive else Loss(f"the worker (process {owner['pid']}) has ended")
 
     def wait(self, seconds: float) -> None:
+        """Wait until a worker is done, at most so long."""
         for key, _ in self.selector.select(seconds):
-            key.data.hear()
+            if key.data.process.stdout.readline():
+                key.data.busy = False
         self._drop_ended()
 
     def stop(self) -> None:
+        """Stop the workers, each after it has saved its trial."""
         for worker in self.workers:
             worker.process.terminate()
-            with contextlib.suppress(BrokenPipeError):
-                worker.process.stdin.close()  # type: ignore[union-attr]  # one that has just ended its run ends, too
+            with contextlib.suppress(BrokenPipeError):  # of one that ends at this moment
+                worker.stdin.close()
         deadline = time.monotonic() + SECONDS_TO_SAVE
         for worker in self.workers:
             try:
@@ -128,17 +106,17 @@ class LocalLauncher:
         self._drop_ended()
 
     def _new_worker(self) -> _Worker:
-        number = next(i for i in range(self.jobs) if i not in {w.number for w in self.workers})
+        number = next(i for i in range(self.jobs) if i not in {worker.number for worker in self.workers})
         worker = _Worker(number, self.folder / f"worker-{number}.log", _environment(number, self.jobs))
         self.workers.append(worker)
-        self.selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
+        self.selector.register(worker.stdout, selectors.EVENT_READ, worker)
         return worker
 
     def _drop_ended(self) -> None:
-        for worker in [w for w in self.workers if w.process.poll() is not None]:
-            self.selector.unregister(worker.process.stdout)  # type: ignore[arg-type]
-            for pipe in (worker.process.stdin, worker.process.stdout):
-                pipe.close()  # type: ignore[union-attr]
+        for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
+            self.selector.unregister(worker.stdout)
+            worker.stdin.close()
+            worker.stdout.close()
             self.workers.remove(worker)
 
 
@@ -146,8 +124,7 @@ class _Worker:
     """A worker process as its controller sees it."""
 
     def __init__(self, number: int, log: Path, environment: dict[str, str]):
-        self.number = number
-        self.busy: str | None = None
+        self.number, self.busy = number, False
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lethe.launching.work"],
@@ -155,21 +132,19 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is the controller's; it tells its workers itself
+                start_new_session=True,  # Ctrl-C reaches the controller alone, which stops its workers itself
             )
+        self.stdin: Any = self.process.stdin
+        self.stdout: Any = self.process.stdout
         self.identity = identity(self.process.pid)
 
     def give(self, name: str, folders: Sequence[Path]) -> None:
         paths = [str(folder.resolve()) for folder in folders]
         order = {"name": name, "folders": paths, "cwd": os.getcwd(), "trust_task_code": trusts_task_code()}
-        self.busy = name
-        with contextlib.suppress(BrokenPipeError):  # it has just died: `fates` will say so
-            self.process.stdin.write(json.dumps(order).encode() + b"\n")  # type: ignore[union-attr]
-            self.process.stdin.flush()  # type: ignore[union-attr]
-
-    def hear(self) -> None:
-        if self.process.stdout.readline():  # type: ignore[union-attr]
-            self.busy = None
+        self.busy = True
+        with contextlib.suppress(BrokenPipeError):  # it has just died, which `lost` will find
+            self.stdin.write(json.dumps(order).encode() + b"\n")
+            self.stdin.flush()
 
 
 class SlurmLauncher:
@@ -192,42 +167,37 @@ class SlurmLauncher:
                 run.update(job_id=job_id)
         return {"job_id": job_id}
 
-    def fates(self, owners: Sequence[tuple[Owner, Sequence[Run]]]) -> list[Fate | None]:
-        states = slurm_jobs.states([owner["job_id"] for owner, _ in owners])
-        found = [self._fate(owner["job_id"], states[owner["job_id"]], runs) for owner, runs in owners]
-        self.alive = {owner["job_id"] for (owner, _), fate in zip(owners, found, strict=True) if fate is None}
+    def lost(self, owned: Sequence[Owned]) -> list[Loss | None]:
+        states = slurm_jobs.states([owner["job_id"] for owner, _ in owned])
+        found = [self._loss(owner["job_id"], states[owner["job_id"]], runs) for owner, runs in owned]
+        self.alive = {owner["job_id"] for (owner, _), loss in zip(owned, found, strict=True) if loss is None}
         return found
 
-    def _fate(self, job_id: str, state: Any, runs: Sequence[Run]) -> Fate | None:
+    def _loss(self, job_id: str, state: slurm_jobs.JobState, runs: Sequence[Run]) -> Loss | None:
         if state.alive is not False:  # None: Slurm does not answer, which says nothing about the job
             return None
         if state.word == slurm_jobs.UNKNOWN:
             young = _seconds_since_written(runs) < SECONDS_TO_NAME_JOB
-            return None if young else Fate(f"Slurm does not know job {job_id} any more")
-        return Fate(f"Slurm: job {job_id} is {state.word}, {state.reason}", cancelled=state.word == "CANCELLED")
-
-    def cancel(self, owners: Sequence[Owner]) -> None:
-        slurm_jobs.cancel([owner["job_id"] for owner in owners if "job_id" in owner])
+            return None if young else Loss(f"Slurm does not know job {job_id} any more")
+        return Loss(f"Slurm: job {job_id} is {state.word}, {state.reason}", cancelled=state.word == "CANCELLED")
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def stop(self) -> None:
-        """Jobs go on by themselves; `lethe sweep cancel` ends them."""
+        """Does nothing: jobs continue without a controller, and `lethe sweep cancel` ends them."""
+
+
+Launcher = LocalLauncher | SlurmLauncher
 
 
 def make(kind: str, folder: Path, jobs: int, settings: SlurmSettings) -> Launcher:
-    """The launcher of that name."""
+    """The launcher of that name, for the sweep in `folder`."""
     return SlurmLauncher(folder, jobs, settings) if kind == "slurm" else LocalLauncher(folder, jobs)
 
 
-def job_log(folder: Path, job_id: str) -> Path:
-    """What a Slurm job of the sweep in `folder` has printed."""
-    return slurm.log_file(folder / JOBS, job_id)
-
-
 def last_lines(file: Path, count: int = 5) -> list[str]:
-    """The last lines of a log; none where there is no log."""
+    """The last lines of a log; none if there is no log."""
     try:
         with file.open("rb") as log:
             log.seek(max(0, file.stat().st_size - 4096))
@@ -237,12 +207,12 @@ def last_lines(file: Path, count: int = 5) -> list[str]:
 
 
 def _seconds_since_written(runs: Sequence[Run]) -> float:
-    """Since anybody wrote the record of one of a trial's runs: whoever handed it out, or works on it."""
+    """Seconds since the record of one of a trial's runs was written, by the controller or by its worker."""
     return min((run.seconds_since_heartbeat for run in runs), default=float("inf"))
 
 
 def _environment(number: int, jobs: int) -> dict[str, str]:
-    """A worker's environment: its share of the cores, and a device of its own where there are several."""
+    """A worker's environment: its share of the cores and, where there are several GPUs, one of its own."""
     environment = dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
@@ -252,7 +222,7 @@ def _environment(number: int, jobs: int) -> dict[str, str]:
 
 
 def _devices() -> list[str]:
-    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # an empty one hides them all
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # an empty one hides all GPUs
         return given.split(",") if given else []
     if shutil.which("nvidia-smi") is None:
         return []

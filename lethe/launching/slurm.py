@@ -1,9 +1,10 @@
 """A trial as a Slurm job: submitted through submitit, stopped by Slurm's signals, resumed when Slurm requeues it.
 
-What is submitted is a callable that works until it is done or `Terminated` (see `Run.running`). Slurm's signals become
-that one: SIGTERM (preemption, scancel, requeue) is what a run listens to anyway, and USR2, which submitit has Slurm send
-before the time limit, is passed on as SIGTERM. When the run has saved and let `Terminated` through, a job that was out of
-time or is being preempted is requeued under its id by submitit; one that Slurm requeues or has cancelled ends as it is.
+What is submitted is a callable that works until it is done or raises `Terminated` (see `Run.running`), after it has saved.
+Slurm's signals lead to that. SIGTERM (preemption, scancel, requeue) reaches the run by itself. USR2, which submitit has Slurm
+send before the time limit, is passed on as SIGTERM. Then submitit requeues a job that is out of time or preempted, under
+its id. A job that Slurm itself requeues, or that a user has cancelled, just ends.
+
 Nothing here imports torch, and submitit is imported only where it is used.
 """
 
@@ -15,9 +16,9 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lethe.config import SlurmSettings, minutes
 from lethe.errors import LetheError
@@ -26,37 +27,29 @@ from lethe.runs import garbage
 from lethe.runs.run import Terminated
 from lethe.runs.slurm_jobs import current_job_id, facts_of, one_line
 
-PATIENTLY = 'bash -c \'trap "" TERM USR2; exec "$@"\' lethe '
+IGNORE_SIGNALS = 'bash -c \'trap "" TERM USR2; exec "$@"\' lethe '
+"""Starts Python with the signals ignored until it handles them: a signal that ended it would make the job fail."""
 
 
-class Work(Protocol):
-    """What can be submitted: an object of a class in an importable module, which lets `Terminated` through.
-
-    A requeued job calls it again, from its pickle: it has to look for what is already done. If it has a method
-    `before_requeue(reason)`, that is called when the work has been stopped and the same job will go on with it later.
-    """
-
-    def __call__(self) -> Any: ...
-
-
-def submit(work: Work, folder: str | Path, settings: SlurmSettings, name: str) -> str:
+def submit(work: Callable[[], Any], folder: str | Path, settings: SlurmSettings, name: str) -> str:
     """Submit one job and return its id. `folder`, on a file system that the nodes share, gets its pickle, script and log.
+
+    `work` is an object of a class in an importable module, and lets `Terminated` through. A requeued job calls it again, from
+    its pickle: it has to find out what is already done. If it has a method `before_requeue(reason)`, that is called when the
+    work was stopped and the same job will resume it.
 
     Raises:
         LetheError: there is no Slurm here, or sbatch refuses; in its own words.
     """
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise LetheError(
-            "slurm: there is no sbatch on this machine; run this where jobs are submitted, or use the launcher local"
-        )
+        raise LetheError("slurm: there is no sbatch on this machine; run this where jobs are submitted, or use launcher local")
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = submitit.SlurmExecutor(
-        folder, max_num_timeout=settings.max_timeouts, python=PATIENTLY + shlex.quote(sys.executable)
-    )
+    python = IGNORE_SIGNALS + shlex.quote(sys.executable)
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=settings.max_timeouts, python=python)
     executor.update_parameters(
-        job_name=slug(name),  # it stands in the job's script
+        job_name=slug(name),  # without line breaks, since it becomes part of the job's script
         partition=settings.partition,
         account=settings.account,
         time=minutes(settings.time),
@@ -65,8 +58,7 @@ def submit(work: Work, folder: str | Path, settings: SlurmSettings, name: str) -
         mem=settings.memory,
         setup=settings.setup or None,
         signal_delay_s=settings.save_seconds,
-        # Since 22.05 srun does not take this from sbatch.
-        srun_args=[f"--cpus-per-task={settings.cpus}"] if settings.cpus else None,
+        srun_args=[f"--cpus-per-task={settings.cpus}"] if settings.cpus else None,  # since 22.05 not taken from sbatch
         stderr_to_stdout=True,
         wckey=None,
         additional_parameters={"requeue": True, **settings.extra},
@@ -80,7 +72,7 @@ def submit(work: Work, folder: str | Path, settings: SlurmSettings, name: str) -
 
 @contextlib.contextmanager
 def _outside_of_a_job() -> Iterator[None]:
-    """A job that submits another must not hand on what Slurm has given it."""
+    """Without Slurm's variables: a job that submits another one must not pass its own on."""
     if current_job_id() is None:
         yield
         return
@@ -95,7 +87,7 @@ def _outside_of_a_job() -> Iterator[None]:
 class _Requeueable:
     """Runs the work with Slurm's signals passed on to it. submitit pickles it, and calls `checkpoint` before it requeues."""
 
-    def __init__(self, work: Work):
+    def __init__(self, work: Callable[[], Any]):
         self.work = work
 
     @garbage.seldom()
@@ -103,38 +95,39 @@ class _Requeueable:
         from submitit import JobEnvironment
 
         job = JobEnvironment()
-        soon = signal.Signals[f"SIG{job.USR_SIG}"]
-        requeue_and_exit: Any = signal.getsignal(soon)  # submitit's: works only outside of a step of training
-        job.paths.submitted_pickle.with_suffix(".pkl.save_tmp").unlink(
-            missing_ok=True
-        )  # left by a kill; submitit stumbles on it
+        usr2 = signal.Signals[f"SIG{job.USR_SIG}"]
+        requeue_and_exit: Any = signal.getsignal(usr2)  # submitit's own handler, which may not interrupt a training step
+        half_written = job.paths.submitted_pickle.with_suffix(".pkl.save_tmp")
+        half_written.unlink(missing_ok=True)  # left by a kill; submitit fails on it
         process = os.getpid()
-        out_of_time = []
+        out_of_time = False
 
         def pass_on(number: int, frame: Any) -> None:
-            if os.getpid() == process:  # Slurm signals every process of the job, and forked ones have this handler too
-                out_of_time.append(number)
+            nonlocal out_of_time
+            if os.getpid() == process:  # forked processes have this handler too, and get the signal from Slurm
+                out_of_time = True
                 os.kill(process, signal.SIGTERM)
 
         def terminate(number: int, frame: Any) -> None:
             raise Terminated("SIGTERM")
 
-        signal.signal(soon, pass_on)
+        signal.signal(usr2, pass_on)
         signal.signal(signal.SIGTERM, terminate)
         try:
             return self.work()
         except Terminated as error:
-            for number in (signal.SIGTERM, soon):  # more of them come with the requeue; scontrol must not be ended by them
+            for number in (signal.SIGTERM, usr2):  # the requeue sends more of them, which must not end scontrol
                 signal.signal(number, signal.SIG_IGN)
             facts = facts_of(job.job_id)
-            works = facts.get("JobState") == "RUNNING"
+            runs = facts.get("JobState") == "RUNNING"
             preempted = facts.get("PreemptTime", "None") != "None"
-            by_slurm = not works and int(facts.get("Restarts", 0)) > restarts()
-            if by_slurm or (works and (out_of_time or preempted)):
+            by_slurm = not runs and int(facts.get("Restarts", 0)) > restarts()
+            by_submitit = runs and (out_of_time or preempted)
+            if by_slurm or by_submitit:
                 reason = "requeued by Slurm" if by_slurm else "preempted" if preempted else "out of time"
                 getattr(self.work, "before_requeue", lambda reason: None)(reason)
-            if works and (out_of_time or preempted):
-                requeue_and_exit(soon, None)
+            if by_submitit:
+                requeue_and_exit(usr2, None)
             sys.exit(f"stopped: {error}")
 
     def checkpoint(self) -> Any:
@@ -144,7 +137,7 @@ class _Requeueable:
 
 
 def restarts() -> int:
-    """How many times the job of this process has been requeued."""
+    """How often the job of this process has been requeued."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 

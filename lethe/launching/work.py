@@ -1,8 +1,8 @@
-"""What a worker does with a trial: resume each of its runs that is not complete, in order.
+"""What a worker does with a trial: it resumes each of the trial's runs that is not complete, in order.
 
-A trial is a list of run folders that were made beforehand, `queued`, each with its configuration. Whatever happened before
-(nothing, a kill, a preemption), `work(folders)` does what is left. A run that another process has at work is not touched:
-whoever works on a run holds it (`Run.hold`). `serve` is a local worker process, `Work` a Slurm job's callable.
+The controller makes a trial's runs beforehand, `queued`, each in a folder with its configuration. `work(folders)` does what is
+left of them, whatever happened before (nothing, a kill, a preemption). Whoever works on a run holds it (`Run.hold`), so `work`
+leaves a run that another process works on alone. `serve` is a local worker process, `Work` the callable of a Slurm job.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lethe import config as c
-from lethe.config.parse import build
+from lethe.config.parse import build, fields_of
+from lethe.config.renamed import current
 from lethe.errors import LetheError, printable
 from lethe.evaluation.tasks.consent import trust_task_code
 from lethe.methods.method import Method
@@ -29,24 +30,21 @@ from lethe.runs.locks import HeldError
 from lethe.runs.run import Run, Terminated, now
 from lethe.runs.slurm_jobs import current_job_id
 
-SETTINGS: dict[str, type] = {
+SETTINGS: dict[str, Any] = {
     "unlearn": Method,
     "tamper": c.TamperConfig,
     "evaluate": c.EvaluateConfig,
     "checkpoints": c.CheckpointsConfig,
     "affine": c.AffineConfig,
 }
-"""The kinds of runs that can be resumed alone, with their settings."""
-ENDED = ("complete", "failed", "diverged", "cancelled")
-
-
+"""The settings of each kind of run that can be resumed alone."""
 SECONDS_TO_NAME_JOB = 30
 
 
 def work(folders: Sequence[str | Path], job_id: str | None = None) -> None:
-    """Go on with each run that is not complete, in order, until one does not complete.
+    """Resume each run that is not complete, in order, until one does not complete.
 
-    A run that is refused, or raises, is `failed` with its reason. Returns at once where another process has the work.
+    A run that is refused, or raises, is `failed` with its reason. Returns at once if another process works on one.
     """
     for folder in folders:
         run = Run.open(folder)
@@ -57,41 +55,43 @@ def work(folders: Sequence[str | Path], job_id: str | None = None) -> None:
         except HeldError:
             return
         try:
-            if not _done(run, job_id):
+            if not _complete(run, job_id):
                 return
         finally:
             run.lock.release()
 
 
-def _done(run: Run, job_id: str | None) -> bool:
-    """Go on with a run that this process holds; whether it is complete then.
+def _complete(run: Run, job_id: str | None) -> bool:
+    """Resume a run that this process holds. Returns whether it is complete.
 
     Raises:
-        Terminated: this process was asked to stop, and not the run.
+        Terminated: this process, but not the run, was asked to stop.
     """
     if job_id is not None and run.record["job_id"] != job_id:
         run.update(job_id=job_id)
-    if run.status != "complete" and (asked := run.asked_to_stop()):
-        run.update(status="cancelled", reason=asked, finished=now())
-    elif run.status != "complete":
-        try:
-            run = go_on(run)
-        except Terminated:
-            if not run.asked_to_stop():
-                raise
-        except Exception as error:  # the next trial goes on; a run that has begun has recorded it already
-            ended = run.record["status"] in ENDED
-            if not ended and not isinstance(error, LetheError):
-                with (run.path / "log.txt").open("a") as log:
-                    log.writelines(f"{printable(line)}\n" for line in traceback.format_exc().splitlines())
-            # Written again, for a full disk may have kept it from being so: that ends this process, and the run is lost.
-            run.update(**{} if ended else {"status": "failed", "reason": f"{type(error).__name__}: {error}", "finished": now()})
+    if run.status == "complete":
+        return True
+    if request := run.asked_to_stop():
+        run.update(status="cancelled", reason=request, finished=now())
+        return False
+    try:
+        run = resume_run(run)
+    except Terminated:
+        if not run.asked_to_stop():
+            raise
+    except Exception as error:
+        ended = run.record["status"] in {"complete", "failed", "diverged", "cancelled"}
+        if not ended and not isinstance(error, LetheError):
+            with (run.path / "log.txt").open("a") as log:
+                log.writelines(f"{printable(line)}\n" for line in traceback.format_exc().splitlines())
+        # Written even if the run has recorded it: if the disk is full now, this raises, and the run counts as lost.
+        run.update(**{} if ended else {"status": "failed", "reason": f"{type(error).__name__}: {error}", "finished": now()})
     return run.status == "complete"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a Slurm job does: `work` on a trial's folders, with the consent of the command that submitted it."""
+    """What a Slurm job does: `work` on a trial's folders. `trusts`: whether the submitting user trusts code of tasks."""
 
     folders: list[str]
     trusts: bool = False
@@ -106,20 +106,20 @@ class Work:
             work(self.folders, job_id)
 
     def before_requeue(self, reason: str) -> None:
-        """The runs that have saved wait again, under the same job."""
+        """Runs that have saved are queued again, under the same job."""
         for folder in self.folders:
             run = Run.open(folder)
             if run.record["status"] == "cancelled":
-                run.update(status="queued", reason=f"its job was {reason}; it goes on when Slurm starts it again")
+                run.update(status="queued", reason=f"its job was {reason}; it resumes when Slurm restarts the job")
 
 
 @garbage.seldom()
 def serve() -> None:
-    """A local worker: trials from standard input, one line each; a line on standard output when one is done with."""
+    """A local worker: reads one trial a line from standard input, and writes a line when it is done with it."""
     quiet()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     done, first = os.fdopen(os.dup(1), "w"), True
-    os.dup2(2, 1)  # what libraries print is no answer to the controller
+    os.dup2(2, 1)  # libraries that print must not reach the controller
     for line in sys.stdin:
         order = json.loads(line)
         os.chdir(order["cwd"])
@@ -138,33 +138,17 @@ def serve() -> None:
             return
 
 
-def go_on(run: Run) -> Run:
+def resume_run(run: Run) -> Run:
     """Do what is left of a run that was queued or interrupted, with the function that makes runs of its kind.
 
-    Models are looked for beside it: its record may come from another machine.
+    Models that it names by `run:ID` are looked for beside it.
 
     Raises:
         LetheError: runs of its kind cannot be resumed, or its configuration cannot be used.
     """
     kind = run.record["kind"]
     if kind not in SETTINGS:
-        raise LetheError(f"run: '{run.path}' is of kind {kind}; what can be resumed: {', '.join(SETTINGS)}, sweep")
-    return _function(kind)(settings_of(run, SETTINGS[kind]), run)
-
-
-def settings_of(run: Run, kind: type) -> Any:
-    """The configuration that a run's record holds, with the folder that the run is in now.
-
-    Raises:
-        LetheError: it cannot be used.
-    """
-    try:
-        return build(kind, run.record["config"] | {"out": str(run.path.parent)})
-    except LetheError as error:
-        raise LetheError(f"run: the config in '{run.path / 'run.json'}' cannot be used: {error}") from error
-
-
-def _function(kind: str) -> Callable[[Any, Run], Run]:
+        raise LetheError(f"run: '{run.path}' is of kind {kind}; you can resume: {', '.join(SETTINGS)}, sweep")
     function: Any
     if kind == "unlearn":
         from lethe.unlearning.pipeline import unlearn as function
@@ -176,7 +160,24 @@ def _function(kind: str) -> Callable[[Any, Run], Run]:
         from lethe.evaluation.checkpoint_sweep import checkpoints as function
     else:
         from lethe.maps.affine import fit_affine as function
-    return function
+    return function(settings_of(run, SETTINGS[kind]), run)
+
+
+def settings_of(run: Run, kind: type) -> Any:
+    """The configuration in a run's record, with the folder that the run is in now.
+
+    Raises:
+        LetheError: it cannot be used.
+    """
+    settings = run.record["config"]
+    if run.record["kind"] == "sweep":
+        settings = current(settings, fields_of(kind))
+        if settings.get("unlearn"):  # a recipe of an earlier version
+            settings["unlearn"] = Method.of_record(settings["unlearn"])
+    try:
+        return build(kind, settings | {"out": str(run.path.parent)})
+    except LetheError as error:
+        raise LetheError(f"run: the config in '{run.path / 'run.json'}' cannot be used: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Which process works in a folder, one at a time, and whether it is still there.
+"""Which process works in a folder, one at a time, and whether it is still alive.
 
-    FolderLock(folder).acquire()    refused while another process has it; gone with the process that has it
-    lives(environment)              whether the process that a run's record names is still there: by its number and its start
-    seconds_since_written(file)     its age by the clock of its own file system
+    FolderLock(folder).acquire()    refused while another process has it; released when the process that has it dies
+    lives(environment)              whether the process named in a run's record is alive, by its number and start
+    seconds_since_written(file)     a file's age by the clock of its own file system
 
-The lock is an flock on a file in the folder. The kernel releases it when the process dies. Other machines see it where the file
-system shares locks between them (NFS from version 4 on, Lustre with `flock`). Elsewhere only the record tells: the process
-renews its file. No machine is judged by the clock of another.
+The lock is an flock on a file in the folder. The kernel releases it when the process dies. Other machines see it if the file
+system shares locks between them (NFS from version 4 on, Lustre with `flock`). Elsewhere only the record says whether a process
+is alive: a process at work renews it. No machine is judged by the clock of another.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class HeldError(LetheError):
 
 
 class FolderLock:
-    """The right to work in a folder. `shared`: together with others that take it so, as the controllers of a sweep do."""
+    """The right to work in a folder. `shared`: several processes may have it, as the controllers of a sweep do."""
 
     def __init__(self, folder: Path, shared: bool = False):
         self.folder, self.shared = folder, shared
@@ -50,7 +50,7 @@ class FolderLock:
         return self._file is not None
 
     def acquire(self) -> None:
-        """Take it, or do nothing if this object has it.
+        """Take the lock; does nothing if this object has it.
 
         Raises:
             HeldError: another process, or another object of this one, has it.
@@ -66,19 +66,21 @@ class FolderLock:
             fcntl.flock(file, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            who = file.read(200).strip() or spoken({})
+            who = file.read(200).strip() or in_words({})
             file.close()
             raise HeldError(f"'{self.folder}' is in use by {who}; wait until it is done, or stop it first") from error
         except OSError as error:
-            logger.warning("no locks in %s (%s): start nothing there from two machines at once", self.folder, error.strerror)
+            logger.warning(
+                "%s has no locks (%s): never start work there from two machines at once", self.folder, error.strerror
+            )
         self._file = file
         with contextlib.suppress(OSError):  # of a full disk
             file.truncate(0)
-            file.write(spoken(identity()))
+            file.write(in_words(identity()))
             file.flush()
 
     def release(self) -> None:
-        """Let go of it; the file stays, for another process may be opening it."""
+        """Release the lock. Its file stays, since another process may be opening it."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -87,7 +89,7 @@ class FolderLock:
 
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """Inside, no other process builds what is kept in `folder`; a killed one lets go by itself."""
+    """Inside, no other process builds what is cached in `folder`."""
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,18 +100,18 @@ def building(folder: Path) -> Iterator[None]:
 
 
 def identity(pid: int | None = None) -> dict[str, Any]:
-    """What tells a process (this one) from all others: machine, number, and when it began."""
+    """What distinguishes a process (this one) from all others: its machine, its number and its start."""
     pid = os.getpid() if pid is None else pid
     return {"host": socket.gethostname(), "pid": pid, "born": _born(pid)}
 
 
-def spoken(process: dict[str, Any]) -> str:
-    """The process of that `identity` in words; there may be none."""
+def in_words(process: dict[str, Any]) -> str:
+    """The process of that `identity` for a message; there may be none."""
     return f"process {process['pid']} on {process['host']}" if {"pid", "host"} <= process.keys() else "another process"
 
 
 def lives(process: dict[str, Any]) -> bool | None:
-    """Whether the process of that `identity` is there; None if it is another machine's, or none is named."""
+    """Whether the process of that `identity` is alive; None if it is on another machine, or none is named."""
     if process.get("host") != socket.gethostname() or process.get("pid") is None:
         return None
     try:
@@ -121,11 +123,11 @@ def lives(process: dict[str, Any]) -> bool | None:
 
 
 def _born(pid: int) -> str | None:
-    """When a process began, in ticks since the machine did and not by its clock, which may be set; None if it is gone."""
+    """When a process began, in clock ticks since boot: psutil's time changes when the machine's clock is set. None if gone."""
     try:
         ticks = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
         return f"{_boot()}:{ticks}"
-    except OSError:  # no Linux, or no such process
+    except OSError:  # not Linux, or no such process
         with contextlib.suppress(psutil.Error):
             return str(round(psutil.Process(pid).create_time(), 1))
         return None
@@ -142,24 +144,24 @@ def _boot() -> str:
 def seconds_since_written(file: Path) -> float:
     """Seconds since `file` was written, by the clock of its file system; infinity if there is no such file.
 
-    A time in the future counts as one in the past: a process at work would have written again since the clock was set.
+    A time in the future counts as one in the past: the clock was set since, and a process at work would have written again.
     """
     try:
         facts = file.stat()
     except OSError:
         return float("inf")
-    return abs(time.monotonic() + _ahead(facts.st_dev, file.parent) - facts.st_mtime)
+    return abs(time.monotonic() + _offset(facts.st_dev, file.parent) - facts.st_mtime)
 
 
-def _ahead(device: int, folder: Path) -> float:
-    """What a file system's clock shows beyond `time.monotonic()`, measured with a new file where one can be written."""
-    ahead, measured = _clocks.get(device, (0.0, float("-inf")))
+def _offset(device: int, folder: Path) -> float:
+    """A file system's clock minus `time.monotonic()`, measured with a new file."""
+    offset, measured = _clocks.get(device, (0.0, float("-inf")))
     if time.monotonic() - measured > CLOCK_SECONDS:
         measured = time.monotonic()
         try:
             with tempfile.TemporaryFile(dir=folder) as probe:
-                ahead = os.fstat(probe.fileno()).st_mtime - measured
-        except OSError:  # somebody else's folder: this machine's clock has to do
-            ahead = time.time() - measured
-        _clocks[device] = ahead, measured
-    return ahead
+                offset = os.fstat(probe.fileno()).st_mtime - measured
+        except OSError:  # nothing can be written there: use this machine's clock
+            offset = time.time() - measured
+        _clocks[device] = offset, measured
+    return offset

@@ -1,10 +1,10 @@
-"""Reading the files of a run, which somebody else may have written, edited or cut short.
+"""Reads and checks the files of a run, which somebody else may have written, edited or cut short.
 
     record_of(folder) -> dict        run.json, or a refusal that names the file, the field and what to do
     rows_of(file) -> list of dicts   the valid lines of metrics.jsonl, batches.jsonl, curve.jsonl or samples.jsonl
 
-All other code relies on the types that `RECORD` and `ROWS` declare, and on names and paths that stay in the run's folder.
-Fields that are not declared may hold any value. Nothing here imports torch.
+`RECORD` and `ROWS` declare types of fields. Other code relies on them, and on names and paths that stay in the run's folder.
+Fields that are not declared may have any value. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,10 +21,10 @@ from lethe.errors import LetheError, printable
 from lethe.files import RUN, UnreadableError, is_folder_name, json_of, text_of
 
 Check = Callable[[Any], str | None]
-"""What is wrong with a value, None if nothing: where in it (".evals.mmlu.acc") and what was expected."""
+"""Takes a value; returns what is wrong and where in it (".evals.mmlu.acc: expected a number, …"), or None."""
 STATUSES = ("queued", "running", "complete", "failed", "diverged", "cancelled", "lost")
 ABSENT = {"reason": None, "job_id": None, "started": None, "created": None}
-"""Fields that records of other versions may lack."""
+"""Fields that records of earlier versions may lack."""
 LARGEST = 2**63
 DEEPEST = 40
 TAIL_BYTES = 8192
@@ -51,7 +51,7 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def rows_of(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The valid rows of a file, if there is one, and the numbers of the other lines.
+    """The valid lines of a file, and the numbers of the invalid ones. Nothing if there is no file.
 
     A last line without a line break was cut short by a crash, and is in neither.
     """
@@ -70,7 +70,7 @@ def rows_of(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def last_row_of(file: Path) -> dict[str, Any] | None:
-    """The last valid row, read from the file's end; None if there is none."""
+    """The last valid line, read from the end of the file; None if there is none."""
     if not os.path.isfile(file):
         return None
     try:
@@ -91,7 +91,7 @@ def last_row_of(file: Path) -> dict[str, Any] | None:
 
 
 def row_of(name: str, line: bytes) -> dict[str, Any] | None:
-    """A line of the file of that name; None for one that is no such row."""
+    """A line of the file of that name; None if it is not valid."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -99,11 +99,11 @@ def row_of(name: str, line: bytes) -> dict[str, Any] | None:
     return row if ROWS.get(name, _object)(row) is None and _too_much(row) is None else None
 
 
-# -- the language in which shapes are declared
+# -- how types are declared
 
 
 def _is(expected: str, fits: Callable[[Any], bool]) -> Check:
-    return lambda value: None if fits(value) else f": expected {expected}, got {_spoken(value)}"
+    return lambda value: None if fits(value) else f": expected {expected}, got {_shown(value)}"
 
 
 def _maybe(check: Check) -> Check:
@@ -111,25 +111,20 @@ def _maybe(check: Check) -> Check:
 
 
 def _map(check: Check) -> Check:
-    def checked(value: Any) -> str | None:
-        if type(value) is not dict:
-            return _object(value)
-        return next((f".{name}{wrong}" for name, item in value.items() if (wrong := check(item)) is not None), None)
-
-    return checked
+    return lambda value: _first_wrong(value.items(), check) if type(value) is dict else _object(value)
 
 
 def _list(check: Check) -> Check:
-    def checked(value: Any) -> str | None:
-        if type(value) is not list:
-            return f": expected a list, got {_spoken(value)}"
-        return next((f".{n}{wrong}" for n, item in enumerate(value) if (wrong := check(item)) is not None), None)
+    is_list = _is("a list", lambda value: type(value) is list)
+    return lambda value: _first_wrong(enumerate(value), check) if type(value) is list else is_list(value)
 
-    return checked
+
+def _first_wrong(items: Iterable[tuple[Any, Any]], check: Check) -> str | None:
+    return next((f".{name}{wrong}" for name, item in items if (wrong := check(item)) is not None), None)
 
 
 def _fields(*required: str, **checks: Check) -> Check:
-    """Name: value pairs. A field that is not required may be absent."""
+    """Name: value pairs. A declared field may be absent unless it is required."""
 
     def checked(value: Any) -> str | None:
         if type(value) is not dict:
@@ -145,7 +140,7 @@ def _fields(*required: str, **checks: Check) -> Check:
     return checked
 
 
-def _spoken(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, dict | list):
         return "a list" if isinstance(value, list) else "name: value pairs"
     return "null" if value is None else printable(json.dumps(value, ensure_ascii=False), 60)
@@ -163,7 +158,7 @@ def _is_timestamp(value: Any) -> bool:
 
 
 def _is_inside(value: Any) -> bool:
-    """Whether a path stays in the folder that it is relative to."""
+    """Whether a relative path stays in its folder."""
     if not isinstance(value, str) or printable(value) != value:
         return False
     path = PurePosixPath(value)
@@ -171,7 +166,7 @@ def _is_inside(value: Any) -> bool:
 
 
 def _too_much(value: Any, depth: int = DEEPEST) -> str | None:
-    """What no field may hold: a whole number beyond 2^63, or more levels than `DEEPEST`."""
+    """What no field may hold: whole numbers from 2^63, or more than `DEEPEST` levels."""
     if depth == 0:
         return " is nested too deeply"
     for key, item in value.items() if type(value) is dict else enumerate(value):
@@ -188,7 +183,7 @@ _text = _is("text", lambda value: type(value) is str)
 _whole = _is("a whole number from 0", lambda value: type(value) is int and 0 <= value < LARGEST)
 _number = _is("a number", _is_number)
 _measured = _is("a number", lambda value: type(value) is float or _is_number(value))
-"""A number, or what is not one: a run that diverges has such."""
+"""A number, infinity or not-a-number: runs that diverge have such."""
 _switch = _is("true or false", lambda value: type(value) is bool)
 _status = _is(f"one of {', '.join(STATUSES)}", lambda value: value in STATUSES if type(value) is str else False)
 _timestamp = _is("a time such as 2026-01-31T12:00:00+00:00", _is_timestamp)
@@ -209,7 +204,7 @@ _imported_result = _fields(**_scores)
 
 
 def _result(value: Any) -> str | None:
-    """A task's result: one that was measured has an interval, one from a table may have nothing but its number."""
+    """A task's result. A measured one has an interval; an imported one may have nothing but its accuracy."""
     if type(value) is dict and not {"acc", "correct_prob"} & value.keys():
         return ".acc is missing"
     if type(value) is dict and "chance" not in value and {"acc", "answers"} <= value.keys():
@@ -219,7 +214,7 @@ def _result(value: Any) -> str | None:
 
 
 def _parent(value: Any) -> str | None:
-    """What a run was made from: a model or maps by reference, or text, which may be a file's instead."""
+    """What a run was made from: a model or maps, by reference, or text."""
     model = type(value) is dict and "documents" not in value
     return _fields("sha256", *(["ref"] if model else []), sha256=_text, ref=_text, documents=_whole)(value)
 
@@ -249,7 +244,7 @@ _stage = _is(
     ),
 )
 TRIAL = _fields(
-    **dict.fromkeys(("name", "status", "reason", "key"), _text),
+    **dict.fromkeys(("name", "status", "reason", "key", "warm"), _text),
     **dict.fromkeys(("reference", "reused"), _switch),
     **dict.fromkeys(("lost", "retry_of"), _whole),
     seed=_maybe(_whole),
@@ -259,7 +254,7 @@ TRIAL = _fields(
     log=_list(_text),
     owner=_maybe(_fields(host=_text, pid=_whole, job_id=_text)),
 )
-"""What a sweep's study keeps of a trial."""
+"""The user attributes of a trial in the Optuna study."""
 _AGREEMENT = ("forget_with_source", "retain_with_reference")
 _FIT = ("mse", "r2", "no_map_mse", "no_map_r2")
 RECORD = _fields(
@@ -273,7 +268,7 @@ RECORD = _fields(
     status=_status,
     config=_fields(
         **dict.fromkeys(("model", "name", "out"), _text),
-        **dict.fromkeys(("kept_threshold", "chance_threshold", "retain_coef", "remove_coef"), _number),
+        **dict.fromkeys(("retained_threshold", "kept_threshold", "chance_threshold", "retain_coef", "remove_coef"), _number),
         lora=_maybe(_object),
         seed=_whole,
     ),

@@ -1,16 +1,16 @@
-"""What Slurm says about jobs: one question to sacct and squeue (or scontrol) for all of them; and cancelling them.
+"""What Slurm says about jobs, and cancelling them. `states` asks sacct and squeue (or scontrol) once for all jobs.
 
 Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,19 +19,15 @@ from lethe.errors import LetheError
 WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "STOPPED", "RESV_DEL_HOLD"}
 WORKS = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING"}
 UNKNOWN = "UNKNOWN"
-MAY_RETURN = {UNKNOWN, "PREEMPTED", "NODE_FAIL"}  # ended for sacct, while slurmctld may have the job waiting again
+MAY_RETURN = {UNKNOWN, "PREEMPTED", "NODE_FAIL"}
+"""States in which accounting takes a job for ended, while slurmctld may have requeued it."""
 ANSWER_SECONDS = 30
-# A signal that comes before Python has its handlers must not end the job: Slurm would take it for failed.
 logger = logging.getLogger(__name__)
-_warned = threading.Event()
 
 
 @dataclass(frozen=True)
 class JobState:
-    """How a job stands. `word` is Slurm's own, or UNKNOWN.
-
-    `alive`: it waits or works; None when Slurm did not answer well enough to tell.
-    """
+    """The state of a job. `word` is Slurm's own, or UNKNOWN. `alive`: it waits or works; None if Slurm does not answer."""
 
     word: str
     reason: str
@@ -48,45 +44,46 @@ def current_job_id() -> str | None:
 
 
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """How the jobs stand: one question to sacct for all, one to squeue (or else scontrol).
+    """The states of the jobs.
 
-    Accounting knows jobs of long ago but is seconds behind, and holds a job for ended that slurmctld has put back into the
-    queue. So slurmctld has the word on the jobs that it remembers: those alive, and those ended some minutes ago.
-    Where accounting does not answer, there is a warning, and older jobs are UNKNOWN.
+    Accounting (sacct) knows old jobs, but is seconds behind, and takes a requeued job for ended. slurmctld (squeue, scontrol)
+    is right about the jobs that it remembers: those alive, and those that ended some minutes ago. Without accounting, there is
+    a warning, and older jobs are UNKNOWN.
     """
     ids = list(dict.fromkeys(job_ids))
     if not ids:
         return {}
     known = _from_sacct(ids)
-    listed = _from_controller(ids)
+    listed = _from_slurmctld(ids)
     for job in ids:
-        if listed is None and known.get(job, NEVER_SEEN).word in MAY_RETURN:
-            known[job] = JobState(known.get(job, NEVER_SEEN).word, "squeue and scontrol do not answer", None)
-        elif listed and job in listed and (job not in known or known[job].word != listed[job].word or listed[job].alive):
-            known[job] = listed[job]  # of an end that both know, accounting has the exit code
+        accounted = known.get(job, NEVER_SEEN)
+        if listed is None and accounted.word in MAY_RETURN:
+            known[job] = JobState(accounted.word, "squeue and scontrol do not answer", None)
+        elif listed and job in listed and (accounted.word != listed[job].word or listed[job].alive):
+            known[job] = listed[job]  # where both know of the same end, accounting has the exit code
     return {job: known.get(job, NEVER_SEEN) for job in ids}
 
 
 def _from_sacct(ids: list[str]) -> dict[str, JobState]:
-    """What accounting knows; nothing, with a warning, where it does not answer."""
-    answer, words = _asked("sacct", "-X", "--noheader", "--parsable2", "--format=JobID,State,ExitCode", "-j", ",".join(ids))
+    """What accounting knows; nothing, with a warning, if it does not answer."""
+    answer, error = _output("sacct", "-X", "--noheader", "--parsable2", "--format=JobID,State,ExitCode", "-j", ",".join(ids))
     if answer is None:
-        _warn_without_accounting(words)
+        _warn_without_accounting(error)
     rows = [line.split("|") for line in (answer or "").splitlines() if line.count("|") == 2]
     return {job: _state(state, code, "None") for job, state, code in rows if job in ids}
 
 
-def _from_controller(ids: list[str]) -> dict[str, JobState] | None:
-    """What slurmctld knows, through squeue or else scontrol; None when neither answers."""
-    answer, words = _asked("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", "-j", ",".join(ids))
+def _from_slurmctld(ids: list[str]) -> dict[str, JobState] | None:
+    """What slurmctld knows, through squeue or else scontrol; None if neither answers."""
+    answer, error = _output("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", "-j", ",".join(ids))
     if answer is not None:
         rows = [line.split("|", 2) for line in answer.splitlines() if line.count("|") >= 2]
         return {job.strip(): _state(state, "", reason) for job, state, reason in rows}
-    if "Invalid job id" in words:  # it was asked for one alone, and does not know it
+    if "Invalid job id" in error:  # squeue was asked about one job alone, and does not know it
         return {}
-    if "Unable to contact" in words:  # nor could scontrol
+    if "Unable to contact" in error:  # scontrol could not either
         return None
-    answer, _ = _asked("scontrol", "show", "job", "--oneliner")
+    answer, _ = _output("scontrol", "show", "job", "--oneliner")
     if answer is None:
         return None
     jobs = {}
@@ -104,49 +101,44 @@ def _state(state: str, code: str, reason: str) -> JobState:
     if word in WAITS | WORKS:
         return JobState(word, reason.strip(), True)
     status, _, number = code.strip().partition(":")
-    ends = [by, f"exit code {status}", f"signal {number}"]
-    told = [end for end in ends if end and not end.endswith(("code ", "code 0", "signal ", "signal 0"))]
-    return JobState(word, ", ".join(told) or reason.strip(), False)
+    ends = [by] if by else []
+    ends += [f"exit code {status}"] if status not in {"", "0"} else []
+    ends += [f"signal {number}"] if number not in {"", "0"} else []
+    return JobState(word, ", ".join(ends) or reason.strip(), False)
 
 
-def _warn_without_accounting(words: str) -> None:
-    """Once a process."""
-    if _warned.is_set():
-        return
-    _warned.set()
+@functools.cache
+def _warn_without_accounting(error: str) -> None:
+    """Warn once for each error."""
     logger.warning(
-        "Slurm's accounting does not answer (%s); asking squeue and scontrol, which forget jobs soon after their end", words
+        "Slurm's accounting does not answer (%s); using squeue and scontrol, which forget jobs soon after their end", error
     )
 
 
 def cancel(job_ids: Iterable[str]) -> None:
-    """Cancel the jobs; those already at an end stay as they are.
+    """Cancel the jobs. Those that have ended stay as they are.
 
     Raises:
         LetheError: scancel fails; in its own words.
     """
     ids = list(job_ids)
     if ids:
-        _ordered("scancel", *ids)
-
-
-def _ordered(*command: str) -> None:
-    answer, words = _asked(*command)
-    if answer is None:
-        raise LetheError(f"slurm: {command[0]}: {words}")
+        answer, error = _output("scancel", *ids)
+        if answer is None:
+            raise LetheError(f"slurm: scancel: {error}")
 
 
 def facts_of(job_id: str) -> dict[str, str]:
-    """What scontrol shows of one job; nothing when it does not answer."""
-    return _facts(_asked("scontrol", "show", "job", "--oneliner", job_id)[0] or "")
+    """What scontrol shows of one job; nothing if it does not answer."""
+    return _facts(_output("scontrol", "show", "job", "--oneliner", job_id)[0] or "")
 
 
 def _facts(line: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S*)", line))
 
 
-def _asked(*command: str) -> tuple[str | None, str]:
-    """What a program of Slurm's answers, None when it fails; and its complaints in one line."""
+def _output(*command: str) -> tuple[str | None, str]:
+    """What one of Slurm's programs prints (None if it fails), and its errors in one line."""
     if shutil.which(command[0]) is None:
         return None, f"there is no {command[0]} on this machine"
     try:

@@ -1,9 +1,14 @@
-"""Sweeps of kind `boundary`: bisection along one axis, and what it found in sentences. The search itself is in `search.py`."""
+"""Sweeps of kind `boundary`: bisection along one axis, and its answer in sentences. `search` has the bisection itself.
+
+Every complete trial gives a verdict for each boundary that is looked for (`_judges`). `edges` collects them by value, `propose`
+measures where the verdict changes, and `conclusions` says between which values it does.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from lethe import config as c
 from lethe.errors import LetheError
@@ -11,10 +16,22 @@ from lethe.results import regimes
 from lethe.results.listing import number
 from lethe.runs.run import find_run
 from lethe.sweeps import search
-from lethe.sweeps.planner import Finding, Plan, Planner
+from lethe.sweeps.planner import Finding, Planner
+from lethe.sweeps.trials import Plan, Trial
 
 if TYPE_CHECKING:
-    from lethe.sweeps.controller import Sweep
+    from lethe.sweeps.folder import Sweep
+
+EVERYWHERE = {"neither": "neither task fell", "both": "both tasks are at chance", "retained": "{limit} is retained"}
+SENTENCES = {
+    ("neither", True): "neither task fell up to {below}, one fell from {above}",
+    ("neither", False): "one task fell up to {below}, neither from {above}",
+    ("both", True): "both tasks are at chance up to {below}, and no longer at {above}",
+    ("both", False): "not both tasks are at chance up to {below}, both are from {above}",
+    ("retained", True): "the largest value that retains {limit} is {below}; {above} does not",
+    ("retained", False): "the smallest value that retains {limit} is {above}; {below} does not",
+}
+"""By boundary, and whether its verdict holds below it."""
 
 
 class Boundary(Planner):
@@ -24,11 +41,11 @@ class Boundary(Planner):
         super().__init__(config)
         if len(self.axes) != 1 or self.axes[0].values or self.axes[0].when:
             raise LetheError(
-                f"vary: a boundary is looked for along one axis with low and high, got {', '.join(config.vary)}; "
-                "a grid or pareto takes several"
+                f"vary: kind boundary takes one axis with low and high, got {', '.join(config.vary)}; "
+                "kinds grid and pareto take several"
             )
         if self.axes[0].steps:
-            raise LetheError("vary: steps has no effect on a boundary, which chooses its own values; leave it out")
+            raise LetheError("vary: steps has no effect with kind boundary, which chooses its own values; leave it out")
         self.axis = self.axes[0]
         if self.expected < 2 * len(config.seed_list):
             raise LetheError(
@@ -40,66 +57,65 @@ class Boundary(Planner):
         return self.config.max_runs or 10 * len(self.config.seed_list)
 
     def checked(self) -> c.SweepConfig:
-        if self.config.find == "keeps" and self.config.reference != "baseline":
+        if self.config.find == "retained" and self.config.reference != "baseline":
             self._reference({})
         return super().checked()
 
+    def _own_trials(self, sweep: Sweep) -> list[Trial]:
+        return [trial for trial in sweep.trials() if not trial.is_reference and not trial.is_retried]
+
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:
-        trials = [task for task in sweep.tasks() if not task.is_reference and not task.retried]
-        if any(task.status in {"queued", "running"} for task in trials) or room == 0:
+        trials = self._own_trials(sweep)
+        if room == 0 or not all(trial.is_done for trial in trials):
             return []
-        seeds = len(self.config.seed_list)
-        left = (self.expected - len(trials)) // seeds
+        left = (self.expected - len(trials)) // len(self.config.seed_list)
         values = search.next_values(self.axis, self.edges(sweep).values(), self.config.width)
         return [plan for value in values[: max(0, left)] for plan in self.plans({self.axis.name: value})]
 
-    def edges(self, sweep: Sweep) -> dict[str, dict[float, list[bool] | None]]:
-        """By what changes there: the verdicts of every measured value, one a seed; None where it failed."""
-        found = {finding.task.trial.number: finding for finding in self.findings(sweep)}
+    def edges(self, sweep: Sweep) -> dict[str, search.Verdicts]:
+        """By boundary: the verdicts of every measured value, one a seed; None where a seed failed."""
+        found = {finding.trial.frozen.number: finding for finding in self.findings(sweep)}
         by_value: dict[float, list[Finding] | None] = {}
-        for task in sweep.tasks():
-            if task.is_reference or task.retried or task.status in {"queued", "running"}:
-                continue
-            value = task.get("point")[self.axis.name]
-            finding = found.get(task.trial.number)
-            seen = by_value.setdefault(value, [])
-            if finding is None or seen is None or not self._tells(finding):
-                by_value[value] = None
-            else:
-                seen.append(finding)
+        for trial in self._own_trials(sweep):
+            if trial.is_done:
+                value = trial.get("point")[self.axis.name]
+                finding = found.get(trial.frozen.number)
+                others = by_value.setdefault(value, [])
+                usable = finding is not None and others is not None and self._is_decided(finding)
+                by_value[value] = [*others, finding] if usable else None  # type: ignore[list-item, misc]
         judges = self._judges(sweep)
-        if not judges:  # what losses count from was not measured
-            return {"keeps": dict.fromkeys(by_value)}
+        if not judges:  # the reference was not measured
+            return {"retained": dict.fromkeys(by_value)}
         return {
             name: {value: [judge(f) for f in seen] if seen else None for value, seen in by_value.items()}
             for name, judge in judges.items()
         }
 
-    def _tells(self, finding: Finding) -> bool:
-        """Whether a run's results say which side of a boundary it is on: they are there, and of enough questions."""
-        if self.config.find == "keeps":
+    def _is_decided(self, finding: Finding) -> bool:
+        """Whether a run was evaluated on enough questions to lie on one side of the boundary."""
+        if self.config.find == "retained":
             return number(finding.retain) is not None
-        thresholds = self.config.kept_threshold, self.config.chance_threshold
-        kept = [estimate for estimate in (finding.kept_forget, finding.kept_retain) if estimate]
-        return len(kept) == 2 and all(regimes.is_decided(estimate, *thresholds) for estimate in kept)
+        thresholds = self.config.retained_threshold, self.config.chance_threshold
+        shares = [share for share in (finding.forget_share, finding.retain_share) if share]
+        return len(shares) == 2 and all(regimes.is_decided(share, *thresholds) for share in shares)
 
-    def _judges(self, sweep: Sweep) -> dict[str, Any]:
+    def _judges(self, sweep: Sweep) -> dict[str, Callable[[Finding], bool]]:
         if self.config.find == "boundary":
             return {
                 "neither": lambda finding: finding.regime == "neither",
                 "both": lambda finding: finding.regime == "both",
             }
-        least = self._reference(self.baseline(sweep, self.recipe) or {})
-        if least is None:
+        reference = self._reference(self.baseline(sweep, self.recipe["model"]))
+        if reference is None:
             return {}
-        bound = least - (self.config.within or 0.0) - 1e-9
-        return {"keeps": lambda finding: (number(finding.retain) or 0.0) >= bound}
+        least = reference - (self.config.within or 0.0) - 1e-9
+        return {"retained": lambda finding: (number(finding.retain) or 0.0) >= least}
 
-    def _reference(self, baseline: dict[str, Any]) -> float | None:
-        """The retain accuracy that losses count from.
+    def _reference(self, baseline: dict) -> float | None:
+        """The retain accuracy that losses are measured from; None if the baseline lacks it.
 
         Raises:
-            LetheError: the run that should have it has not.
+            LetheError: `reference` is no accuracy, or names a run without one.
         """
         given, task = self.config.reference, self.tasks[1]
         if given == "baseline":
@@ -110,7 +126,7 @@ class Boundary(Planner):
                 raise LetheError(f"reference: {given} has no result on {task}; give another run, a number, or baseline")
             if task in baseline and regimes.provenance(evals[task]) != regimes.provenance(baseline[task]):
                 raise LetheError(
-                    f"reference: {given} was measured in another way on {task}; evaluate it as the sweep's runs are"
+                    f"reference: {given} was evaluated in another way on {task}; evaluate it as the sweep's runs are"
                 )
             return number(evals[task])
         try:
@@ -122,67 +138,51 @@ class Boundary(Planner):
         return accuracy
 
     def conclusions(self, sweep: Sweep) -> list[str]:
-        found, edges = self.findings(sweep), self.edges(sweep)
-        said: list[str] = []
-        brackets = {name: search.bracket(self.axis, verdicts, self.config.width) for name, verdicts in edges.items()}
-        for name, bracket in brackets.items():
-            said += self._spoken(name, bracket)
-        if self.config.find == "boundary" and found:
-            said += self._not_bracketed(brackets, found)
-        if len(self.config.seed_list) == 1 and found:
-            said.append("One seed: how far repetitions spread is not known, and the boundary may be no sharper than that.")
-        return [*said, *super().conclusions(sweep)] if found else []
+        found = self.findings(sweep)
+        if not found:
+            return []
+        brackets = {
+            name: search.bracket(self.axis, verdicts, self.config.width) for name, verdicts in self.edges(sweep).items()
+        }
+        sentences = [self._sentence(name, bracket) for name, bracket in brackets.items()]
+        if self.config.find == "boundary":
+            sentences += self._beyond_the_axis(brackets["both"], found)
+        if len(self.config.seed_list) == 1:
+            sentences.append("One seed: the spread between seeds is unknown, and the boundary may be no sharper than that.")
+        return [*sentences, *super().conclusions(sweep)]
 
-    def _spoken(self, name: str, bracket: search.Bracket) -> list[str]:
+    def _sentence(self, name: str, bracket: search.Bracket) -> str:
         axis = self.axis.name
+        limit = f"{self.tasks[1]} within {100 * (self.config.within or 0):g} points of {self.config.reference}"
         if bracket.status == "not measured":
-            also = "or what losses count from" if name == "keeps" else "or has too few questions to tell"
-            return [f"{name}: an end of {axis} could not be measured, {also}."]
+            also = "or the reference could not" if name == "retained" else "or was evaluated on too few questions"
+            return f"{name}: an end of {axis} could not be measured, {also}."
         if bracket.status == "undecided":
-            where = ", ".join(f"{x:g}" for x in bracket.disagreeing)
-            return [f"{name}: seeds disagree at {axis} {where}, an end of the axis; widen it."]
+            where = ", ".join(f"{value:g}" for value in bracket.disagreeing)
+            return f"{name}: seeds disagree at {axis} {where}, an end of the axis; widen it."
         if bracket.status == "not bracketed":
-            always = {True: "everywhere", False: "nowhere", None: "with some seeds only"}[bracket.before]
-            said = {"neither": "nothing has fallen", "both": "both are at chance", "keeps": f"{self._kept_words()} is kept"}[
-                name
-            ]
-            return [f"Not bracketed: from {axis} {self.axis.at(0):g} to {self.axis.at(1):g}, {said} {always}."]
-        below, above = f"{axis} {bracket.below:g}", f"{bracket.above:g}"
-        holds_below = bool(bracket.before)
-        words = {
-            "neither": (
-                "nothing has fallen up to {0}, something has from {1}",
-                "something has fallen up to {0}, nothing has from {1}",
-            ),
-            "both": (
-                "both are at chance up to {0}, and no longer at {1}",
-                "both are not at chance up to {0}, and are from {1}",
-            ),
-            "keeps": (
-                "the largest value that keeps " + self._kept_words() + " is {0}; {1} does not",
-                "the smallest value that keeps " + self._kept_words() + " is {1}; {0} does not",
-            ),
-        }[name][0 if holds_below else 1]
+            always = EVERYWHERE[name].format(limit=limit) + (" everywhere" if bracket.before else " nowhere")
+            return f"Not bracketed: from {axis} {self.axis.at(0):g} to {self.axis.at(1):g}, {always}."
+        sentence = SENTENCES[name, bool(bracket.before)].format(
+            limit=limit, below=f"{axis} {bracket.below:g}", above=f"{axis} {bracket.above:g}"
+        )
         how = f"known to a factor of {bracket.factor:.2f}" if bracket.factor else "known"
         if bracket.status == "open":
-            how += f", wider than the {self.config.width:g} asked for: the runs were spent, or values in between failed"
+            how += f", wider than the width {self.config.width:g}: max_runs was reached, or values in between failed"
         if bracket.disagreeing:
-            how += f"; seeds disagree at {', '.join(f'{x:g}' for x in bracket.disagreeing)}, so it is no sharper than that"
+            how += f"; seeds disagree at {', '.join(f'{value:g}' for value in bracket.disagreeing)}, so it is known no better"
         if not bracket.monotone:
-            how += "; further up the verdict changes again, so this is the first of several boundaries"
-        sentence = words.format(below, above)
-        return [f"{sentence[0].upper()}{sentence[1:]} ({how})."]
+            how += "; the verdict changes again further up, so this is the first of several boundaries"
+        return f"{sentence[0].upper()}{sentence[1:]} ({how})."
 
-    def _kept_words(self) -> str:
-        return f"{self.tasks[1]} within {100 * (self.config.within or 0):g} points of {self.config.reference}"
-
-    def _not_bracketed(self, brackets: dict[str, search.Bracket], found: list[Finding]) -> list[str]:
-        if brackets["both"].status != "not bracketed" or brackets["both"].before is not False:
+    def _beyond_the_axis(self, both: search.Bracket, found: list[Finding]) -> list[str]:
+        """What to try if no value of the axis brings both tasks to chance."""
+        if both.status != "not bracketed" or both.before is not False:
             return []
-        forget = {f.task.get("point")[self.axis.name]: f.kept_forget for f in found if f.kept_forget}
-        retain = {f.task.get("point")[self.axis.name]: f.kept_retain for f in found if f.kept_retain}
-        ends = [forget.get(self.axis.at(share)) for share in (0, 1)]
-        up = ends[0] is None or ends[1] is None or ends[1].value <= ends[0].value
-        level = search.plateau(forget, retain, towards_high=up)
-        flat = f"; from {self.axis.name} {level:g} on nothing changes beyond the intervals" if level is not None else ""
-        return [f"The axis does not reach both{flat}. Try another one: {search.next_axis(self.axis.name)}."]
+        name = self.axis.name
+        forget = {f.trial.get("point")[name]: f.forget_share for f in found if f.forget_share}
+        retain = {f.trial.get("point")[name]: f.retain_share for f in found if f.retain_share}
+        low, high = (forget.get(self.axis.at(share)) for share in (0, 1))
+        level = search.plateau(forget, retain, towards_high=low is None or high is None or high.value <= low.value)
+        flat = f"; from {name} {level:g} on nothing changes beyond the intervals" if level is not None else ""
+        return [f"The axis does not reach both{flat}. Try another one: {search.next_axis(name)}."]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from lethe.sweeps.axes import Point
 from lethe.sweeps.planner import MOST_RUNS, Planner
 
 if TYPE_CHECKING:
-    from lethe.sweeps.controller import Sweep
+    from lethe.sweeps.folder import Sweep
 
 
 class Grid(Planner):
@@ -26,18 +25,17 @@ class Grid(Planner):
         Raises:
             LetheError: there are too many.
         """
-        seeds = len(self.config.seed_list)
-        count = seeds * math.prod(len(axis.values) or axis.steps or 1 for axis in self.axes)
+        count = len(self.config.seed_list) * math.prod(len(axis.values) or axis.steps or 1 for axis in self.axes)
         if count > MOST_RUNS:
             raise LetheError(f"vary: {count} runs, {MOST_RUNS} at most; take fewer values or steps, or kind pareto")
-        return list(axes.points(self.axes, self.recipe))
+        return axes.points(self.axes, self.recipe)
 
     @property
     def expected(self) -> int:
         return len(self.points) * len(self.config.seed_list)
 
-    def samples(self) -> Iterator[Point]:
-        yield from self.points
+    def samples(self) -> list[Point]:
+        return self.points
 
     def begin(self, sweep: Sweep) -> None:
         sweep.add((plan for point in self.points for plan in self.plans(point)), sweep.study)

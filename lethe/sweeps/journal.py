@@ -1,15 +1,16 @@
-"""A sweep's study: Optuna's journal in the sweep's folder, or a database. It is read before anything is written to it.
+"""Where a sweep's Optuna study is stored: a journal file in the sweep's folder, or a database.
 
-A process that is killed while it writes leaves a last line that is cut short, and the next record would join it. So what is
-cut short is removed first, and two records in one line are separated. A record lost in this way costs nothing, since the result
-of a trial is read from its runs. Any other damage is refused.
+A process that is killed while it writes may leave half of a record at the end of the journal, and the next record would join it
+in one line. So the journal is repaired before it is used: the half record is removed, joined records are separated. Nothing
+is lost by that, since a trial's results are read from its runs. Any other damage is refused.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import optuna
 
@@ -17,15 +18,17 @@ from lethe.errors import LetheError
 from lethe.files import JOURNAL, UnreadableError, json_of, write_atomically
 from lethe.runs.record import TRIAL
 
-FIRST = '{"op_code":'
-"""How Optuna begins every record."""
+Direction = Literal["minimize", "maximize"]
 DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError)
-"""What Optuna raises over records that do not belong together."""
+"""What Optuna raises over records that do not fit together."""
+ADVICE = "put back a copy of it, or start a new sweep (it takes over the runs that are complete)"
 logger = logging.getLogger(__name__)
 
 
-def studies(url: str | None, folder: Path, name: str, **settings: Any) -> tuple[optuna.Study, optuna.Study]:
-    """The study of that name and that of its references, made if they are not there.
+def studies(
+    url: str | None, folder: Path, name: str, directions: list[Direction], sampler: optuna.samplers.BaseSampler | None = None
+) -> tuple[optuna.Study, optuna.Study]:
+    """The Optuna study of that name and that of its references, created if they do not exist.
 
     Raises:
         LetheError: the database cannot be opened, or the journal is damaged.
@@ -33,32 +36,27 @@ def studies(url: str | None, folder: Path, name: str, **settings: Any) -> tuple[
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     file = folder / JOURNAL
     if not url and file.exists():
-        mend(file)
+        repair(file)
     try:
         storage = storage_of(url, folder)
-        there = {study.study_name for study in storage.get_all_studies()}
-        first, second = name, f"{name} references"
-        made = [
-            optuna.load_study(study_name=each, storage=storage, sampler=how.get("sampler"))
-            if each in there
-            else optuna.create_study(study_name=each, storage=storage, load_if_exists=True, **how)
-            for each, how in ((first, settings), (second, {}))
-        ]
-        wrong = [
-            f"trial {trial.number}{found}"
-            for study in made
-            for trial in study.get_trials(deepcopy=False)
-            if (found := TRIAL(trial.user_attrs)) is not None
-        ]
+        existing = set(optuna.get_all_study_names(storage))
+        made = []
+        goals: dict[str, list[Direction]] = {name: directions, f"{name} references": ["minimize"]}
+        for each, wanted in goals.items():
+            if each not in existing:
+                optuna.create_study(study_name=each, storage=storage, load_if_exists=True, directions=wanted)
+            made.append(optuna.load_study(study_name=each, storage=storage, sampler=sampler))
+        trials = [trial for study in made for trial in study.get_trials(deepcopy=False)]
+        wrong = [f"trial {trial.number}{found}" for trial in trials if (found := TRIAL(trial.user_attrs)) is not None]
     except DAMAGED as error:
-        raise LetheError(f"sweep: '{url or file}' does not hold together ({error!r}); {_ADVICE}") from error
+        raise LetheError(f"sweep: the records in '{url or file}' do not fit together ({error!r}); {ADVICE}") from error
     if wrong:
-        raise LetheError(f"sweep: '{url or file}' is not of a sweep: {wrong[0]}; {_ADVICE}")
+        raise LetheError(f"sweep: '{url or file}' is not of a sweep: {wrong[0]}; {ADVICE}")
     return made[0], made[1]
 
 
 def storage_of(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
-    """Where the study is kept.
+    """The storage of the Optuna study.
 
     Raises:
         LetheError: the database cannot be opened.
@@ -75,60 +73,53 @@ def storage_of(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
     try:
         return RDBStorage(url)
     except (SQLAlchemyError, StorageInternalError, ImportError, LookupError, ValueError) as error:  # the last two: a brace
-        raise LetheError(
-            f"storage: '{url}' cannot be opened ({str(error).splitlines()[0]}); give another URL, or null"
-        ) from error
+        why = str(error).splitlines()[0]
+        raise LetheError(f"storage: '{url}' cannot be opened ({why}); give another URL, or null") from error
 
 
-def mend(file: Path) -> None:
-    """Remove from a journal what was cut short by a crash, and report it.
+def repair(file: Path) -> None:
+    """Remove from a journal what a crash cut short, and log it.
 
     Raises:
-        LetheError: something else is wrong with it, or it cannot be written.
+        LetheError: it has other damage, or cannot be written.
     """
     from optuna.storages.journal import JournalFileSymlinkLock
-    from optuna.storages.journal._file import get_lock_file
+    from optuna.storages.journal._file import get_lock_file  # the lock that Optuna itself writes under has no public name
 
     try:
-        if not _mended(file)[1]:
+        if not _repaired(file)[1]:
             return
         with get_lock_file(JournalFileSymlinkLock(str(file))):  # another controller may be writing that last line now
-            lines, said = _mended(file)
-            if said:
-                write_atomically(file, "".join(f"{line}\n" for line in lines))
+            records, changes = _repaired(file)
+            if changes:
+                write_atomically(file, "".join(f"{record}\n" for record in records))
     except OSError as error:
-        raise LetheError(f"sweep: '{file}' cannot be read and mended ({error.strerror}); see that it can be written") from error
-    for each in said:
-        logger.error("'%s': %s", file, each)
+        raise LetheError(f"sweep: '{file}' cannot be repaired ({error.strerror}); make it readable and writable") from error
+    for change in changes:
+        logger.error("'%s': %s", file, change)
 
 
-def _mended(file: Path) -> tuple[list[str], list[str]]:
-    """The whole records of a journal, one a line, and what was changed to get them."""
-    lines = file.read_bytes().decode(errors="replace").split("\n")
-    kept, said, damaged = [], [], []
+def _repaired(file: Path) -> tuple[list[str], list[str]]:
+    """The whole records of a journal, and what was changed to get them."""
+    *lines, last = file.read_bytes().decode(errors="replace").split("\n")
+    records: list[str] = []
+    changes: list[str] = []
+    damaged: list[str] = []
     for number, line in enumerate(lines, 1):
-        whole = [line] if _is_record(line) else _apart(line)
-        if number == len(lines):
-            if line:  # without a line break
-                said.append(f"line {number} was cut short by a crash; " + ("its end is put back" if whole else "taken out"))
-        elif not whole:
+        # Within a record's own text, quotes are escaped: this is where another one begins.
+        whole = [line] if _is_record(line) else [part for part in re.split(r'(?=\{"op_code":)', line) if _is_record(part)]
+        if not whole or not line.endswith(whole[-1]):
             damaged.append(str(number))
         elif whole != [line]:
-            said.append(f"line {number} holds two records, of which a crash cut the first short; {len(whole)} kept")
-        kept += whole
+            changes.append(f"line {number} holds two records, the first cut short by a crash; {len(whole)} could be read")
+        records += whole
+    if last:  # without a line break
+        whole = [last] if _is_record(last) else []
+        changes.append(f"line {len(lines) + 1} was cut short by a crash; {'completed' if whole else 'removed'}")
+        records += whole
     if damaged:
-        raise LetheError(f"sweep: '{file}' is damaged in line {', '.join(damaged[:5])}; {_ADVICE}")
-    return kept, said
-
-
-def _apart(line: str) -> list[str]:
-    """The records in a line that one was joined to; none if there is no whole one at its end."""
-    start = line.find(FIRST, 1)
-    while start > 0:
-        if _is_record(line[start:]):
-            return [part for part in (line[:start], line[start:]) if _is_record(part)]
-        start = line.find(FIRST, start + 1)
-    return []
+        raise LetheError(f"sweep: '{file}' is damaged in line {', '.join(damaged[:5])}; {ADVICE}")
+    return records, changes
 
 
 def _is_record(line: str) -> bool:
@@ -137,6 +128,3 @@ def _is_record(line: str) -> bool:
     except UnreadableError:
         return False
     return isinstance(record, dict) and type(record.get("op_code")) is int and isinstance(record.get("worker_id"), str)
-
-
-_ADVICE = "put back a copy of it, or start a new sweep (its runs that are complete are not run again)"

@@ -1,4 +1,4 @@
-"""The kinds of sweeps by name, each a planner in a file of its own."""
+"""The planner of each kind of sweep."""
 
 from __future__ import annotations
 

@@ -1,61 +1,68 @@
-"""Sweeps of kind `pareto`: an even start, then what Optuna proposes; hopeless runs are stopped, earlier ones may be known."""
+"""Sweeps of kind `pareto`: points that fill the axes evenly first, then points that Optuna proposes.
+
+A trial is one point. Its seeds are runs of that trial, and its objectives are their means. Runs that are clearly worse than
+finished ones are stopped early. Runs from other folders (`warm_start`) count as complete trials.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+import optuna
 
 from lethe import config as c
 from lethe.errors import LetheError
 from lethe.results.listing import is_imported
 from lethe.runs.run import Run, find_runs, seconds_since
 from lethe.sweeps import axes, search
-from lethe.sweeps.axes import Axis, Point
-from lethe.sweeps.planner import Finding, Plan, Planner, made_from_the_same, optunas
+from lethe.sweeps.axes import Point
+from lethe.sweeps.planner import Finding, Planner
+from lethe.sweeps.reuse import made_from_the_same
+from lethe.sweeps.trials import STOPPED_EARLY, Plan, Trial, suggested
 
 if TYPE_CHECKING:
-    import optuna
-
-    from lethe.sweeps.controller import Sweep, Task
+    from lethe.sweeps.folder import Sweep
 
 logger = logging.getLogger(__name__)
-MOST_FILLING = 256
+MOST_EVEN_POINTS = 256
+Results = dict[str, Any]
 
 
 class Pareto(Planner):
-    """The best trade-offs between forgetting and keeping (and holding against an attack), by Optuna."""
+    """The best trade-offs of forget accuracy, retain accuracy and, with an attack, forget accuracy during it."""
 
     @property
     def expected(self) -> int:
         return self.config.max_runs or 100
 
-    def sampler(self) -> optuna.samplers.BaseSampler:
-        from optuna.samplers import GPSampler, RandomSampler, TPESampler
+    @property
+    def runs_a_seed(self) -> int:
+        return 1 if self.config.tamper is None else 2
 
+    def sampler(self) -> optuna.samplers.BaseSampler:
         seed = self.config.seed_list[0]
         if self.config.sampler == "random":
-            return RandomSampler(seed=seed)
-        if self.config.sampler == "gp" and not any(axis.when for axis in self.axes):  # it draws such axes blindly
-            return GPSampler(seed=seed, n_startup_trials=2)
-        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=2)
+            return optuna.samplers.RandomSampler(seed=seed)
+        if self.config.sampler == "gp" and not any(axis.when for axis in self.axes):  # it would sample those independently
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=2)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=2)
 
     @property
-    def startup(self) -> int:
-        """Settings before the sampler takes over: a quarter of the budget, between 4 and 10; none for random search."""
+    def even_points(self) -> int:
+        """Points before the sampler takes over: a quarter of the budget, between 4 and 10; none for random search."""
         return 0 if self.config.sampler == "random" else min(10, max(4, self.expected // 4))
 
-    def filling(self, begun: set[str]) -> Iterator[Plan]:
-        """Settings that fill the axes evenly, less those begun: a scrambled Halton sequence (https://arxiv.org/abs/1706.02808)."""
+    def even_plans(self, begun: set[str]) -> Iterator[Plan]:
+        """Plans that fill the axes evenly: a scrambled Halton sequence (https://arxiv.org/abs/1706.02808)."""
         from scipy.stats.qmc import Halton
 
         seed = self.config.seed_list[0]
-        for shares in Halton(len(self.axes), rng=seed).random(MOST_FILLING):
-            point: Point = {}
-            for axis, share in zip(self.axes, shares, strict=True):
-                if axis.applies(point, self.recipe):
-                    point[axis.name] = axis.choice(share)
-            plan = self.plan(point, seed)
+        for shares in Halton(len(self.axes), rng=seed).random(MOST_EVEN_POINTS):
+            values = [axis.choice(share) for axis, share in zip(self.axes, shares, strict=True)]
+            plan = self.plan(axes.point_of(self.axes, values, self.recipe), seed)
             if plan.key not in begun:
                 yield plan
 
@@ -69,31 +76,17 @@ class Pareto(Planner):
         return checked
 
     def begin(self, sweep: Sweep) -> None:
-        from optuna.trial import TrialState, create_trial
-
         if sweep.study.get_trials(deepcopy=False):
             return
         for folder in self.config.warm_start:
             for run, point, values in self.known(folder):
-                plan = Plan(
-                    run.record["name"],
-                    [("unlearn", run.record["config"])],
-                    point,
-                    axes=self.axes,
-                    facts={"warm": True, "reused": True, "runs": [str(run.path.resolve())]},
-                )
-                sweep.study.add_trial(
-                    create_trial(
-                        state=TrialState.COMPLETE,
-                        values=values,
-                        params=plan.params,
-                        distributions=plan.distributions,
-                        user_attrs=plan.attributes(),
-                    )
-                )
+                facts = {"warm": str(run.path.resolve()), "reused": True}
+                stages = [("unlearn", run.record["config"])]
+                plan = Plan(run.record["name"], stages, point, axes=self.axes, facts=facts)
+                sweep.study.add_trial(plan.frozen(values))
 
     def known(self, folder: str) -> Iterator[tuple[Run, Point, list[float]]]:
-        """Runs in a folder that count as made, each with where it lies and what it measured."""
+        """The runs of a folder that count as complete trials, with their points and objectives."""
         for run in find_runs(folder):
             point = self.point_of(run)
             values = [] if point is None else self.values([run])
@@ -101,62 +94,51 @@ class Pareto(Planner):
                 yield run, point, [float(value) for value in values]
 
     def point_of(self, run: Run) -> Point | None:
-        """Where a complete run lies on the axes; None where it is of another recipe or outside of them."""
+        """Where a complete run lies on the axes; None if it has another recipe or lies outside of them."""
         usable = run.record["kind"] == "unlearn" and run.record["status"] == "complete" and not is_imported(run)
         if not usable or not made_from_the_same(run):
             return None
+        settings = run.record["config"]
         point: Point = {}
         for axis in self.axes:
             if not axis.applies(point, self.recipe):
                 continue
             field, _, below = axis.name.partition(axes.RATIO)
-            value, unit = axes.value_at(run.record["config"], field), axes.value_at(run.record["config"], below) if below else 1
+            value, unit = axes.value_at(settings, field), axes.value_at(settings, below) if below else 1
             value = value / unit if below and value is not None and unit else value
-            listed = axis.values or (axis.grid() if axis.steps else ())
-            inside = value in listed if listed else value is not None and axis.low <= value <= axis.high
+            choices = axis.choices()
+            inside = value in choices if choices else value is not None and axis.low <= value <= axis.high
             if not inside:
                 return None
             point[axis.name] = value
-        settings = axes.settings_at(self.recipe, point)
-        ours, theirs = (axes.that_matter("unlearn", s) | {"seed": 0} for s in (settings, run.record["config"]))
+        ours, theirs = (
+            axes.that_matter("unlearn", each) | {"seed": 0} for each in (axes.settings_at(self.recipe, point), settings)
+        )
         return point if ours == theirs else None
 
-    def watch(self, sweep: Sweep) -> None:
-        # Nothing to judge by before the end without evaluations, or where an attack after it is one of the objectives.
-        if self.config.prune and self.recipe["eval"]["every"] and self.config.tamper is None:
-            self.stop_hopeless(sweep)
-
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:
-        trials = [
-            t
-            for t in sweep.tasks()
-            if t.get("stages") and not t.is_reference and not t.get("warm") and t.get("retry_of") is None
-        ]
+        every = sweep.trials()
+        warm = sum(bool(trial.get("warm")) for trial in every)
+        own = [t for t in every if t.get("stages") and not t.is_reference and not t.get("warm") and t.get("retry_of") is None]
         spent = self.config.hours and seconds_since(sweep.run.record["started"]) >= 3600 * self.config.hours
-        left = 0 if spent else self.config.max_runs - len(trials) if self.config.max_runs else room
-        if any(task.status == "queued" and not task.is_reference for task in sweep.tasks()):  # Optuna would hand it out again
-            return []
-        begun = {task.get("key") for task in sweep.tasks()}
-        warm = sum(bool(task.get("warm")) for task in sweep.tasks())
-        filling = self.filling(begun)
-        # A sampler knows nothing of a run without numbers, and would propose the like again: another even one in its place.
-        lost = sum(task.status in {"failed", "diverged", "pruned"} for task in trials)
-        even = self.startup + lost - warm - sum(task.get("number") is None for task in trials)
-        plans: list[Plan] = []
+        left = 0 if spent else self.config.max_runs - len(own) if self.config.max_runs else room
+        begun = {trial.get("key") for trial in every}
+        # A sampler learns nothing from a trial without objectives and would propose its like again.
+        without = sum(trial.status in {"failed", "diverged", STOPPED_EARLY} for trial in own)
+        even_left = self.even_points + without - warm - sum(trial.get("number") is None for trial in own)
+        even, plans = self.even_plans(begun), list[Plan]()
         while len(plans) < min(room, left):
-            asked = self.ask(sweep, begun) if len(plans) >= even else None
-            plan = asked or next(filling, None)
+            plan = self.ask(sweep, begun) if len(plans) >= even_left else None
+            plan = plan or next(even, None)
             if plan is None:
-                logger.info("every setting on the axes was run")
+                logger.info("every point on the axes was run")
                 break
             begun.add(plan.key)
             plans.append(plan)
         return plans
 
     def ask(self, sweep: Sweep, begun: set[str]) -> Plan | None:
-        """A plan at the point that Optuna chooses; None when that is begun."""
-        from optuna.trial import TrialState
-
+        """A plan at the point that Optuna proposes; None if that is begun already."""
         trial = sweep.study.ask()
         point: Point = {}
         for axis in self.axes:
@@ -165,98 +147,84 @@ class Pareto(Planner):
         plan = self.plan(point, self.config.seed_list[0], trial.number)
         if plan.key not in begun:
             return plan
-        sweep.study.tell(trial, state=TrialState.FAIL)
+        sweep.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return None
 
     def plan(self, point: Point, seed: int, number: int | None = None) -> Plan:
         plan = super().plan(point, seed, number)
-        for other in self.config.seed_list[1:]:  # a trial is a setting; its seeds are runs of that trial
-            here = f"@{len(plan.stages)}"
+        for other in self.config.seed_list[1:]:
+            first = f"@{len(plan.stages)}"
             plan.stages += [
-                (kind, made | ({"model": here} if made["model"] == "@0" else {}))
-                for kind, made in super().plan(point, other).stages
+                (kind, settings | ({"model": first} if settings["model"] == "@0" else {}))
+                for kind, settings in super().plan(point, other).stages
             ]
         plan.name = axes.name_at(self.config.name, plan.stages[0][1], point, None)
         if number is not None:
             plan.facts["number"] = number
         return plan
 
+    def _by_seed(self, runs: list[Run]) -> list[list[Run]]:
+        return [runs[i : i + self.runs_a_seed] for i in range(0, len(runs), self.runs_a_seed)]
+
     def values(self, runs: list[Run]) -> list[float | str]:
         """Means over the seeds."""
-        size = 2 if self.config.tamper is not None else 1
-        each = [super(Pareto, self).values(runs[i : i + size]) for i in range(0, len(runs), size)]
+        each = [super(Pareto, self).values(of_seed) for of_seed in self._by_seed(runs)]
         missing = next((value for values in each for value in values if isinstance(value, str)), None)
-        if missing:
-            return [missing]
-        return [search.mean(float(values[i]) for values in each) for i in range(len(each[0]))]
+        return [missing] if missing else [fmean(map(float, values)) for values in zip(*each, strict=True)]
 
-    def finding(self, sweep: Sweep, task: Task, runs: list[Run]) -> Finding | None:
-        """Means over the seeds; the ends of intervals are means, too."""
-        size = 2 if self.config.tamper is not None else 1
-        each = [super(Pareto, self).finding(sweep, task, runs[i : i + size]) for i in range(0, len(runs), size)]
+    def finding(self, sweep: Sweep, trial: Trial, runs: list[Run]) -> Finding | None:
+        """Means over the seeds, of the accuracies and of the ends of their intervals."""
+        each = [super(Pareto, self).finding(sweep, trial, of_seed) for of_seed in self._by_seed(runs)]
         found = [finding for finding in each if finding]
-        if len(found) < len(each) or len(found) < 2:
-            return found[0] if len(found) == len(each) and found else None
+        if len(found) < len(each):
+            return None
+        if len(found) == 1:
+            return found[0]
         forget, retain = _mean([f.forget for f in found]), _mean([f.retain for f in found])
-        return self.judge(sweep, task, runs[0].record["config"], forget, retain)
+        return self.judge(sweep, trial, runs[0].record["config"]["model"], forget, retain)
 
-    def stop_hopeless(self, sweep: Sweep) -> None:
-        """Ask running trials to stop that finished ones were clearly better than at the same step."""
-        tasks = [task for task in sweep.tasks() if not task.is_reference and task.get("runs")]
-        done = [run for task in tasks if task.status == "complete" for run in task.runs(sweep.out)[:1]]
+    def watch(self, sweep: Sweep) -> None:
+        """Ask running trials to stop where finished ones were clearly better at the same step.
+
+        That needs evaluations on the way, and objectives that they tell something about: not those of an attack afterwards.
+        """
+        if not self.config.stop_early or not self.recipe["eval"]["every"] or self.config.tamper is not None:
+            return
+        trials = [trial for trial in sweep.trials() if not trial.is_reference and trial.get("runs")]
+        done = [run for trial in trials if trial.status == "complete" for run in trial.runs(sweep.out)[:1]]
         curves = [(_steps(run), {row["step"]: row["evals"] for row in run.rows("curve.jsonl")}) for run in done]
-        for task in tasks:
-            for run in task.runs(sweep.out) if task.status == "running" else []:
-                if run.record["kind"] == "unlearn" and run.record["status"] == "running" and not run.asked_to_stop():
-                    row = run.last_row("curve.jsonl")
-                    if row and row["step"] != _steps(run) and self.hopeless(_steps(run), row, curves):
-                        better = f"{search.DOMINATORS} finished runs were clearly better in both accuracies there"
-                        run.ask_to_stop(f"pruned at step {row['step']}: {better}")
+        running = [run for trial in trials if trial.status == "running" for run in trial.runs(sweep.out)]
+        for run in running:
+            if run.record["kind"] == "unlearn" and run.record["status"] == "running" and not run.asked_to_stop():
+                row = run.last_row("curve.jsonl")
+                if row and row["step"] != _steps(run) and self._is_hopeless(_steps(run), row, curves):
+                    better = f"{search.BETTER_RUNS} finished runs had clearly better accuracies there"
+                    run.ask_to_stop(f"{STOPPED_EARLY} at step {row['step']}: {better}")
 
-    def hopeless(self, steps: int | None, row: dict[str, Any], curves: list[tuple[int | None, dict[int, Any]]]) -> bool:
-        """Whether finished runs, of as many steps, were clearly better than an evaluation at its step."""
-        at = self._pair(row["evals"])
+    def _is_hopeless(self, steps: int | None, row: Results, curves: list[tuple[int | None, dict[int, Any]]]) -> bool:
+        """Whether finished runs of as many steps were clearly better than an evaluation at its step."""
+        ours = self._pair(row["evals"])
         others = [pair for n, curve in curves if n == steps and (pair := self._pair(curve.get(row["step"]) or {}))]
-        return at is not None and search.clearly_worse(at, others)
+        return ours is not None and search.is_clearly_worse(ours, others)
 
-    def _pair(self, evals: dict[str, Any]) -> tuple[dict, dict] | None:
+    def _pair(self, evals: Results) -> tuple[Results, Results] | None:
         forget, retain = (evals.get(task) for task in self.tasks)
         return (forget, retain) if forget and retain and "low" in forget and "low" in retain else None
 
-    def said(self, found: list[Finding]) -> list[str]:
-        values = [
-            tuple(v if d == "minimize" else -v for v, d in zip(f.task.trial.values, self.directions, strict=True))
-            for f in found
-        ]
-        best = [found[i] for i in search.front(values)]
-        best.sort(key=lambda f: f.task.trial.values[0])
-        shown = "; ".join(f"{f.task.get('name')} ({', '.join(f'{100 * v:.1f}' for v in f.task.trial.values)})" for f in best)
-        what = ", ".join(
-            [
-                f"{self.tasks[0]} down",
-                f"{self.tasks[1]} up",
-                *(["highest during the attack, down"] if self.config.tamper else []),
-            ]
-        )
-        return [f"Front of {len(best)} among {len(found)} ({what}; %): {shown}."] if best else []
-
-
-def suggested(trial: optuna.Trial, axis: Axis) -> Any:
-    """The value that Optuna chooses on an axis."""
-    if axis.values or axis.steps:
-        values = axis.values or axis.grid()
-        chosen = trial.suggest_categorical(axis.name, [optunas(axis, value) for value in values])
-        return next(value for value in values if optunas(axis, value) == chosen)
-    if axis.whole:
-        return trial.suggest_int(axis.name, round(axis.low), round(axis.high), log=axis.log)
-    return trial.suggest_float(axis.name, axis.low, axis.high, log=axis.log)
+    def summary(self, sweep: Sweep, found: list[Finding]) -> list[str]:
+        numbers = {trial.number for trial in sweep.study.best_trials}
+        best = {tuple(f.trial.frozen.values): f.trial for f in found if f.trial.frozen.number in numbers}  # equal ones once
+        shown = [f"{best[values].get('name')} ({', '.join(f'{100 * v:.1f}' for v in values)})" for values in sorted(best)]
+        forget, retain = self.tasks
+        what = f"{forget} down, {retain} up" + (", highest during the attack, down" if self.config.tamper else "")
+        return [f"Front of {len(best)} among {len(found)} ({what}; %): {'; '.join(shown)}."] if best else []
 
 
 def _steps(run: Run) -> int | None:
     return (run.record.get("plan") or {}).get("steps")
 
 
-def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result of several of the same task."""
-    means = {key: search.mean(r[key] for r in results) for key in ("acc", "correct_prob", "low", "high") if key in results[0]}
-    return results[0] | means
+def _mean(results: list[Results]) -> Results:
+    """The mean of several results on the same task."""
+    keys = [key for key in ("acc", "correct_prob", "low", "high") if key in results[0]]
+    return results[0] | {key: fmean(result[key] for result in results) for key in keys}

@@ -1,97 +1,55 @@
-"""What a sweep runs, and what its results say: what all kinds share, and the grid. `boundary` and `pareto` have a file each.
+"""What all kinds of sweeps share: recipe, baseline, plans, and what the results say. Each kind has a file of its own.
 
-A planner plans and judges; `lethe.sweeps.controller` does the rest.
-
-A plan is a list of stages, each a kind of run and its settings; in `model`, `@0` stands for what the first stage made. Every
-kind measures the model itself first, as the baseline that regimes are told against.
+A planner turns the sweep's settings into plans (`references`, `begin`, `propose`) and reads results from the runs (`values`,
+`finding`, `conclusions`). It starts nothing: the controller does. Every kind evaluates the original model first, as the
+baseline that retained shares and regimes are relative to.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import optuna
+
 from lethe import config as c
-from lethe.config.parse import build, from_settings
+from lethe.config.parse import from_settings
 from lethe.errors import LetheError, nearest, printable
-from lethe.files import sha256
-from lethe.maps.folder import WEIGHTS, find_maps
-from lethe.methods.method import Method
-from lethe.models import refs
+from lethe.launching.work import SETTINGS
 from lethe.results import regimes
-from lethe.results.listing import number
+from lethe.results.listing import is_imported, number
 from lethe.runs.run import Run, find_runs
 from lethe.sweeps import axes, search
-from lethe.sweeps.axes import Axis, Point
+from lethe.sweeps.axes import Point
+from lethe.sweeps.reuse import made_from_the_same
+from lethe.sweeps.trials import Plan, Stage, Trial
 from lethe.text import corpora
 from lethe.unlearning.check import check
 
 if TYPE_CHECKING:
-    import optuna
+    from lethe.sweeps.folder import Sweep
 
-    from lethe.sweeps.controller import Sweep, Task
-
-Stage = tuple[str, dict[str, Any]]
-SECTIONS: dict[str, type[Method] | type[c.TamperConfig]] = {"unlearn": Method, "tamper": c.TamperConfig}
-logger = logging.getLogger(__name__)
 MOST_RUNS = 10_000
-CONFIGS: dict[str, type] = SECTIONS | {"evaluate": c.EvaluateConfig}
-
-
-@dataclass
-class Plan:
-    """A trial to be: its name, its place on the axes, its stages; `number`: that of a trial that Optuna was asked for."""
-
-    name: str
-    stages: list[Stage]
-    point: Point = field(default_factory=dict)
-    seed: int | None = None
-    reference: bool = False
-    number: int | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    axes: list[Axis] = field(default_factory=list)
-
-    @property
-    def key(self) -> str:
-        """What tells it from other plans."""
-        return "-".join(axes.key_of(kind, settings) for kind, settings in self.stages)
-
-    @property
-    def distributions(self) -> dict[str, Any]:
-        """Its axes as Optuna knows them."""
-        return {axis.name: distribution(axis) for axis in self.axes if axis.name in self.point}
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """Its point as Optuna knows it."""
-        return {axis.name: optunas(axis, self.point[axis.name]) for axis in self.axes if axis.name in self.point}
-
-    def attributes(self) -> dict[str, Any]:
-        """What the study keeps of it."""
-        own = {"name": self.name, "stages": self.stages, "point": self.point, "seed": self.seed, "key": self.key}
-        return own | ({"reference": True} if self.reference else {}) | self.facts
+SHOWN = ("acc", "correct_prob", "low", "high", "n", "chance", "degenerate")
 
 
 @dataclass
 class Finding:
-    """What one complete run of a sweep says."""
+    """What one complete trial says: its results, their retained shares, and its regime."""
 
-    task: Task
+    trial: Trial
     forget: dict[str, Any]
     retain: dict[str, Any]
-    kept_forget: regimes.Estimate | None
-    kept_retain: regimes.Estimate | None
+    forget_share: regimes.Estimate | None
+    retain_share: regimes.Estimate | None
     regime: regimes.Regime | None
 
 
 class Planner:
-    """What the kinds have in common: axes, recipe, tasks, baseline."""
+    """What the kinds have in common."""
 
     def __init__(self, config: c.SweepConfig):
         self.config = config
@@ -102,24 +60,23 @@ class Planner:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """The whole recipe that is varied."""
+        """All settings of the unlearning run that is varied."""
         return self._section("unlearn", self.config.unlearn)
 
     @cached_property
     def attack(self) -> dict[str, Any] | None:
-        """The whole recipe of the attack on every result."""
+        """All settings of the attack on every result; None without one."""
         return None if self.config.tamper is None else self._section("tamper", self.config.tamper)
 
     def _section(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
-        """The whole recipe of a section, with the sweep's own settings in it."""
         try:
-            return c.to_dict(from_settings(SECTIONS[name], given | self._own(name)))
+            return c.to_dict(from_settings(SETTINGS[name], given | self._own(name)))
         except LetheError as error:
             raise LetheError(f"{name}: {error}") from error
 
     def _own(self, section: str) -> dict[str, Any]:
-        """The settings of a section that the sweep gives itself."""
-        own = {"out": self.config.out, "name": SECTIONS[section].name}
+        """The settings of a section that the sweep sets itself."""
+        own = {"out": self.config.out, "name": SETTINGS[section].name}
         return own | ({"model": "@0"} if section == "tamper" else {})
 
     @cached_property
@@ -127,19 +84,19 @@ class Planner:
         """The forget and the retain task.
 
         Raises:
-            LetheError: they cannot be told.
+            LetheError: no evaluation task is known as one, or the named one is not evaluated.
         """
-        asked = self.recipe["eval"]["tasks"]
+        evaluated = self.recipe["eval"]["tasks"]
         found = []
         for name, given, known in (
-            ("forget_task", self.config.forget_task, regimes.forget_task(asked)),
-            ("retain_task", self.config.retain_task, regimes.retain_task(asked)),
+            ("forget_task", self.config.forget_task, regimes.forget_task(evaluated)),
+            ("retain_task", self.config.retain_task, regimes.retain_task(evaluated)),
         ):
             if not (given or known):
-                raise LetheError(f"{name}: none of unlearn.eval.tasks ({', '.join(asked)}) is known as one; name it")
-            if given and given not in asked:
+                raise LetheError(f"{name}: none of unlearn.eval.tasks ({', '.join(evaluated)}) is known as one; name it")
+            if given and given not in evaluated:
                 raise LetheError(
-                    f"{name}: '{given}' is not among unlearn.eval.tasks ({', '.join(asked)}){nearest(given, asked)}"
+                    f"{name}: '{given}' is not among unlearn.eval.tasks ({', '.join(evaluated)}){nearest(given, evaluated)}"
                 )
             found.append(given or known or "")
         if found[0] == found[1]:
@@ -151,75 +108,72 @@ class Planner:
         """Of forget accuracy, of retain accuracy and, with an attack, of the highest forget accuracy during it."""
         return ["minimize", "maximize"] if self.config.tamper is None else ["minimize", "maximize", "minimize"]
 
-    def sampler(self) -> optuna.samplers.BaseSampler | None:
-        """How Optuna chooses, where it does."""
-        return None
+    def sampler(self) -> optuna.samplers.BaseSampler:
+        """How Optuna chooses points, in the kinds that let it."""
+        return optuna.samplers.RandomSampler()
 
     @property
     def expected(self) -> int:
-        """Runs that will probably be done, for the progress bar."""
+        """How many trials the sweep will probably run, for the progress bar."""
         raise NotImplementedError
 
     def checked(self) -> c.SweepConfig:
-        """The sweep's configuration with its recipes written out in full, after every setting was looked at.
+        """The sweep's configuration with its recipes written out in full, after every setting was checked.
 
         Raises:
             LetheError: one of the runs could not work.
         """
-        for section, given, recipe in (
-            ("unlearn", self.config.unlearn, self.recipe),
-            ("tamper", self.config.tamper or {}, self.attack),
-        ):
-            for name, own in self._own(section).items():
-                if given.get(name, own) != own:
-                    raise LetheError(f"{section}: {name}: {printable(given[name], 80)} has no effect in a sweep; leave it out")
-            if recipe and recipe["seed"]:
-                raise LetheError(f"{section}: seed: {recipe['seed']} has no effect in a sweep; give seeds: [{recipe['seed']}]")
+        self._refuse_without_effect("unlearn", self.config.unlearn, self.recipe)
+        self._refuse_without_effect("tamper", self.config.tamper or {}, self.attack)
         forget, _ = self.tasks
         if self.attack and forget not in self.attack["eval"]["tasks"]:
-            raise LetheError(f"tamper: eval.tasks lacks {forget}, the forget task, so that nothing would show what comes back")
+            raise LetheError(f"tamper: eval.tasks lacks {forget}, the forget task, which shows what the attack recovers")
         if self.recipe["source"].startswith("auto"):
             raise LetheError("source: a sweep needs one source for all its runs; find it with `lethe checkpoints` and name it")
         with corpora.read_once():
             for point in self.samples():
-                self.check(self.plan(point, self.config.seed_list[0]))
+                self._check(self.plan(point, self.config.seed_list[0]))
         return dataclasses.replace(self.config, unlearn=self.recipe, tamper=self.attack)
 
-    def samples(self) -> Iterator[Point]:
-        """Points to look at before anything is run: both ends, and every listed value."""
+    def _refuse_without_effect(self, section: str, given: dict[str, Any], recipe: dict[str, Any] | None) -> None:
+        for name, own in self._own(section).items():
+            if given.get(name, own) != own:
+                raise LetheError(f"{section}: {name}: {printable(given[name], 80)} has no effect in a sweep; leave it out")
+        if recipe and recipe["seed"]:
+            raise LetheError(f"{section}: seed: {recipe['seed']} has no effect in a sweep; give seeds: [{recipe['seed']}]")
+
+    def samples(self) -> Iterable[Point]:
+        """The points to check before anything runs: both ends of every range, and every listed value."""
         for axis in self.axes:
-            ends = axis.values or (axis.at(0), axis.at(1))
-            for value in ends:
+            for value in axis.values or (axis.at(0), axis.at(1)):
                 others = {other.name: (other.values or (other.at(0),))[0] for other in self.axes if not other.when}
                 point = others | {axis.name: value}
                 if axis.applies(point, self.recipe):
                     yield point
 
-    def check(self, plan: Plan) -> None:
-        """Refuse a plan that cannot work."""
-        where = printable(", ".join(f"{name} {value}" for name, value in plan.point.items()), 200)
+    def _check(self, plan: Plan) -> None:
         try:
             for kind, settings in plan.stages:
-                made = from_settings(CONFIGS[kind], settings)  # not `build`, which leaves out what it does not know
+                made = from_settings(SETTINGS[kind], settings)  # `build` would drop unknown settings
                 if kind == "unlearn":
                     check(made)
         except LetheError as error:
+            where = printable(", ".join(f"{name} {value}" for name, value in plan.point.items()), 200)
             raise LetheError(f"at {where}: {error}") from error
 
     def plan(self, point: Point, seed: int, number: int | None = None) -> Plan:
-        """The unlearning run at a point and, where there is one, the attack on it."""
+        """The unlearning run at a point and, if the sweep has one, the attack on its result."""
         settings = axes.settings_at(self.recipe, point) | {"seed": seed}
         seeded = seed if len(self.config.seed_list) > 1 else None
         name = axes.name_at(self.config.name, settings, point, seeded)
         stages: list[Stage] = [("unlearn", settings | {"name": name})]
         if self.attack is not None:
-            stages.append(
-                ("tamper", axes.settings_at(self.attack, point, attack=True) | {"seed": seed, "name": f"{name}-attack"})
-            )
+            attack = axes.settings_at(self.attack, point, attack=True)
+            stages.append(("tamper", attack | {"seed": seed, "name": f"{name}-attack"}))
         return Plan(name, stages, point, seed, number=number, axes=self.axes)
 
     def plans(self, point: Point) -> list[Plan]:
-        """A point with every seed."""
+        """One plan a seed."""
         return [self.plan(point, seed) for seed in self.config.seed_list]
 
     def references(self) -> list[Plan]:
@@ -228,188 +182,122 @@ class Planner:
         return [baseline(model, self.recipe["eval"], self.recipe["dtype"], self.config.out) for model in models]
 
     def begin(self, sweep: Sweep) -> None:
-        """What is put into the study before anything runs."""
+        """Add the plans that are known from the start."""
 
-    def record_of(self, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
-        """What a run's record says beside its sweep."""
+    def facts_of(self, trial: Trial, settings: dict[str, Any]) -> dict[str, Any]:
+        """Further fields of a run's record."""
         return {}
 
     def watch(self, sweep: Sweep) -> None:
-        """Look at the runs at work, every round."""
+        """Look at the running trials, in every round."""
 
     def propose(self, sweep: Sweep, room: int) -> list[Plan]:
-        """What to run next, with room for so many; once the references are known."""
+        """At most `room` plans to run next, once the references are measured."""
         return []
 
     @cached_property
     def _complete(self) -> dict[str, list[Run]]:
-        """Complete runs in `out`, by what tells them apart."""
+        """The complete runs in `out`, by key."""
         found: dict[str, list[Run]] = {}
         for run in find_runs(self.config.out):
             kind = run.record["kind"]
-            if kind in CONFIGS and run.record["status"] == "complete" and run.record.get("launcher") != "imported":
+            if kind in {"unlearn", "tamper", "evaluate"} and run.record["status"] == "complete" and not is_imported(run):
                 found.setdefault(axes.key_of(kind, run.record["config"]), []).append(run)
         return found
 
     def measured(self, kind: str, settings: dict[str, Any]) -> Run | None:
-        """A complete run of the same configuration, made from the same weights and text; None if there is none."""
+        """A complete run of the same settings, weights and text; None if there is none."""
         same = self._complete.get(axes.key_of(kind, settings), [])
         return next((run for run in reversed(same) if made_from_the_same(run)), None)
 
-    # -- what came out
+    # -- what the results say
 
     def values(self, runs: list[Run]) -> list[float | str]:
-        """The objectives of a trial; in the place of one that is missing, why."""
+        """A trial's objectives; in the place of a missing one, the reason."""
         evals = runs[0].record.get("evals") or {}
-        found: list[float | str] = [
-            _number(evals.get(task), f"{task} is missing in {runs[0].path.name}") for task in self.tasks
-        ]
+        found: list[float | str] = []
+        for task in self.tasks:
+            value = number(evals[task]) if task in evals else None
+            found.append(f"{task} is missing in {runs[0].path.name}" if value is None else value)
         if self.config.tamper is not None:
             curve = [line["evals"].get(self.tasks[0]) for line in runs[-1].rows("curve.jsonl")]
-            known = [value for value in (number(r) for r in curve if r) if value is not None]
+            known = [value for value in (number(result) for result in curve if result) if value is not None]
             found.append(max(known) if known else f"{self.tasks[0]} is missing in {runs[-1].path.name}")
         return found
 
-    def baseline(self, sweep: Sweep, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The evaluation of the model that was unlearned; None where that failed, or is gone."""
-        for task in sweep.tasks(references_only=True):
-            if task.get("model") == settings["model"] and task.status == "complete" and (runs := task.runs(sweep.out)):
-                return runs[0].record["evals"]
-        return None
+    def baseline(self, sweep: Sweep, model: str) -> dict[str, Any]:
+        """The results of the model that was unlearned; empty if it was not measured."""
+        for trial in sweep.trials(references_only=True):
+            if trial.get("model") == model and trial.status == "complete" and (runs := trial.runs(sweep.out)):
+                return runs[0].record["evals"] or {}
+        return {}
 
     def findings(self, sweep: Sweep) -> list[Finding]:
         """What every complete trial says."""
-        found = []
-        for task in sweep.tasks():
-            if not task.is_reference and task.status == "complete":
-                runs = task.runs(sweep.out)
-                if runs and (finding := self.finding(sweep, task, runs)):
-                    found.append(finding)
-        return found
+        complete = [trial for trial in sweep.trials() if not trial.is_reference and trial.status == "complete"]
+        found = [self.finding(sweep, trial, runs) for trial in complete if (runs := trial.runs(sweep.out))]
+        return [finding for finding in found if finding]
 
-    def finding(self, sweep: Sweep, task: Task, runs: list[Run]) -> Finding | None:
+    def finding(self, sweep: Sweep, trial: Trial, runs: list[Run]) -> Finding | None:
         """What one trial says; None where its accuracies are missing."""
         evals = runs[0].record.get("evals") or {}
         forget, retain = (evals.get(name) for name in self.tasks)
         if forget is None or retain is None:
             return None
-        return self.judge(sweep, task, runs[0].record["config"], forget, retain)
+        return self.judge(sweep, trial, runs[0].record["config"]["model"], forget, retain)
 
-    def judge(
-        self, sweep: Sweep, task: Task, settings: dict[str, Any], forget: dict[str, Any], retain: dict[str, Any]
-    ) -> Finding:
-        """What two results say beside the baseline; nothing, where that was measured in another way."""
-        before = self.baseline(sweep, settings) or {}
-        kept = [
+    def judge(self, sweep: Sweep, trial: Trial, model: str, forget: dict[str, Any], retain: dict[str, Any]) -> Finding:
+        """What two results say relative to the baseline. Nothing, where that was measured in another way."""
+        before = self.baseline(sweep, model)
+        shares = [
             regimes.retained_share(result, before[name])
             if name in before and regimes.provenance(result) == regimes.provenance(before[name])
             else None
             for name, result in zip(self.tasks, (forget, retain), strict=True)
         ]
-        thresholds = self.config.kept_threshold, self.config.chance_threshold
-        regime = regimes.regime(kept[0], kept[1], *thresholds) if kept[0] and kept[1] else None
-        return Finding(task, forget, retain, kept[0], kept[1], regime)
+        thresholds = self.config.retained_threshold, self.config.chance_threshold
+        regime = regimes.regime(shares[0], shares[1], *thresholds) if shares[0] and shares[1] else None
+        return Finding(trial, forget, retain, shares[0], shares[1], regime)
 
-    def judged(self, sweep: Sweep, task: Task, runs: list[Run]) -> dict[str, Any]:
+    def results(self, sweep: Sweep, trial: Trial, runs: list[Run]) -> dict[str, Any]:
         """A trial's results for tables."""
-        if task.is_reference or not runs or task.status != "complete":
-            evals = (runs[0].record.get("evals") or {}) if runs and task.is_reference else {}
-            return {"evals": {name: _short(evals[name]) for name in self.tasks if name in evals}}
-        finding = self.finding(sweep, task, runs)
+        if trial.is_reference and runs:
+            evals = runs[0].record.get("evals") or {}
+            return {"evals": {name: short(evals[name]) for name in self.tasks if name in evals}}
+        finding = self.finding(sweep, trial, runs) if runs and trial.status == "complete" else None
         if finding is None:
             return {"evals": {}}
-        shown: dict[str, Any] = {
-            "evals": dict(zip(self.tasks, (_short(finding.forget), _short(finding.retain)), strict=True)),
-            "regime": finding.regime,
-        }
-        if finding.kept_forget and finding.kept_retain:
-            shown["selectivity"] = dataclasses.asdict(regimes.selectivity(finding.kept_forget, finding.kept_retain))
-        if self.config.tamper is not None and task.trial.values:
-            shown["after_attack"] = task.trial.values[-1]
+        forget, retain = self.tasks
+        shown: dict[str, Any] = {"evals": {forget: short(finding.forget), retain: short(finding.retain)}}
+        shown["regime"] = finding.regime
+        if finding.forget_share and finding.retain_share:
+            shown["selectivity"] = dataclasses.asdict(regimes.selectivity(finding.forget_share, finding.retain_share))
+        if self.config.tamper is not None and trial.frozen.values:
+            shown["after_attack"] = trial.frozen.values[-1]
         return shown
 
     def conclusions(self, sweep: Sweep) -> list[str]:
-        """What the results say, in sentences."""
+        """What the results say together, in sentences."""
         found = self.findings(sweep)
+        if not found:
+            return []
         kinds = [finding.regime for finding in found if finding.regime]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        said = [f"Regimes: {counts}."] if counts else []
-        if found and not kinds:
-            said.append("No regimes: the baseline is at chance on a task, or was not measured.")
-        return [*said, *self.said(found), *([f"Next: {search.advice(kinds)}."] if found else [])]
+        summary = f"Regimes: {counts}." if counts else "No regimes: the baseline is at chance on a task, or was not measured."
+        return [summary, *self.summary(sweep, found), f"Next: {search.advice(kinds)}."]
 
-    def said(self, found: list[Finding]) -> list[str]:
-        """What this kind of sweep has to say."""
+    def summary(self, sweep: Sweep, found: list[Finding]) -> list[str]:
+        """Sentences of this kind of sweep, between the regimes and the next step."""
         return []
 
 
-def baseline(model: str, asked: dict[str, Any], dtype: c.Dtype, out: str) -> Plan:
-    """The evaluation of a model as it was before, on the tasks that runs are evaluated on."""
-    how = {name: asked[name] for name in ("limit", "task_data", "num_fewshot")}
-    settings = c.EvaluateConfig(model, asked["tasks"], **how, dtype=dtype, out=out, name="baseline")
+def baseline(model: str, evaluation: dict[str, Any], dtype: c.Dtype, out: str) -> Plan:
+    """The evaluation of the original model, as the runs are evaluated."""
+    how = {name: evaluation[name] for name in ("limit", "task_data", "num_fewshot")}
+    settings = c.EvaluateConfig(model, evaluation["tasks"], **how, dtype=dtype, out=out, name="baseline")
     return Plan("baseline", [("evaluate", c.to_dict(settings))], reference=True, facts={"model": model})
 
 
-def distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
-    """An axis as Optuna knows it."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if axis.values:
-        return CategoricalDistribution([optunas(axis, value) for value in axis.values])
-    if axis.steps:
-        return CategoricalDistribution(axis.grid())
-    if axis.whole:
-        return IntDistribution(round(axis.low), round(axis.high), log=axis.log)
-    return FloatDistribution(axis.low, axis.high, log=axis.log)
-
-
-def optunas(axis: Axis, value: Any) -> Any:
-    """A value as Optuna can keep it: lists and mappings as JSON."""
-    return json.dumps(value) if isinstance(value, list | dict) else value
-
-
-def made_from_the_same(run: Run) -> bool:
-    """Whether the weights, text, maps and local tasks that a run was made from are still what they were."""
-    try:
-        if inputs(run.record["config"], run.path.parent) != (run.record.get("inputs") or {}):
-            return False
-        for role, parent in (run.record.get("parents") or {}).items():
-            if "documents" in parent:
-                if not _same_text(run, role, parent):
-                    return False
-            elif role != "affine" and refs.record(refs.resolve(parent["ref"], run.path.parent))["sha256"] != parent["sha256"]:
-                return False
-    except (LetheError, OSError):
-        return False
-    return True
-
-
-def inputs(settings: dict[str, Any], out: str | Path) -> dict[str, str]:
-    """SHA-256 of the files that a run reads beside models and text: given maps, tasks in folders, local data of tasks."""
-    asked = settings.get("eval") or settings
-    files = {str(file): [Path(file)] for file in (asked.get("task_data") or {}).values()}
-    for task in asked.get("tasks") or []:
-        folder = next((path for path in (Path(task), Path(task).parent) if path.is_dir() and str(path) != "."), None)
-        if folder is not None:
-            files[task] = [file for file in folder.rglob("*") if file.is_file()]
-    if settings.get("affine") not in {None, "fit", "none"}:
-        files[settings["affine"]] = [find_maps(settings["affine"], str(out)) / WEIGHTS]
-    return {name: sha256(*paths) for name, paths in files.items()}
-
-
-def _same_text(run: Run, role: str, parent: dict[str, Any]) -> bool:
-    made = build(CONFIGS[run.record["kind"]], run.record["config"])
-    end = "back" if run.record["kind"] == "tamper" else "front"
-    most = c.ATTACKED if run.record["kind"] == "tamper" else c.UNLEARNED
-    documents = corpora.select(getattr(made, role), made.num_train_examples, end, f"{role} text", most)  # type: ignore[arg-type]
-    return corpora.fingerprint(documents) == parent["sha256"]
-
-
-def _number(result: dict[str, Any] | None, why: str) -> float | str:
-    value = number(result) if result else None
-    return why if value is None else value
-
-
-def _short(result: dict[str, Any]) -> dict[str, Any]:
+def short(result: dict[str, Any]) -> dict[str, Any]:
     """A result without its provenance."""
-    return {key: result[key] for key in ("acc", "correct_prob", "low", "high", "n", "chance", "degenerate") if key in result}
+    return {key: result[key] for key in SHOWN if key in result}

@@ -1,14 +1,15 @@
-"""Suites of attacks: `lethe tamper MODELS --suite NAME`. A defence is as good as its worst attack.
+"""Suites of attacks: `lethe tamper MODELS --suite NAME`. A model's score is its worst case over all attacks.
 
-A suite is a YAML file (those that come with Lethe lie in `lethe/suites/`):
+A suite is a YAML file (Lethe's own are in `lethe/attacks/suites/`):
 
-    general_bound: 0.05             # general accuracy that an attack may cost where it counts
+    general_bound: 0.05             # general accuracy that an attack may lose and still count
     common: {...}                   # settings of every attack
-    controls: [lab:filtered, ...]   # models attacked beside those named
+    controls: [lab:filtered, ...]   # models attacked for comparison
     attacks:
       NAME: {...}                   # settings of `lethe tamper`; `after: OTHER` starts from the model that OTHER saved
 
-Attacks run through the launcher of sweeps, every one on every model and control, with every seed where it draws at random.
+`spelled_out` writes the suite into the configuration. `Suite` makes a plan for every attack on every model and control, and one
+a seed for attacks that draw at random. The controller of sweeps runs them.
 """
 
 from __future__ import annotations
@@ -27,20 +28,25 @@ from lethe.errors import LetheError, nearest, printable
 from lethe.models import refs
 from lethe.results.study import Study, attack_tasks
 from lethe.runs.run import Run
-from lethe.sweeps.planner import MOST_RUNS, Plan, Planner, Stage, baseline
+from lethe.sweeps.planner import MOST_RUNS, Planner, baseline, short
+from lethe.sweeps.trials import Plan, Stage, Trial
 
 if TYPE_CHECKING:
-    from lethe.sweeps.controller import Sweep, Task
+    from lethe.sweeps.folder import Sweep
 
 SUITES = Path(__file__).parent.parent / "attacks" / "suites"
-INSTEAD = {"model": "name the models: models", "seed": "name the seeds: seeds", "out": "set out of the suite"}
-INSTEAD |= {"name": "an attack is named by its key"}
-"""Settings of `lethe tamper` that the suite gives to every attack itself, and what to set instead."""
+INSTEAD = {
+    "model": "name the models: models",
+    "seed": "name the seeds: seeds",
+    "out": "set out of the suite",
+    "name": "an attack is named by its key",
+}
+"""Settings of `lethe tamper` that the suite sets itself, and what to set instead."""
 PARTS = {"goal", "general_bound", "common", "controls", "attacks"}
 
 
 def read(name: str) -> dict[str, Any]:
-    """A suite that comes with Lethe, by its name, or from a file.
+    """One of Lethe's own suites by its name, or a suite from a file.
 
     Raises:
         LetheError: there is none, or it is no suite.
@@ -64,10 +70,10 @@ def read(name: str) -> dict[str, Any]:
 
 
 def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
-    """The suite's file written into the configuration; what the configuration says itself comes first.
+    """The configuration with the suite's file written into it. Its own settings override the file's.
 
     Raises:
-        LetheError: as `read`; or `only` names an attack that the suite has not.
+        LetheError: as `read`, or `only` names an attack that the suite does not have.
     """
     if config.attacks:
         return dataclasses.replace(config, attacks=_named(config.attacks))
@@ -92,10 +98,10 @@ def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
 
 
 def _named(attacks: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The attacks, each with its own settings (null: none).
+    """The settings of each attack; null stands for none.
 
     Raises:
-        LetheError: one has something else than settings.
+        LetheError: an attack is not given as settings.
     """
     for name, own in attacks.items():
         if not isinstance(own, dict | None):
@@ -114,12 +120,12 @@ class Suite(Planner):
 
     @property
     def models(self) -> list[str]:
-        """Those under attack, then the controls."""
+        """The models under attack, then the controls."""
         return list(dict.fromkeys([*self.config.models, *(self.config.controls or [])]))
 
     @property
     def directions(self) -> list[Literal["minimize", "maximize"]]:
-        """Of the highest forget accuracy."""
+        """Of the highest forget accuracy: the attacker maximizes it."""
         return ["maximize"]
 
     @property
@@ -127,7 +133,7 @@ class Suite(Planner):
         return len(self.plans_of_all())
 
     def checked(self) -> Any:
-        """The configuration with its suite in it, after every attack was checked.
+        """The configuration with the suite written into it, after every attack was checked.
 
         Raises:
             LetheError: an attack could not work.
@@ -150,7 +156,7 @@ class Suite(Planner):
         return self.config
 
     def _refuse_unlike(self) -> None:
-        """Refuse attacks that ask questions differently, whose results cannot stand together, and one that is there twice."""
+        """Refuse attacks whose results could not be compared, and one that is given twice."""
         first = next(iter(self.config.attacks))
         known: dict[str, str] = {}
         for name, own in self.config.attacks.items():
@@ -159,18 +165,18 @@ class Suite(Planner):
                 values = [self.settings(one, "@0", 0)["eval"][key] for one in (first, name)]
                 if values[0] != values[1]:
                     raise LetheError(
-                        f"eval.{key}: {first} has {values[0]}, {name} has {values[1]}, and their results could not stand "
-                        f"together; set it for all, in common"
+                        f"eval.{key}: {first} has {values[0]}, {name} has {values[1]}, and their results could not be "
+                        f"compared; set it for all, in common"
                     )
             same = known.setdefault(json.dumps([settings, own.get("after")], sort_keys=True), name)
             if same != name:
                 raise LetheError(f"attacks: {name} has the settings of {same}; leave one of them out")
 
     def attack_named(self, name: str) -> c.TamperConfig:
-        """An attack's settings, on a model yet to be named.
+        """An attack's settings, without its model.
 
         Raises:
-            LetheError: one of them is unknown or has no effect.
+            LetheError: a setting is unknown or has no effect.
         """
         if name not in self._attacks:
             own = {key: value for key, value in self.config.attacks[name].items() if key != "after"}
@@ -185,24 +191,22 @@ class Suite(Planner):
         return self._attacks[name]
 
     def settings(self, name: str, model: str, seed: int) -> dict[str, Any]:
-        """An attack on a model, in full."""
+        """All settings of an attack on a model."""
         made = dataclasses.replace(self.attack_named(name), model=model)
         return c.to_dict(dataclasses.replace(made, seed=seed) if made.draws else made)
 
     def plans_of_all(self) -> list[Plan]:
-        """A trial for every attack, model and seed; attacks that follow on another stand in that one's trial."""
+        """One plan for every attack, model and seed. Attacks that follow another one are later stages of its plan."""
         followers = self._followers()
+        later = {name for names in followers.values() for name in names}
+        chains = [[name, *followers.get(name, [])] for name in self.config.attacks if name not in later]
         plans = []
         for model in self.models:
-            for name in self.config.attacks:
-                if name in {later for those in followers.values() for later in those}:
-                    continue
-                for i, seed in enumerate(self.config.seed_list):
-                    later = followers.get(name, [])
-                    if i and not any(self.attack_named(one).draws for one in (name, *later)):
-                        continue  # nothing is drawn at random: once is enough
+            for name, *rest in chains:
+                draws = any(self.attack_named(one).draws for one in (name, *rest))
+                for seed in self.config.seed_list if draws else self.config.seed_list[:1]:
                     stages: list[Stage] = [("tamper", self.settings(name, model, seed))]
-                    stages += [("tamper", self.settings(one, "@0", seed)) for one in later]
+                    stages += [("tamper", self.settings(one, "@0", seed)) for one in rest]
                     seeded = f", seed {seed}" if len(self.config.seed_list) > 1 else ""
                     facts = {"model": model, "bound": self.config.general_bound}
                     plans.append(Plan(f"{name} on {model}{seeded}", stages, {}, seed, facts=facts))
@@ -218,27 +222,25 @@ class Suite(Planner):
                 raise LetheError(f"{name}: after: there is no attack '{first}'{nearest(str(first), self.config.attacks)}")
             before = self.config.attacks[first]
             if "after" in before or not before.get("save_model"):
-                raise LetheError(
-                    f"{name}: after: '{first}' must keep its model (save_model: true), and follow on no other attack"
-                )
+                raise LetheError(f"{name}: after: '{first}' must save its model (save_model: true), and follow no other attack")
             found.setdefault(first, []).append(name)
         return found
 
     def references(self) -> list[Plan]:
-        """The model that each unlearned one was made from: what an attack could bring back."""
-        asked = self.settings(next(iter(self.config.attacks)), self.models[0], 0)["eval"]
+        """The original of each unlearned model: an attack could recover its accuracy."""
+        evaluation = self.settings(next(iter(self.config.attacks)), self.models[0], 0)["eval"]
         found = {}
         for model in self.config.models:
             run = refs.run_of(model, self.config.out)
             if run is not None and run.record["kind"] == "unlearn":
                 found[run.record["config"]["model"]] = run.record["config"]["dtype"]
-        return [baseline(model, asked, dtype, self.config.out) for model, dtype in found.items()]
+        return [baseline(model, evaluation, dtype, self.config.out) for model, dtype in found.items()]
 
     def begin(self, sweep: Sweep) -> None:
         sweep.add(self.plans_of_all(), sweep.study)
 
-    def record_of(self, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
-        if task.is_reference:
+    def facts_of(self, trial: Trial, settings: dict[str, Any]) -> dict[str, Any]:
+        if trial.is_reference:
             return {}
         bound = {} if self.config.general_bound is None else {"general_bound": self.config.general_bound}
         return {"suite": {"name": self.title, "attack": settings["name"]} | bound}
@@ -250,45 +252,42 @@ class Suite(Planner):
         known = [point.value for attack in attacks for point in attack.points_of(forget or "")]
         return [max(known) if known else f"no accuracy on {forget or 'a forget task'} in {runs[0].path.name}"]
 
-    def judged(self, sweep: Sweep, task: Task, runs: list[Run]) -> dict[str, Any]:
-        """A trial's results for tables: those of its last attack's end."""
-        evals = (runs[-1].record.get("evals") or {}) if runs and task.status == "complete" else {}
-        keep = ("acc", "correct_prob", "low", "high", "n", "chance", "degenerate")
-        shown = {name: {key: result[key] for key in keep if key in result} for name, result in evals.items()}
-        highest = {"after_attack": task.trial.values[0]} if task.status == "complete" and not task.is_reference else {}
-        return {"evals": shown} | highest
+    def results(self, sweep: Sweep, trial: Trial, runs: list[Run]) -> dict[str, Any]:
+        """A trial's results for tables: those at the end of its last attack."""
+        if not runs or trial.status != "complete":
+            return {"evals": {}}
+        evals = {name: short(result) for name, result in (runs[-1].record.get("evals") or {}).items()}
+        return {"evals": evals} | ({} if trial.is_reference else {"after_attack": trial.frozen.values[0]})
 
-    def study(self, sweep: Sweep) -> Any:
-        """All of the suite's runs, with those that its models come from, as a report reads them."""
-        runs = {run.path.name: run for task in sweep.tasks() if not task.retried for run in task.runs(sweep.out)}
+    def study(self, sweep: Sweep) -> Study:
+        """All runs of the suite, with those that its models come from, as a report reads them."""
+        runs = {run.path.name: run for trial in sweep.trials() if not trial.is_retried for run in trial.runs(sweep.out)}
         for model in self.config.models:
             if (run := refs.run_of(model, self.config.out)) is not None:
                 runs.setdefault(run.path.name, run)
         return Study(sorted(runs.values(), key=lambda run: (run.record.get("created") or "", run.id)))
 
     def conclusions(self, sweep: Sweep) -> list[str]:
-        said = []
-        study = self.study(sweep)
-        for model, worst in study.worst_cases.items():
+        sentences = []
+        for model, worst in self.study(sweep).worst_cases.items():
             if worst is None:
-                said.append(f"{model}: nothing is measured.")
+                sentences.append(f"{model}: nothing is measured.")
                 continue
             how = f"by {worst.attack} at {worst.point.place}" if worst.attack else "before any attack"
             above = f", {100 * worst.above.final:+.1f} points above the filtered twin" if worst.above else ""
             share = "" if worst.recovered is None else f", {100 * worst.recovered:.0f} % of the gap"
             lacking = f"; not measured: {', '.join(worst.not_measured)}" if worst.not_measured else ""
-            value, low, high, start = (
-                100 * x for x in (worst.point.value, worst.point.low, worst.point.high, worst.start.value)
-            )
-            said.append(
+            numbers = (worst.point.value, worst.point.low, worst.point.high, worst.start.value)
+            value, low, high, start = (100 * number for number in numbers)
+            sentences.append(
                 f"{model}: worst case {value:.1f} % ({low:.1f} to {high:.1f}), from {start:.1f} %, {how}{share}{above}; "
                 f"general accuracy lost {100 * worst.general_lost:.1f} points{lacking}."
             )
-        return said
+        return sentences
 
 
 def _over(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The second's settings over the first's; those inside `eval` one by one."""
+    """The second's settings override the first's; those inside `eval` one by one."""
     both = first | second
     if isinstance(first.get("eval"), dict) and isinstance(second.get("eval"), dict):
         both["eval"] = first["eval"] | second["eval"]

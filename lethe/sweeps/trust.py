@@ -1,8 +1,8 @@
-"""What a sweep's record makes this machine run or open, and the user's consent to it.
+"""The user's consent to what a sweep's record would make this machine run or open.
 
-`slurm.setup` holds lines of shell, `slurm.extra` options of sbatch, `storage` the URL of a database. A sweep that the user
-starts has them from the user. A record may have them from anybody. So a sweep is resumed only with those that the user has
-started a sweep with, or has agreed to with `--trust_record true`. Their hash is kept in $LETHE_HOME/trusted.
+`slurm.setup` holds shell lines, `slurm.extra` options of sbatch, `storage` the URL of a database. A record with them may come
+from anybody. So Lethe resumes a sweep only with those that the user has started a sweep with, or agrees to by
+`--trust_record true`. Their hash is stored in $LETHE_HOME/trusted.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lethe.home import lethe_home, store, stored
 
 
 def trust(config: LaunchSettings) -> None:
-    """Note that the user agrees to what these settings run or open."""
+    """Store that the user agrees to what these settings run or open."""
     if named := _named(config):
         store(_file(named), json.dumps(named))
 
 
 def consented(config: LaunchSettings, trusts: bool) -> None:
-    """Refuse settings of a record that run or open what the user has not agreed to; `trusts`: the user agrees now.
+    """Refuse a record whose settings run or open what the user has not agreed to. `trusts`: the user agrees now.
 
     Raises:
-        LetheError: says what.
+        LetheError: names those settings.
     """
     if trusts:
         trust(config)
@@ -35,7 +35,7 @@ def consented(config: LaunchSettings, trusts: bool) -> None:
     if named and stored(_file(named)) is None:
         shown = printable(json.dumps(named, ensure_ascii=False), 600)
         raise LetheError(
-            f"sweep: its record has {shown}, which would be run or opened as you; if you trust that, add --trust_record true"
+            f"sweep: its record has {shown}, which Lethe would run or open as you; if you trust it, add --trust_record true"
         )
 
 
