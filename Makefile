@@ -1,9 +1,10 @@
-# make install | demo | test | lint, each on a fresh clone too: the environment is made when it is missing.
+# make install | demo | test | test-all | lint; each works on a fresh clone, because it installs the environment first.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-slow test-all lint clean
 
 install: $(STAMP)
 
@@ -16,8 +17,15 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	$(BIN)/lethe demo --out demo
 
+# The quick tests: a few minutes, and nothing is installed outside .venv.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow and not slurm"
+
+# What the quick tests leave out. As root on Debian this installs and starts a Slurm cluster of one node.
+test-slow: install
+	$(PYTEST) -m "slow or slurm"
+
+test-all: test test-slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,12 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from lethe.evaluation.lab import build_lab
 from lethe.lab import presets
 
-RECIPE = str(Path(__file__).parent.parent / "recipes" / "lab.yaml")
 ROUNDS = 3
 
 
@@ -27,8 +25,8 @@ def main() -> None:
     build_lab()
     commands = {
         "evaluate": ["lab:final", "--limit", "5"],
-        "check": ["--config", RECIPE, "--source", source],
-        "unlearn": f"--config {RECIPE} --source {source} --affine none --epochs 1 --max_steps 3 --warmup_steps 0".split(),
+        "check": ["--config", "lab", "--source", source],
+        "unlearn": f"--config lab --source {source} --affine none --epochs 1 --max_steps 3 --warmup_steps 0".split(),
     }
     print(f"{'command':<10}{'main':>8}{'console':>9}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:

@@ -2,9 +2,8 @@
 
     lab -> checkpoint sweep -> baseline and source -> maps -> unlearning (LoRA, full-rank) -> attacks and controls -> report
 
-Each step is the same function that its own command calls, and makes a run under OUT/runs. A step whose run is already
-there, complete, with the same settings and made from the same weights, is not done again: so a demo that was killed
-goes on where it was.
+Each step calls the function of its own command and makes a run under OUT/runs. A step is skipped if a complete run with the
+same settings and the same weights exists, so a demo that was killed continues with the step in which it was killed.
 """
 
 from __future__ import annotations
@@ -17,20 +16,19 @@ from rich.markup import escape
 
 from lethe.config import (
     LAB_TASKS,
-    UNLEARNED,
     AffineConfig,
     CheckpointsConfig,
     DemoConfig,
-    EvalSettings,
     EvaluateConfig,
     ReportConfig,
     TamperConfig,
     to_dict,
 )
+from lethe.config.parse import from_recipe
 from lethe.errors import LetheError, full_disk, printable
 from lethe.evaluation.lab import build_lab
 from lethe.files import refuse_run_folder
-from lethe.methods.transfer import Transfer
+from lethe.methods.method import Method
 from lethe.models import refs
 from lethe.progress import bar, console
 from lethe.report.folder import check_out, report
@@ -45,7 +43,7 @@ def demo(config: DemoConfig) -> dict[str, Path]:
     """Run the demo and return the paths of its report: `tables`, `page`, `charts`.
 
     Raises:
-        LetheError: `out` is itself a run, or another demo works in it; or no checkpoint of the lab is ignorant.
+        LetheError: `out` is itself a run, another demo works in it, or no checkpoint of the lab is ignorant.
     """
     refuse_run_folder(config.out)
     check_out(Path(config.out) / "report")
@@ -63,7 +61,7 @@ def demo(config: DemoConfig) -> dict[str, Path]:
 
 
 def _demo(config: DemoConfig) -> dict[str, Path]:
-    console.rule("The lab: pretraining a tiny model family (once; kept in the cache)")
+    console.rule("The lab: pretraining a tiny model family (once; cached)")
     build_lab(bar)
     steps = _Steps(Path(config.out) / "runs")
 
@@ -76,7 +74,7 @@ def _demo(config: DemoConfig) -> dict[str, Path]:
     sweep = steps.do(
         "Which checkpoint is the latest still ignorant one?",
         checkpoints,
-        CheckpointsConfig(TARGET, search="all", out=steps.out),  # all: the chart is to show the whole history
+        CheckpointsConfig(TARGET, search="all", out=steps.out),  # the chart shows the whole history
     )
     source = sweep.record["latest_ignorant"]
     if source is None:
@@ -85,9 +83,10 @@ def _demo(config: DemoConfig) -> dict[str, Path]:
     steps.do(f"Source ({source})", evaluate, EvaluateConfig(source, LAB_TASKS, name="source", out=steps.out))
     maps = steps.do("Affine maps, source to model", fit_affine, AffineConfig(TARGET, source, out=steps.out))
     attacked = {}
-    for name, lora in (("lora", True), ("full", False)):
-        recipe = unlearn_recipe(source, f"run:{maps.id}", steps.out, config.seed, lora)
-        attacked[f"demo-{name}"] = steps.do(f"Unlearning ({name})", unlearn, recipe)
+    changes = {"source": source, "affine": f"run:{maps.id}", "seed": config.seed, "out": steps.out}
+    for recipe in ("lab", "lab-full"):
+        settings = from_recipe(Method, recipe, **changes)
+        attacked[settings.name] = steps.do(f"Unlearning ({settings.name})", unlearn, settings)
     models = {name: f"run:{run.id}" for name, run in attacked.items()} | CONTROLS
     for name, model in models.items():
         steps.do(f"Attack on {name}", tamper, TamperConfig(model=model, name=name, out=steps.out, seed=config.seed))
@@ -96,23 +95,8 @@ def _demo(config: DemoConfig) -> dict[str, Path]:
     return report(ReportConfig([str(run.path) for run in steps.runs], folder, title="Lethe on the built-in lab"))
 
 
-def unlearn_recipe(source: str, affine: str, out: str, seed: int = 0, lora: bool = True) -> Transfer:
-    """The demo's unlearning recipes; `recipes/lab.yaml` (LoRA) and `recipes/lab-full.yaml` are the same in YAML."""
-    settings: dict[str, Any] = {
-        "source": source,
-        "affine": affine,
-        "num_train_examples": UNLEARNED,
-        "eval": EvalSettings(list(LAB_TASKS)),
-        "seed": seed,
-        "out": out,
-    }
-    if lora:
-        return Transfer(**settings, name="demo-lora", lr=1e-2, retain_coef=10, epochs=2)
-    return Transfer(**settings, name="demo-full", lora=None, lr=2e-3, retain_coef=20)
-
-
 class _Steps:
-    """Does each step once: a complete run with the same settings and weights is taken as it is."""
+    """Does each step once: a complete run with the same settings and the same weights is used again."""
 
     def __init__(self, folder: Path):
         self.out = str(folder)
@@ -134,6 +118,6 @@ class _Steps:
 
 
 def _weights_unchanged(run: Run) -> bool:
-    """Whether the models that a run was made from still hold the weights that it recorded."""
+    """Whether the models that a run started from still have the weights that the run recorded."""
     models = [p for role, p in (run.record.get("parents") or {}).items() if role != "affine" and "documents" not in p]
     return all(refs.record(refs.resolve(p["ref"], run.path.parent)) == p for p in models)

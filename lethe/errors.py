@@ -18,7 +18,7 @@ UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\u
 
 
 def printable(text: object, most: int | None = None) -> str:
-    """Text of unknown origin as one line that a terminal can show: control characters and lone surrogates are escaped.
+    """Text of unknown origin as one line that is safe on a terminal: control characters and lone surrogates are escaped.
 
     `most`: characters at most; a longer text loses its middle.
 
@@ -32,14 +32,14 @@ def printable(text: object, most: int | None = None) -> str:
 
 
 class LetheError(Exception):
-    """Something the user gave cannot work. The message is one line, whatever was given, and says what to do."""
+    """What the user gave cannot work. The message is always one line, and says what to do."""
 
     def __init__(self, message: str = ""):
         super().__init__(printable(message, LONGEST))
 
 
 class PlainFormatter(logging.Formatter):
-    """A message is one line without control characters, so that none can pass for another or reach a terminal."""
+    """Log messages as one line without control characters, so that a message cannot imitate another or control a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         return printable(super().formatMessage(record))
@@ -49,8 +49,8 @@ class PlainFormatter(logging.Formatter):
 
 
 def full_disk(error: BaseException) -> bool:
-    """Whether an error says that a disk, or one's share of it, is full: the system's own, or safetensors' account of it."""
-    if isinstance(error, LetheError):  # says itself what to do
+    """Whether an error says that a disk or a quota is full: an error of the system, or of safetensors, which quotes it."""
+    if isinstance(error, LetheError):  # its message says what to do already
         return False
     numbers = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)

@@ -1,8 +1,8 @@
-"""Reading what somebody else wrote: text, JSON and YAML, each refused in one line that a caller can name its file in.
+"""Files: reading text, JSON and YAML that others wrote, writing atomically, and what a run's folder and name may be.
 
     text_of(path) -> str        json_of(text) -> Any        yaml_of(text, loader) -> Any
 
-All raise `UnreadableError`, whose message says what is wrong and not where: the caller knows what the file is to the user.
+These raise `UnreadableError`, whose message says what is wrong. The caller adds which file it is.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import yaml
 from lethe.errors import LetheError, printable
 
 LFS = "version https://git-lfs.github.com/spec/"
-"""How a pointer of Git LFS begins."""
+"""The first characters of a Git LFS pointer."""
 LFS_POINTER = "a Git LFS pointer, not the file itself; fetch it: git lfs pull"
 
 
 class UnreadableError(LetheError):
-    """What is wrong with a text that was to be read, in a few words."""
+    """A text cannot be read; the message says why in a few words."""
 
 
 def text_of(path: str | Path) -> str:
     """The text of a UTF-8 file, with a byte-order mark or without.
 
     Raises:
-        UnreadableError: there is no such file, it cannot be opened, it is not UTF-8, or a pointer of Git LFS in its place.
+        UnreadableError: the file does not exist, cannot be opened, is not UTF-8, or is a Git LFS pointer.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -49,16 +49,16 @@ def text_of(path: str | Path) -> str:
 
 
 def is_lfs_pointer(path: str | Path) -> bool:
-    """Whether a file is what Git LFS leaves in the place of a large one that was not fetched."""
+    """Whether a file is the pointer that Git LFS leaves in place of a large file that was not fetched."""
     with Path(path).open("rb") as file:
         return file.read(len(LFS)) == LFS.encode()
 
 
 def json_of(text: str, twice: bool = False) -> Any:
-    """A JSON value. `twice`: a key may be written twice, the last one counts; that is not looked for, which is faster.
+    """A JSON value. `twice`: a key may be written twice, and the last one counts. This is faster, as nothing is checked.
 
     Raises:
-        UnreadableError: not JSON, too deep, a key written twice, or text that is half of a character (a lone surrogate).
+        UnreadableError: the text is not JSON, is nested too deeply, or has a key twice or a lone surrogate.
     """
     try:
         value = json.loads(text, object_pairs_hook=None if twice else _object)
@@ -79,7 +79,7 @@ def yaml_of(text: str, loader: type | None = None) -> Any:
     """A YAML value; `loader` is a subclass of `Loader`.
 
     Raises:
-        UnreadableError: not YAML, too deep, or a key written twice.
+        UnreadableError: the text is not YAML, is nested too deeply, or has a key twice.
     """
     try:
         return yaml.load(text, loader or Loader)
@@ -90,7 +90,7 @@ def yaml_of(text: str, loader: type | None = None) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice: the first would have no effect."""
+    """A YAML loader that refuses a key that is written twice, because the first one would have no effect."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
@@ -109,11 +109,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> None:
-    """Replace `path`, whole or not at all; without `sync`, which may take long, a crash of the machine may leave it empty."""
+    """Replace `path` as a whole or not at all. Without `sync`, which is slow, a crash may leave it empty."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("xb") as file:  # never through a link
+        with temporary.open("xb") as file:  # "x": never through a link
             file.write(content.encode() if isinstance(content, str) else content)
             if sync:
                 file.flush()
@@ -124,7 +124,7 @@ def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> Non
 
 
 def sha256(*paths: Path) -> str:
-    """SHA-256 over the names and contents of files, in order of name."""
+    """SHA-256 over the names and contents of files, sorted by name."""
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda p: p.name):
         digest.update(path.name.encode())
@@ -140,10 +140,10 @@ LONGEST_NAME = 255
 
 
 def refuse_run_folder(out: str | Path) -> None:
-    """Refuse an output folder that is itself a run (its content would be mixed up), or that cannot be written.
+    """Refuse an output folder that is itself a run, because two runs would be mixed up, or that cannot be written.
 
     Raises:
-        LetheError: says which.
+        LetheError: the folder is a run, or cannot be written.
     """
     if not str(out).strip():
         raise LetheError("out: names no folder; give one, or . for this one")
@@ -177,26 +177,26 @@ def refuse_name(name: str) -> None:
 
 
 def slug(name: str) -> str:
-    """A name as part of a folder's."""
+    """A name as a part of a folder's name: other characters than letters, digits and ._- become -."""
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
 
 
 def is_folder_name(value: Any) -> bool:
-    """Whether a text is the name of a folder beside others: no path, no control characters."""
+    """Whether a text can be the name of a folder: no path, no control characters."""
     return isinstance(value, str) and value not in {"", ".", ".."} and "/" not in value and printable(value) == value
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse to work in a run's folder that has links out of it (what is written there would be written elsewhere) or pipes.
+    """Refuse a run's folder that has links out of it, through which Lethe would write elsewhere, or that has pipes.
 
     Raises:
-        LetheError: there is one.
+        LetheError: there is such a link or pipe.
     """
     inside = folder.resolve()
     for where, folders, files in os.walk(folder):
         for path in (Path(where) / name for name in (*folders, *files)):
             if path.is_symlink():
-                optunas = path.name == f"{JOURNAL}.lock"  # a link to the journal, by the name that it had where it was made
+                optunas = path.name == f"{JOURNAL}.lock"  # Optuna's lock is a link
                 if not optunas and not path.resolve().is_relative_to(inside):
                     raise LetheError(
                         f"run: '{path}' is a link to '{path.readlink()}', out of the run's folder; put the file there"

@@ -1,6 +1,6 @@
 """Progress with rate and time left, on standard error, so that standard output holds the answer alone.
 
-On a terminal it is a bar; elsewhere, in a file or a job's log, a line every so often, which begins with the time.
+On a terminal it is a bar. Elsewhere, in a file or in a job's log, it is a line every `EVERY` seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EVERY = 30.0
 
 
 class _Rate(TextColumn):
-    """Work done a second."""
+    """Units of work per second."""
 
     def __init__(self) -> None:
         super().__init__("")
@@ -38,7 +38,7 @@ class _Rate(TextColumn):
 
 @contextlib.contextmanager
 def bar(description: str, total: float, unit: str = "steps") -> Iterator[Advance]:
-    """Progress over `total` units of work; call what it yields with the work done: `advance(n)`, `advance(n, "a note")`."""
+    """Show progress over `total` units of work. Call what is yielded for work done: `advance(n)`, `advance(n, "note")`."""
     if not console.is_terminal:
         with _lines(description, total, unit) as advance:
             yield advance
@@ -65,7 +65,7 @@ def bar(description: str, total: float, unit: str = "steps") -> Iterator[Advance
 
 @contextlib.contextmanager
 def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
-    """As `bar`, in lines: one when the last, or the beginning, is `EVERY` seconds ago, and one at the end."""
+    """As `bar`, in lines: one every `EVERY` seconds, and one at the end."""
     began = last = time.monotonic()
     before, done, note = None, 0.0, ""
 
@@ -78,7 +78,7 @@ def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
 
     def advance(work: float = 1, said: str | None = None) -> None:
         nonlocal before, last, done, note
-        if before is None:  # a resumed run begins by saying what is done already, which says nothing about its rate
+        if before is None:  # a resumed run first reports its earlier work, which says nothing about the rate
             before = work if time.monotonic() - began < 1 else 0
         done, note = done + work, note if said is None else said
         if (now := time.monotonic()) - last >= EVERY:
@@ -88,7 +88,7 @@ def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
     try:
         yield advance
     finally:
-        if before is not None:  # what was refused before it began has its own line
+        if before is not None:  # if nothing was done, an error has its own line
             line()
 
 
@@ -98,7 +98,7 @@ def _clock(seconds: float) -> str:
 
 
 def quiet() -> None:
-    """Keep libraries' own progress bars and warnings away: the user cannot act on them. A run's log.txt has Lethe's own."""
+    """Silence the progress bars and warnings of libraries, which the user cannot act on. Lethe's own are in a run's log.txt."""
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     quiet["HF_HUB_VERBOSITY"] = "error"
     for name, value in (quiet | {"DATASETS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}).items():
@@ -109,9 +109,9 @@ def quiet() -> None:
     console.setLevel(logging.ERROR)
     logging.basicConfig(level=logging.ERROR, handlers=[console])
     logging.getLogger("lethe").setLevel(logging.INFO)
-    hub = logging.getLogger("huggingface_hub.utils._http")  # waits half a minute where there is no network
+    hub = logging.getLogger("huggingface_hub.utils._http")  # waits half a minute without a network
     if hub.handlers:
-        hub.handlers[0].stream = sys.stderr  # type: ignore[attr-defined]  # another than before, where Python calls this again
+        hub.handlers[0].stream = sys.stderr  # type: ignore[attr-defined]  # the stream may have changed since the last call
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(PlainFormatter("no answer from the hub. %(message)s"))

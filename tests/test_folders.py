@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lethe import Transfer
 from lethe import config as c
 from lethe.cli import main
 from lethe.errors import LetheError
@@ -14,7 +15,7 @@ from lethe.report.layout import Table
 from lethe.runs.run import Run
 
 CONFIGS = [
-    lambda **given: c.Transfer(source="lab:final", **given),
+    lambda **given: Transfer(source="lab:final", **given),
     lambda **given: c.TamperConfig(model="lab:final", **given),
     lambda **given: c.EvaluateConfig(model="lab:final", **given),
     lambda **given: c.CheckpointsConfig(model="lab:final", **given),
@@ -105,11 +106,10 @@ def test_no_text_of_a_table_reaches_a_terminal_raw():
 
 def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch, capsys):
     """As the adapter of somebody else's run; tests may run as root, to whom nothing is denied."""
-    import lethe.runs.run
 
     def denied(*_: object) -> list[Run]:
         raise PermissionError(13, "Permission denied", "adapter\n.safetensors")
 
-    monkeypatch.setattr(lethe.runs.run, "find_runs", denied)
+    monkeypatch.setattr("lethe.report.runs_list.find_runs", denied)
     assert main(["runs", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "lethe: 'adapter\\n.safetensors': no permission; ask whoever it belongs to\n"

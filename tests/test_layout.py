@@ -31,6 +31,7 @@ ORDER = [
     "report",
     "demo",
     "cli",
+    "__main__",
 ]
 """Packages and modules of the top level, from the ground up: each imports only from those before it, and from itself."""
 

@@ -1,56 +1,86 @@
-"""Recipes are runnable as they stand; those of the 7B model are the log's runs, as its tables count them."""
+"""Recipes run as they stand; those of the 7B model are the Deep Ignorance study's runs, as its tables count them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 import pytest
 
-from lethe import TamperConfig, Transfer, unlearn
-from lethe.config import ATTACKED, UNLEARNED, EvalSettings, SweepConfig
+from lethe import LetheError, TamperConfig, Transfer, unlearn
+from lethe.cli import main
+from lethe.config import ATTACKED, UNLEARNED, EvalSettings, SweepConfig, recipes
 from lethe.config.parse import build, from_recipe
 from lethe.lab.presets import PRESETS, active_preset
+from lethe.methods.method import Method
 from lethe.results.recovery import GENERAL_BOUND
 from lethe.sweeps.kinds import planner_of
 from lethe.sweeps.suite import read
 from lethe.training.check import plan
 
-RECIPES = Path(__file__).parent.parent / "recipes"
-SWEEPS = sorted((RECIPES / "sweeps").glob("*.yaml"))
-LAB = [RECIPES / "lab.yaml", RECIPES / "lab-full.yaml", *sorted((RECIPES / "lab").glob("*.yaml"))]
+NAMES = recipes.names()
+KINDS = {"tamper": TamperConfig, "sweep": SweepConfig, "unlearn": Method}
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted(set(RECIPES.rglob("*.yaml")) - set(SWEEPS)), ids=lambda path: str(path.relative_to(RECIPES))
-)
-def test_a_recipe_names_itself_and_is_valid(recipe):
-    path = f"recipes/{recipe.relative_to(RECIPES)}"
-    if recipe.parent.name == "tamper":
-        config, command = from_recipe(TamperConfig, recipe, model="lab:final"), f"lethe tamper MODEL --config {path}"
-    else:
-        config, command = from_recipe(Transfer, recipe), f"lethe unlearn --config {path}"
-    assert command in recipe.read_text()
-    assert plan(config, config.num_train_examples or UNLEARNED)["steps"] > 0
-
-
-@pytest.mark.parametrize("recipe", SWEEPS, ids=lambda path: path.stem)
-def test_a_sweeps_recipe_names_itself_and_every_run_in_it_is_valid(recipe, monkeypatch):
-    monkeypatch.chdir(RECIPES.parent)  # it names its base recipe from there
-    config = from_recipe(SweepConfig, recipe)
-    assert f"# Run as it stands: lethe sweep --config recipes/sweeps/{recipe.name}\n" in recipe.read_text()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_how_it_is_run_and_is_valid(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # sweeps name their recipes, which are found from everywhere
+    recipe = recipes.named(name)
+    command, *rest = recipe.command.removeprefix("lethe ").split()
+    assert rest == [*(["MODEL"] if command == "tamper" else []), "--config", name]
+    assert recipe.about.endswith(".") and len(recipe.about) < 128
+    config = from_recipe(KINDS[command], name, **({"model": "lab:final"} if command == "tamper" else {}))
+    if command != "sweep":
+        assert plan(config, config.num_train_examples or UNLEARNED)["steps"] > 0
+        return
     assert config.goal
     planner = planner_of(config)
     assert len(set(planner.tasks)) == 2
     plans = [planner.plan(point, seed=0) for point in planner.samples()]
     assert len({made.name for made in plans}) == len({made.key for made in plans}) >= 2
     for kind, settings in (stage for made in plans for stage in made.stages):
-        build({"unlearn": Transfer, "tamper": TamperConfig}[kind], settings)
+        build(KINDS[kind], settings)
+
+
+def test_recipes_are_listed_and_printed_by_name(capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name}\n    {recipes.named(name).about}\n" in listed for name in NAMES)
+    assert main(["recipes", "--json"]) == 0
+    assert [found["name"] for found in json.loads(capsys.readouterr().out)] == NAMES
+    assert main(["recipes", "tamper/lab"]) == 0
+    assert capsys.readouterr().out == (recipes.FOLDER / "tamper" / "lab.yaml").read_text()
+    assert main(["recipes", "tamper/lap"]) == 2
+    assert "there is no recipe 'tamper/lap'; did you mean 'tamper/lab'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("labb", "config: there is no file and no recipe 'labb'; did you mean 'lab'?"),
+        ("recipes/lab/lora.yaml", "config: there is no file 'recipes/lab/lora.yaml'; Lethe's own recipe is called 'lab/lora'"),
+        ("mine.yaml", "config: 'mine.yaml' cannot be read (there is no such file)"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_answered_with_the_nearest(tmp_path, monkeypatch, given, expected):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LetheError) as refused:
+        from_recipe(Transfer, given)
+    assert str(refused.value).startswith(expected)
+
+
+def test_a_file_comes_before_a_recipe_of_its_name_and_a_folder_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab").mkdir()
+    assert from_recipe(Transfer, "lab").name == "demo-lora"
+    (tmp_path / "lab").rmdir()
+    (tmp_path / "lab").write_text("source: x\nname: mine\n")
+    assert from_recipe(Transfer, "lab").name == "mine"
 
 
 def test_the_sweeps_of_the_study_are_its_tables():
     rows = {"coefficients": 7, "retain": 6, "epochs": 3, "ranks": 4, "tamper": 2}
     for name, count in rows.items():
-        config = from_recipe(SweepConfig, RECIPES / "sweeps" / f"deep-ignorance-7b-{name}.yaml")
+        config = from_recipe(SweepConfig, f"sweeps/deep-ignorance-7b-{name}")
         (values,) = config.vary.values()
         assert (config.kind, len(values), config.launcher) == ("grid", count, "slurm")
 
@@ -58,8 +88,8 @@ def test_the_sweeps_of_the_study_are_its_tables():
 @pytest.mark.parametrize(
     ("name", "steps"), [("short-adamw", 110), ("short-muon", 110), ("long-adamw", 3840), ("long-muon", 3840)]
 )
-def test_the_logs_attacks_have_its_batches_and_rates(name, steps):
-    config = from_recipe(TamperConfig, RECIPES / "tamper" / f"{name}.yaml", model="lab:final")
+def test_the_studys_attacks_have_its_batches_and_rates(name, steps):
+    config = from_recipe(TamperConfig, f"tamper/{name}", model="lab:final")
     found = plan(config, config.num_train_examples)
     assert (found["steps"], found["effective_batch"], config.lr) == (steps, 4, 2e-5)
     assert config.optimizer == name.split("-")[1]
@@ -87,7 +117,7 @@ def test_the_suite_of_attacks_is_valid_and_covers_what_an_attacker_would_try():
     assert len({c.eval.tasks[0] for c in configs.values()}) == 1
 
 
-ROWS = [
+RUNS = [
     ("coefficients", {}, 256, 32),
     ("coefficients", {"num_train_examples": 2048, "remove_coef": 100}, 512, 64),
     ("coefficients", {"num_train_examples": 8192, "remove_coef": 50}, 2048, 256),
@@ -105,12 +135,12 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "passes", "updates"), ROWS)
-def test_rows_of_the_log_have_the_logs_steps(name, changes, passes, updates):
+@pytest.mark.parametrize(("name", "changes", "passes", "updates"), RUNS)
+def test_runs_of_the_study_have_its_steps(name, changes, passes, updates):
     nested = {key: value for key, value in changes.items() if "." not in key}
     if "lora.r" in changes:
         nested["lora"] = {"r": changes["lora.r"]}
-    config = from_recipe(Transfer, RECIPES / "deep-ignorance-7b" / f"{name}.yaml", **nested)
+    config = from_recipe(Transfer, f"deep-ignorance-7b/{name}", **nested)
     found = plan(config, config.num_train_examples)
     assert (found["forward_passes"], found["steps"], found["effective_batch"]) == (passes, updates, 32)
     assert config.layers == [4, 9, 14, 19, 24, 29]
@@ -121,15 +151,16 @@ def test_rows_of_the_log_have_the_logs_steps(name, changes, passes, updates):
 
 def test_the_one_off_of_the_later_runs_can_be_repeated():
     overrides = {"layers": [5, 10, 15, 20, 25, 30], "affine_convention": "block_output"}
-    assert from_recipe(Transfer, RECIPES / "deep-ignorance-7b" / "lora.yaml", **overrides).layers[0] == 5
+    assert from_recipe(Transfer, "deep-ignorance-7b/lora", **overrides).layers[0] == 5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", LAB, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [name for name in NAMES if name.startswith("lab")])
 def test_a_lab_recipe_runs(lab, tmp_path, recipe):
     """On the nano lab, cut to three updates; nothing else is changed."""
     onset = f"lab:global_step{active_preset().onset}"
-    assert from_recipe(Transfer, recipe).source == f"lab:global_step{PRESETS['standard'].onset}"
+    given = from_recipe(Method, recipe).source
+    assert given == f"lab:global_step{PRESETS['standard'].onset}" or not given
     short = {"source": onset, "max_steps": 3, "epochs": 1, "warmup_steps": 0, "out": str(tmp_path)}
     run = unlearn(from_recipe(Transfer, recipe, **short, eval=EvalSettings(["lab_forget_robust"], limit=8)))
     assert run.status == "complete" and len(run.rows("metrics.jsonl")) == 3

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from lethe.cli import _listed, main
+from lethe.cli import main
 from lethe.errors import LetheError, PlainFormatter
+from lethe.report.runs_list import as_data
 from lethe.report.tables import all_tables, runs_table
 from lethe.results.listing import entries, ordered, select
 from lethe.results.study import Study
@@ -81,7 +82,7 @@ def test_an_edited_record_is_refused_in_one_line_or_can_be_listed(kind, tmp_path
             select(listed, ["lr<1", "name=x*", "status!=complete", "age>1", "time>1", "config=3"])
             for field in ("name", "created", "progress", "results", "config"):
                 ordered(listed, field)
-            json.dumps(_listed(listed[0], [])).encode()
+            json.dumps(as_data(listed[0], [])).encode()
             shown = [runs_table(listed, []), runs_table(listed, ["lr", "config", "evals", "plan.steps", "parents", "results"])]
             with contextlib.suppress(LetheError):
                 shown += all_tables(Study([run]))

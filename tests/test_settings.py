@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from lethe.cli import COMMANDS, main
 from lethe.config import EvalSettings, LoraSettings, TamperConfig, TextSource, to_dict
 from lethe.config.parse import from_recipe, parse
 from lethe.errors import LetheError
+from lethe.runs.run import Run
 
 RECIPE = """
 model: lab:final
@@ -59,9 +62,6 @@ def test_a_switch_needs_no_value():
         assert made("--source", "x", *words).merge is True
     assert made("--source", "x", "--merge", "false").merge is False
     assert "expected true or false, got 3" in refusal("--source", "x", "--merge", "3")
-
-
-# --- the same object from everywhere ---------------------------------------------------------------------------------
 
 
 def test_recipe_command_line_and_python_make_equal_objects(recipe):
@@ -200,181 +200,19 @@ def test_settings_objects_are_not_shared_between_configs():
     assert "y" not in made("--source", "x").eval.tasks
 
 
-# --- what is wrong ---------------------------------------------------------------------------------------------------
+def table() -> list[tuple[str, str]]:
+    """Wrong words, or lines of a recipe, with how the message about them begins."""
+    lines = (Path(__file__).parent / "data" / "wrong" / "settings.txt").read_text().splitlines()
+    return [tuple(line.split(" => ")) for line in lines]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--retian_coef", "3"], "did you mean 'retain_coef'"),
-        (["--retian_coef=3"], "did you mean 'retain_coef'"),
-        (["--remove", "3"], "there is no setting '--remove'"),
-        (["--lora.rank", "8"], "did you mean 'lora.r'"),
-        (["--eval.evry", "8"], "did you mean 'eval.every'"),
-        (["--every", "8"], "did you mean 'eval.every'"),
-        (["--forget.colum", "x"], "did you mean 'forget.column'"),
-        (["-lr", "3"], "there is no setting '-lr'"),
-        (["stray"], "stray"),
-    ],
-)
-def test_an_unknown_setting_is_answered_with_the_nearest(words, expected):
-    assert expected in refusal("--source", "x", *words)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("retian_coef: 3", "did you mean 'retain_coef'"),
-        ("lora: {rank: 3}", "did you mean 'lora.r'"),
-        ("lora:\n  alhpa: 3", "did you mean 'lora.alpha'"),
-        ("eval: {task: [a]}", "did you mean 'eval.tasks'"),
-        ("forget: {source: a.jsonl, colum: t}", "did you mean 'forget.column'"),
-        ("retain: [{source: a.jsonl, wieght: 2}]", "weight"),
-        ("config: other.yaml", "unknown field 'config'"),
-        ("1: 2", "unknown field '1'"),
-    ],
-)
-def test_an_unknown_field_of_a_recipe_is_answered_with_the_nearest(recipe, text, expected):
-    assert expected in refusal("--config", recipe(f"source: x\n{text}\n"))
-
-
-@pytest.mark.parametrize(
-    ("text", "field"),
-    [
-        ("lr: fast", "lr: expected a number"),
-        ("lr: [1]", "lr: expected a number"),
-        ("lr: null", "lr"),
-        ("epochs: true", "epochs: expected a number"),
-        ("epochs: null", "epochs"),
-        ("seed: 1.5", "seed: expected a whole number"),
-        ("seed: one", "seed: expected a whole number"),
-        ("name: 5", "name: expected text"),
-        ("name: [a]", "name: expected text"),
-        ("out: null", "out"),
-        ("layers: 3", "layers: expected a list"),
-        ("layers: [0, a]", "layers: expected a list"),
-        ("layers: [0.5]", "layers: expected a list"),
-        ("layers: null", "layers"),
-        ("schedule: ramps", "schedule: expected one of ramp, constant"),
-        ("dtype: fp16", "dtype: expected one of float32, bfloat16"),
-        ("gradient_checkpointing: 1", "gradient_checkpointing: expected true or false"),
-        ("lora: 8", "lora: expected settings r, alpha"),
-        ("lora: true", "lora: expected settings r, alpha"),
-        ("lora: {r: eight}", "lora.r: expected a whole number"),
-        ("eval: 3", "eval"),
-        ("eval: null", "eval"),
-        ("eval: {tasks: lab_forget}", "eval.tasks: expected a list"),
-        ("eval: {every: often}", "eval.every: expected a whole number"),
-        ("forget: 5", "forget: expected text"),
-        ("forget: {column: t}", "forget"),
-        ("forget: {source: a.jsonl, column: 3}", "forget.column: expected text"),
-        ("retain: []", "retain"),
-    ],
-)
-def test_an_ill_typed_field_is_named_with_what_it_should_be(recipe, text, field):
-    message = refusal("--config", recipe(f"source: x\n{text}\n"))
-    assert message.startswith(field)
-
-
-@pytest.mark.parametrize(
-    ("words", "field"),
-    [
-        (["--lr", "fast"], "lr: expected a number, got fast"),
-        (["--lr"], "lr"),
-        (["--seed", "1.5"], "seed: expected a whole number, got 1.5"),
-        (["--layers", "a"], "layers: expected a list"),
-        (["--layers", "0", "1.5"], "layers: expected a list"),
-        (["--schedule", "ramps"], "schedule: expected one of ramp, constant, got ramps"),
-        (["--lora", "8"], "lora: expected settings"),
-        (["--lora.r", "eight"], "lora.r: expected a whole number"),
-        (["--eval.limit", "x"], "eval.limit: expected a whole number"),
-    ],
-)
-def test_an_ill_typed_word_is_named_with_what_it_should_be(words, field):
-    assert field in refusal("--source", "x", *words)
-
-
-@pytest.mark.parametrize(
-    ("words", "field"),
-    [
-        (["--lr", "0"], "lr: must be above 0"),
-        (["--lr", "-1"], "lr: must be above 0"),
-        (["--epochs", "0"], "epochs: must be above 0"),
-        (["--max_steps", "0"], "max_steps: must be at least 1, or -1"),
-        (["--max_steps", "-2"], "max_steps: must be at least 1, or -1"),
-        (["--max_length", "1"], "max_length: must be at least 2"),
-        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size: must be at least 1"),
-        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps: must be at least 1"),
-        (["--weight_decay", "-1"], "weight_decay: must be at least 0"),
-        (["--max_grad_norm", "-1"], "max_grad_norm: must be at least 0"),
-        (["--seed", "-1"], "seed: must be at least 0"),
-        (["--num_train_examples", "-1"], "num_train_examples: must be at least 0"),
-        (["--remove_coef", "-1"], "remove_coef: must be at least 0"),
-        (["--retain_coef", "-1"], "retain_coef: must be at least 0"),
-        (["--remove_coef", "0", "--retain_coef", "0"], "both 0"),
-        (["--layers", "-1"], "layers: -1 is negative"),
-        (["--layers", "1", "1"], "names a layer twice"),
-        (["--layers"], "layers: name at least one"),
-        (["--lora.r", "0"], "lora.r: must be at least 1"),
-        (["--lora.alpha", "0"], "lora.alpha: must be above 0"),
-        (["--lora.dropout", "1"], "lora.dropout: must be at least 0 and below 1"),
-        (["--eval.every", "-1"], "eval.every: must be at least 0"),
-        (["--eval.limit", "-1"], "eval.limit: must be at least 0"),
-        (["--source", ""], "source: name the ignorant checkpoint"),
-    ],
-)
-def test_a_value_out_of_range_is_refused(recipe, words, field):
-    message = refusal("--source", "x", *words)
-    assert message.startswith(field) or field in message
-
-
-@pytest.mark.parametrize(
-    ("text", "setting"),
-    [
-        ("forget_kl_coef: 2", "forget_kl_coef"),
-        ("forget_loss: both\nforget_kl_coef: 0", "forget_kl_coef"),
-        ("forget_loss: distill\naffine: maps", "affine"),
-        ("affine_convention: hidden_states", "affine_convention"),
-        ("forget_loss: distill\nlora: null\nlayers: [1]", "layers"),
-        ("lora: null\nmerge: true", "merge"),
-        ("retain_coef: 0\nretain_loss: ce", "retain_loss"),
-        ("remove_coef: 0\nforget_loss: distill", "forget_loss"),
-        ("max_steps: 3\nepochs: 2", "epochs"),
-        ("newton_schulz_dtype: float32", "newton_schulz_dtype"),
-        ("forget: {source: a.jsonl, column: a, template: '{b}'}", "column"),
-        ("forget: {source: a.jsonl, split: test}", "split"),
-        ("forget: {source: a.jsonl, weight: 2}", "forget.weight"),
-        ("retain: {source: a.jsonl, weight: 2}", "retain.weight"),
-    ],
-)
-def test_a_setting_that_nothing_would_read_is_refused(recipe, text, setting):
-    assert refusal("--config", recipe(f"source: x\n{text}\n")).startswith(f"{setting}: ")
-
-
-@pytest.mark.parametrize("text", ["lora: {r: 0}", "forget: {source: a, weight: 0}", "retain: [{source: a, weight: -1}]"])
-def test_a_nested_value_out_of_range_in_a_recipe_is_refused(recipe, text):
-    assert "must be" in refusal("--config", recipe(f"source: x\n{text}\n"))
-
-
-@pytest.mark.parametrize("field", ["lr", "retain_coef", "remove_coef", "epochs", "weight_decay", "max_grad_norm"])
-@pytest.mark.parametrize("value", [".inf", ".nan", "-.inf"])
-def test_a_number_that_is_not_finite_is_refused(recipe, field, value):
-    assert field in refusal("--config", recipe(f"source: x\n{field}: {value}\n"))
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("", "holds no settings"),
-        ("- a\n- b\n", "holds no settings"),
-        ("just words", "holds no settings"),
-        ("lr: [", "not YAML"),
-        ("\tlr: 3", "not YAML"),
-        ("lr: 1\nlr: 2\nsource: x", "lr"),
-    ],
-)
-def test_a_recipe_that_cannot_be_read_is_refused(recipe, content, expected):
-    assert expected in refusal("--config", recipe(content))
+@pytest.mark.parametrize(("given", "expected"), table(), ids=[given for given, _ in table()])
+def test_a_wrong_setting_is_named_with_what_was_given_and_what_is_expected(recipe, given, expected):
+    if given.startswith("-"):
+        assert refusal("--source", "x", *shlex.split(given)).startswith(expected)
+    else:
+        path = recipe("source: x\n" + given.encode().decode("unicode_escape") + "\n")
+        assert refusal("--config", path).startswith(expected.replace("{recipe}", path))
 
 
 @pytest.mark.parametrize(
@@ -415,20 +253,6 @@ def test_many_tasks_may_be_named_in_one_text(recipe):
         assert made("--model", "x", *words, kind=c.EvaluateConfig).tasks == many
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--forget", '{"source": "a", "source": "b"}'],
-        ["--retain", '[{"source": "a", "weight": 1, "weight": 2}]'],
-        ["--eval.task_data", "a=b", "a=c"],
-        ["--eval.suites", '{"a": ["b"], "a": ["c"]}'],
-        ["--lora={r: 1, r: 2}"],
-    ],
-)
-def test_a_key_written_twice_on_the_command_line_is_refused(words):
-    assert "is written twice" in refusal("--source", "x", *words)
-
-
 def test_a_long_value_leaves_the_advice_readable():
     message = refusal("--source", "x", "--lr", "9" * 8000 + "x")
     assert message.startswith("lr: expected a number, got 999") and len(message) < 150
@@ -442,14 +266,6 @@ def test_loggers_are_those_that_transformers_has():
     assert REPORTERS.keys() == INTEGRATION_TO_CALLBACK.keys() - {"kubeflow"}  # which is a cluster's own
 
 
-def test_a_recipe_that_is_not_there_is_refused(tmp_path):
-    assert "nowhere.yaml" in refusal("--config", str(tmp_path / "nowhere.yaml"))
-    assert "config" in refusal("--config", str(tmp_path))
-    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
-    assert "latin.yaml" in refusal("--config", str(tmp_path / "latin.yaml"))
-    assert "config" in refusal("--config")
-
-
 def test_a_required_setting_is_named():
     assert "model" in refusal(kind=c.EvaluateConfig)
     assert "source" in refusal(kind=Transfer)
@@ -457,20 +273,12 @@ def test_a_required_setting_is_named():
 
 
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda: Transfer(source="x", lr="fast"),
-        lambda: Transfer(source="x", layers="012"),
-        lambda: Transfer(source="x", layers=["a"]),
-        lambda: Transfer(source="x", epochs=None),
-        lambda: Transfer(source="x", lora={"r": 8}),
-    ],
-    ids=["lr", "layers", "layer", "epochs", "lora"],
+    "given", [{"lr": "fast"}, {"layers": "012"}, {"layers": ["a"]}, {"epochs": None}, {"lora": {"r": 8}}], ids=str
 )
-def test_python_refuses_ill_typed_settings_too(make):
+def test_python_refuses_ill_typed_settings_too(given):
     """Python builds the same object, so it makes the same promises."""
-    with pytest.raises(LetheError):
-        make()
+    with pytest.raises(LetheError, match=f"{next(iter(given))}: expected"):
+        Transfer(source="x", **given)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -480,14 +288,9 @@ def test_help_has_every_setting_and_an_example(capsys, name):
         parse(name, command.config, ["--help"], command.example, command.positional)
     text = " ".join(capsys.readouterr().out.split())
     assert command.example in text
-    for field in command.config.__dataclass_fields__:
-        assert f"--{field}" in text
-    if name == "unlearn":
-        assert "retain_coef rises from 0" in text
-        assert "scaled by alpha / r" in text or "--lora.r" in text
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
+    for field in dataclasses.fields(command.config):
+        assert f"--{field.name}" in text
+    assert name != "unlearn" or "retain_coef rises from 0" in text
 
 
 @pytest.fixture(scope="module")
@@ -541,112 +344,92 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("command", ["unlearn", "check"])
-@pytest.mark.parametrize("wrong", WRONG, ids=lambda w: w.replace(" ", "-"))
-def test_wrong_input_is_one_line_exit_code_2_and_nothing_written(models, tmp_path, monkeypatch, capsys, command, wrong):
+def right(home: Path) -> list[str]:
+    """Settings of a small run with nothing wrong in them."""
+    words = f"--model {home}/target --source {home}/source --layers 0 2 --num_train_examples 8 --affine none"
+    return f"{words} --forget.source {home}/forget.jsonl --retain.source {home}/retain.jsonl".split()
+
+
+@pytest.fixture
+def refused(models, tmp_path, monkeypatch, capsys):
+    """refused(words): the command line ends with exit code 2 and one line, and writes nothing. Returns the line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = [
-        command,
-        "--model",
-        f"{models}/target",
-        "--source",
-        f"{models}/source",
-        "--layers",
-        "0",
-        "2",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    words += ["--forget.source", f"{models}/forget.jsonl", "--retain.source", f"{models}/retain.jsonl"]
-    words += ["--num_train_examples", "8", "--affine", "none"]
-    before = everything(models)
-    code = main(words + [word.format(home=models) for word in WRONG[wrong]])
-    printed = capsys.readouterr()
-    assert code == 2
-    assert printed.err.startswith("lethe: ")
-    assert printed.err.count("\n") == 1
-    assert printed.out == ""
-    assert everything(models) == before
-    assert list(tmp_path.iterdir()) == []
+
+    def run(words: list[str]) -> str:
+        before = everything(models), everything(tmp_path)
+        assert main([word.format(home=models) for word in words]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith("lethe: ")
+        assert (printed.err.count("\n"), printed.out) == (1, "")
+        assert (everything(models), everything(tmp_path)) == before
+        return printed.err
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["unlearn", "check"])
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda w: w.replace(" ", "-"))
+def test_wrong_input_is_one_line_exit_code_2_and_nothing_written(models, refused, tmp_path, command, wrong):
+    refused([command, *right(models), "--out", str(tmp_path / "out"), *WRONG[wrong]])
 
 
 def test_the_same_words_without_the_mistake_make_a_plan(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["check", "--json", "--model", f"{models}/target", "--source", f"{models}/source", "--layers", "0", "2"]
-    words += ["--forget.source", f"{models}/forget.jsonl", "--retain.source", f"{models}/retain.jsonl"]
-    words += [
-        "--num_train_examples",
-        "8",
-        "--affine",
-        "none",
-        "--per_device_train_batch_size",
-        "2",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert main(words) == 0
+    assert main(["check", "--json", *right(models), "--per_device_train_batch_size", "2", "--out", "out"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["steps"], plan["forward_passes"], plan["effective_batch"]) == (4, 4, 2)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["unlern"],
-        ["affine", "fitt"],
-        ["lab", "destroy"],
-        ["evaluate"],
-        ["evaluate", "a", "b"],
-        ["evaluate", "nowhere"],
-        ["evaluate", "{home}/target", "--tasks", "lab_forgot"],
-        ["evaluate", "{home}/target", "--tasks"],
-        ["evaluate", "{home}/pickled"],
-        ["tamper"],
-        ["tamper", "{home}/target", "--eval.tasks", "lab_forgot"],
-        ["tamper", "{home}/target", "--forget", "{home}/empty.jsonl"],
-        ["tamper", "{home}/target", "--forget.source", "{home}/forget.jsonl", "--num_train_examples", "99"],
-        ["checkpoints", "{home}/target"],
-        ["checkpoints", "nowhere"],
-        ["affine", "fit", "--model", "{home}/target", "--source", "{home}/wide", "--text", "{home}/retain.jsonl"],
-        ["affine", "fit", "--model", "{home}/target", "--source", "{home}/source", "--text", "{home}/empty.jsonl"],
-        ["affine", "fit", "--model", "{home}/target"],
-        ["affine", "score", "{home}", "--model", "{home}/target", "--source", "{home}/source"],
-        ["report", "nowhere"],
+FIT = "affine fit --model {home}/target --source"
+OTHERS = {
+    "without heavy imports": [
+        "evaluate nowhere",
+        "evaluate {home}/target --tasks lab_forgot",
+        "tamper nowhere",
+        "tamper {home}/target --forget {home}/empty.jsonl",
+        "checkpoints nowhere",
+        "affine fit --model nowhere --source nowhere",
+        "affine score nowhere --model nowhere --source nowhere",
+        "report nowhere",
+        "recipes nowhere",
     ],
-    ids=" ".join,
-)
-def test_other_commands_refuse_in_the_same_way(models, tmp_path, monkeypatch, capsys, words):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = everything(models)
-    assert main([word.format(home=models) for word in words]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("lethe: ")
-    assert printed.err.count("\n") == 1
-    assert printed.out == ""
-    assert everything(models) == before
-    assert list(tmp_path.iterdir()) == []
+    "otherwise": [
+        "unlern",
+        "affine fitt",
+        "lab destroy",
+        "evaluate",
+        "evaluate a b",
+        "evaluate {home}/target --tasks",
+        "evaluate {home}/pickled",
+        "tamper",
+        "tamper {home}/target --eval.tasks lab_forgot",
+        "tamper {home}/target --forget.source {home}/forget.jsonl --num_train_examples 99",
+        "checkpoints {home}/target",
+        f"{FIT} {{home}}/wide --text {{home}}/retain.jsonl",
+        f"{FIT} {{home}}/source --text {{home}}/empty.jsonl",
+        "affine fit --model {home}/target",
+        "affine score {home} --model {home}/target --source {home}/source",
+    ],
+}
 
 
-def test_a_folder_that_holds_a_run_is_not_written_to(models, tmp_path, capsys):
-    from lethe.runs.run import Run
+@pytest.mark.parametrize("words", [words for part in OTHERS.values() for words in part])
+def test_other_commands_refuse_in_the_same_way(refused, words):
+    refused(words.split())
 
+
+@pytest.mark.parametrize("command", ["unlearn", "evaluate", "tamper", "affine fit"])
+def test_a_folder_that_holds_a_run_is_not_written_to(models, tmp_path, refused, command):
+    words = {
+        "unlearn": right(models),
+        "evaluate": [f"{models}/target", "--tasks", "lab_forget"],
+        "tamper": [f"{models}/target", "--forget.source", f"{models}/forget.jsonl", "--num_train_examples", "8"],
+        "affine fit": [*right(models)[:4], "--text", f"{models}/retain.jsonl", "--layers", "0"],
+    }
     run = Run.create("unlearn", "precious", {}, tmp_path)
-    before = everything(tmp_path)
-    words = ["--out", str(run.path)]
-    text = ["--forget.source", f"{models}/forget.jsonl", "--num_train_examples", "8"]
-    pair = ["--model", f"{models}/target", "--source", f"{models}/source"]
-    for command in (
-        ["unlearn", *pair, *text, "--retain.source", f"{models}/retain.jsonl", "--layers", "0", *words],
-        ["evaluate", f"{models}/target", "--tasks", "lab_forget", *words],
-        ["tamper", f"{models}/target", *text, *words],
-        ["affine", "fit", *pair, "--text", f"{models}/retain.jsonl", "--layers", "0", *words],
-    ):
-        assert main(command) == 2
-        assert "already holds a run" in capsys.readouterr().err
-    assert everything(tmp_path) == before
+    assert "already holds a run" in refused([*command.split(), *words[command], "--out", str(run.path)])
 
 
 def loaded_by(code: str) -> set[str]:
@@ -670,10 +453,8 @@ for words in {words!r}:
 
 
 def test_importing_lethe_imports_nothing_heavy():
-    assert (
-        loaded_by("import lethe, lethe.config, lethe.runs.run, lethe.models.refs, lethe.text.corpora, lethe.unlearning.check")
-        == set()
-    )
+    modules = "lethe, lethe.config, lethe.runs.run, lethe.models.refs, lethe.text.corpora, lethe.unlearning.check"
+    assert loaded_by(f"import {modules}") == set()
 
 
 def test_every_help_answers_without_heavy_imports():
@@ -681,40 +462,11 @@ def test_every_help_answers_without_heavy_imports():
     assert loaded_by(RUN.format(words=words, codes="{0, None}")) == set()
 
 
-@pytest.mark.parametrize("names", [[name for name in WRONG if name != "no maps"], ["no maps"]], ids=["all", "maps"])
-def test_refusals_of_a_recipe_come_without_heavy_imports(models, monkeypatch, tmp_path, names):
+@pytest.mark.parametrize("part", ["a recipe", "maps", "other commands"])
+def test_refusals_come_without_heavy_imports(models, monkeypatch, tmp_path, part):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = ["unlearn", "--model", f"{models}/target", "--source", f"{models}/source", "--layers", "0", "2"]
-    words += ["--forget.source", f"{models}/forget.jsonl", "--retain.source", f"{models}/retain.jsonl"]
-    words += ["--num_train_examples", "8", "--affine", "none"]
-    lines = [words + [word.format(home=models) for word in WRONG[name]] for name in names]
+    lines = [["unlearn", *right(models), *WRONG[name]] for name in WRONG if (name == "no maps") == (part == "maps")]
+    lines = [words.split() for words in OTHERS["without heavy imports"]] if part == "other commands" else lines
+    lines = [[word.format(home=models) for word in words] for words in lines]
     assert loaded_by(RUN.format(words=lines, codes="{2}")) == set()
-
-
-def test_refusals_of_other_commands_come_without_heavy_imports(models, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = [
-        ["evaluate", "nowhere"],
-        ["evaluate", f"{models}/target", "--tasks", "lab_forgot"],
-        ["tamper", "nowhere"],
-        ["tamper", f"{models}/target", "--forget", f"{models}/empty.jsonl"],
-    ]
-    assert loaded_by(RUN.format(words=words, codes="{2}")) == set()
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["checkpoints", "nowhere"],
-        ["affine", "fit", "--model", "nowhere", "--source", "nowhere"],
-        ["affine", "score", "nowhere", "--model", "nowhere", "--source", "nowhere"],
-        ["report", "nowhere"],
-    ],
-    ids=lambda w: " ".join(w[:2]),
-)
-def test_refusals_of_each_command_come_without_heavy_imports(monkeypatch, tmp_path, words):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert loaded_by(RUN.format(words=[words], codes="{2}")) == set()

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from wrong_inputs import (
 from lethe.cli import COMMANDS, main
 from lethe.config.parse import fields_of
 from lethe.lab.presets import active_preset
+from lethe.models.refs import lab_folder
 from lethe.runs.run import Run
 
 pytestmark = pytest.mark.slow
@@ -89,9 +91,6 @@ def tried(lab, tmp_path, monkeypatch, capsys) -> Callable[[list[str]], str | Non
     return run
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
 def onset() -> str:
     return f"lab:global_step{active_preset().onset}"
 
@@ -122,8 +121,9 @@ def right(command: str) -> dict[str, Any]:
     return kinds.get(command.replace("retry", "status").replace("cancel", "status"), {})
 
 
-def wrong_settings(command: str, file: Path) -> Iterator[Case]:
+def wrong_settings(folder: Path, command: str) -> Iterator[Case]:
     """Every field of a command with wrong values, in a recipe."""
+    file = folder / "recipe.yaml"
     words = ["tamper", "--suite", "standard"] if command == "tamper --suite" else command.split()
     for place, (name, kind) in enumerate(fields_of(COMMANDS[command].config).items()):
         for turn, value in enumerate(VALUES):
@@ -142,16 +142,6 @@ def wrong_settings(command: str, file: Path) -> Iterator[Case]:
             known_by = [last] if must else [*name.split("."), *echoes(value), "run:"]
             yield Case(f"{command}: {name}: {shown(value)}", [*words, "--config", str(file)], known_by, must)
 
-
-@pytest.mark.parametrize(
-    "command", [name for name in COMMANDS if name not in {"lab build", "lab show", "check", "sweep retry", "sweep cancel"}]
-)
-def test_wrong_settings(tried, tmp_path, command):
-    (file := tmp_path / "recipe.yaml").touch()
-    check(tried, wrong_settings(command, file))
-
-
-# --- recipes and suites ----------------------------------------------------------------------------------------------
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
@@ -180,12 +170,6 @@ def wrong_recipes(folder: Path) -> Iterator[Case]:
         yield Case(path.name, ["unlearn", "--config", str(path)], [path.name])
 
 
-def test_wrong_recipes_and_suites(tried, tmp_path):
-    check(tried, wrong_recipes(tmp_path))
-
-
-# --- texts -----------------------------------------------------------------------------------------------------------
-
 GOOD = "".join(json.dumps({"text": f"Document {i} about nothing."}) + "\n" for i in range(20))
 TEXTS_OF_LINES: dict[str, str | bytes | None] = NO_TEXT | {
     "blank": "\n \n",
@@ -199,7 +183,9 @@ TEXTS_OF_LINES: dict[str, str | bytes | None] = NO_TEXT | {
 }
 
 
-def wrong_texts(folder: Path, command: list[str], setting: str) -> Iterator[Case]:
+def wrong_texts(folder: Path, name_of_command: str, setting: str) -> Iterator[Case]:
+    recipe = file_of(folder / "recipe.yaml", yaml.safe_dump(right(name_of_command)))
+    command = [name_of_command, "--config", str(recipe)]
     contents = TEXTS_OF_LINES | {line: f"{GOOD}{line}\n" for line in lines_of("texts")}
     places = [(f"jsonl: {title}", "text.jsonl", content) for title, content in contents.items()]
     places += [(f"txt: {title}", "text.txt", content) for title, content in NO_TEXT.items() if title != "gzip"]
@@ -213,14 +199,6 @@ def wrong_texts(folder: Path, command: list[str], setting: str) -> Iterator[Case
         words = [f"--{setting}.source", good, f"--{setting}.template", template]
         yield Case(f"{setting}: template {template!r}", [*command, *words], ["template", "good.jsonl"])
 
-
-@pytest.mark.parametrize(("command", "setting"), [("unlearn", "forget"), ("unlearn", "retain"), ("tamper", "forget")])
-def test_wrong_texts(tried, tmp_path, command, setting):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(right(command)))
-    check(tried, wrong_texts(tmp_path, [command, "--config", str(tmp_path / "recipe.yaml")], setting))
-
-
-# --- tasks and their rows --------------------------------------------------------------------------------------------
 
 QUESTION = {"question": "Q?", "choices": ["a", "b", "c", "d"], "answer": 1, "meta": {"a": 1}}
 ROWS = "".join(json.dumps(QUESTION | {"question": f"What is {i}?"}) + "\n" for i in range(4))
@@ -246,6 +224,7 @@ def wrong_tasks(folder: Path) -> Iterator[Case]:
     for title, content in contents.items():
         file_of(where / "mine.yaml", content)
         yield Case(f"task: {title}", ["evaluate", "lab:final", "--tasks", str(where)], ["tasks: ", "num_fewshot: "])
+    assert not (folder / "ran").exists()
 
 
 def wrong_rows(folder: Path) -> Iterator[Case]:
@@ -257,16 +236,11 @@ def wrong_rows(folder: Path) -> Iterator[Case]:
         yield Case(f"task_data: {title}", words, ["given.jsonl"])
 
 
-def test_wrong_tasks(tried, tmp_path):
-    check(tried, wrong_tasks(tmp_path))
-    check(tried, wrong_rows(tmp_path))
-    assert not (tmp_path / "ran").exists()
+LOADED = ("config.json", "tokenizer.json", "model.safetensors")
 
 
-# --- models and runs -------------------------------------------------------------------------------------------------
-
-
-def wrong_models(folder: Path, final: Path) -> Iterator[Case]:
+def wrong_models(folder: Path) -> Iterator[Case]:
+    final = lab_folder() / "checkpoints" / onset().removeprefix("lab:")
     contents = [(file, title, content) for file in LOADED for title, content in NO_TEXT.items()]
     for line in lines_of("models"):
         file, value = line.split(" ", 1)
@@ -282,13 +256,6 @@ def wrong_models(folder: Path, final: Path) -> Iterator[Case]:
         yield Case(f"model: {file}: {title}", ["evaluate", str(model), "--tasks", "lab_retain"], [str(model)])
 
 
-LOADED = ("config.json", "tokenizer.json", "model.safetensors")
-
-
-def test_wrong_models(tried, lab, tmp_path):
-    check(tried, wrong_models(tmp_path, lab / "checkpoints" / onset().removeprefix("lab:")))
-
-
 def wrong_records(folder: Path) -> Iterator[Case]:
     right = json.loads((DATA / "records" / "evaluate.json").read_text()) | {"status": "failed"}
     contents: dict[str, Any] = dict(NO_TEXT)
@@ -302,20 +269,12 @@ def wrong_records(folder: Path) -> Iterator[Case]:
         yield Case(f"runs: {title}", ["runs", str(folder)], [], must=False)
 
 
-def test_wrong_records(tried, tmp_path):
-    check(tried, wrong_records(tmp_path))
-
-
-# --- sweeps and suites -----------------------------------------------------------------------------------------------
-
-
-def wrong_sweeps(file: Path) -> Iterator[Case]:
-    base = right("sweep")
+def wrong_sweeps(folder: Path) -> Iterator[Case]:
+    base, file = right("sweep"), folder / "recipe.yaml"
     words = ["sweep", "--config", str(file)]
     for line in lines_of("vary"):
-        file.write_text(
-            yaml.safe_dump(base | {"vary": {}}).replace("vary: {}", f"vary: {line if line[0] == '{' else f'{{{line}}}'}")
-        )
+        varied = line if line[0] == "{" else f"{{{line}}}"
+        file.write_text(yaml.safe_dump(base | {"vary": {}}).replace("vary: {}", f"vary: {varied}"))
         yield Case(f"vary: {line}", words, ["vary", "at ", "recipe.yaml"])
     for line in lines_of("sweep"):
         given = yaml.safe_load(line)
@@ -324,12 +283,8 @@ def wrong_sweeps(file: Path) -> Iterator[Case]:
         yield Case(f"sweep: {line}", words, [*given, *yaml.safe_load(line).get("tamper", {}), "source", "max_runs", "vary"])
 
 
-def test_wrong_sweeps(tried, tmp_path):
-    (file := tmp_path / "recipe.yaml").touch()
-    check(tried, wrong_sweeps(file))
-
-
-def wrong_suites(file: Path) -> Iterator[Case]:
+def wrong_suites(folder: Path) -> Iterator[Case]:
+    file = folder / "suite.yaml"
     words = ["tamper", "lab:filtered", "--suite", str(file)]
     for line in lines_of("suite"):
         file.write_text(yaml.safe_dump({"attacks": {"a": {"attack": "noise"}}} | yaml.safe_load(line)))
@@ -338,13 +293,6 @@ def wrong_suites(file: Path) -> Iterator[Case]:
     for more in ("--only b", "--seeds 0", "--seeds 1000000000", '--attacks {"a":{}}', "--jobs 0", "--controls 5 5"):
         yield Case(f"suite: {more}", [*words, *more.split()], [more.split()[0].removeprefix("--"), "'5'"])
 
-
-def test_wrong_suites(tried, tmp_path):
-    (file := tmp_path / "suite.yaml").touch()
-    check(tried, wrong_suites(file))
-
-
-# --- command lines ---------------------------------------------------------------------------------------------------
 
 WORDS = ["", " ", "-", "--", "--=", "--=1", "--nothing", "nothing", "-x", "a\0b", "a\nb", "half \udcff", "--\udcff"]
 WORDS += [LONG, f"--{LONG}"]
@@ -355,7 +303,7 @@ NAMES = ["", " ", ".", "/", "run:", "run:x", "*", "[", "a\0b", "a\nb", "\udcff",
 """Names of runs that are none."""
 
 
-def wrong_lines() -> Iterator[Case]:
+def wrong_lines(_: Path) -> Iterator[Case]:
     for word in WORDS:
         yield Case(f"lethe {shown(word)}", [word], ["lethe"])
         yield Case(f"lethe unlearn {shown(word)}", ["unlearn", word], ["lethe"])
@@ -379,5 +327,24 @@ def wrong_lines() -> Iterator[Case]:
             yield Case(f"{command} {shown(name)}", [*command.split(), name], ["lethe"], not lists)
 
 
-def test_wrong_command_lines(tried):
-    check(tried, wrong_lines())
+SAME = {"lab build", "lab show", "check", "sweep retry", "sweep cancel"}
+"""Commands that have no settings, or those of another one."""
+KINDS: dict[str, Callable[[Path], Iterator[Case]]] = {
+    **{f"settings of {name}": partial(wrong_settings, command=name) for name in COMMANDS if name not in SAME},
+    "recipes and suites": wrong_recipes,
+    "forget text": partial(wrong_texts, name_of_command="unlearn", setting="forget"),
+    "retain text": partial(wrong_texts, name_of_command="unlearn", setting="retain"),
+    "an attacker's text": partial(wrong_texts, name_of_command="tamper", setting="forget"),
+    "tasks": wrong_tasks,
+    "rows of tasks": wrong_rows,
+    "models": wrong_models,
+    "records": wrong_records,
+    "sweeps": wrong_sweeps,
+    "suites": wrong_suites,
+    "command lines": wrong_lines,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_inputs_are_refused_in_one_line(tried, tmp_path, kind):
+    check(tried, KINDS[kind](tmp_path))

@@ -1,4 +1,4 @@
-"""What a setting may be: types, ranges and Slurm's forms of a time; each refusal is one line that names the setting."""
+"""What a setting may be: types, ranges, and Slurm's forms of a time. Each error is one line that names the setting."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import types
 import typing
 from typing import Any, Literal
 
+from lethe.config.renamed import advice
 from lethe.errors import UNSEEN, LetheError, printable
 from lethe.files import refuse_name
 
+Dtype = Literal["float32", "bfloat16"]
+"""Types of weights."""
 LARGEST, LARGEST_WHOLE = 3.4e38, 10**15
 """The largest number that float32 holds, and a whole number beyond any count."""
 LONGEST = 10_000
@@ -19,19 +22,26 @@ LONGEST_PART = 255
 DEEPEST = 20
 MOST = 100_000
 FREE = {"goal", "title", "template", "setup", "extra", "storage", "where"}
-"""Settings whose text may have several lines, or long ones: none of them names a file, a model or a task."""
+"""Settings that may have long text, or several lines. None of them names a file, a model or a task."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """Refuse a field whose value is not of its declared type: Python, recipes and the command line promise the same."""
+    """Refuse a field whose value does not have its declared type. It is the same rule for Python and recipes."""
     for name, kind in types_of(type(config)).items():
         value = getattr(config, name)
         if name == "name" and isinstance(value, str) and value != getattr(type(config), name, None):
             refuse_name(value)
         refuse_unusable(f"{prefix}{name}", value)
-        if not _fits(value, kind):
-            raise LetheError(f"{prefix}{name}: expected {spoken(kind)}, got {printable(repr(value), 80)}")
+        refuse_misfit(f"{prefix}{name}", value, kind)
+
+
+def refuse_misfit(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value that is not of this type."""
+    if not _fits(value, kind):
+        given = printable(value if isinstance(value, str) and value else repr(value), 80)
+        new = advice(name, value)
+        raise LetheError(f"{name}: expected {spoken(kind)}, got {given}" + (f"; {new}" if new else ""))
 
 
 def types_of(kind: type) -> dict[str, Any]:
@@ -41,9 +51,9 @@ def types_of(kind: type) -> dict[str, Any]:
 
 
 def refuse_unusable(name: str, value: Any) -> None:
-    """Refuse what no setting can hold, at any depth: control characters, names that no file system takes, absurd numbers.
+    """Refuse values that no setting can have, at any depth: control characters, names too long for a file, huge numbers.
 
-    Before anything else reads it: a library that does would end in an error of its own, or in none for hours.
+    This check comes first, because a library that meets such a value ends in an error of its own, or hangs.
     """
     left, seen = [(name, value, 0)], 0
     while left:
@@ -72,30 +82,28 @@ def refuse_unusable(name: str, value: Any) -> None:
 
 
 def refuse_text(name: str, text: str, free: bool) -> None:
-    """Refuse text that no setting can hold; `free`: it may have lines, and need not be a name."""
+    """Refuse text that no setting can have. `free`: the text may have several lines, and is not a name."""
     unseen = UNSEEN.search(text.translate({9: None, 10: None, 13: None}) if free else text)
     if unseen:
         raise LetheError(f"{name}: holds the control character {unseen[0]!a}; leave it out")
     if len(text) > LONGEST:
-        raise LetheError(f"{name}: has {len(text)} characters, {LONGEST} at most are taken")
+        raise LetheError(f"{name}: has {len(text)} characters; a setting has {LONGEST} at most")
     longest = max((len(part.encode()) for part in text.split("/")), default=0)
     if longest > LONGEST_PART and not free:
-        raise LetheError(
-            f"{name}: has {longest} bytes in one piece; names have {LONGEST_PART} at most, which is what file systems take"
-        )
+        raise LetheError(f"{name}: a part of it has {longest} bytes; a file system allows {LONGEST_PART} for one name")
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """Refuse a value below `least`; a value that is no number, too."""
+    """Refuse a value below `least`, and NaN."""
     if not value >= least:
         raise LetheError(f"{name}: must be at least {least}, got {value}")
 
 
 def check_seed(seed: int, name: str = "seed") -> None:
-    """Refuse a seed that a library would not take."""
+    """Refuse a seed that libraries do not accept."""
     at_least(name, seed, 0)
     if seed >= 2**32:
-        raise LetheError(f"{name}: must be below 2**32, which is as far as libraries take one, got {seed}")
+        raise LetheError(f"{name}: must be below 2**32, the limit of the libraries that draw, got {seed}")
 
 
 def above(name: str, value: float, bound: float) -> None:
@@ -111,7 +119,7 @@ def fraction(name: str, value: float) -> None:
 
 
 def check_layers(layers: list[int]) -> None:
-    """Refuse no layers, negative ones, and one that is named twice."""
+    """Refuse an empty list of layers, negative layers, and a layer that is named twice."""
     if not layers:
         raise LetheError("layers: name at least one layer, such as [0, 1, 2]")
     if min(layers) < 0:
@@ -124,7 +132,7 @@ def minutes(time: str | int) -> int:
     """Slurm's forms of a time in whole minutes, rounded up: 90, "90", "90:00", "1:30:00", "1-12", "1-12:00", "1-12:00:00".
 
     Raises:
-        LetheError: it is none of them, or no time at all.
+        LetheError: it has none of these forms, or is 0.
     """
     if isinstance(time, int) and time > 1440:  # YAML reads 12:00:00 without quotes as the number 43200
         raise LetheError(f'time: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
@@ -163,7 +171,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def spoken(kind: Any) -> str:
-    """A type in words."""
+    """A type in words, for messages and help."""
     if len(options(kind)) > 1:
         return " or ".join(spoken(option) for option in options(kind))
     if typing.get_origin(kind) is Literal:

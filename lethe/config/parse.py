@@ -1,88 +1,84 @@
 """From a recipe and a command line to a config object.
 
-jsonargparse does the typing, the YAML and `--print_config`. Around it: lists are written as plain words
-(`--layers 0 2`), the first word may be a positional setting (`lethe tamper run:ID`), and whatever is wrong is said in
-one line, with the nearest right name for an unknown field, wherever it is nested.
+    words -> (name, words) of each setting -> plain data: recipes and settings in their order -> `build` -> the dataclass
+
+A value on the command line means what it would mean in a recipe, except that text is taken as it is written and that lists are
+plain words (`--layers 0 2`). The first word may be a positional setting (`lethe tamper run:ID`). Each error is one line that
+names the setting, with the nearest right name for an unknown one. The help is made from the text below each field.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import functools
+import datetime
 import itertools
 import json
 import re
+import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+import docstring_parser
+import yaml
 
 from lethe import files
-from lethe.config import options, spoken
-from lethe.config.checks import DEEPEST, refuse_text, refuse_unusable, types_of
+from lethe.config import options, recipes, renamed, spoken, to_dict
+from lethe.config.checks import DEEPEST, refuse_misfit, refuse_text, refuse_unusable, types_of
 from lethe.errors import LetheError, nearest, printable
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+ANSWERED = {"config", "help", "print_config"}
+"""Options of every command that are no settings."""
+Part = tuple[str | None, Mapping[Any, Any]]
+"""Settings as plain data, and the recipe that they come from."""
 
 
-def parse(command: str, config: type, words: list[str], example: str, positional: str | None = None) -> Any | None:
-    """The config object that `words` describe; None when they only asked to print something.
+def parse(command: str, config: type, words: list[str], example: str, positional: str | None = None, about: str = "") -> Any:
+    """The config object that `words` describe. `example` and `about` are for the help.
 
     Raises:
-        LetheError: a field is unknown or ill-typed, or a recipe cannot be read.
+        LetheError: a setting is unknown or has the wrong type, or a recipe cannot be read.
+        SystemExit: `words` ask for the help or for the configuration, which is printed.
     """
-    words = _named(words, config, positional)
-    config = _variant(config, words, {})
-    _refuse_unusable(words, config)
-    _refuse_unknown(words, config)
-    parser = _parser(command, config, example)
-    return _made(config, lambda: parser.parse_args(_joined(words, config)))
+    settings = _settings(_named(words, config, positional))
+    given = {name: values[0] for name, values in settings if len(values) == 1}
+    found = {i: _read(values) for i, (name, values) in enumerate(settings) if name == "config"}
+    config = _variant(config, *(content for _, content in found.values()), given)
+    if "help" in dict(settings):
+        sys.stdout.write(_help(command, config, example, about))
+        raise SystemExit(0)
+    known = fields_of(config)
+    if unknown := [name for name, _ in settings if name not in {*known, *ANSWERED}]:
+        raise LetheError(f"there is no setting '--{unknown[0]}'{_advice(unknown[0], known)}")
+    parts = [
+        found.get(i) or (None, _nested(name, _value(name, known[name], values)))
+        for i, (name, values) in enumerate(settings)
+        if name in {*known, "config"}
+    ]
+    made = _combined(config, parts)
+    if "print_config" in dict(settings):
+        sys.stdout.write(yaml.safe_dump(to_dict(made), sort_keys=False, allow_unicode=True))
+        raise SystemExit(0)
+    return made
 
 
 def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> Any:
-    """The config object of a recipe file (None: of the defaults), with fields overridden, as the command line would make it.
+    """The config object of a recipe (a file, or the name of a recipe that comes with Lethe; None: all defaults).
+
+    `overrides` are settings that replace those of the recipe, as they would on the command line.
 
     Raises:
         LetheError: as `parse`.
     """
-    plain = {name: _plain(value) for name, value in overrides.items()}
-    config = _variant(config, [] if recipe is None else ["--config", str(recipe)], plain)
-    known = fields_of(config)
-    for name in _dotted(plain, known):
-        if name not in known:
-            raise LetheError(f"there is no setting '{name}'{_nearest_field(name, known)}")
-    for name, value in plain.items():
-        refuse_unusable(name, value)
-    words = [] if recipe is None else ["--config", str(recipe)]
-    _refuse_unknown(words, config)
-    parser = _parser("recipe", config, "")
-    return _made(config, lambda: parser.parse_args([*words, "--config", json.dumps(plain)]))
-
-
-def _variant(config: type, words: list[str], given: Mapping[str, Any]) -> type:
-    """The class that has the settings of a recipe: that of its method, for unlearning; for all else `config` itself."""
-    choose = getattr(config, "variant", None)
-    if choose is None:
-        return config
-    named: dict[str, Any] = {}
-    for i, word in enumerate(words):
-        name, _, value = word.partition("=")
-        value = value or (words[i + 1] if i + 1 < len(words) else "")
-        if name == "--config":
-            try:
-                content = files.yaml_of(files.text_of(value))
-            except files.UnreadableError:  # refused below, where its name can be given
-                content = None
-            named |= {"method": content["method"]} if isinstance(content, dict) and "method" in content else {}
-        elif name == "--method":
-            named["method"] = value
-    return choose({**named, **given})
+    parts = [*([] if recipe is None else [_read([str(recipe)])]), (None, overrides)]
+    refuse_unusable("", overrides)
+    return _combined(_variant(config, *(content for _, content in parts)), parts)
 
 
 def from_settings(config: type, given: Mapping[str, Any]) -> Any:
-    """The config object of settings as a recipe's section holds them: a `recipe` to start from, if named, and overrides.
+    """The config object of a section of a recipe: settings, with `recipe` as the recipe to start from.
 
     Raises:
         LetheError: as `parse`.
@@ -91,155 +87,198 @@ def from_settings(config: type, given: Mapping[str, Any]) -> Any:
     return from_recipe(config, given.get("recipe"), **overrides)
 
 
-@functools.cache
-def _parser(command: str, config: type, example: str) -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=f"lethe {command}",
-        description=(config.__doc__ or "").strip(),
-        epilog=f"--json prints the answer as JSON alone.    example: {example}",
-        exit_on_error=False,
-        default_env=False,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="A recipe (YAML); later settings override it.")
-    parser.add_class_arguments(config, as_group=False, fail_untyped=True)
-    return parser
-
-
-def _made(config: type, values: Callable[[], Any]) -> Any:
-    """The config object from parsed values. Built here, so that its own refusals are not wrapped in the parser's."""
-    try:
-        found = values().as_dict()
-    except (ArgumentError, TypeError) as error:
-        raise LetheError(_one_line(str(error), config)) from error
-    return build(config, found)
-
-
 def build(kind: Any, value: Any) -> Any:
-    """Plain data, such as a run's `config`, as the dataclasses that `kind` declares.
+    """The `config` of a run's record, as the dataclasses that `kind` declares. Unknown names are left out.
 
     Raises:
-        LetheError: a setting that has no default is missing, or one cannot be what it is.
+        LetheError: a required setting is missing, or a value is not allowed.
     """
+    if hasattr(kind, "of_record"):  # a method: its class, and the names that its settings have today
+        value = kind.of_record(value)
+        kind = kind.variant(value)
+    return _object(kind, value)
+
+
+def _object(kind: Any, value: Any, prefix: str = "") -> Any:
     for option in options(kind):
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            made: Any = option
-            if hasattr(option, "of_record"):  # a method: its class, and the names that its settings have today
-                value = made.of_record(value)
-                made = made.variant(value)
-            hints = types_of(made)
-            for f in dataclasses.fields(made):
-                if f.default is f.default_factory is dataclasses.MISSING and f.name not in value:
-                    raise LetheError(f"{f.name}: this setting is required")
-            return made(**{name: build(hints[name], item) for name, item in value.items() if name in hints})
+            hints, made = types_of(option), {}  # type: ignore[arg-type]
+            for f in dataclasses.fields(option):
+                name = f"{prefix}{f.name}"
+                if f.name in value:
+                    made[f.name] = _object(hints[f.name], value[f.name], f"{name}.")
+                    refuse_misfit(name, made[f.name], hints[f.name])
+                elif f.default is f.default_factory is dataclasses.MISSING:
+                    raise LetheError(f"{name}: this setting is required")
+            return option(**made)  # type: ignore[operator]
         if typing.get_origin(option) is list and isinstance(value, list):
-            return [build(typing.get_args(option)[0], item) for item in value]
-    return value
+            return [_object(typing.get_args(option)[0], item, prefix) for item in value]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if kind is float and whole and abs(value) < 2**53 else value
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+def _settings(words: list[str]) -> list[tuple[str, list[str]]]:
+    """Each `--name` with the words that follow it."""
+    named: list[tuple[str, list[str]]] = []
+    for word in words:
+        refuse_text(named[-1][0] if named else "", word, free=True)
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            named.append((name, [value] if equals else []))
+        elif word == "-h":
+            named.append(("help", []))
+        elif not named or (word.startswith("-") and not re.fullmatch(r"-\d.*", word)):
+            raise LetheError(f"there is no setting '{word}'; settings are written --name value")
+        else:
+            named[-1][1].append(word)
+    return named
 
 
 def _named(words: list[str], config: type, positional: str | None) -> list[str]:
-    """Words before the first option belong to the positional setting."""
+    """The words with the name of the positional setting before those that precede the first option."""
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     if count == 0:
         return words
     if positional is None:
         raise LetheError(f"'{words[0]}' is not a setting; settings are written --name value")
-    if count > 1 and positional not in _lists(config):
+    if count > 1 and typing.get_origin(fields_of(config)[positional]) is not list:
         raise LetheError(f"one {positional} is expected, got {count}: {' '.join(words[:count])}")
     return [f"--{positional}", *words]
 
 
-def _joined(words: list[str], config: type) -> list[str]:
-    """Words as jsonargparse reads them.
-
-    `--layers 0 2` becomes `--layers [0, 2]`; `--task_data a=FILE`: `--task_data {"a": "FILE"}`; `--merge`: `--merge true`.
-    """
-    lists, mixed = _lists(config), _mixed(config)
-    pairs = {name: kind for name, kind in fields_of(config).items() if kind in {dict[str, str], dict[str, Any]}}
-    switches = {f"--{name}" for name, kind in fields_of(config).items() if kind is bool}
-    several = lists.keys() | pairs.keys()
-    words = [part for word in words for part in (word.split("=", 1) if _head(word) in several and "=" in word else [word])]
-    out: list[str] = []
-    i = 0
-    while i < len(words):
-        word = words[i]
-        i += 1
-        name = word.removeprefix("--") if word.startswith("--") else ""
-        count = sum(1 for _ in itertools.takewhile(lambda w: not w.startswith("--"), words[i:]))
-        if name not in several and (name not in mixed or count == 1):
-            bare = word in switches and (i == len(words) or words[i].startswith("--"))
-            out += [word, "true"] if bare else [word]
-            continue
-        values = []
-        while i < len(words) and not words[i].startswith("--"):
-            values.append(words[i])
-            i += 1
-        if name in pairs:
-            out += [word, _pairs(name, values, pairs[name] == dict[str, Any])]
-            continue
-        quote = json.dumps if (lists | mixed)[name] is str else str
-        single = len(values) == 1 and values[0].startswith(("[", "null"))
-        out += [word, values[0] if single else f"[{', '.join(map(quote, values))}]"]
-    return out
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    """`lora.r` and 8 as `{"lora": {"r": 8}}`."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
 
 
-def _head(word: str) -> str:
-    return word.removeprefix("--").split("=", 1)[0] if word.startswith("--") else ""
+def _value(name: str, kind: Any, words: list[str]) -> Any:
+    """The words of a setting as a recipe's value: `0 2` is a list, and `a=FILE` is a name: value pair."""
+    choices = options(kind)
+    starts = words[0][:1] if len(words) == 1 else ""
+    if {dict[str, str], dict[str, Any]} & set(choices) and starts != "{" and words != ["null"]:
+        return _pairs(name, words, typed=dict[str, Any] in choices)
+    (item,) = [typing.get_args(option)[0] for option in choices if typing.get_origin(option) is list] or [None]
+    always_list = len({*choices} - {type(None)}) == 1 and starts != "[" and words != ["null"]
+    if item in {str, int, float} and (always_list or len(words) != 1):
+        return [_word(name, item, word) for word in words]
+    if kind is bool and not words:
+        return True
+    if len(words) != 1:
+        raise LetheError(f"{name}: expected {spoken(kind)}, got {printable(' '.join(words), 80) or 'nothing'}")
+    return _word(name, kind, words[0])
 
 
-def _pairs(name: str, words: list[str], typed: bool) -> str:
-    """`a=FILE b=FILE` as JSON; typed: the values are YAML, such as `lr=[1e-3, 1e-2]`."""
-    if len(words) == 1 and words[0].startswith("{"):
-        return words[0]
+def _word(name: str, kind: Any, word: str) -> Any:
+    """One word: text as it is written where the setting may be text, and YAML elsewhere."""
+    depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
+    if max(depths, default=0) > DEEPEST:
+        raise LetheError(f"{name}: nested too deeply; a setting has {DEEPEST} levels at most")
+    choices = options(kind)
+    if word == "null" and type(None) in choices:
+        return None
+    holds_settings = any(dataclasses.is_dataclass(option) for option in choices) and word.startswith(("{", "[{"))
+    if (str in choices and not holds_settings) or any(typing.get_origin(option) is Literal for option in choices):
+        return word
+    try:
+        value = files.yaml_of(word)
+    except files.UnreadableError as error:
+        raise LetheError(f"{name}: '{printable(word, 80)}' cannot be read ({error})") from error
+    if isinstance(value, dict | list):
+        refuse_unusable(name, value)
+    return numbers(value)
+
+
+def _pairs(name: str, words: list[str], typed: bool) -> dict[str, Any]:
+    """`a=FILE b=FILE` as a mapping; typed: the values are YAML, such as `lr=[1e-3, 1e-2]`."""
     parts = [word.partition("=") for word in words]
-    wrong = next((word for word, (key, _, value) in zip(words, parts, strict=True) if not key or not value), None)
-    if wrong is not None or not words:
-        raise LetheError(f"{name}: expected name=value, got {wrong!r}" if wrong is not None else f"{name}: expected name=value")
-    found = {key: _yaml(name, value) if typed else value for key, _, value in parts}
+    wrong = [word for word, (key, _, value) in zip(words, parts, strict=True) if not key or not value]
+    if wrong or not words:
+        raise LetheError(f"{name}: expected name=value, got {repr(wrong[0]) if wrong else 'nothing'}")
+    found = {key: _word(name, Any if typed else str, value) for key, _, value in parts}
     if len(found) < len(parts):
         raise LetheError(f"{name}: a name is written twice in {' '.join(words)}; write each once")
-    return json.dumps(found)
-
-
-def _yaml(name: str, text: str) -> Any:
-    """A value on the command line as it would be in a recipe; numbers such as 1e-3 are numbers there, too."""
-    try:
-        return numbers(files.yaml_of(text))
-    except files.UnreadableError as error:
-        raise LetheError(f"{name}: '{printable(text, 80)}' cannot be read ({error})") from error
+    return found
 
 
 def numbers(value: Any) -> Any:
-    """`value` with text such as "1e-3", which YAML 1.1 does not read as a number, as numbers."""
+    """`value` with text such as "1e-3", which YAML 1.1 does not read as a number, as numbers, and with dates as text."""
     if isinstance(value, list):
         return [numbers(item) for item in value]
     if isinstance(value, dict):
         return {key: numbers(item) for key, item in value.items()}
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
-    return value
+    return str(value) if isinstance(value, datetime.date) else value
 
 
-def _lists(config: type) -> dict[str, Any]:
-    """Dotted names of the fields that are lists, or null, and nothing else, with the type of their items."""
-    found = {name: [one for one in options(kind) if one is not type(None)] for name, kind in fields_of(config).items()}
-    lists = {name: kinds[0] for name, kinds in found.items() if len(kinds) == 1 and typing.get_origin(kinds[0]) is list}
-    return {name: typing.get_args(kind)[0] for name, kind in lists.items()}
+def _read(recipe: list[str]) -> Part:
+    """The name and the content of the recipe that `--config` names."""
+    if len(recipe) != 1:
+        raise LetheError(f"config: expected one recipe, got {' '.join(recipe) or 'nothing'}")
+    text = recipes.text_of(recipe[0])
+    try:
+        content = files.yaml_of(text)
+        refuse_unusable("", content)
+    except files.UnreadableError as error:
+        raise LetheError(f"config: '{recipe[0]}' cannot be read ({error})") from error
+    except LetheError as error:
+        raise LetheError(f"config: '{recipe[0]}': {str(error).removeprefix(': ')}") from error
+    if not isinstance(content, dict):
+        raise LetheError(f"config: '{recipe[0]}' holds no settings; a recipe is a list of name: value lines")
+    return recipe[0], numbers(content)
 
 
-def _mixed(config: type) -> dict[str, Any]:
-    """Dotted names of the fields that may be a list of plain values or something else, with the type of the list's items."""
-    found = {
-        name: [option for option in options(kind) if typing.get_origin(option) is list]
-        for name, kind in fields_of(config).items()
-    }
-    items = {name: typing.get_args(lists[0])[0] for name, lists in found.items() if lists and name not in _lists(config)}
-    return {name: item for name, item in items.items() if item in {str, int, float}}
+def _combined(config: type, parts: Iterable[Part]) -> Any:
+    """The config object of settings in their order: later ones replace earlier ones, and the defaults.
+
+    Raises:
+        LetheError: a setting does not exist, or its value is not allowed.
+    """
+    known, made = fields_of(config), _defaults(config)
+    for recipe, content in parts:
+        for name in _dotted(content, known):
+            if name not in known:
+                what = f"config: '{recipe}' has an unknown field '{name}'" if recipe else f"there is no setting '{name}'"
+                raise LetheError(f"{what}{_advice(name, known)}")
+        _merge(made, content, known)
+    return _object(config, made)
+
+
+def _dotted(content: Mapping[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all settings in plain data, those in lists of settings too."""
+    names = []
+    for key, value in content.items():
+        names.append(f"{prefix}{key}")
+        if any(map(dataclasses.is_dataclass, options(known.get(f"{prefix}{key}")))):
+            inner = value if isinstance(value, list) else [value]
+            names += [name for each in inner if isinstance(each, dict) for name in _dotted(each, known, f"{prefix}{key}.")]
+    return names
+
+
+def _variant(config: type, *given: Mapping[Any, Any]) -> type:
+    """The class that has the settings: `config`, or the one that it chooses by what is given (a later setting counts)."""
+    choose = getattr(config, "variant", None)
+    return choose(dict(itertools.chain.from_iterable(each.items() for each in given))) if choose else config
+
+
+def _defaults(config: type) -> dict[str, Any]:
+    """Default values of nested settings as plain data, so that a recipe may change one setting of them."""
+    made = [(f.name, f.default_factory()) for f in dataclasses.fields(config) if f.default_factory is not dataclasses.MISSING]
+    return {name: to_dict(value) for name, value in made if dataclasses.is_dataclass(value)}
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any], known: dict[str, Any], prefix: str = "") -> None:
+    """Put new values over old ones; of nested settings, those that are not named stay."""
+    for key, value in new.items():
+        nested = any(map(dataclasses.is_dataclass, options(known.get(f"{prefix}{key}"))))
+        if nested and isinstance(value, dict):
+            before = into.get(key)
+            into[key] = dict(before) if isinstance(before, dict) else {}
+            _merge(into[key], value, known, f"{prefix}{key}.")
+        else:
+            into[key] = value
 
 
 def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
@@ -252,86 +291,38 @@ def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _refuse_unusable(words: list[str], config: type) -> None:
-    """Refuse words that jsonargparse, which reads them as YAML, would fail on, or where it would drop a key written twice."""
-    kinds, name = fields_of(config), ""
-    for word in words:
-        name = word.partition("=")[0] if word.startswith("--") else name
-        setting = name.removeprefix("--")
-        refuse_text(setting, word, free=True)
-        depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
-        if max(depths, default=0) > DEEPEST:
-            raise LetheError(f"{setting}: nested too deeply; a setting has {DEEPEST} levels at most")
-        value = word.partition("=")[2] if word.startswith("--") else word
-        kind = kinds.get(setting, str)
-        holds_keys = any(dataclasses.is_dataclass(one) or typing.get_origin(one) in {dict, list} for one in options(kind))
-        if value.startswith(("{", "[{")) and holds_keys:
-            _yaml(setting, value)
-
-
-def _refuse_unknown(words: list[str], config: type) -> None:
-    known = fields_of(config)
-    own = {"config", "help", "json", "print_config"}
-    for i, word in enumerate(words):
-        if word.startswith("--"):
-            name, _, value = word.removeprefix("--").partition("=")
-            if name == "config":
-                _refuse_unknown_in_recipe(value or (words[i + 1] if i + 1 < len(words) else ""), known)
-            elif name not in known and name not in own and not name.endswith(".help"):
-                raise LetheError(f"there is no setting '--{name}'{_nearest_field(name, known)}")
-        elif word.startswith("-") and word != "-h" and not re.fullmatch(r"-\d.*", word):
-            raise LetheError(f"there is no setting '{word}'; settings are written --name value")
-
-
-def _refuse_unknown_in_recipe(file: str, known: dict[str, Any]) -> None:
-    try:
-        content = files.yaml_of(files.text_of(file))
-    except files.UnreadableError as error:
-        raise LetheError(f"config: '{file}' cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise LetheError(f"config: '{file}' holds no settings; a recipe is a list of name: value lines")
-    for name in _dotted(content, known):
-        if name not in known:
-            raise LetheError(f"config: '{file}' has an unknown field '{name}'{_nearest_field(name, known)}")
-    try:
-        refuse_unusable("", content)
-    except LetheError as error:
-        raise LetheError(f"config: '{file}': {error}") from error
-
-
-def _dotted(content: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for key, value in content.items():
-        names.append(f"{prefix}{key}")
-        if isinstance(value, dict) and any(map(dataclasses.is_dataclass, options(known.get(f"{prefix}{key}")))):
-            names += _dotted(value, known, f"{prefix}{key}.")
-    return names
-
-
-def _nearest_field(name: str, known: dict[str, Any]) -> str:
-    """The field of which this is the last part, or the nearest one."""
+def _advice(name: str, known: dict[str, Any]) -> str:
+    """What to write instead of an unknown setting: its new name, the field of which it is the last part, or the nearest one."""
+    if new := renamed.advice(name):
+        return f"; {new}"
     for full in known:
         if full.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]:
             return f"; did you mean '{full}'?"
     return nearest(name, known)
 
 
-def _one_line(message: str, config: type) -> str:
-    """jsonargparse's message, which lists every alternative of a type over many lines, as one line."""
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    known = fields_of(config)
-    name = ".".join(keys)
-    name = name if name in known else keys[0] if keys else ""
-    missing = re.search(r'(?<![\w.])([\w.]+)"? is required', message)
-    if missing or not name:
-        field = missing.group(1) if missing else ""
-        stray = message.partition("unrecognized arguments: ")[2]
-        if stray:
-            return f"'{stray}' belongs to no setting; one that is no list takes one value, as --name value"
-        return f"{field}: this setting is required" if field else " ".join(message.split())
-    got = re.findall(r"Got value: (.+)", message) or re.findall(r"Given value: (.+)", message)
-    given = printable(got[0].strip(), 80) if got else "something else"
-    if given.startswith("Namespace"):
-        required = re.findall(r"arguments are required: (.+)", message)
-        return f"{name}: {required[0].strip()} is required" if required else f"{name}: expected {spoken(known[name])}"
-    return f"{name}: expected {spoken(known[name])}, got {given}"
+def _help(command: str, config: type, example: str, about: str) -> str:
+    parser = argparse.ArgumentParser(
+        usage=f"lethe {command} [--config RECIPE] [--name value ...]", description=about, epilog=f"example: {example}"
+    )
+    recipe = "A recipe: a YAML file, or a name that `lethe recipes` lists. Later settings override it."
+    parser.add_argument("--config", metavar="RECIPE", help=recipe)
+    parser.add_argument("--print_config", action="store_true", help="Print the settings as a recipe, and do nothing else.")
+    parser.add_argument("--json", action="store_true", help="Print the answer as JSON alone.")
+    for name, text in _described(config):
+        parser.add_argument(f"--{name}", metavar="VALUE", help=text.replace("%", "%%"))
+    return parser.format_help()
+
+
+def _described(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each setting with the text below its field, its type and its default."""
+    texts: dict[str, str] = {}
+    for each in filter(dataclasses.is_dataclass, reversed(config.__mro__)):
+        texts |= {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(each).params}
+    for f in dataclasses.fields(config):
+        kind = types_of(config)[f.name]
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        fallback = "required" if default is dataclasses.MISSING else f"default: {json.dumps(default, default=to_dict)}"
+        yield f"{prefix}{f.name}", f"{texts.get(f.name, '')} ({spoken(kind)}; {fallback})"
+        for option in filter(dataclasses.is_dataclass, options(kind)):
+            yield from _described(option, f"{prefix}{f.name}.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lethe.config.checks import at_least, check_layers, check_types
-from lethe.config.training import Dtype, EvalSettings, LoraSettings, TextSource, TrainingSettings, refuse_weight
+from lethe.config.checks import Dtype, at_least, check_layers, check_types
+from lethe.config.evaluation import EvalSettings
+from lethe.config.training import LoraSettings, TextSource, TrainingSettings, refuse_weight
 from lethe.errors import LetheError
 
 

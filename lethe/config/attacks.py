@@ -1,0 +1,119 @@
+"""Settings of one attack: fine-tuning on forget text, or a change to the weights or the prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lethe.config.checks import at_least, check_types
+from lethe.config.evaluation import EvalSettings
+from lethe.config.training import LoraSettings, TextSource, TrainingSettings, refuse_weight
+from lethe.errors import LetheError
+
+AttackName = Literal["finetune", "noise", "quantize", "prune", "prompt"]
+STRENGTHS: dict[str, list[float]] = {"noise": [0.1, 0.2, 0.4, 0.8], "quantize": [8, 4]}
+STRENGTHS |= {"prune": [0.1, 0.3, 0.5, 0.7], "prompt": [1, 2, 4]}
+ATTACKED = 512
+"""Documents, at most, that an attack takes where no number is given."""
+
+
+@dataclass
+class TamperConfig(TrainingSettings):
+    """Attack a model: fine-tune it on forget text, change its weights, or prompt it, and measure what comes back."""
+
+    model: str = ""
+    """The model to attack: any reference, such as run:ID, lab:filtered or random:lab:final."""
+    attack: AttackName = "finetune"
+    """finetune: train on forget text. Without training: add noise to the weights, quantize or prune them, or prompt with
+    forget text."""
+    strengths: list[float] = field(default_factory=list)
+    """How strong the attack is, the weakest first; []: usual values. noise: its standard deviation over that of the matrix;
+    quantize: bits, 8 or 4; prune: share of the weights that is set to 0; prompt: documents in the prompt."""
+    forget: str | TextSource = "lab:forget"
+    """The attacker's text. Its documents are taken from the end that unlearning does not use."""
+    num_train_examples: int | None = None
+    """Documents that the attacker has (0: all); null: all, up to 512. A prompt's documents are drawn from these."""
+    overlap: Literal["refuse", "allow"] = "refuse"
+    """Whether the attacker may have documents that the model was unlearned with. The run records their number."""
+    lora: LoraSettings | None = None
+    """Train adapters on the linear layers of all blocks; null: train all weights."""
+    adapter: Literal["merge", "train"] = "merge"
+    """For a model that is an adapter on another. merge: merge it first; train: the attack trains the adapter itself."""
+    save_model: bool = False
+    """Save the attacked model, at the last strength, so that it can be evaluated or attacked again."""
+    max_steps: int = 60
+    """Optimizer updates; -1: as many as epochs has."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    eval: EvalSettings = field(default_factory=lambda: EvalSettings(every=10))
+    """Evaluation before the first update, every so many updates and at the end; without training, at each strength."""
+    out: str = "runs"
+    """Folder of runs."""
+    name: str = "attack"
+    """Name of the run."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.attack != "finetune":
+            self._refuse_training()
+        super().__post_init__()
+        refuse_weight("forget", self.forget)
+        if not self.model:
+            raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
+        if self.adapter == "train" and self.lora is not None:
+            raise LetheError("lora: has no effect with adapter train, which trains the adapter that is there; leave one out")
+        at_least("num_train_examples", self.num_train_examples or 0, 0)
+        if self.attack == "finetune":
+            if self.strengths:
+                raise LetheError(f"strengths: {self.strengths} has no effect with attack finetune; leave it out")
+            return
+        self.strengths = self.strengths or [float(strength) for strength in STRENGTHS[self.attack]]
+        self._refuse_strengths()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the attacker uses text at all."""
+        return self.attack in {"finetune", "prompt"}
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything in the attack is random, so that another seed is another attack."""
+        return self.attack not in {"quantize", "prune"}
+
+    def _refuse_training(self) -> None:
+        """Refuse settings that an attack without training does not use."""
+        read = {"model", "attack", "strengths", "eval", "out", "name", "time_limit"}
+        read |= {"forget", "num_train_examples", "overlap", "max_length"} if self.reads_text else {"save_model"}
+        read |= {"seed"} if self.draws else set()
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.name not in read and value != _default(each):
+                raise LetheError(f"{each.name}: {value} has no effect with attack {self.attack}; leave it out")
+        if self.eval.every not in {0, 10}:
+            raise LetheError(f"eval.every: {self.eval.every} has no effect with attack {self.attack}; leave it out")
+
+    def _refuse_strengths(self) -> None:
+        bounds = {
+            "noise": ("above 0", lambda s: s > 0),
+            "quantize": ("8 or 4 (bits)", lambda s: s in {8, 4}),
+            "prune": ("above 0 and below 1", lambda s: 0 < s < 1),
+            "prompt": ("whole numbers of documents, at least 1", lambda s: s >= 1 and s == int(s)),
+        }
+        expected, fits = bounds[self.attack]
+        wrong = [strength for strength in self.strengths if not fits(strength)]
+        if wrong:
+            raise LetheError(f"strengths: with attack {self.attack} they are {expected}, got {wrong[0]:g}")
+        rising = sorted(set(self.strengths), reverse=self.attack == "quantize")
+        if self.strengths != rising:
+            wanted = ", ".join(f"{strength:g}" for strength in rising)
+            raise LetheError(f"strengths: name each once, the weakest first: [{wanted}]")
+        documents = ATTACKED if self.num_train_examples is None else self.num_train_examples
+        if self.attack == "prompt" and documents and max(self.strengths) > documents:
+            raise LetheError(f"strengths: {max(self.strengths):g} documents are more than num_train_examples, {documents}")
+
+
+def _default(each: dataclasses.Field[Any]) -> Any:
+    return each.default if each.default_factory is dataclasses.MISSING else each.default_factory()

@@ -1,0 +1,125 @@
+"""Settings of evaluation: tasks, the commands that evaluate models, and evaluation during a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lethe.config.checks import Dtype, at_least, check_types
+from lethe.errors import LetheError
+
+LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
+
+
+@dataclass(kw_only=True)
+class TaskSettings:
+    """What every command that names tasks has beside them."""
+
+    limit: int = 0
+    """Questions of each task to evaluate on, from its first one (0: all). More questions give narrower intervals."""
+    task_data: dict[str, str] = field(default_factory=dict)
+    """Local files (.jsonl) to read instead of a task's data set on the hub, such as wmdp_bio_robust=FILE.jsonl."""
+    num_fewshot: int | None = None
+    """Solved examples in each prompt; null: the number that each task names."""
+    suites: dict[str, list[str]] = field(default_factory=dict)
+    """Names for lists of tasks, which tasks may then contain: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
+
+    def _spelled_out(self, tasks: list[str], prefix: str = "") -> list[str]:
+        """Task names without commas, and the tasks of a suite in its place; each name once.
+
+        Raises:
+            LetheError: a setting is out of range.
+        """
+        at_least(f"{prefix}limit", self.limit, 0)
+        at_least(f"{prefix}num_fewshot", self.num_fewshot or 0, 0)
+        names = [name.strip() for word in tasks for name in word.split(",") if name.strip()]
+        return list(dict.fromkeys(task for name in names for task in self.suites.get(name, [name])))
+
+
+@dataclass
+class EvalSettings(TaskSettings):
+    """Evaluation during and after a run."""
+
+    tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
+    """Tasks or groups of lm-eval, folders of task files, or suites."""
+    every: int = 0
+    """Updates between two evaluations (0: evaluate at the end only). A smaller number gives a finer curve and takes longer."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "eval.")
+        at_least("eval.every", self.every, 0)
+        self.tasks = self._spelled_out(self.tasks, "eval.")
+
+
+@dataclass
+class CheckpointsConfig(TaskSettings):
+    """Evaluate a model's pretraining checkpoints and name the latest one that is still ignorant of the topic."""
+
+    model: str
+    """The final model, such as lab:final, or a folder that holds global_step…, step… or checkpoint-… folders."""
+    checkpoints: str | None = None
+    """The folder or hub repository that has the checkpoints; null: they lie with the model."""
+    tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
+    """Tasks or groups of lm-eval, folders of task files, or suites. The first task decides which checkpoint is ignorant."""
+    search: Literal["bisect", "all"] = "bisect"
+    """bisect: halve the history until the answer and its neighbours are evaluated; all: evaluate every checkpoint."""
+    source: str | None = None
+    """The checkpoint that is the source so far, marked in the table: its name or a reference."""
+    dtype: Dtype = "float32"
+    """Type of the weights."""
+    time_limit: float = 0.0
+    """Hours after which the run stops with status failed (0: no limit)."""
+    out: str = "runs"
+    """Folder of runs."""
+    name: str = "checkpoints"
+    """Name of the run."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least("time_limit", self.time_limit, 0)
+        self.tasks = self._spelled_out(self.tasks)
+
+
+@dataclass
+class EvaluateConfig(TaskSettings):
+    """Evaluate a model on lm-eval tasks."""
+
+    model: str
+    """The model: any reference."""
+    tasks: list[str] = field(default_factory=lambda: list(LAB_TASKS))
+    """Tasks or groups of lm-eval, folders of task files, or suites."""
+    samples: bool = False
+    """Write the log-likelihoods of every question to samples.jsonl, so that `lethe compare` need not compute them again."""
+    dtype: Dtype = "float32"
+    """Type of the weights."""
+    time_limit: float = 0.0
+    """Hours after which the run stops with status failed (0: no limit)."""
+    out: str = "runs"
+    """Folder of runs."""
+    name: str = "eval"
+    """Name of the run."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least("time_limit", self.time_limit, 0)
+        self.tasks = self._spelled_out(self.tasks)
+
+
+@dataclass
+class CompareConfig(TaskSettings):
+    """Compare two models on the same questions: the difference, an exact McNemar test, and which answers changed."""
+
+    models: list[str]
+    """Two model references, or two evaluate runs. Runs that were made with samples are not computed again."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks or groups of lm-eval, folders of task files, or suites; []: those of the runs, or lab_forget_robust lab_retain."""
+    dtype: Dtype = "float32"
+    """Type of the weights."""
+    out: str = "runs"
+    """Folder in which runs are looked up."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self.tasks = self._spelled_out(self.tasks)
+        if len(self.models) != 2:
+            raise LetheError(f"models: expected two references or runs, got {len(self.models)}")
