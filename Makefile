@@ -1,9 +1,9 @@
-# make install | demo | test | lint, each on a fresh clone too: the environment is made when it is missing.
+# make install | demo | test | lint | docs, each on a fresh clone too: the environment is made when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint docs clean
 
 install: $(STAMP)
 
@@ -24,5 +24,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install
+	$(BIN)/python scripts/reference.py
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site
