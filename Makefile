@@ -26,7 +26,7 @@ lint: install
 
 docs: install
 	$(BIN)/python scripts/reference.py
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf .venv demo site

@@ -41,7 +41,7 @@ def methods() -> dict[str, type]:
     if importlib.util.find_spec("lethe.methods.method") is None:
         return {}
     method = importlib.import_module("lethe.methods.method")
-    return {name: method.find(name) for name in method.names()}
+    return {name: method.named(name) for name in method.names()}
 
 
 def _index() -> str:

@@ -1,6 +1,6 @@
 """Tiny configurations of model families, random weights being enough for most tests: the one list that tests share.
 
-`FAMILIES` are those that Lethe trains and evaluates as the plain model does (test_families.py, docs/models.md); `OTHERS` those
+`FAMILIES` are those that Lethe trains and evaluates as the plain model does (docs/guides/model-and-data.md); `OTHERS` those
 that it refuses, with adapters or altogether. Hidden size 32, four blocks, four heads, a window of 64 tokens.
 """
 

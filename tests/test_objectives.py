@@ -1,4 +1,4 @@
-"""The terms of the loss are FIELD's formulas: compared with loops over tokens in float64 and with torch.distributions."""
+"""The losses are the documented formulas: compared with loops over tokens in float64 and with torch.distributions."""
 
 from __future__ import annotations
 

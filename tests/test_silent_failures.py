@@ -1,4 +1,4 @@
-"""Each way in which earlier work went wrong without an error (FIELD's table), planted: it is refused, or said aloud.
+"""Each way in which earlier work went wrong without an error, planted: it is refused, or said aloud.
 
 Rows that another file provokes: few-shot counts in one table (test_report), the held-out split and the layer's place
 (test_affine, test_residual), Muon's routes (test_optimizers), degenerate answers and missing numbers (test_evaluate).

@@ -1,4 +1,4 @@
-"""Unlearning: the losses are FIELD's, recomputed by hand from the saved models; what is trained is what was said."""
+"""Unlearning: the documented losses, recomputed by hand from the saved models; what is trained is what was said."""
 
 from __future__ import annotations
 

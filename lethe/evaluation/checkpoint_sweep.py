@@ -151,7 +151,7 @@ def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
 
 
 def annotate(rows: list[dict[str, Any]], task: str, source: str | None = None) -> dict[str, Any] | None:
-    """Set each row's `note` as the log does, and return the latest ignorant row, if any. `source` names the one in use."""
+    """Set each row's `note`, and return the latest ignorant row, if any. `source` names the one in use."""
     ignorant = [bool(row["evals"]) and at_chance(row["evals"][task]) for row in rows]
     latest = max((i for i, is_so in enumerate(ignorant) if is_so), default=None)
     after = next((i for i, row in enumerate(rows) if latest is not None and i > latest and row["evals"]), None)

@@ -28,7 +28,7 @@ def cb_loss(
     tokens: Tensor | int | None = None,
     variance: dict[int, float] | None = None,
 ) -> Tensor:
-    """Distance of activations on forget text from where the source's, mapped, would put them (FIELD, cb_loss).
+    """Distance of activations on forget text from where the source's, mapped, would put them (docs/checkpoint-transfer.md).
 
     Per layer, the mean over hidden dimensions of (h − (W c + b))², averaged over tokens; then averaged over layers.
     `teacher` holds W c + b. With `variance`, by layer, each layer's distance is divided by it: 1 is then as far as the mean of

@@ -205,7 +205,7 @@ def recovery_table(study: Study) -> Table:
     several = len({series.settings for series in study.series}) > 1
     seeds = any(len(series.attacks) > 1 for series in study.series)
     twins = dict.fromkeys(series.model for series in study.series if series.control == FILTERED)
-    notes = ["Definitions: docs/tampering.md. Above the twin: accuracy at equal tokens of the attack, with its 95 % interval."]
+    notes = ["Definitions: docs/reference/measures.md. Above the twin: accuracy at equal tokens, with its 95 % interval."]
     if len(twins) > 1:
         notes.append(f"Above none of several filtered twins ({'; '.join(twins)}): report them apart.")
     cells = []

@@ -6,7 +6,7 @@ had removed. A curve that falls is negative, one that ends above the baseline mo
 never knew: at equal tokens, how much more accurate is it? What the control learns too, the attacker taught.
 
 `over_seeds` makes one curve of several, `worst_case` one number of several attacks. Intervals are those of question sampling
-and, where there are several seeds, of seeds. Curves are lists of `Point`; definitions are in docs/tampering.md.
+and, where there are several seeds, of seeds. Curves are lists of `Point`; definitions are in docs/reference/measures.md.
 """
 
 from __future__ import annotations
