@@ -45,17 +45,17 @@ def methods() -> dict[str, type]:
 
 
 def _index() -> str:
-    lines = [f"| [`lethe {name}`]({_slug(name)}.md) | {_summary(command.config)} |" for name, command in COMMANDS.items()]
+    lines = [f"| [`lethe {name}`]({_slug(name)}.md) | {_summary(_about(command))} |" for name, command in COMMANDS.items()]
     text = f"{HEADER}\n# Commands\n\nEvery setting of every command, with its type, default and help text.\n\n"
     text += "| command | what it does |\n| --- | --- |\n" + "\n".join(lines) + "\n"
     if methods():
-        rows = [f"| [`{name}`](unlearn-{name}.md) | {_summary(kind)} |" for name, kind in methods().items()]
+        rows = [f"| [`{name}`](unlearn-{name}.md) | {_summary(kind.__doc__)} |" for name, kind in methods().items()]
         text += "\n## Methods of unlearning\n\n| method | what it is |\n| --- | --- |\n" + "\n".join(rows) + "\n"
     return text + "\nSee also: [what a run writes](run-folder.md), [what the numbers mean](measures.md).\n"
 
 
 def _command_page(name: str, command: Command) -> str:
-    text = f"{HEADER}\n# lethe {name}\n\n{_prose(command.config)}\n\n```text\n{command.example}\n```\n\n"
+    text = f"{HEADER}\n# lethe {name}\n\n{_prose(_about(command))}\n\n```text\n{command.example}\n```\n\n"
     if command.positional:
         text += f"`{command.positional}` may stand without its name, as the first word after the command.\n\n"
     text += "Every command also takes `--config` (a recipe), `--print_config`, `--json` and `--help`."
@@ -69,7 +69,7 @@ def _command_page(name: str, command: Command) -> str:
 def _method_page(name: str, kind: type) -> str:
     """The settings that a method adds to those of `lethe unlearn`, which its own page lists."""
     common = {field.name for field in dataclasses.fields(COMMANDS["unlearn"].config)}
-    text = f"{HEADER}\n# lethe unlearn --method {name}\n\n{_prose(kind)}\n\n"
+    text = f"{HEADER}\n# lethe unlearn --method {name}\n\n{_prose(kind.__doc__)}\n\n"
     text += "Settings that all methods share are listed under [lethe unlearn](unlearn.md)."
     return f"{text}\n\n## Settings\n\n{_tables(kind, common)}"
 
@@ -86,7 +86,7 @@ def _tables(config: type, left_out: set[str], prefix: str = "") -> str:
         cells = [_cell(_type(hints[field.name])), _default(field), _cell(help_of.get(field.name, ""))]
         rows.append(f"| `{name}` | {' | '.join(cells)} |")
         for nested in filter(dataclasses.is_dataclass, options(hints[field.name])):
-            below += f"\n## {name}\n\n{_prose(nested)}\n\n{_tables(typing.cast(type, nested), set(), f'{name}.')}"
+            below += f"\n## {name}\n\n{_prose(nested.__doc__)}\n\n{_tables(typing.cast(type, nested), set(), f'{name}.')}"
     return TABLE + "\n".join(rows) + "\n" + below
 
 
@@ -111,14 +111,19 @@ def _help(config: type) -> dict[str, str]:
     return found
 
 
-def _prose(kind: Any) -> str:
-    """A class's docstring; indented lines, which are formulas, stand in a block."""
-    lines = re.sub(r"(?m)^ {4}", "", (kind.__doc__ or "").strip())
+def _about(command: Command) -> str | None:
+    """What a command does for its user."""
+    return getattr(command, "about", None) or command.config.__doc__
+
+
+def _prose(docstring: str | None) -> str:
+    """A docstring; its indented lines, which are formulas, stand in a code fence."""
+    lines = re.sub(r"(?m)^ {4}", "", (docstring or "").strip())
     return re.sub(r"(?m)(^ {4}.+\n?)+", lambda block: f"```text\n{block[0].rstrip()}\n```\n", lines)
 
 
-def _summary(kind: type) -> str:
-    return _cell((kind.__doc__ or "").strip().partition("\n\n")[0])
+def _summary(docstring: str | None) -> str:
+    return _cell((docstring or "").strip().partition("\n\n")[0])
 
 
 def _cell(text: str) -> str:
