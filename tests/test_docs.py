@@ -127,6 +127,9 @@ def test_import_of_a_log(tmp_path):
     assert "45.2 % is in no cell of 'Retain sweep'" in imported
     assert [line.split()[0] for line in listed.splitlines()[2:4]] == ["2042651", "2042650"]
     assert (tmp_path / "study-report" / "index.html").exists()
+    (code,) = blocks("docs/guides/runs-and-reports.md", "python")
+    (tmp_path / "example.py").write_text(code)
+    assert "0.4312" in run("python example.py", tmp_path)
 
 
 def test_recipes_in_the_guides_are_valid(here, monkeypatch):
