@@ -1,4 +1,4 @@
-"""Recipes are runnable as they stand; those of the 7B model are the Deep Ignorance study's runs, as its tables count them."""
+"""Recipes are runnable as they stand; those of the 7B model are the log's runs, as its tables count them."""
 
 from __future__ import annotations
 
