@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 import re
+import textwrap
 import typing
 from pathlib import Path
 from typing import Any
@@ -67,10 +69,12 @@ def _command_page(name: str, command: Command) -> str:
 
 
 def _method_page(name: str, kind: type) -> str:
-    """The settings that a method adds to those of `lethe unlearn`, which its own page lists."""
-    common = {field.name for field in dataclasses.fields(COMMANDS["unlearn"].config)}
+    """The settings that a method adds to those of `lethe unlearn`, or declares anew."""
+    shared = COMMANDS["unlearn"].config
+    own = {name for base in kind.__mro__ if base not in shared.__mro__ for name in vars(base).get("__annotations__", {})}
+    common = {field.name for field in dataclasses.fields(shared)} - own
     text = f"{HEADER}\n# lethe unlearn --method {name}\n\n{_prose(kind.__doc__)}\n\n"
-    text += "Settings that all methods share are listed under [lethe unlearn](unlearn.md)."
+    text += "The other settings are those of [lethe unlearn](unlearn.md)."
     return f"{text}\n\n## Settings\n\n{_tables(kind, common)}"
 
 
@@ -118,8 +122,8 @@ def _about(command: Command) -> str | None:
 
 def _prose(docstring: str | None) -> str:
     """A docstring; its indented lines, which are formulas, stand in a code fence."""
-    lines = re.sub(r"(?m)^ {4}", "", (docstring or "").strip())
-    return re.sub(r"(?m)(^ {4}.+\n?)+", lambda block: f"```text\n{block[0].rstrip()}\n```\n", lines)
+    lines = inspect.cleandoc(docstring or "")
+    return re.sub(r"(?m)(^ {4}.+\n?)+", lambda block: f"```text\n{textwrap.dedent(block[0]).rstrip()}\n```\n", lines)
 
 
 def _summary(docstring: str | None) -> str:

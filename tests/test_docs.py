@@ -19,7 +19,7 @@ from types import ModuleType
 import pytest
 
 from lethe import cli
-from lethe.config import EvaluateConfig, SweepConfig, UnlearnConfig
+from lethe.config import EvaluateConfig, SweepConfig
 from lethe.config.parse import from_recipe
 from lethe.lab.presets import PRESETS
 from lethe.sweeps.grid import Grid
@@ -140,7 +140,7 @@ def test_recipes_in_the_guides_are_valid(here, monkeypatch):
         file.write_text(as_files(blocks(f"docs/guides/{page}.md", "yaml")[0]))
         return file
 
-    assert from_recipe(UnlearnConfig, recipe("model-and-data")).layers == [5, 10, 15, 20, 25, 30]
+    assert from_recipe(cli.COMMANDS["unlearn"].config, recipe("model-and-data")).layers == [5, 10, 15, 20, 25, 30]
     assert len(Grid(from_recipe(SweepConfig, recipe("sweeps"))).points) == 27
     assert from_recipe(SweepConfig, recipe("several-machines"), vary={"lr": [1e-3]}).slurm.time == "12:00:00"
     tasks = from_recipe(EvaluateConfig, recipe("evaluation"), model="lab:final", tasks=["biothreat", "general"]).tasks
