@@ -250,7 +250,7 @@ class Suite(Planner):
         known = [point.value for attack in attacks for point in attack.points_of(forget or "")]
         return [max(known) if known else f"no accuracy on {forget or 'a forget task'} in {runs[0].path.name}"]
 
-    def attack_tasks(self, sweep: Sweep, task: Task, runs: list[Run]) -> dict[str, Any]:
+    def judged(self, sweep: Sweep, task: Task, runs: list[Run]) -> dict[str, Any]:
         """A trial's results for tables: those of its last attack's end."""
         evals = (runs[-1].record.get("evals") or {}) if runs and task.status == "complete" else {}
         keep = ("acc", "correct_prob", "low", "high", "n", "chance", "degenerate")
