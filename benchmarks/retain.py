@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lethe.objectives.blocked import blocked_kl_loss
-from lethe.objectives.terms import retain_kl_loss
+from lethe.objectives.distributions import chunked_kl, kl
 
 SHAPES = [(50304, 512, 16, 64), (50304, 512, 4, 256), (50304, 512, 4, 64), (512, 64, 16, 64), (512, 64, 4, 256)]
 REPEATS = {50304: 3, 512: 60}
@@ -38,10 +37,10 @@ class Case:
 
     def plain(self) -> Tensor:
         logits, reference = linear(self.hidden, self.heads[0].weight), linear(self.reference, self.heads[1].weight)
-        return retain_kl_loss(logits, reference, self.mask)
+        return kl(logits, reference, self.mask)
 
     def blocked(self) -> Tensor:
-        return blocked_kl_loss(self.hidden, self.heads[0], self.reference, self.heads[1], self.mask)
+        return chunked_kl(self.hidden, self.heads[0], self.reference, self.heads[1], self.mask)
 
     def step(self, how: str) -> None:
         self.hidden.grad = self.heads[0].weight.grad = None

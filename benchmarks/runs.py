@@ -2,14 +2,14 @@
 
     python benchmarks/runs.py [COUNT]
 
-Makes COUNT (5,000) runs of the usual kinds and statuses in a temporary folder, each with a full run.json, metrics.jsonl of
-500 lines (written once, then copied) and, if it is an attack, a curve of six evaluations; times the commands themselves: a
-list, a chosen and sorted one, JSON, and a report, with the processor's seconds, the peak memory and the page's size; and,
-where there is a Chromium, how long it takes to load that page.
+Makes COUNT (5,000) runs of the usual kinds and statuses in a temporary folder. Each has a full run.json and a metrics.jsonl of
+500 lines, and each attack a curve of six evaluations. Times the commands themselves: a list, a selected and sorted list, JSON,
+and a report, with its CPU seconds, peak memory and the size of the page. With Chromium: how long it takes to load the page.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -39,7 +39,7 @@ COMMANDS = {
 def record(rng: random.Random, number: int) -> dict[str, Any]:
     """A run's record, of the size that a real one has."""
     kind, status = (rng.choices(*zip(*weighted, strict=True))[0] for weighted in (KINDS, STATUSES))
-    settings: Any = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig, "evaluate": c.EvaluateConfig}[kind]
+    settings: Any = {"unlearn": c.Transfer, "tamper": c.TamperConfig, "evaluate": c.EvaluateConfig}[kind]
     models = {
         "unlearn": ["lab:final"],
         "tamper": ["lab:filtered", *3 * [f"run:{number - 1:08x}"]],
@@ -115,7 +115,7 @@ def make(folder: Path, count: int) -> None:
 
 
 def run(folder: str, words: list[str]) -> tuple[float, float, float]:
-    """Seconds of a command and of its processor, and the megabytes that it took at most."""
+    """Wall seconds, CPU seconds and peak memory (MB) of a command."""
     start = time.perf_counter()
     done = subprocess.Popen([sys.executable, "-m", "lethe.cli", *words], cwd=folder, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(done.pid, 0)
@@ -125,12 +125,12 @@ def run(folder: str, words: list[str]) -> tuple[float, float, float]:
 
 
 def load(page: Path) -> float | None:
-    """Milliseconds until Chromium has loaded a page, as the page's own clock says; None without Chromium."""
+    """Milliseconds until Chromium has loaded a page, by the page's own clock; None without Chromium."""
     browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
     if browser is None:
         return None
-    told = "setTimeout(() => { document.title = `loaded:${Math.round(performance.now())}:` })"
-    clock = f"<script>addEventListener('load', () => {told})</script>"
+    report = "setTimeout(() => { document.title = `loaded:${Math.round(performance.now())}:` })"
+    clock = f"<script>addEventListener('load', () => {report})</script>"
     timed = page.with_name("timed.html")
     timed.write_text(page.read_text().replace("<title>", clock + "<title>"))
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --timeout=60000 --dump-dom"
@@ -143,7 +143,9 @@ def load(page: Path) -> float | None:
 
 def main() -> None:
     """Make the runs, time the commands."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", type=int, nargs="?", default=5000, help="how many runs to make (default: 5000)")
+    count = parser.parse_args().count
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), count)
         for name, words in COMMANDS.items():
@@ -152,7 +154,7 @@ def main() -> None:
         wall, used, memory = run(folder, ["report", "runs", "--out", "report"])
         page = Path(folder) / "report" / "index.html"
         size = page.stat().st_size / 1e6
-        print(f"report   {count} runs: {wall:.1f} s, {used:.1f} s of the processor, {memory:.0f} MB; page {size:.1f} MB")
+        print(f"report   {count} runs: {wall:.1f} s, {used:.1f} CPU s, {memory:.0f} MB; page {size:.1f} MB")
         if (ms := load(page)) is not None:
             print(f"page     {count} runs: loaded in {ms / 1000:.2f} s")
 

@@ -26,16 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lethe import LoraSettings, UnlearnConfig
+from lethe import LoraSettings, Transfer
 from lethe.config import EvalSettings, to_dict
 from lethe.lab import presets
 from lethe.models import refs
 from lethe.models.adapters import add_adapters
-from lethe.objectives import terms
+from lethe.objectives import distributions
+from lethe.objectives.activations import squared_distance
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.unlearning.check import check
-from lethe.unlearning.pipeline import UnlearnTrainer, _cache_teachers, _prepared
+from lethe.unlearning.prepare import cache_teachers, prepare
+from lethe.unlearning.trainer import UnlearnTrainer
 
 CASES = [(16, 64, 0.0), (4, 64, 0.0), (16, 256, 0.0), (16, 64, 0.05)]
 ROUNDS, UPDATES, WARM = 4, 5, 2
@@ -62,11 +64,12 @@ def text(folder: Path, count: int, width: int, tokenizer: Any) -> dict[str, str]
 class Ours:
     """Lethe's own trainer, stopped and continued between updates."""
 
-    def __init__(self, config: UnlearnConfig):
+    def __init__(self, config: Transfer):
         checked = check(config)
         run = Run.create("unlearn", config.name, to_dict(config), config.out)
-        self.trainer, self.tokenizer = _prepared(run, config, checked)
-        _cache_teachers(run, config, self.trainer)
+        made = prepare(run, config, checked)
+        self.trainer, self.tokenizer = made.trainer, made.tokenizer
+        cache_teachers(run, made)
 
     def seconds(self, updates: int) -> list[float]:
         """Seconds of each of so many updates, of one train() call, without its first `WARM`."""
@@ -91,7 +94,7 @@ class Ours:
 class Plain:
     """The same objective, written down as it reads."""
 
-    def __init__(self, config: UnlearnConfig, forget: list[list[int]], retain: list[list[int]], pad_id: int):
+    def __init__(self, config: Transfer, forget: list[list[int]], retain: list[list[int]], pad_id: int):
         (student, _), (self.source, _), (self.reference, _) = (
             refs.load(refs.resolve(name)) for name in (config.model, config.source, config.model)
         )
@@ -112,8 +115,8 @@ class Plain:
             reference = self.reference(retain, use_cache=False).logits
         states = self.student(forget, output_hidden_states=True, use_cache=False).hidden_states
         pairs: list[dict[int, Tensor]] = [{n: hidden[n + 1] for n in LAYERS} for hidden in (states, aim)]
-        loss = 5 * terms.cb_loss(*pairs, f_mask)
-        loss = loss + 5 * terms.retain_kl_loss(self.student(retain, use_cache=False).logits, reference, r_mask)
+        loss = 5 * squared_distance(*pairs, f_mask)
+        loss = loss + 5 * distributions.kl(self.student(retain, use_cache=False).logits, reference, r_mask)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -175,7 +178,7 @@ def case(batch: int, width: int, dropout: float, folder: Path) -> None:
     model, tokenizer = refs.load(ref)
     count = batch * (UPDATES + WARM)
     source = f"lab:global_step{presets.active_preset().onset}"
-    config = UnlearnConfig(
+    config = Transfer(
         source=source, layers=LAYERS, affine="none", num_train_examples=count, max_length=width, schedule="constant",
         per_device_train_batch_size=batch, max_steps=UPDATES + WARM, lora=LoraSettings(dropout=dropout),
         eval=EvalSettings(["lab_forget_robust"]), out=str(folder / "runs"), **text(folder, count, width, tokenizer),

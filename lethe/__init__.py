@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         SweepConfig,
         TamperConfig,
         TextSource,
-        UnlearnConfig,
     )
     from lethe.errors import LetheError
     from lethe.evaluation.accuracy import evaluate, evaluate_model
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
     from lethe.evaluation.comparison import compare
     from lethe.evaluation.tasks.consent import trust_task_code
     from lethe.maps.affine import AffineMap, fit_affine, score_affine
+    from lethe.methods.distill import Distill
+    from lethe.methods.npo import NPO
+    from lethe.methods.transfer import Transfer
     from lethe.runs.run import Run, find_runs
     from lethe.sweeps.controller import sweep
     from lethe.unlearning.pipeline import unlearn
@@ -50,9 +52,11 @@ _HOME = {
         "SweepConfig",
         "TamperConfig",
         "TextSource",
-        "UnlearnConfig",
     ],
     "errors": ["LetheError"],
+    "methods.distill": ["Distill"],
+    "methods.npo": ["NPO"],
+    "methods.transfer": ["Transfer"],
     "evaluation.accuracy": ["evaluate", "evaluate_model"],
     "runs.run": ["Run", "find_runs"],
     "sweeps.controller": ["sweep"],

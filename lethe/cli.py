@@ -21,6 +21,7 @@ from lethe import config as c
 from lethe.config.parse import parse
 from lethe.errors import LONGEST, LetheError, full_disk, nearest, printable
 from lethe.evaluation.tasks.consent import trust_task_code
+from lethe.methods.method import Method
 from lethe.progress import quiet
 from lethe.runs import garbage
 from lethe.runs.run import Terminated
@@ -38,7 +39,7 @@ TASK_RUNNERS = {
     c.SweepConfig,
     c.SweepRetryConfig,
     c.TamperConfig,
-    c.UnlearnConfig,
+    Method,
 }
 
 
@@ -263,7 +264,7 @@ def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
         _print(affine_table(scores, f"Affine maps ({convention}{better})"))
 
 
-def _check(settings: c.UnlearnConfig, as_json: bool) -> None:
+def _check(settings: Method, as_json: bool) -> None:
     from lethe.unlearning.check import check
 
     check(settings)
@@ -277,7 +278,7 @@ def _check(settings: c.UnlearnConfig, as_json: bool) -> None:
         _print(plan_table(plan))
 
 
-def _unlearn(settings: c.UnlearnConfig, as_json: bool) -> None:
+def _unlearn(settings: Method, as_json: bool) -> None:
     from lethe.unlearning.check import check
 
     check(settings)
@@ -467,7 +468,7 @@ def _runs_import(settings: c.ImportConfig, as_json: bool) -> None:
 
 
 def _report(settings: c.ReportConfig, as_json: bool) -> None:
-    from lethe.report import report
+    from lethe.report.folder import report
 
     made = report(settings)
     if as_json:
@@ -496,8 +497,8 @@ COMMANDS = {
     "affine score": Command(
         _affine_score, c.AffineScoreConfig, "lethe affine score run:ID --model lab:final --source lab:global_step900", "affine"
     ),
-    "check": Command(_check, c.UnlearnConfig, "lethe check --config recipes/lab.yaml"),
-    "unlearn": Command(_unlearn, c.UnlearnConfig, "lethe unlearn --config recipes/lab.yaml --remove_coef 20 --lora.r 8"),
+    "check": Command(_check, Method, "lethe check --config recipes/lab.yaml"),
+    "unlearn": Command(_unlearn, Method, "lethe unlearn --config recipes/lab.yaml --remove_coef 20 --lora.r 8"),
     "evaluate": Command(_evaluate, c.EvaluateConfig, "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model"),
     "compare": Command(_compare, c.CompareConfig, "lethe compare lab:final lab:filtered --tasks lab_forget_robust", "models"),
     "tamper": Command(_tamper, c.TamperConfig, "lethe tamper run:ID --max_steps 100", "model"),

@@ -25,15 +25,15 @@ from lethe.config import (
     EvaluateConfig,
     ReportConfig,
     TamperConfig,
-    UnlearnConfig,
     to_dict,
 )
 from lethe.errors import LetheError, full_disk, printable
 from lethe.evaluation.lab import build_lab
 from lethe.files import refuse_run_folder
+from lethe.methods.transfer import Transfer
 from lethe.models import refs
 from lethe.progress import bar, console
-from lethe.report import check_out, report
+from lethe.report.folder import check_out, report
 from lethe.runs.locks import FolderLock
 from lethe.runs.run import Run, find_runs
 
@@ -96,7 +96,7 @@ def _demo(config: DemoConfig) -> dict[str, Path]:
     return report(ReportConfig([str(run.path) for run in steps.runs], folder, title="Lethe on the built-in lab"))
 
 
-def unlearn_recipe(source: str, affine: str, out: str, seed: int = 0, lora: bool = True) -> UnlearnConfig:
+def unlearn_recipe(source: str, affine: str, out: str, seed: int = 0, lora: bool = True) -> Transfer:
     """The demo's unlearning recipes; `recipes/lab.yaml` (LoRA) and `recipes/lab-full.yaml` are the same in YAML."""
     settings: dict[str, Any] = {
         "source": source,
@@ -107,8 +107,8 @@ def unlearn_recipe(source: str, affine: str, out: str, seed: int = 0, lora: bool
         "out": out,
     }
     if lora:
-        return UnlearnConfig(**settings, name="demo-lora", lr=1e-2, retain_coef=10, epochs=2)
-    return UnlearnConfig(**settings, name="demo-full", lora=None, lr=2e-3, retain_coef=20)
+        return Transfer(**settings, name="demo-lora", lr=1e-2, retain_coef=10, epochs=2)
+    return Transfer(**settings, name="demo-full", lora=None, lr=2e-3, retain_coef=20)
 
 
 class _Steps:

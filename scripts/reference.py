@@ -10,7 +10,6 @@ with what this program would write, so that a page cannot become outdated.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import json
 import re
@@ -23,6 +22,7 @@ import docstring_parser
 
 from lethe.cli import COMMANDS, Command
 from lethe.config.checks import options, spoken
+from lethe.methods import method
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 HEADER = "<!-- Written by scripts/reference.py; change the config dataclass instead. -->\n"
@@ -39,10 +39,7 @@ def pages() -> dict[str, str]:
 
 
 def methods() -> dict[str, type]:
-    """Name -> dataclass of every method of unlearning; empty while `lethe.methods` has no registry."""
-    if importlib.util.find_spec("lethe.methods.method") is None:
-        return {}
-    method = importlib.import_module("lethe.methods.method")
+    """Name -> dataclass of every method of unlearning."""
     return {name: method.named(name) for name in method.names()}
 
 
@@ -50,9 +47,8 @@ def _index() -> str:
     lines = [f"| [`lethe {name}`]({_slug(name)}.md) | {_summary(_about(command))} |" for name, command in COMMANDS.items()]
     text = f"{HEADER}\n# Commands\n\nEvery setting of every command, with its type, default and help text.\n\n"
     text += "| command | what it does |\n| --- | --- |\n" + "\n".join(lines) + "\n"
-    if methods():
-        rows = [f"| [`{name}`](unlearn-{name}.md) | {_summary(kind.__doc__)} |" for name, kind in methods().items()]
-        text += "\n## Methods of unlearning\n\n| method | what it is |\n| --- | --- |\n" + "\n".join(rows) + "\n"
+    rows = [f"| [`{name}`](unlearn-{name}.md) | {_summary(kind.__doc__)} |" for name, kind in methods().items()]
+    text += "\n## Methods of unlearning\n\n| method | what it is |\n| --- | --- |\n" + "\n".join(rows) + "\n"
     return text + "\nSee also: [what a run writes](run-folder.md), [what the numbers mean](measures.md).\n"
 
 

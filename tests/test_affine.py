@@ -17,7 +17,8 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe.config import AffineConfig, AffineScoreConfig, TextSource, UnlearnConfig
+from lethe import Transfer
+from lethe.config import AffineConfig, AffineScoreConfig, TextSource
 from lethe.errors import LetheError
 from lethe.maps import affine
 from lethe.maps.affine import AffineMap, RidgeSums, Score, fit_affine, load_maps, score_affine
@@ -447,7 +448,7 @@ def test_rows_beyond_the_sources_window_are_refused(world, make_model, tmp_path)
     narrow = str(make_model("llama", tmp_path / "narrow", seed=9, max_position_embeddings=32))
     with pytest.raises(LetheError, match=r"max_length: 64 is beyond the window of .*narrow', 32 tokens"):
         fit_affine(AffineConfig(str(world / "target"), narrow, str(world / "text.jsonl"), [0], out=str(tmp_path / "runs")))
-    recipe = UnlearnConfig(model=str(world / "target"), source=narrow, layers=[0], max_length=64, out=str(tmp_path / "runs"))
+    recipe = Transfer(model=str(world / "target"), source=narrow, layers=[0], max_length=64, out=str(tmp_path / "runs"))
     with pytest.raises(LetheError, match=r"max_length: 64 is beyond the window of .*narrow', 32 tokens"):
         check(recipe)
     assert not (tmp_path / "runs").exists()

@@ -7,11 +7,12 @@ import math
 
 import pytest
 
-from lethe.config import UnlearnConfig, to_dict
+from lethe import Transfer
+from lethe.config import to_dict
 from lethe.errors import LetheError
 from lethe.sweeps import axes
 
-RECIPE = to_dict(UnlearnConfig(source="lab:global_step600"))
+RECIPE = to_dict(Transfer(source="lab:global_step600"))
 
 
 def parsed(vary, attacked=False):

@@ -262,7 +262,7 @@ def test_a_mixture_holds_as_many_documents_as_asked_for(tmp_path):
 def test_packing_loses_no_token_and_closes_every_document(make_tokenizer, texts, bos):
     tokenizer = make_tokenizer(bos)
     documents = [corpora.Document(t, str(i)) for i, t in enumerate(texts)]
-    blocks = corpora.rows_of(documents, tokenizer, 10, "blocks")
+    blocks = corpora.rows_of(documents, tokenizer, 10, "packed")
     assert {len(b) for b in blocks[:-1]} == {10}
     assert 0 < len(blocks[-1]) <= 10
     stream = [token for block in blocks for token in block]

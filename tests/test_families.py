@@ -19,10 +19,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lethe import unlearn
+from lethe import Transfer, unlearn
 from lethe.attacks.tampering import tamper
 from lethe.attacks.weights import disturb
-from lethe.config import AffineConfig, EvalSettings, LoraSettings, TamperConfig, UnlearnConfig, to_dict
+from lethe.config import AffineConfig, EvalSettings, LoraSettings, TamperConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.scoring import Scorer
 from lethe.maps.affine import fit_affine
@@ -33,7 +33,8 @@ from lethe.runs import garbage
 from lethe.runs.run import Run
 from lethe.training.optimizers import routes
 from lethe.unlearning.check import check
-from lethe.unlearning.pipeline import UnlearnTrainer, _prepared, rewind
+from lethe.unlearning.prepare import prepare, rewind
+from lethe.unlearning.trainer import UnlearnTrainer
 
 LAYERS, LENGTH, START = [1, 2], 40, 0.2
 WITHOUT_LORA = ["falcon_h1", "mamba", "mamba2"]
@@ -81,7 +82,7 @@ def pair(folder, make_model):
     return make
 
 
-def recipe(folder: Path, model: str, source: str, **changes: Any) -> UnlearnConfig:
+def recipe(folder: Path, model: str, source: str, **changes: Any) -> Transfer:
     """Two updates of four documents of each kind. A model that is rewound a little differs from the reference at once."""
     settings: dict[str, Any] = {
         "model": model, "source": source, "affine": "none", "layers": LAYERS, "rewind": START, "schedule": "constant",
@@ -89,13 +90,13 @@ def recipe(folder: Path, model: str, source: str, **changes: Any) -> UnlearnConf
         "max_length": LENGTH, "per_device_train_batch_size": 4, "max_steps": 2, "lr_scheduler_type": "constant",
         "lora": None, "teacher_cache": "live", "eval": EvalSettings(["lab_retain"]), "out": str(folder / "runs"),
     }  # fmt: skip
-    return UnlearnConfig(**settings | changes)
+    return Transfer(**settings | changes)
 
 
-def prepared(config: UnlearnConfig) -> tuple[Run, UnlearnTrainer]:
+def prepared(config: Transfer) -> tuple[Run, UnlearnTrainer]:
     checked = check(config)
     run = Run.create("unlearn", "family", to_dict(config), config.out)
-    return run, _prepared(run, config, checked)[0]
+    return run, prepare(run, config, checked).trainer
 
 
 def activations(model: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -110,7 +111,7 @@ def activations(model: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     return found, logits.log_softmax(-1)
 
 
-def by_hand(config: UnlearnConfig, run: Run, trainer: UnlearnTrainer) -> list[list[float]]:
+def by_hand(config: Transfer, run: Run, trainer: UnlearnTrainer) -> list[list[float]]:
     """cb_loss, retain_kl_loss and gradient norm of each update, document by document."""
     student: Any = refs.load(refs.resolve(config.model))[0]
     source, reference = (AutoModelForCausalLM.from_pretrained(name).eval() for name in (config.source, config.model))
@@ -144,7 +145,7 @@ def by_hand(config: UnlearnConfig, run: Run, trainer: UnlearnTrainer) -> list[li
     return found
 
 
-def assert_trains_as_by_hand(config: UnlearnConfig) -> None:
+def assert_trains_as_by_hand(config: Transfer) -> None:
     run, trainer = prepared(config)
     with garbage.frozen():  # as in a run
         trainer.train_with_bar("family")

@@ -14,7 +14,7 @@ from lethe.report.layout import Table
 from lethe.runs.run import Run
 
 CONFIGS = [
-    lambda **given: c.UnlearnConfig(source="lab:final", **given),
+    lambda **given: c.Transfer(source="lab:final", **given),
     lambda **given: c.TamperConfig(model="lab:final", **given),
     lambda **given: c.EvaluateConfig(model="lab:final", **given),
     lambda **given: c.CheckpointsConfig(model="lab:final", **given),

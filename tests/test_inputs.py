@@ -15,7 +15,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from lethe import CheckpointsConfig, EvaluateConfig, TamperConfig, UnlearnConfig, checkpoints, evaluate, tamper, unlearn
+from lethe import CheckpointsConfig, EvaluateConfig, TamperConfig, Transfer, checkpoints, evaluate, tamper, unlearn
 from lethe.cli import main
 from lethe.config import EvalSettings
 from lethe.errors import LetheError
@@ -30,7 +30,7 @@ def test_a_task_whose_data_cannot_be_loaded_is_refused_before_anything_is_writte
     out, source = str(tmp_path / "runs"), f"lab:global_step{active_preset().onset}"
     for function, config in (
         (evaluate, EvaluateConfig("lab:final", ["wmdp_bio"], out=out)),
-        (unlearn, UnlearnConfig(source=source, eval=EvalSettings(["wmdp_bio"]), out=out)),
+        (unlearn, Transfer(source=source, eval=EvalSettings(["wmdp_bio"]), out=out)),
         (tamper, TamperConfig(model="lab:filtered", eval=EvalSettings(["wmdp_bio"]), out=out)),
         (checkpoints, CheckpointsConfig("lab:final", tasks=["wmdp_bio"], out=out)),
     ):
@@ -103,7 +103,7 @@ def test_a_task_without_a_chance_level_cannot_tell_ignorance(lab, tmp_path):
 def test_other_text_than_was_unlearned_with_is_not_called_disjoint(lab, tmp_path):
     source = f"lab:global_step{active_preset().onset}"
     evaluation = EvalSettings(["lab_forget_robust"], limit=8)
-    run = unlearn(UnlearnConfig(source=source, num_train_examples=32, max_steps=1, eval=evaluation, out=str(tmp_path)))
+    run = unlearn(Transfer(source=source, num_train_examples=32, max_steps=1, eval=evaluation, out=str(tmp_path)))
     text = tmp_path / "other.txt"
     text.write_text("\n".join(f"Document {i} about nothing." for i in range(20)))
     attack = tamper(

@@ -451,7 +451,7 @@ def test_a_model_without_bos_and_eos_is_trained_and_refused_where_it_needs_one(e
         Path("source", name).unlink()
     shutil.copy(endless / "tokenizer.json", "source")
     words = ["unlearn", "--model", str(endless), "--source", "source", *COMMANDS["unlearn"][5:], "--eval.limit", "4"]
-    blocks = said(capsys, *words, "--packing", "blocks")
+    blocks = said(capsys, *words, "--packing", "packed")
     assert "end-of-text token; use packing none" in blocks
     assert main([str(word) for word in words]) == 0
 

@@ -1,4 +1,4 @@
-"""The losses are the documented formulas: compared with loops over tokens in float64 and with torch.distributions."""
+"""Losses on activations and on distributions: compared with loops over tokens in float64, scipy and torch.distributions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from scipy.special import rel_entr
 from torch import Tensor
 
-from lethe.objectives.terms import cb_loss, retain_ce_loss, retain_kl_loss, retain_mse_loss
-from lethe.unlearning.check import coefficients
+from lethe.objectives.activations import squared_distance
+from lethe.objectives.distributions import cross_entropy, kl
 
 BATCH, SEQ, HIDDEN, VOCAB = 3, 7, 5, 11
 LENGTHS = [7, 4, 2]
@@ -72,34 +72,29 @@ def slow_ce(logits: Tensor, ids: Tensor, lengths: list[int]) -> float:
     return math.fsum(tokens) / len(tokens)
 
 
-def test_cb_loss_is_the_mean_over_tokens_then_layers(activations, mask):
+def test_squared_distance_is_the_mean_over_tokens_then_layers(activations, mask):
     student, teacher = activations
-    assert cb_loss(student, teacher, mask).item() == pytest.approx(slow_cb(student, teacher, LENGTHS), rel=1e-5)
+    assert squared_distance(student, teacher, mask).item() == pytest.approx(slow_cb(student, teacher, LENGTHS), rel=1e-5)
 
 
-def test_cb_loss_relative_to_variances_divides_each_layer_and_has_no_unit(activations, mask):
+def test_squared_distance_relative_to_variances_divides_each_layer_and_has_no_unit(activations, mask):
     student, teacher = activations
     variance = {0: 0.5, 2: 3.0, 5: 20.0}
     each = [slow_cb({n: student[n]}, {n: teacher[n]}, LENGTHS) / variance[n] for n in student]
-    assert cb_loss(student, teacher, mask, variance=variance).item() == pytest.approx(sum(each) / 3, rel=1e-5)
+    assert squared_distance(student, teacher, mask, variance=variance).item() == pytest.approx(sum(each) / 3, rel=1e-5)
     larger = [{n: 50 * x for n, x in side.items()} for side in activations]
     units = {n: 2500 * value for n, value in variance.items()}
-    assert cb_loss(*larger, mask, variance=units).item() == pytest.approx(sum(each) / 3, rel=1e-5)
+    assert squared_distance(*larger, mask, variance=units).item() == pytest.approx(sum(each) / 3, rel=1e-5)
 
 
-def test_retain_mse_loss_is_the_same_mean(activations, mask):
-    student, reference = activations
-    assert retain_mse_loss(student, reference, mask).item() == pytest.approx(slow_cb(student, reference, LENGTHS), rel=1e-5)
-
-
-def test_cb_loss_of_half_precision_activations_is_computed_in_float32(activations, mask):
+def test_squared_distance_of_half_precision_activations_is_computed_in_float32(activations, mask):
     student, teacher = ({n: (300 * x).half() for n, x in side.items()} for side in activations)  # squares overflow float16
-    assert cb_loss(student, teacher, mask).item() == pytest.approx(slow_cb(student, teacher, LENGTHS), rel=1e-5)
+    assert squared_distance(student, teacher, mask).item() == pytest.approx(slow_cb(student, teacher, LENGTHS), rel=1e-5)
 
 
 def test_kl_is_that_of_scipy_and_of_torch_distributions(logits, mask):
     model, reference = logits
-    found = retain_kl_loss(model, reference, mask).item()
+    found = kl(model, reference, mask).item()
     assert found == pytest.approx(slow_kl(model, reference, LENGTHS), rel=1e-5)
     p, q = (torch.distributions.Categorical(logits=x.double()) for x in (reference, model))
     expected = (torch.distributions.kl_divergence(p, q) * mask).sum() / mask.sum()
@@ -108,27 +103,25 @@ def test_kl_is_that_of_scipy_and_of_torch_distributions(logits, mask):
 
 def test_kl_has_a_direction(logits, mask):
     model, reference = logits
-    assert retain_kl_loss(model, reference, mask).item() != pytest.approx(
-        retain_kl_loss(reference, model, mask).item(), rel=1e-2
-    )
+    assert kl(model, reference, mask).item() != pytest.approx(kl(reference, model, mask).item(), rel=1e-2)
 
 
 def test_kl_is_zero_for_equal_distributions_and_positive_for_others(logits, mask):
     model, reference = logits
-    assert retain_kl_loss(model, model.clone(), mask).item() == 0
-    assert retain_kl_loss(model + 5, model, mask).item() == pytest.approx(0, abs=1e-6)  # softmax does not see a shift
-    assert retain_kl_loss(model, reference, mask).item() > 0.1
+    assert kl(model, model.clone(), mask).item() == 0
+    assert kl(model + 5, model, mask).item() == pytest.approx(0, abs=1e-6)  # softmax does not see a shift
+    assert kl(model, reference, mask).item() > 0.1
 
 
 def test_kl_of_distributions_far_apart_is_finite(mask):
     model, reference = torch.zeros(BATCH, SEQ, VOCAB), torch.zeros(BATCH, SEQ, VOCAB)
     reference[..., 0], model[..., 1] = 200.0, 200.0
-    assert retain_kl_loss(model, reference, mask).item() == pytest.approx(200, rel=1e-5)
+    assert kl(model, reference, mask).item() == pytest.approx(200, rel=1e-5)
 
 
 def test_ce_predicts_the_next_token(logits, mask):
     ids = torch.randint(VOCAB, (BATCH, SEQ), generator=torch.Generator().manual_seed(3))
-    assert retain_ce_loss(logits[0], ids, mask).item() == pytest.approx(slow_ce(logits[0], ids, LENGTHS), rel=1e-5)
+    assert cross_entropy(logits[0], ids, mask).item() == pytest.approx(slow_ce(logits[0], ids, LENGTHS), rel=1e-5)
 
 
 def test_ce_is_that_of_transformers(logits, mask, make_model, tmp_path):
@@ -138,7 +131,7 @@ def test_ce_is_that_of_transformers(logits, mask, make_model, tmp_path):
     ids = torch.randint(3, 250, (BATCH, SEQ), generator=torch.Generator().manual_seed(3))
     labels = torch.where(mask.bool(), ids, -100)
     output = model(input_ids=ids, labels=labels)
-    assert retain_ce_loss(output.logits, ids, mask).item() == pytest.approx(output.loss.item(), rel=1e-5)
+    assert cross_entropy(output.logits, ids, mask).item() == pytest.approx(output.loss.item(), rel=1e-5)
 
 
 def test_padding_weighs_nothing(activations, logits, mask):
@@ -151,21 +144,21 @@ def test_padding_weighs_nothing(activations, logits, mask):
         x[padding] = 1e4
     other_ids = torch.where(padding, (ids + 1) % VOCAB, ids)
     other_student = dict(zip(student, changed, strict=False))
-    assert cb_loss(other_student, teacher, mask) == cb_loss(student, teacher, mask)
-    assert retain_kl_loss(changed[-1], reference, mask) == retain_kl_loss(model, reference, mask)
-    assert retain_ce_loss(changed[-1], other_ids, mask) == retain_ce_loss(model, ids, mask)
+    assert squared_distance(other_student, teacher, mask) == squared_distance(student, teacher, mask)
+    assert kl(changed[-1], reference, mask) == kl(model, reference, mask)
+    assert cross_entropy(changed[-1], other_ids, mask) == cross_entropy(model, ids, mask)
 
 
 def test_padding_gets_no_gradient(activations, logits, mask):
     student = {n: x.requires_grad_() for n, x in activations[0].items()}
     model = logits[0].requires_grad_()
-    (cb_loss(student, activations[1], mask) + retain_kl_loss(model, logits[1], mask)).backward()
+    (squared_distance(student, activations[1], mask) + kl(model, logits[1], mask)).backward()
     for x in (*student.values(), model):
         assert not x.grad[mask == 0].any()
         assert x.grad[mask == 1].any(-1).all()
 
 
-@pytest.mark.parametrize("term", ["cb", "kl", "ce", "mse"])
+@pytest.mark.parametrize("term", ["cb", "kl", "ce"])
 def test_accumulation_does_not_change_the_gradient(term):
     """Eight documents of very different lengths at once, and as four batches of unequal token counts."""
     lengths = [12, 2, 9, 1, 3, 12, 7, 2]
@@ -177,12 +170,11 @@ def test_accumulation_does_not_change_the_gradient(term):
 
     def loss(rows: list[int], tokens: int | None) -> Tensor:
         h = x[rows] @ weight.T
-        if term in {"cb", "mse"}:
-            function = cb_loss if term == "cb" else retain_mse_loss
-            return function({0: h, 3: h * 2}, {0: target[rows], 3: target[rows]}, mask[rows], tokens)
+        if term == "cb":
+            return squared_distance({0: h, 3: h * 2}, {0: target[rows], 3: target[rows]}, mask[rows], tokens)
         if term == "kl":
-            return retain_kl_loss(h @ head.T, reference[rows], mask[rows], tokens)
-        return retain_ce_loss(h @ head.T, ids[rows], mask[rows], tokens)
+            return kl(h @ head.T, reference[rows], mask[rows], tokens)
+        return cross_entropy(h @ head.T, ids[rows], mask[rows], tokens)
 
     def gradient(batches: list[list[int]], tokens: int | None) -> Tensor:
         weight.grad = None
@@ -195,16 +187,3 @@ def test_accumulation_does_not_change_the_gradient(term):
     assert torch.allclose(gradient(parts, total), whole, rtol=1e-5, atol=1e-6)
     own = [rows for rows in parts if term != "ce" or rows != [3]]  # one token alone has no next one
     assert not torch.allclose(gradient(own, None) / len(own), whole, rtol=1e-2)  # the mean of the batches' means is another
-
-
-@pytest.mark.parametrize(
-    ("done", "remove", "retain"),
-    [(0, 20.0, 0.0), (1, 19.5, 0.2), (5, 17.5, 1.0), (10, 15.0, 2.0), (11, 15.0, 2.0), (1000, 15.0, 2.0)],
-)
-def test_ramp_over_the_first_epoch(done, remove, retain):
-    """s = min(1, done / 10); 20 (1 - 0.25 s) and 2 s."""
-    assert coefficients("ramp", 20, 2, done, 10) == pytest.approx((remove, retain))
-
-
-def test_constant_schedule_moves_neither():
-    assert {coefficients("constant", 20, 2, done, 10) for done in (0, 3, 10, 99)} == {(20, 2)}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lethe import LoraSettings, UnlearnConfig
+from lethe import LoraSettings, Transfer
 from lethe.models.adapters import add_adapters
 from lethe.training.optimizers import Muon, make_optimizer, orthogonalise, routes, routing_table
 
@@ -71,7 +71,7 @@ def test_orthogonalise_keeps_directions_and_evens_out_singular_values():
 
 def test_groups_have_names_and_norms_and_biases_do_not_decay(make_model, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_model("gpt2", tmp_path))
-    optimizer = make_optimizer(model, UnlearnConfig(source="x", optimizer="muon", weight_decay=0.1, lr=0.3))
+    optimizer = make_optimizer(model, Transfer(source="x", optimizer="muon", weight_decay=0.1, lr=0.3))
     decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
     assert decay == {"adamw": 0.1, "adamw_no_decay": 0.0, "muon_transposed": 0.1}
     assert all(group["lr"] == 0.3 for group in optimizer.param_groups)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lethe import TamperConfig, UnlearnConfig, unlearn
+from lethe import TamperConfig, Transfer, unlearn
 from lethe.config import ATTACKED, UNLEARNED, EvalSettings, SweepConfig
 from lethe.config.parse import build, from_recipe
 from lethe.lab.presets import PRESETS, active_preset
@@ -28,7 +28,7 @@ def test_a_recipe_names_itself_and_is_valid(recipe):
     if recipe.parent.name == "tamper":
         config, command = from_recipe(TamperConfig, recipe, model="lab:final"), f"lethe tamper MODEL --config {path}"
     else:
-        config, command = from_recipe(UnlearnConfig, recipe), f"lethe unlearn --config {path}"
+        config, command = from_recipe(Transfer, recipe), f"lethe unlearn --config {path}"
     assert command in recipe.read_text()
     assert plan(config, config.num_train_examples or UNLEARNED)["steps"] > 0
 
@@ -44,7 +44,7 @@ def test_a_sweeps_recipe_names_itself_and_every_run_in_it_is_valid(recipe, monke
     plans = [planner.plan(point, seed=0) for point in planner.samples()]
     assert len({made.name for made in plans}) == len({made.key for made in plans}) >= 2
     for kind, settings in (stage for made in plans for stage in made.stages):
-        build({"unlearn": UnlearnConfig, "tamper": TamperConfig}[kind], settings)
+        build({"unlearn": Transfer, "tamper": TamperConfig}[kind], settings)
 
 
 def test_the_sweeps_of_the_study_are_its_tables():
@@ -110,7 +110,7 @@ def test_rows_of_the_log_have_the_logs_steps(name, changes, passes, updates):
     nested = {key: value for key, value in changes.items() if "." not in key}
     if "lora.r" in changes:
         nested["lora"] = {"r": changes["lora.r"]}
-    config = from_recipe(UnlearnConfig, RECIPES / "deep-ignorance-7b" / f"{name}.yaml", **nested)
+    config = from_recipe(Transfer, RECIPES / "deep-ignorance-7b" / f"{name}.yaml", **nested)
     found = plan(config, config.num_train_examples)
     assert (found["forward_passes"], found["steps"], found["effective_batch"]) == (passes, updates, 32)
     assert config.layers == [4, 9, 14, 19, 24, 29]
@@ -121,7 +121,7 @@ def test_rows_of_the_log_have_the_logs_steps(name, changes, passes, updates):
 
 def test_the_one_off_of_the_later_runs_can_be_repeated():
     overrides = {"layers": [5, 10, 15, 20, 25, 30], "affine_convention": "block_output"}
-    assert from_recipe(UnlearnConfig, RECIPES / "deep-ignorance-7b" / "lora.yaml", **overrides).layers[0] == 5
+    assert from_recipe(Transfer, RECIPES / "deep-ignorance-7b" / "lora.yaml", **overrides).layers[0] == 5
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_the_one_off_of_the_later_runs_can_be_repeated():
 def test_a_lab_recipe_runs(lab, tmp_path, recipe):
     """On the nano lab, cut to three updates; nothing else is changed."""
     onset = f"lab:global_step{active_preset().onset}"
-    assert from_recipe(UnlearnConfig, recipe).source == f"lab:global_step{PRESETS['standard'].onset}"
+    assert from_recipe(Transfer, recipe).source == f"lab:global_step{PRESETS['standard'].onset}"
     short = {"source": onset, "max_steps": 3, "epochs": 1, "warmup_steps": 0, "out": str(tmp_path)}
-    run = unlearn(from_recipe(UnlearnConfig, recipe, **short, eval=EvalSettings(["lab_forget_robust"], limit=8)))
+    run = unlearn(from_recipe(Transfer, recipe, **short, eval=EvalSettings(["lab_forget_robust"], limit=8)))
     assert run.status == "complete" and len(run.rows("metrics.jsonl")) == 3

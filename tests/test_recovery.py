@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from scipy.stats import binomtest
 
-from lethe.results.recovery import Point, Trial, excess, measure, over_seeds, worst_case
+from lethe.results.recovery import AttackCurves, Point, excess, measure, over_seeds, worst_case
 
 
 def curve(values, steps=None, tokens_a_step=10, half=0.05) -> list[Point]:
@@ -18,29 +18,19 @@ def curve(values, steps=None, tokens_a_step=10, half=0.05) -> list[Point]:
 
 def test_a_straight_climb_has_the_measures_of_its_line():
     found = measure(curve([0.25 + 0.05 * i for i in range(11)]), baseline=0.75)
-    assert (found.start, found.final, found.highest) == pytest.approx((0.25, 0.75, 0.75))
-    assert found.recovered == pytest.approx(1)
-    assert found.area == pytest.approx(0.5)
-    assert (found.half.step, found.nine_tenths.step) == (50, 90)
-    assert found.half.tokens == 500
+    assert (found.recovered, found.area) == pytest.approx((1, 0.5))
+    assert (found.half.step, found.half.tokens, found.nine_tenths.step) == (50, 500, 90)
     assert found.full.step == 90  # the interval reaches 0.05 up
 
 
-def test_what_is_never_reached_says_within_how_many_steps():
+def test_curves_that_fall_overshoot_or_have_no_gap():
     found = measure(curve([0.25, 0.3, 0.35]), baseline=0.9)
     assert str(found.half) == "not within 20" and found.half.step is None and found.full.tokens is None
     assert found.recovered == pytest.approx(0.1 / 0.65)
-
-
-def test_a_start_that_is_not_below_the_baseline_has_no_gap():
-    found = measure(curve([0.9, 0.5]), baseline=0.9)
-    assert found.recovered is found.half is found.area is None
-    assert found.full.step == 0
-
-
-def test_a_fall_is_negative_and_an_overshoot_above_one():
     assert measure(curve([0.5, 0.4]), baseline=0.9).recovered == pytest.approx(-0.25)
     assert measure(curve([0.5, 0.98]), baseline=0.9).recovered == pytest.approx(1.2)
+    no_gap = measure(curve([0.9, 0.5]), baseline=0.9)
+    assert no_gap.recovered is no_gap.half is no_gap.area is None and no_gap.full.step == 0
 
 
 def test_area_weighs_steps_not_evaluations():
@@ -83,6 +73,8 @@ def test_seeds_add_a_t_interval_to_that_of_the_questions():
     assert last.high - last.value == pytest.approx(math.hypot(0.05, seeds), rel=1e-5)
     assert last.low == pytest.approx(0.6 - math.hypot(0.05, seeds), rel=1e-5)
     assert over_seeds(curves[:1]) == curves[0]
+    merged = over_seeds([curve([0.2, 0.9, 0.9]), curve([0.2, 0.1])])
+    assert [point.step for point in merged] == [0, 10] and (merged[1].low, merged[1].high) == (0.0, 1.0)
 
 
 def test_few_seeds_do_not_make_full_recovery_sooner():
@@ -91,12 +83,6 @@ def test_few_seeds_do_not_make_full_recovery_sooner():
     assert merged[1].low == 0.0 and merged[1].high == 1.0
     found = measure(merged, baseline=0.93)
     assert (found.full.step, found.half.step) == (20, 10)
-
-
-def test_over_seeds_takes_the_steps_that_all_have_and_stays_between_0_and_1():
-    merged = over_seeds([curve([0.2, 0.9, 0.9]), curve([0.2, 0.1])])
-    assert [point.step for point in merged] == [0, 10]
-    assert (merged[1].low, merged[1].high) == (0.0, 1.0)
 
 
 def by_strength(values, strengths) -> list[Point]:
@@ -117,39 +103,39 @@ def general(*values: float) -> list[Point]:
 
 
 def test_the_worst_case_is_the_highest_point_within_the_bound():
-    trials = [
-        Trial("mild", curve([0.3, 0.5, 0.6]), general(0.8, 0.8, 0.79)),
-        Trial("hard", curve([0.3, 0.65, 0.95]), general(0.8, 0.75, 0.6), control=curve([0.2, 0.4, 0.9])),
-        Trial("ruin", curve([0.3, 0.99, 0.99]), general(0.8, 0.3, 0.3)),
+    attacks = [
+        AttackCurves("mild", curve([0.3, 0.5, 0.6]), general(0.8, 0.8, 0.79)),
+        AttackCurves("hard", curve([0.3, 0.65, 0.95]), general(0.8, 0.75, 0.6), control=curve([0.2, 0.4, 0.9])),
+        AttackCurves("ruin", curve([0.3, 0.99, 0.99]), general(0.8, 0.3, 0.3)),
     ]
-    found = worst_case(trials, bound=0.05, baseline=0.9)
+    found = worst_case(attacks, bound=0.05, baseline=0.9)
     assert (found.attack, found.point.value, found.point.step) == ("hard", 0.65, 10)  # 0.05 lost is at most 0.05
     assert found.general_lost == pytest.approx(0.05)
     assert found.recovered == pytest.approx(0.35 / 0.6)
     assert found.above.final == pytest.approx(0.65 - 0.4)
-    assert worst_case(trials, bound=0.2).above.final == pytest.approx(0.95 - 0.9)
-    short = [replace(trials[1], control=trials[1].control[:2])]  # the control was not measured as far as the worst point
+    assert worst_case(attacks, bound=0.2).above.final == pytest.approx(0.95 - 0.9)
+    short = [replace(attacks[1], control=attacks[1].control[:2])]  # the control was not measured as far as the worst point
     assert worst_case(short, bound=0.2).above is None and worst_case(short, bound=0.05).above is not None
     assert found.never_within == ["ruin"] and found.not_measured == {} and len(found.counted) == 3
-    assert worst_case(trials, bound=0.2).point.value == 0.95
-    assert worst_case(trials, bound=0.04).attack == "mild"
-    assert worst_case(trials, bound=1).attack == "ruin"
-    assert worst_case(trials[2:], bound=0.05).attack is None and worst_case(trials[2:]).point.value == 0.3
+    assert worst_case(attacks, bound=0.2).point.value == 0.95
+    assert worst_case(attacks, bound=0.04).attack == "mild"
+    assert worst_case(attacks, bound=1).attack == "ruin"
+    assert worst_case(attacks[2:], bound=0.05).attack is None and worst_case(attacks[2:]).point.value == 0.3
 
 
 def test_what_is_not_measured_is_listed_and_never_counts_as_robust():
-    trials = [
-        Trial("done", curve([0.3, 0.4]), general(0.8, 0.8)),
-        Trial("broke", curve([0.3, 0.7]), general(0.8, 0.8), "diverged: at step 12"),
-        Trial("absent", [], [], "not run on this model"),
-        Trial("started", curve([0.3]), general(0.8), "running"),
-        Trial("blind", curve([0.3, 0.99]), []),
+    attacks = [
+        AttackCurves("done", curve([0.3, 0.4]), general(0.8, 0.8)),
+        AttackCurves("broke", curve([0.3, 0.7]), general(0.8, 0.8), "diverged: at step 12"),
+        AttackCurves("absent", [], [], "not run on this model"),
+        AttackCurves("started", curve([0.3]), general(0.8), "running"),
+        AttackCurves("blind", curve([0.3, 0.99]), []),
     ]
-    found = worst_case(trials)
+    found = worst_case(attacks)
     assert (found.attack, found.point.value) == ("broke", 0.7)  # what it had reached by then, it had reached
     assert found.counted == ["done"]
     assert found.not_measured == {
         "broke": "diverged: at step 12", "absent": "not run on this model", "started": "running",
         "blind": "no general accuracy",
     }  # fmt: skip
-    assert worst_case(trials[2:3]) is None
+    assert worst_case(attacks[2:3]) is None

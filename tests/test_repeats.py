@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lethe.config import EvalSettings, LoraSettings, UnlearnConfig
+from lethe import Transfer
+from lethe.config import EvalSettings, LoraSettings
 from lethe.lab.presets import active_preset
 from lethe.models import refs
 from lethe.models.activations import blocks
@@ -83,7 +84,7 @@ def test_runs_compute_tokens_once_and_learn_what_they_learn_from_all_rows(lab, l
     for share in (repeats.FEW, 0.0):
         monkeypatch.setattr(repeats, "FEW", share)
         calls.clear()
-        rows.append(unlearn(UnlearnConfig(**settings)).rows("metrics.jsonl"))
+        rows.append(unlearn(Transfer(**settings)).rows("metrics.jsonl"))
         assert sum(calls) >= (12 if share else 0)  # two modules an update
         assert any(calls) == bool(share)
     for term in ("cb_loss", "retain_kl_loss"):

@@ -24,7 +24,7 @@ from lethe import (
     EvaluateConfig,
     LoraSettings,
     TamperConfig,
-    UnlearnConfig,
+    Transfer,
     checkpoints,
     evaluate,
     fit_affine,
@@ -58,7 +58,7 @@ def llama(make_model, tmp_path_factory) -> dict[str, Any]:
     }
 
 
-def recipe(out: Path, **changes: Any) -> UnlearnConfig:
+def recipe(out: Path, **changes: Any) -> Transfer:
     settings: dict[str, Any] = {
         "source": f"lab:global_step{active_preset().onset}",
         "layers": [0, 2, 4],
@@ -70,7 +70,7 @@ def recipe(out: Path, **changes: Any) -> UnlearnConfig:
         "eval": EvalSettings(["lab_forget_robust"], every=5, limit=4),
         "out": str(out),
     }
-    return UnlearnConfig(**(settings | changes))
+    return Transfer(**(settings | changes))
 
 
 def start(command: str, config: Any, folder: Path) -> subprocess.Popen:
@@ -144,7 +144,7 @@ def test_a_run_keeps_to_the_threads_that_it_began_with_and_says_so(stopped):
 
 
 def test_rewound_weights_and_packed_text_are_resumed_too(lab, tmp_path):
-    settings = {"rewind": 0.5, "forget_loss": "both", "packing": "blocks", "lora": None, "affine": "none"}
+    settings = {"rewind": 0.5, "forget_loss": "both", "packing": "packed", "lora": None, "affine": "none"}
     whole = unlearn(recipe(tmp_path / "whole", **settings))
     process = start("unlearn", recipe(tmp_path / "killed", **settings), tmp_path)
     run = wait_for(process, tmp_path / "killed", "metrics.jsonl", 7)

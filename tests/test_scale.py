@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import UnlearnConfig, unlearn
+from lethe import Transfer, unlearn
 from lethe.config import EvalSettings, LoraSettings, to_dict
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
@@ -24,6 +24,7 @@ from lethe.text import corpora
 from lethe.unlearning import maps, probe
 from lethe.unlearning.check import check
 from lethe.unlearning.pipeline import inspect
+from lethe.unlearning.prepare import prepare
 
 LAYERS = [0, 2]
 
@@ -47,7 +48,7 @@ def world(make_model, texts, tmp_path_factory) -> Path:
     return home
 
 
-def recipe(world: Path, out: Path, large: str = "", **changes: Any) -> UnlearnConfig:
+def recipe(world: Path, out: Path, large: str = "", **changes: Any) -> Transfer:
     settings: dict[str, Any] = {
         "model": str(world / f"target{large}"),
         "source": str(world / f"source{large}"),
@@ -62,13 +63,13 @@ def recipe(world: Path, out: Path, large: str = "", **changes: Any) -> UnlearnCo
         "eval": EvalSettings(["lab_forget_robust"], limit=4),
         "out": str(out),
     }
-    return UnlearnConfig(**(settings | changes))
+    return Transfer(**(settings | changes))
 
 
-def prepared(config: UnlearnConfig) -> tuple[Run, Any]:
+def prepared(config: Transfer) -> tuple[Run, Any]:
     """The run and the trainer of a recipe, as they are before training."""
     run = Run.create("check", "check", to_dict(config), config.out)
-    return run, sys.modules["lethe.unlearning.pipeline"]._prepared(run, config, check(config))[0]
+    return run, prepare(run, config, check(config)).trainer
 
 
 def states(folder: Path, text: Path) -> list[np.ndarray]:
@@ -118,18 +119,18 @@ def test_the_variance_is_of_the_mapped_activations_and_the_same_for_cached_teach
 def test_a_resumed_run_has_the_variance_that_it_began_with(world, tmp_path):
     run, trainer = prepared(recipe(world, tmp_path, cb_scale="relative"))
     rows = trainer.train_dataset.texts["forget"]
-    found = maps.variances(run, trainer.teacher, rows, 0)
-    assert found == trainer.variance and sorted(found) == LAYERS
+    found = maps.variances(run, trainer.teachers["forget"], rows, 0)
+    assert found == trainer.target_variance and sorted(found) == LAYERS
     assert maps.variances(Run.open(run.path), None, [], 0) == found  # type: ignore[arg-type]
 
 
 def test_a_target_that_does_not_vary_is_refused(world, tmp_path):
     _, trainer = prepared(recipe(world, tmp_path))
     with pytest.raises(LetheError, match=r"cb_scale: the target of layer 0 has variance 0"):
-        maps.variances_of(trainer.teacher, [[5]], 0)
+        maps.variances_of(trainer.teachers["forget"], [[5]], 0)
 
 
-@pytest.mark.parametrize("changes", [{"forget_loss": "distill"}, {"remove_coef": 0.0}])
+@pytest.mark.parametrize("changes", [{"remove_coef": 0.0}])
 def test_cb_scale_without_cb_loss_is_refused(world, tmp_path, changes):
     with pytest.raises(LetheError, match="cb_scale: relative has no effect"):
         recipe(world, tmp_path, cb_scale="relative", **changes)
@@ -138,7 +139,7 @@ def test_cb_scale_without_cb_loss_is_refused(world, tmp_path, changes):
 # --- what check measures ---------------------------------------------------------------------------------------------
 
 
-def plain_gradients(config: UnlearnConfig) -> tuple[float, float, float]:
+def plain_gradients(config: Transfer) -> tuple[float, float, float]:
     """cb_loss, the norm of its gradient, and that of KL's where weights are moved: by transformers and autograd alone."""
     model, source, reference = (AutoModelForCausalLM.from_pretrained(x) for x in (config.model, config.source, config.model))
     tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -197,13 +198,13 @@ def test_the_proposed_coefficient_has_the_labs_balance(world, tmp_path, scale):
     assert not any("dominates" in warning for warning in found["warnings"])
 
 
-@pytest.mark.parametrize(("factor", "term"), [(1e5, "forget term"), (1e-5, "retain term")])
+@pytest.mark.parametrize(("factor", "term"), [(1e5, "forget loss"), (1e-5, "retain loss")])
 def test_a_term_without_weight_is_said_with_coefficients_to_try(world, tmp_path, factor, term):
     balanced = inspect(recipe(world, tmp_path))["scale"]["proposed_remove_coef"]
     plan = inspect(recipe(world, tmp_path, remove_coef=balanced * factor))
     assert plan["scale"]["dominates"] == term
     said = " ".join(plan["warnings"])
-    assert f"the {term} dominates" in said and f"remove_coef to {balanced:g} beside retain_coef 5" in said
+    assert f"the {term} dominates" in said and f"remove_coef to {balanced:g} for the lab's balance" in said
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_a_term_without_weight_is_said_with_coefficients_to_try(world, tmp_path,
     [
         ({"retain_coef": 0.0}, ["cb_loss", "forget_gradient"]),
         ({"remove_coef": 0.0}, ["retain_kl_loss", "retain_gradient"]),
-        ({"rewind": 1.0, "forget_loss": "distill"}, ["forget_kl_loss", "forget_gradient", "retain_kl_loss", "retain_gradient"]),
+        ({"rewind": 1.0, "affine": "none"}, ["cb_loss", "forget_gradient", "retain_kl_loss", "retain_gradient"]),
         ({"dtype": "bfloat16", "lora": None}, ["cb_loss", "forget_gradient", "retain_kl_loss", "retain_gradient"]),
     ],
 )

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lethe import Transfer
 from lethe import config as c
 from lethe.cli import COMMANDS, main
-from lethe.config import EvalSettings, LoraSettings, TamperConfig, TextSource, UnlearnConfig, to_dict
+from lethe.config import EvalSettings, LoraSettings, TamperConfig, TextSource, to_dict
 from lethe.config.parse import from_recipe, parse
 from lethe.errors import LetheError
 
@@ -39,11 +40,11 @@ def recipe(tmp_path):
     return write
 
 
-def made(*words: str, kind: type = UnlearnConfig):
+def made(*words: str, kind: type = Transfer):
     return parse("command", kind, list(words), "example")
 
 
-def refusal(*words: str, kind: type = UnlearnConfig) -> str:
+def refusal(*words: str, kind: type = Transfer) -> str:
     with pytest.raises(LetheError) as caught:
         made(*words, kind=kind)
     message = str(caught.value)
@@ -64,7 +65,7 @@ def test_a_switch_needs_no_value():
 
 
 def test_recipe_command_line_and_python_make_equal_objects(recipe):
-    by_python = UnlearnConfig(
+    by_python = Transfer(
         model="lab:final",
         source="lab:global_step900",
         forget=TextSource("forget.jsonl", template="{title}\n\n{text}"),
@@ -83,7 +84,7 @@ def test_recipe_command_line_and_python_make_equal_objects(recipe):
     )
     assert by_recipe == by_python
     assert by_words == by_python
-    assert from_recipe(UnlearnConfig, recipe()) == by_python
+    assert from_recipe(Transfer, recipe()) == by_python
     assert type(by_recipe.lora) is LoraSettings
     assert type(by_words.lr) is type(by_recipe.lr) is float
 
@@ -96,7 +97,7 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(recip
     assert config.lora == LoraSettings(r=4, alpha=2, dropout=0.0)
     assert config.eval == EvalSettings(["lab_retain"], every=10, limit=7)
     assert config.forget == TextSource("forget.jsonl", template="{c}")
-    assert config.remove_coef == UnlearnConfig(source="x").remove_coef
+    assert config.remove_coef == Transfer(source="x").remove_coef
 
 
 def test_a_later_recipe_overrides_an_earlier_one(recipe, tmp_path):
@@ -159,7 +160,7 @@ def test_text_is_taken_as_it_is_written(value):
     ids=lambda o: "-".join(o) + "=" + str(next(iter(o.values())))[:20],
 )
 def test_overrides_of_a_recipe_from_python_arrive_as_they_are(recipe, overrides):
-    config = from_recipe(UnlearnConfig, recipe(), **overrides)
+    config = from_recipe(Transfer, recipe(), **overrides)
     assert {name: getattr(config, name) for name in overrides} == overrides
     assert config.source == "lab:global_step900"
 
@@ -187,7 +188,7 @@ def test_print_config_is_a_recipe_that_makes_the_same_object(recipe, tmp_path, c
 @pytest.mark.parametrize("lora", [LoraSettings(r=3), None])
 def test_a_runs_record_is_a_recipe_of_the_run(recipe, lora):
     """run.json's config, through JSON and YAML, makes the config again."""
-    config = UnlearnConfig(source="x", forget=TextSource("a.jsonl"), lora=lora, lr=1e-5, layers=[1])
+    config = Transfer(source="x", forget=TextSource("a.jsonl"), lora=lora, lr=1e-5, layers=[1])
     assert made("--config", recipe(yaml.safe_dump(json.loads(json.dumps(to_dict(config)))))) == config
 
 
@@ -451,18 +452,18 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path):
 
 def test_a_required_setting_is_named():
     assert "model" in refusal(kind=c.EvaluateConfig)
-    assert "source" in refusal(kind=UnlearnConfig)
+    assert "source" in refusal(kind=Transfer)
     assert "model" in refusal(kind=TamperConfig)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: UnlearnConfig(source="x", lr="fast"),
-        lambda: UnlearnConfig(source="x", layers="012"),
-        lambda: UnlearnConfig(source="x", layers=["a"]),
-        lambda: UnlearnConfig(source="x", epochs=None),
-        lambda: UnlearnConfig(source="x", lora={"r": 8}),
+        lambda: Transfer(source="x", lr="fast"),
+        lambda: Transfer(source="x", layers="012"),
+        lambda: Transfer(source="x", layers=["a"]),
+        lambda: Transfer(source="x", epochs=None),
+        lambda: Transfer(source="x", lora={"r": 8}),
     ],
     ids=["lr", "layers", "layer", "epochs", "lora"],
 )

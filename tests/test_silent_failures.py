@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lethe import AffineConfig, LoraSettings, TamperConfig, UnlearnConfig, fit_affine, tamper, unlearn
+from lethe import AffineConfig, LoraSettings, TamperConfig, Transfer, fit_affine, tamper, unlearn
 from lethe.config import AffineScoreConfig, EvalSettings, TextSource, options
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 LAYERS = [0, 2, 4]
 
 
-def recipe(out: Path, **changes: Any) -> UnlearnConfig:
+def recipe(out: Path, **changes: Any) -> Transfer:
     settings: dict[str, Any] = {
         "source": f"lab:global_step{active_preset().onset}",
         "affine": "none",
@@ -44,7 +44,7 @@ def recipe(out: Path, **changes: Any) -> UnlearnConfig:
         "eval": EvalSettings(["lab_forget_robust"], limit=4),
         "out": str(out),
     }
-    return UnlearnConfig(**(settings | changes))
+    return Transfer(**(settings | changes))
 
 
 # --- maps ------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ CHANGES: dict[str, Any] = {
     "affine_convention": "hidden_states",
     "forget": TextSource("lab:retain"),
     "retain": [TextSource("lab:retain"), TextSource("{home}/extra.jsonl", weight=0.5)],
-    "packing": "blocks",
+    "packing": "packed",
     "rewind": 0.5,
     "forget_loss": "distill",
     "forget_kl_coef": 2.0,
@@ -284,7 +284,7 @@ FAULTS = {"save_every", "divergence_factor", "on_divergence", "time_limit"}
 """What they change shows only when something goes wrong: test_resume."""
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(UnlearnConfig) if field.name not in FAULTS])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Transfer) if field.name not in FAULTS])
 def test_every_setting_changes_something_or_is_refused(lab, tmp_path, field, baseline, monkeypatch):
     monkeypatch.setattr(teacher_cache, "lethe_home", lambda: tmp_path / "home")  # no test finds another's teacher cache
     (tmp_path / "extra.jsonl").write_text("".join(json.dumps({"text": f"Other text, number {i}."}) + "\n" for i in range(20)))
@@ -340,7 +340,7 @@ def test_adapters_sit_on_the_layers_of_the_role_asked_for(lab, tmp_path, targets
 
 
 def test_every_kind_of_setting_has_a_change_in_this_test(tmp_path, lab):
-    for field in dataclasses.fields(UnlearnConfig):
+    for field in dataclasses.fields(Transfer):
         default = getattr(recipe(tmp_path), field.name)
         assert field.name in CHANGES.keys() | FAULTS or isinstance(default, int | float), field.name
         assert options(field.type)

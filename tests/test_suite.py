@@ -49,7 +49,7 @@ def test_every_attack_runs_on_every_model_with_every_seed_and_chains_go_on_from_
             assert rest[0].record["config"]["model"] == f"run:{first.id}" and rest[0].record["suite"]["attack"] == "then-forget"
     worst = Study(list(runs.values())).worst_cases
     assert len(worst) == 2
-    for said, (_, case) in zip(run.record["conclusions"], worst.values(), strict=True):
+    for said, case in zip(run.record["conclusions"], worst.values(), strict=True):
         assert f"worst case {100 * case.point.value:.1f} %" in said and case.bound == 0.2
 
 

@@ -128,7 +128,7 @@ def test_a_trials_regime_is_that_of_its_intervals(grid):
     for name, trial in found.items():
         if name != "baseline":
             run = Run.open(next(grid.path.parent.glob(f"unlearn-{name}-*")))
-            kept = [regimes.kept(run.record["evals"][task], before[task]) for task in TASKS]
+            kept = [regimes.retained_share(run.record["evals"][task], before[task]) for task in TASKS]
             assert trial["regime"] == regimes.regime(*kept)
             assert trial["selectivity"]["value"] == regimes.selectivity(*kept).value
 

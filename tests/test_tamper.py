@@ -14,7 +14,7 @@ from lethe import (
     EvaluateConfig,
     LoraSettings,
     TamperConfig,
-    UnlearnConfig,
+    Transfer,
     evaluate,
     tamper,
     unlearn,
@@ -40,7 +40,7 @@ def unlearned(lab, tmp_path_factory):
     out = tmp_path_factory.mktemp("unlearned")
     source = f"lab:global_step{active_preset().onset}"
     return unlearn(
-        UnlearnConfig(
+        Transfer(
             source=source, num_train_examples=128, max_steps=6, lora=LoraSettings(r=4), eval=EvalSettings(TASKS), out=str(out)
         )
     )
@@ -99,7 +99,7 @@ def test_an_attack_on_a_text_that_was_used_whole_is_told_of_other_text_alone(lab
     text = tmp_path / "short.txt"
     text.write_text("\n".join(f"Sentence {i} of a short text." for i in range(20)))
     source, few = f"lab:global_step{active_preset().onset}", EvalSettings(["lab_forget_robust"], limit=8)
-    run = unlearn(UnlearnConfig(source=source, forget=str(text), affine="none", max_steps=1, eval=few, out=str(tmp_path)))
+    run = unlearn(Transfer(source=source, forget=str(text), affine="none", max_steps=1, eval=few, out=str(tmp_path)))
     assert run.record["plan"]["documents"] == {"forget": 20, "retain": 2048}
     config = TamperConfig(model=str(run.path), forget=str(text), eval=few, out=str(tmp_path))
     with pytest.raises(LetheError, match=r"20 of the attack's 20 .*; no other is left: give other text, or set"):

@@ -481,17 +481,17 @@ def test_suites_and_commas_are_spelled_out(tmp_path):
 
 
 def test_a_recipe_for_unlearning_has_suites_and_local_data(tmp_path):
-    from lethe.config import UnlearnConfig
+    from lethe import Transfer
 
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         "source: lab:global_step600\neval:\n  tasks: [bio, lab_retain]\n  suites: {bio: [wmdp_bio, wmdp_bio_robust]}\n"
         "  task_data: {wmdp_bio: a.jsonl}\n  num_fewshot: 1\n"
     )
-    settings = parse("unlearn", UnlearnConfig, ["--config", str(recipe), "--eval.task_data", "wmdp_bio=b.jsonl"], "").eval
+    settings = parse("unlearn", Transfer, ["--config", str(recipe), "--eval.task_data", "wmdp_bio=b.jsonl"], "").eval
     assert settings.tasks == ["wmdp_bio", "wmdp_bio_robust", "lab_retain"]
     assert (settings.task_data, settings.num_fewshot) == ({"wmdp_bio": "b.jsonl"}, 1)
-    assert from_recipe(UnlearnConfig, recipe).eval.task_data == {"wmdp_bio": "a.jsonl"}
+    assert from_recipe(Transfer, recipe).eval.task_data == {"wmdp_bio": "a.jsonl"}
 
 
 def test_task_data_on_the_command_line(tmp_path):

@@ -11,8 +11,9 @@ from jinja2 import Environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lethe
+from lethe import Transfer
 from lethe.cli import main
-from lethe.config import EvaluateConfig, SlurmSettings, UnlearnConfig, to_dict
+from lethe.config import EvaluateConfig, SlurmSettings, to_dict
 from lethe.config.parse import from_recipe
 from lethe.errors import LetheError
 from lethe.evaluation.accuracy import evaluate_model, load_tasks
@@ -168,7 +169,7 @@ def test_consent_is_a_word_of_the_command_alone(folder, model, tmp_path, capsys)
     assert main([*words, "--config", str(tmp_path / "recipe.yaml")]) == 2
     assert "unknown field 'trust_task_code'" in capsys.readouterr().err
     with pytest.raises(LetheError, match="no setting 'trust_task_code'"):
-        from_recipe(UnlearnConfig, None, source="lab:final", trust_task_code=True)
+        from_recipe(Transfer, None, source="lab:final", trust_task_code=True)
     assert main(["runs", out, "--trust_task_code", "true"]) == 2  # it evaluates nothing
     assert not Path("ran").exists() and not Path(out).exists()
     assert main([*words, "--trust_task_code", "true"]) == 0 and Path("ran").exists()

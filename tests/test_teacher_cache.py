@@ -23,13 +23,14 @@ import lethe.home
 from lethe import LoraSettings, unlearn
 from lethe.config import ResumeConfig
 from lethe.maps.affine import AffineMap
+from lethe.methods.method import Need
 from lethe.models import refs
-from lethe.objectives.blocked import head_of
+from lethe.objectives.chunks import head_of
 from lethe.sweeps.resuming import resume
 from lethe.text import corpora
 from lethe.unlearning import teacher_cache as caching
-from lethe.unlearning.pipeline import UnlearnTrainer
-from lethe.unlearning.teacher import Needs, Teacher
+from lethe.unlearning.teacher import Teacher
+from lethe.unlearning.trainer import UnlearnTrainer
 
 ROWS = [list(range(3, 3 + n)) for n in (5, 30, 17, 1, 24)]
 
@@ -55,66 +56,57 @@ def warned(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def teacher(make_model, tmp_path) -> Teacher:
-    models = [refs.load(refs.resolve(str(make_model("llama", tmp_path / str(s), seed=s))))[0] for s in (1, 2)]
+    """A source with maps."""
+    model = refs.load(refs.resolve(str(make_model("llama", tmp_path / "1", seed=1))))[0]
     rng = torch.Generator().manual_seed(0)
     maps = AffineMap(
         {n: torch.randn(32, 32, generator=rng) for n in (0, 2)}, {n: torch.randn(32, generator=rng) for n in (0, 2)}
     )
-    needs = {"forget": Needs((0, 2), True), "retain": Needs((), True)}
-    return Teacher(models[0], models[1], maps, needs, {"forget": head_of(models[0]), "retain": head_of(models[1])})
+    return Teacher(Need("source", (0, 2), True, True), model, "w", head_of(model), maps)
 
 
-def built(teacher: Teacher, text: str = "forget", rows: list[list[int]] = ROWS, weights: str = "w") -> caching.Cache:
-    cache = caching.open_or_build(teacher, text, rows, weights)
+def built(teacher: Teacher, rows: list[list[int]] = ROWS, weights: str = "w") -> caching.Cache:
+    cache = caching.open_or_build(dataclasses.replace(teacher, weights=weights), "forget", rows)
     assert cache is not None
     return cache
 
 
-@pytest.mark.parametrize("text", ["forget", "retain"])
+@pytest.mark.parametrize(
+    "need", [Need("source", (0, 2), True, True), Need("reference", logits=True)], ids=["source", "reference"]
+)
 @pytest.mark.parametrize("heads", [True, False])
-def test_cached_states_are_the_live_ones(teacher, text, heads):
-    if not heads:
-        teacher.heads = {}
-    cache = built(teacher, text)
+def test_cached_states_are_the_live_ones(teacher, need, heads):
+    teacher.need, teacher.maps = need, teacher.maps if need.mapped else None
+    teacher.head = teacher.head if heads else None
+    cache = built(teacher)
     index = torch.tensor([4, 0, 3, 0])
     ids, mask = corpora.pad([ROWS[i] for i in index], 0)
-    live, cached = teacher.live(text, ids), cache.states(index, ids.shape[1])
-    assert live.activations.keys() == cached.activations.keys() == set(teacher.needs[text].layers)
+    live, cached = teacher.live(ids), cache.states(index, ids.shape[1])
+    assert live.activations.keys() == cached.activations.keys() == set(need.layers)
     keep = mask.bool()
     pairs = [(live.output, cached.output), *((live.activations[n], cached.activations[n]) for n in live.activations)]
     for one, other in pairs:
         torch.testing.assert_close(one[keep], other[keep], rtol=1e-5, atol=1e-6 * float(one[keep].abs().max()))
     sizes = sum(f.stat().st_size for f in cache.folder.glob("*.bin"))
-    assert sizes == caching.size_of(teacher, text, ROWS)
+    assert sizes == caching.size_of(teacher, ROWS)
 
 
 def test_every_part_of_the_key_makes_another_cache(teacher):
     rows = [*ROWS[:-1], [*ROWS[-1][:-1], 7]]
     other_map = AffineMap({n: w + (n == 2) * 1e-6 for n, w in teacher.maps.weight.items()}, teacher.maps.bias)
 
-    def needing(need: Needs) -> Teacher:
-        return dataclasses.replace(teacher, needs={"forget": need})
+    def key(rows: list[list[int]] = ROWS, **changes: Any) -> Path:
+        return caching.folder_of(caching.key_of(dataclasses.replace(teacher, **changes), rows))
 
-    others = {
-        "weights": lambda: caching.key_of(teacher, "forget", ROWS, "other"),
-        "rows": lambda: caching.key_of(teacher, "forget", rows, "w"),
-        "order": lambda: caching.key_of(teacher, "forget", ROWS[::-1], "w"),
-        "cut elsewhere": lambda: caching.key_of(teacher, "forget", [[3, 4], [5]], "w"),
-        "cut here": lambda: caching.key_of(teacher, "forget", [[3], [4, 5]], "w"),
-        "maps": lambda: caching.key_of(dataclasses.replace(teacher, maps=other_map), "forget", ROWS, "w"),
-        "no maps": lambda: caching.key_of(dataclasses.replace(teacher, maps=None), "forget", ROWS, "w"),
-        "heads": lambda: caching.key_of(dataclasses.replace(teacher, heads={}), "forget", ROWS, "w"),
-        "layers": lambda: caching.key_of(needing(Needs((0,), True)), "forget", ROWS, "w"),
-        "terms": lambda: caching.key_of(needing(Needs((0, 2))), "forget", ROWS, "w"),
-    }  # fmt: skip
-    same = caching.key_of(teacher, "forget", ROWS, "w")
-    folders = [caching.folder_of(key()) for key in others.values()]
-    assert caching.folder_of(caching.key_of(teacher, "forget", ROWS, "w")) == caching.folder_of(same)
-    folders.append(caching.folder_of(same))
-    teacher.source.config.rope_parameters["rope_theta"] = 5.0
-    folders.append(caching.folder_of(caching.key_of(teacher, "forget", ROWS, "w")))
-    teacher.source.bfloat16()
-    folders.append(caching.folder_of(caching.key_of(teacher, "forget", ROWS, "w")))
+    folders = [
+        key(), key(weights="other"), key(rows), key(ROWS[::-1]), key([[3, 4], [5]]), key([[3], [4, 5]]), key(maps=other_map),
+        key(maps=None), key(head=None), key(need=Need("source", (0,), True)), key(need=Need("source", (0, 2))),
+    ]  # fmt: skip
+    assert key() == folders[0]
+    teacher.model.config.rope_parameters["rope_theta"] = 5.0
+    folders.append(key())
+    teacher.model.bfloat16()
+    folders.append(key())
     assert len(set(folders)) == len(folders)
 
 
@@ -143,7 +135,7 @@ def test_a_full_disk_leaves_the_teacher_live_and_nothing_behind(teacher, home, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert caching.open_or_build(teacher, "forget", ROWS, "w") is None
+    assert caching.open_or_build(teacher, "forget", ROWS) is None
     assert "No space left" in warned[0]
     assert [p.suffix for p in (home / "teachers").iterdir()] == [".lock"]
 
@@ -163,14 +155,14 @@ def small(small, monkeypatch) -> Callable[[int], Path]:
 def test_a_disk_that_fills_up_leaves_the_teacher_live_and_nothing_behind(teacher, small, warned):
     rows = [list(range(3, 33))] * 200  # 200 · 30 tokens · 3 · 32 numbers: 2.2 MiB
     folder = small(1024)
-    assert caching.open_or_build(teacher, "forget", rows, "w") is None
+    assert caching.open_or_build(teacher, "forget", rows) is None
     assert len(warned) == 1 and "No space left" in warned[0]
     assert [p.suffix for p in (folder / "teachers").iterdir()] == [".lock"]
-    assert caching.open_or_build(teacher, "forget", ROWS, "w") is not None  # there is room for this one
+    assert caching.open_or_build(teacher, "forget", ROWS) is not None  # there is room for this one
 
 
 def test_caches_not_used_for_longest_make_room_and_those_in_use_stay(teacher, monkeypatch):
-    size = caching.size_of(teacher, "forget", ROWS)
+    size = caching.size_of(teacher, ROWS)
     monkeypatch.setattr(lethe.home, "SHARE", 0.5)
     monkeypatch.setattr(lethe.home.shutil, "disk_usage", lambda path: SimpleNamespace(total=6 * size))  # for two with manifests
     used = built(teacher, weights="first")
@@ -186,9 +178,9 @@ import sys, time, torch
 from pathlib import Path
 from lethe.models import refs
 from lethe.unlearning import teacher_cache as caching
-from lethe.unlearning.teacher import Needs, Teacher
-models = [refs.load(refs.resolve(sys.argv[1]))[0] for _ in range(2)]
-teacher = Teacher(*models, None, {"forget": Needs((0,))})
+from lethe.methods.method import Need
+from lethe.unlearning.teacher import Teacher
+teacher = Teacher(Need("source", (0,)), refs.load(refs.resolve(sys.argv[1]))[0], "w")
 caching.TOKENS = 1
 plain = Teacher.live
 def slow(self, *args):
@@ -197,7 +189,7 @@ def slow(self, *args):
     time.sleep(0.3)
     return plain(self, *args)
 Teacher.live = slow
-print(caching.open_or_build(teacher, "forget", [[3, 4], [5, 6], [7, 8], [9]], "w").states(torch.tensor([3]), 1))
+print(caching.open_or_build(teacher, "forget", [[3, 4], [5, 6], [7, 8], [9]]).states(torch.tensor([3]), 1))
 """
 
 
@@ -246,8 +238,8 @@ def test_a_killed_builder_leaves_nothing_that_counts(make_model, tmp_path, home)
     [
         {},
         {"retain_loss": "mse", "lora": None, "affine": "none"},
-        {"forget_loss": "both", "retain_loss": "ce"},
-        {"packing": "blocks"},
+        {"forget_kl_coef": 1.0, "retain_loss": "ce"},
+        {"packing": "packed"},
     ],
     ids=["kl", "mse", "both", "packed"],
 )
@@ -263,12 +255,12 @@ def test_a_run_has_the_losses_of_live_teachers_without_running_them(lab, tmp_pat
 
     monkeypatch.setattr(UnlearnTrainer, "train", without_teachers)
     cached = unlearn(recipe(tmp_path / "runs", teacher_cache="cached", **settings))
-    assert all(how == "cached: as asked" for how in cached.record["plan"]["teachers"].values())
+    assert all(how == "cached: as set" for how in cached.record["plan"]["teachers"].values())
     assert told(cached)[:2] == told(live)[:2]  # to the last bit: Teacher.live pads to whole vectors
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("packing", "tolerance"), [("blocks", 0.0), ("none", 0.02)], ids=["one length", "many lengths"])
+@pytest.mark.parametrize(("packing", "tolerance"), [("packed", 0.0), ("none", 0.02)], ids=["one length", "many lengths"])
 def test_bfloat16_teachers_have_a_bfloat16_cache_within_the_stated_tolerance_of_live_ones(lab, tmp_path, packing, tolerance):
     """Exact on rows of one length, where only the number of rows differs between a batch and the cache's building."""
     settings = {"dtype": "bfloat16", "affine": "none", "packing": packing, "lora": LoraSettings(dropout=0.0), "max_steps": 8}

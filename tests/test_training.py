@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lethe.config import EvalSettings, UnlearnConfig
+from lethe import Transfer
+from lethe.config import EvalSettings
 from lethe.lab.presets import active_preset
 from lethe.models.activations import blocks
 from lethe.training import trainer
@@ -65,7 +66,7 @@ def test_a_run_keeps_to_one_device_where_several_are_in_sight(lab, tmp_path, mon
 
     monkeypatch.setattr(trainer, "TrainingArguments", Two)
     few = EvalSettings(["lab_forget_robust"], limit=4)
-    config = UnlearnConfig(
+    config = Transfer(
         source=f"lab:global_step{active_preset().onset}", num_train_examples=16, max_steps=2, per_device_train_batch_size=4,
         schedule="constant", eval=few, out=str(tmp_path),
     )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Unlearning: the documented losses, recomputed by hand from the saved models; what is trained is what was said."""
+"""Unlearning: the losses are the formulas', recomputed by hand from the saved models; what is trained is what was said."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,23 +12,21 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import LoraSettings, UnlearnConfig, unlearn
+from lethe import Distill, LoraSettings, Transfer, unlearn
 from lethe.config import EvalSettings, TextSource
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
-from lethe.models.activations import blocks
 from lethe.models.refs import resolve
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.unlearning import changes
 from lethe.unlearning.check import check
-from lethe.unlearning.pipeline import UnlearnTrainer
 
 pytestmark = pytest.mark.slow
 LAYERS = [0, 2, 4]
 
 
-def recipe(out: Path, **changes) -> UnlearnConfig:
+def recipe(out: Path, **changes) -> Transfer:
     """A short run on the nano lab, without dropout so that it can be recomputed."""
     settings = {
         "source": f"lab:global_step{active_preset().onset}",
@@ -40,7 +39,7 @@ def recipe(out: Path, **changes) -> UnlearnConfig:
         "eval": EvalSettings(["lab_forget_robust"], limit=8),
         "out": str(out),
     }
-    return UnlearnConfig(**(settings | changes))
+    return Transfer(**(settings | changes))
 
 
 def by_hand(model: torch.nn.Module, run: Run, row: int) -> tuple[float, float]:
@@ -92,7 +91,7 @@ def test_losses_of_first_and_later_steps_are_those_of_the_formulas(lab, tmp_path
     assert rows[5]["retain_kl_loss"] == pytest.approx(kl, rel=1e-2, abs=1e-7)
 
 
-def test_loss_is_the_weighted_sum_of_its_terms_and_the_ramp_is_fields(lab, tmp_path):
+def test_loss_is_the_weighted_sum_of_its_terms_and_the_ramp_is_the_formulas(lab, tmp_path):
     run = unlearn(recipe(tmp_path, max_steps=4, num_train_examples=16, remove_coef=7, retain_coef=3))
     for done, row in enumerate(run.rows("metrics.jsonl")):
         s = min(1, done / 2)
@@ -253,7 +252,10 @@ def test_rewinding_half_way_is_the_mean_of_the_weights(lab, tmp_path):
 @pytest.mark.parametrize("kind", ["distill", "both"])
 def test_distillation_is_the_kl_to_the_source_on_forget_text(lab, tmp_path, kind):
     coef = 0.5 if kind == "both" else 1.0
-    run = unlearn(recipe(tmp_path, forget_loss=kind, forget_kl_coef=coef, max_steps=1))
+    made = recipe(tmp_path, forget_kl_coef=coef, max_steps=1)
+    names = {field.name for field in dataclasses.fields(Distill)} - {"method"}
+    own = {name: value for name, value in vars(made).items() if name in names}
+    run = unlearn(made if kind == "both" else Distill(**own))
     row, config = run.rows("metrics.jsonl")[0], run.record["config"]
     model, source = (AutoModelForCausalLM.from_pretrained(resolve(config[role]).path) for role in ("model", "source"))
     tokenizer = AutoTokenizer.from_pretrained(resolve(config["model"]).path)
@@ -287,7 +289,7 @@ def test_parameters_that_no_term_reaches_are_named_before_training(lab, tmp_path
 
 
 def test_packed_blocks_lose_no_token_and_merged_adapters_are_the_model(lab, tmp_path):
-    run = unlearn(recipe(tmp_path, packing="blocks", merge=True, max_steps=-1, num_train_examples=32, max_length=50))
+    run = unlearn(recipe(tmp_path, packing="packed", merge=True, max_steps=-1, num_train_examples=32, max_length=50))
     tokenizer = AutoTokenizer.from_pretrained(resolve("lab:final").path)
     expected = sum(
         len(tokenizer(d.text)["input_ids"]) + 1 for name in ("forget", "retain") for d in corpora.read(f"lab:{name}")[:32]
@@ -299,27 +301,6 @@ def test_packed_blocks_lose_no_token_and_merged_adapters_are_the_model(lab, tmp_
     squares = sum((merged[n] - target[n]).square().sum().item() for n in target if ".layers.0." in n)
     assert distances["0"]["distance"] == pytest.approx(squares**0.5, rel=1e-3)
     assert 1 <= distances["0"]["stable_rank"] <= 16
-
-
-def test_with_transfer_the_output_head_never_runs_on_forget_text_and_a_step_is_one_pass(lab, tmp_path, monkeypatch):
-    passes: list[tuple[int, list[int]]] = []
-    states = UnlearnTrainer.states
-
-    def counting(trainer, model, batch):
-        if [len(text["mask"]) for text in batch.values()] != [8, 8]:  # before training, of a text or a document alone
-            return states(trainer, model, batch)
-        rows = []
-        hooks = [block.register_forward_pre_hook(lambda _, args: rows.append(len(args[0]))) for block in blocks(model)]
-        found = states(trainer, model, batch)
-        passes.append((len(found["retain"].output), rows))
-        assert found["forget"].output is None and {n: len(h) for n, h in found["forget"].activations.items()} == {1: 8, 3: 8}
-        for hook in hooks:
-            hook.remove()
-        return found
-
-    monkeypatch.setattr(UnlearnTrainer, "states", counting)
-    unlearn(recipe(tmp_path, layers=[1, 3], max_steps=2, packing="blocks", max_length=32))
-    assert all(found == (8, [16, 16, 16, 16, 8, 8]) for found in passes) and len(passes) == 3
 
 
 def test_a_run_reports_to_tensorboard_as_to_any_of_transformers_loggers(lab, tmp_path):

@@ -27,12 +27,13 @@ from lethe.models import refs
 from lethe.models.activations import blocks, read
 from lethe.models.adapters import add_adapters
 from lethe.models.support import refuse_untrainable
-from lethe.objectives.blocked import head_of, next_token_loss
+from lethe.objectives.chunks import head_of
+from lethe.objectives.distributions import chunked_cross_entropy, cross_entropy
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import parameters
 from lethe.training.saves import save_artifact
-from lethe.training.trainer import Evaluation, Rows, RunTrainer, keep_threads, token_means
+from lethe.training.trainer import Evaluation, Rows, RunTrainer, keep_threads, weighted_means
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,11 @@ class TamperTrainer(RunTrainer):
         """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
         text = inputs["attack"]
         tokens = self.tokens["attack"] - self.documents_in_update["attack"]
-        output = read(model, text["input_ids"], [], True, self.head).output
-        loss = next_token_loss(output, self.head, text["input_ids"], text["mask"], tokens)  # type: ignore[arg-type]
+        output: Any = read(model, text["input_ids"], [], True, self.head).output
+        if self.head is None:
+            loss = cross_entropy(output, text["input_ids"], text["mask"], tokens)
+        else:
+            loss = chunked_cross_entropy(output, self.head, text["input_ids"], text["mask"], tokens)
         self.book(inputs, attack_loss=loss)
         return loss
 
@@ -92,7 +96,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
             model = model.merge_and_unload() if isinstance(model, PeftModel) else model
             save_artifact(run, "model", model, tokenizer)
         run.try_to_record(
-            losses=lambda: token_means(lines, {"attack_loss": "attack"}) | {"lost_updates": lost_share(lines)},
+            losses=lambda: weighted_means(lines, {"attack_loss": "attack_tokens"}) | {"lost_updates": lost_share(lines)},
             plan=lambda: {"tokens": sum(line["attack_tokens"] for line in lines)},
         )
         run.update(evals=trainer.evaluation.at(trainer.state.global_step, model))

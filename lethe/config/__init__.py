@@ -1,7 +1,7 @@
 """Every setting of every command, as typed dataclasses.
 
 A recipe (YAML), the command line and Python all build these same objects, and each command is one function of
-one of them: `UnlearnConfig` -> `unlearn()`, `TamperConfig` -> `tamper()` and so on. The string below a field is
+one of them: a method -> `unlearn()`, `TamperConfig` -> `tamper()` and so on. The string below a field is
 its help text. Nothing here imports torch, so that the command line answers at once. Checks that need only the
 settings themselves live in `__post_init__`; checks that need the model or the text live in `preflight.py`.
 """
@@ -50,9 +50,9 @@ from lethe.config.training import (
     TamperConfig,
     TextSource,
     TrainingSettings,
-    UnlearnConfig,
     as_text_source,
 )
+from lethe.config.unlearning import UnlearnSettings
 
 __all__ = [
     "ATTACKED",
@@ -88,7 +88,7 @@ __all__ = [
     "TamperConfig",
     "TextSource",
     "TrainingSettings",
-    "UnlearnConfig",
+    "UnlearnSettings",
     "as_text_source",
     "minutes",
     "options",

@@ -25,13 +25,19 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 def check_types(config: Any, prefix: str = "") -> None:
     """Refuse a field whose value is not of its declared type: Python, recipes and the command line promise the same."""
-    for name, kind in typing.get_type_hints(type(config)).items():
+    for name, kind in types_of(type(config)).items():
         value = getattr(config, name)
         if name == "name" and isinstance(value, str) and value != getattr(type(config), name, None):
             refuse_name(value)
         refuse_unusable(f"{prefix}{name}", value)
         if not _fits(value, kind):
             raise LetheError(f"{prefix}{name}: expected {spoken(kind)}, got {printable(repr(value), 80)}")
+
+
+def types_of(kind: type) -> dict[str, Any]:
+    """The type of each setting of a dataclass, by name."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def refuse_unusable(name: str, value: Any) -> None:

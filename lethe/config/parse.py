@@ -21,7 +21,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_pa
 
 from lethe import files
 from lethe.config import options, spoken
-from lethe.config.checks import DEEPEST, refuse_text, refuse_unusable
+from lethe.config.checks import DEEPEST, refuse_text, refuse_unusable, types_of
 from lethe.errors import LetheError, nearest, printable
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -34,6 +34,7 @@ def parse(command: str, config: type, words: list[str], example: str, positional
         LetheError: a field is unknown or ill-typed, or a recipe cannot be read.
     """
     words = _named(words, config, positional)
+    config = _variant(config, words, {})
     _refuse_unusable(words, config)
     _refuse_unknown(words, config)
     parser = _parser(command, config, example)
@@ -47,6 +48,7 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
         LetheError: as `parse`.
     """
     plain = {name: _plain(value) for name, value in overrides.items()}
+    config = _variant(config, [] if recipe is None else ["--config", str(recipe)], plain)
     known = fields_of(config)
     for name in _dotted(plain, known):
         if name not in known:
@@ -57,6 +59,26 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
     _refuse_unknown(words, config)
     parser = _parser("recipe", config, "")
     return _made(config, lambda: parser.parse_args([*words, "--config", json.dumps(plain)]))
+
+
+def _variant(config: type, words: list[str], given: Mapping[str, Any]) -> type:
+    """The class that has the settings of a recipe: that of its method, for unlearning; for all else `config` itself."""
+    choose = getattr(config, "variant", None)
+    if choose is None:
+        return config
+    named: dict[str, Any] = {}
+    for i, word in enumerate(words):
+        name, _, value = word.partition("=")
+        value = value or (words[i + 1] if i + 1 < len(words) else "")
+        if name == "--config":
+            try:
+                content = files.yaml_of(files.text_of(value))
+            except files.UnreadableError:  # refused below, where its name can be given
+                content = None
+            named |= {"method": content["method"]} if isinstance(content, dict) and "method" in content else {}
+        elif name == "--method":
+            named["method"] = value
+    return choose({**named, **given})
 
 
 def from_settings(config: type, given: Mapping[str, Any]) -> Any:
@@ -100,11 +122,15 @@ def build(kind: Any, value: Any) -> Any:
     """
     for option in options(kind):
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            hints = typing.get_type_hints(option)
-            for f in dataclasses.fields(option):
+            made: Any = option
+            if hasattr(option, "of_record"):  # a method: its class, and the names that its settings have today
+                value = made.of_record(value)
+                made = made.variant(value)
+            hints = types_of(made)
+            for f in dataclasses.fields(made):
                 if f.default is f.default_factory is dataclasses.MISSING and f.name not in value:
                     raise LetheError(f"{f.name}: this setting is required")
-            return option(**{name: build(hints[name], item) for name, item in value.items() if name in hints})  # type: ignore[operator]
+            return made(**{name: build(hints[name], item) for name, item in value.items() if name in hints})
         if typing.get_origin(option) is list and isinstance(value, list):
             return [build(typing.get_args(option)[0], item) for item in value]
     return value
@@ -157,7 +183,7 @@ def _joined(words: list[str], config: type) -> list[str]:
             out += [word, _pairs(name, values, pairs[name] == dict[str, Any])]
             continue
         quote = json.dumps if (lists | mixed)[name] is str else str
-        single = len(values) == 1 and values[0].startswith("[")
+        single = len(values) == 1 and values[0].startswith(("[", "null"))
         out += [word, values[0] if single else f"[{', '.join(map(quote, values))}]"]
     return out
 
@@ -200,8 +226,10 @@ def numbers(value: Any) -> Any:
 
 
 def _lists(config: type) -> dict[str, Any]:
-    """Dotted names of the fields that are lists and nothing else, with the type of their items."""
-    return {name: typing.get_args(kind)[0] for name, kind in fields_of(config).items() if typing.get_origin(kind) is list}
+    """Dotted names of the fields that are lists, or null, and nothing else, with the type of their items."""
+    found = {name: [one for one in options(kind) if one is not type(None)] for name, kind in fields_of(config).items()}
+    lists = {name: kinds[0] for name, kinds in found.items() if len(kinds) == 1 and typing.get_origin(kinds[0]) is list}
+    return {name: typing.get_args(kind)[0] for name, kind in lists.items()}
 
 
 def _mixed(config: type) -> dict[str, Any]:
@@ -217,7 +245,7 @@ def _mixed(config: type) -> dict[str, Any]:
 def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
     """Dotted names of all fields, with their types."""
     found: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(config).items():
+    for name, kind in types_of(config).items():
         found[prefix + name] = kind
         for option in filter(dataclasses.is_dataclass, options(kind)):
             found |= fields_of(option, f"{prefix}{name}.")  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-RENAMED: dict[str, str] = {"kept_threshold": "retained_threshold"}
+RENAMED: dict[str, str] = {"kept_threshold": "retained_threshold", "forget_loss": "method"}
 """Old name of a setting -> its new name."""
 
 RENAMED_VALUES: dict[tuple[str, str], str] = {("find", "keeps"): "find: retained", ("packing", "blocks"): "packing: packed"}

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lethe.config.checks import above, at_least, check_layers, check_seed, check_types, fraction
+from lethe.config.checks import above, at_least, check_seed, check_types, fraction
 from lethe.errors import LetheError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -184,128 +184,6 @@ class TrainingSettings:
             raise LetheError(f"epochs: {self.epochs} has no effect while max_steps is {self.max_steps}; set max_steps to -1")
         if self.optimizer != "muon" and self.newton_schulz_dtype != "auto":
             raise LetheError(f"newton_schulz_dtype: has no effect with optimizer {self.optimizer}; it is a setting of muon")
-
-
-@dataclass
-class UnlearnConfig(TrainingSettings):
-    """Unlearn by checkpoint transfer: loss = remove_coef(t) · cb_loss + retain_coef(t) · retain loss."""
-
-    model: str = "lab:final"
-    """The target: the model to unlearn. It is also the frozen reference of the retain loss."""
-    source: str = ""
-    """The ignorant checkpoint, such as lab:global_step900; auto: the latest one, found by a sweep over the model's checkpoints
-    (auto:WHERE, if they are published elsewhere)."""
-    affine: str = "fit"
-    """fit: fit maps first, on retain text; none: compare activations as they are; or a folder, run or hub id of maps."""
-    affine_examples: int = MAPPED
-    """Documents of the retain text that affine fit uses, at most (0: all)."""
-    affine_convention: Literal["auto", "block_output", "hidden_states"] = "auto"
-    """What layer N of maps without a record means: output of block N, or hidden_states[N] (of block N - 1); auto: by score."""
-    forget: str | TextSource = "lab:forget"
-    """Text to unlearn."""
-    retain: str | TextSource | list[TextSource] = "lab:retain"
-    """Text whose next-token distributions are to stay; several sources are mixed by their weight."""
-    packing: Literal["none", "blocks"] = "none"
-    """none: one document an example, cut at max_length; blocks: documents one after the other, in blocks of max_length."""
-    rewind: float = 0.0
-    """Start from (1 - rewind) model + rewind source, weight by weight."""
-    forget_loss: Literal["transfer", "distill", "both"] = "transfer"
-    """transfer: cb_loss; distill: KL(source ‖ model) on forget text; both: cb_loss + forget_kl_coef · that KL."""
-    forget_kl_coef: float = 1.0
-    """Weight of forget_kl_loss beside cb_loss, with forget_loss both."""
-    cb_scale: Literal["raw", "relative"] = "raw"
-    """raw: cb_loss as it is; relative: each layer's is divided by the variance of its target, so that coefficients carry over
-    from one model to another."""
-    layers: list[int] = field(default_factory=lambda: list(LAYERS))
-    """Layers whose activations are moved. Layer L is the residual stream after block L (from 0)."""
-    remove_coef: float = 5.0
-    """Weight of the forget term."""
-    retain_coef: float = 5.0
-    """Weight of the retain loss (0: unconstrained)."""
-    retain_loss: Literal["kl", "ce", "mse"] = "kl"
-    """kl: KL(reference ‖ model); ce: cross-entropy on the text; mse: distance of activations to the reference's."""
-    schedule: Literal["ramp", "constant"] = "ramp"
-    """ramp: retain_coef rises from 0 over the first epoch while remove_coef falls by a quarter; constant: neither moves."""
-    num_train_examples: int | None = None
-    """Documents of each kind (0: all); null: as many as there are, up to 2,048."""
-    lora: LoraSettings | None = field(default_factory=LoraSettings)
-    """Adapters, kept apart from the model; null: full-rank."""
-    merge: bool = False
-    """Merge the adapters into the model at the end and save the model."""
-    dtype: Dtype = "float32"
-    """Type of the model's weights."""
-    teacher_dtype: Dtype | None = None
-    """Type of the teachers' weights; null: the model's. A coarser one measures rounding, and is refused unless named here."""
-    teacher_cache: Literal["auto", "live", "cached"] = "auto"
-    """Teachers' states computed at every step, or once and kept on disk; auto: cached where documents are seen again."""
-    eval: EvalSettings = field(default_factory=EvalSettings)
-    """Evaluation during and after the run."""
-    out: str = "runs"
-    """Folder of runs."""
-    name: str = "unlearn"
-    """Name of the run."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        super().__post_init__()
-        if not self.source:
-            raise LetheError("source: name the ignorant checkpoint, or auto; `lethe checkpoints MODEL` finds it")
-        check_layers(self.layers)
-        if self.retain == []:
-            raise LetheError("retain: name at least one text")
-        if not 0 <= self.rewind <= 1:
-            raise LetheError(f"rewind: must lie between 0 (the model) and 1 (the source), got {self.rewind}")
-        at_least("forget_kl_coef", self.forget_kl_coef, 0)
-        self._refuse_idle()
-        at_least("remove_coef", self.remove_coef, 0)
-        at_least("retain_coef", self.retain_coef, 0)
-        at_least("num_train_examples", self.num_train_examples or 0, 0)
-        at_least("affine_examples", self.affine_examples, 0)
-        if self.remove_coef == 0 and self.retain_coef == 0:
-            raise LetheError("remove_coef and retain_coef are both 0, so nothing would be trained; raise one of them")
-
-    def _refuse_idle(self) -> None:
-        """Refuse settings that nothing would read."""
-        given = self.affine not in {"fit", "none"}
-        for name in ("forget", "retain"):
-            refuse_weight(name, getattr(self, name))
-        nobody = self.remove_coef == 0 and self.retain_loss == "ce"
-        idle = {
-            "teacher_cache": nobody and self.teacher_cache != "auto" and "on a recipe whose terms ask no teacher",
-            "forget_kl_coef": self.forget_loss != "both"
-            and self.forget_kl_coef != 1
-            and f"with forget_loss {self.forget_loss}",
-            "affine": self.forget_loss == "distill" and given and "with forget_loss distill, which compares distributions",
-            "affine_examples": not self.fits_maps and self.affine_examples != MAPPED and "where no maps are fitted",
-            "cb_scale": (self.forget_loss == "distill" or self.remove_coef == 0)
-            and self.cb_scale != "raw"
-            and "on a recipe without cb_loss",
-            "affine_convention": not given and self.affine_convention != "auto" and f"with affine {self.affine}",
-            "layers": not self.reads_layers and self.layers != LAYERS and "on a full-rank run that compares distributions",
-            "merge": self.merge and self.lora is None and "in full-rank training (lora: null), where there is no adapter",
-            "retain_loss": self.retain_coef == 0 and self.retain_loss != "kl" and "while retain_coef is 0",
-            "forget_loss": self.remove_coef == 0 and self.forget_loss != "transfer" and "while remove_coef is 0",
-        }
-        for name, why in idle.items():
-            if why:
-                raise LetheError(f"{name}: {getattr(self, name)} has no effect {why}; leave it out")
-        if self.forget_loss == "both" and self.forget_kl_coef == 0:
-            raise LetheError("forget_kl_coef: 0 leaves forget_loss both without its KL term; use forget_loss transfer")
-
-    @property
-    def finds_source(self) -> bool:
-        """Whether the source is yet to be found, by a sweep over the model's checkpoints."""
-        return self.source == "auto" or self.source.startswith("auto:")
-
-    @property
-    def fits_maps(self) -> bool:
-        """Whether maps are fitted before training."""
-        return self.affine == "fit" and self.forget_loss != "distill"
-
-    @property
-    def reads_layers(self) -> bool:
-        """Whether `layers` means anything: to a term that compares activations, or to where adapters sit."""
-        return self.forget_loss != "distill" or self.retain_loss == "mse" or self.lora is not None
 
 
 @dataclass

@@ -22,6 +22,7 @@ from lethe import config as c
 from lethe.config.parse import build
 from lethe.errors import LetheError, printable
 from lethe.evaluation.tasks.consent import trust_task_code
+from lethe.methods.method import Method
 from lethe.progress import quiet
 from lethe.runs import garbage
 from lethe.runs.locks import HeldError
@@ -29,7 +30,7 @@ from lethe.runs.run import Run, Terminated, now
 from lethe.runs.slurm_jobs import current_job_id
 
 SETTINGS: dict[str, type] = {
-    "unlearn": c.UnlearnConfig,
+    "unlearn": Method,
     "tamper": c.TamperConfig,
     "evaluate": c.EvaluateConfig,
     "checkpoints": c.CheckpointsConfig,

@@ -64,7 +64,9 @@ class AffineMap:
 
     def __call__(self, activations: dict[int, Tensor]) -> dict[int, Tensor]:
         """W x + b for each layer of `activations`."""
-        return {layer: x.float() @ self.weight[layer].T + self.bias[layer] for layer, x in activations.items()}
+        return {
+            layer: x.to(self.weight[layer].dtype) @ self.weight[layer].T + self.bias[layer] for layer, x in activations.items()
+        }
 
     def to(self, device: torch.device | str) -> AffineMap:
         move = {layer: w.to(device) for layer, w in self.weight.items()}

@@ -1,74 +1,53 @@
-"""The tables about attacks: the worst case over a set of them, what each brought back, by step and in measures."""
+"""Tables about attacks: the worst case, every attack, attacks on one model side by side, and how much they recovered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from lethe.report.layout import Table
+from lethe.report.layout import Table, table_of
 from lethe.report.remarks import job, reasons, remarks
 from lethe.results import recovery
+from lethe.results.attacks import FILTERED, Attack, attack_tasks
+from lethe.results.comparable import grouped, varying
 from lethe.results.format import MISSING, decimal, percent, result, setting
 from lethe.results.recovery import Excess, Worst
-from lethe.results.study import (
-    AFTER_STEPS,
-    FILTERED,
-    Attack,
-    Series,
-    Study,
-    attack_tasks,
-    value_of,
-    varying,
-)
+from lethe.results.regimes import number
+from lethe.results.study import Study
 
+AFTER_STEPS = 10
+ABOVE = "Above filtered twin, points"
 MAX_NOTES = 10
-
-
-def trains(attack: Attack) -> bool:
-    """Whether it is a fine-tuning attack, whose curve goes over steps and not over strengths."""
-    return attack.run.record["config"].get("attack", "finetune") == "finetune"
+MAX_STEPS = 5
 
 
 def worst_table(study: Study) -> Table:
-    """A row a model: its score, the attack that reached it and where, what that cost, what is not measured."""
+    """One row a model: its score, the attack that reached it and where, its cost, and what is not measured."""
     forget, general = attack_tasks(study.attacks)
-    columns = [
-        "Model",
-        f"Starting {forget}",
-        "Worst case",
-        "95 % interval",
-        "Worst attack",
-        "At",
-        f"{general or 'general'} lost",
-    ]
-    columns += ["Recovered", "Above filtered twin, points", "Measured"]
-    if len({series.settings for series in study.series}) < 2:
-        return Table("Worst case", columns, [])
-    cells, notes = [], []
-    for model, (_, worst) in study.worst_cases.items():
+    rows, notes = [], []
+    for model, worst in study.worst_cases.items() if study.has_several_attacks else ():
         if worst is None:
-            cells.append([model, *(len(columns) - 1) * [MISSING]])
+            rows.append({"Model": model})
             continue
-        point, total = worst.point, len(worst.counted) + len(worst.not_measured)
-        line = [percent(worst.start.value), percent(point.value), f"{percent(point.low)} to {percent(point.high)}"]
-        line += [worst.attack or "none above the start", _at(worst), f"{100 * worst.general_lost:+.1f} points"]
-        line += [percent(worst.recovered, 0), _above(worst.above), f"{len(worst.counted)} of {total}"]
-        cells.append([model, *line])
-        missing = list(worst.not_measured.items())
+        point, missing = worst.point, list(worst.not_measured.items())
+        row = {"Model": model, f"Starting {forget}": percent(worst.start.value), "Worst case": percent(point.value)}
+        row |= {"95 % interval": f"{percent(point.low)} to {percent(point.high)}"}
+        row |= {"Worst attack": worst.attack or "none above the start", "At": _place(worst)}
+        row |= {f"{general or 'general'} lost": f"{100 * worst.general_lost:+.1f} points"}
+        row |= {"Recovered": percent(worst.recovered, 0), ABOVE: _above(worst.above)}
+        rows.append(row | {"Measured": f"{len(worst.counted)} of {len(worst.counted) + len(missing)}"})
         notes += [f"{model}, {name} is not measured to its end: {why}." for name, why in missing[:MAX_NOTES]]
         if len(missing) > MAX_NOTES:
             notes.append(f"{model}: {len(missing) - MAX_NOTES} more attacks are not measured to their end.")
         if worst.never_within:
             notes.append(f"{model}: no evaluation within the bound under {', '.join(worst.never_within)}.")
-    bound = study.general_bound
     first = (
-        f"Worst case: the highest {forget} that any attack reaches where it has cost at most {100 * bound:g} points of "
-        f"{general or 'general accuracy'}, against step 0. An attack that is not measured is not one resisted."
+        f"Worst case: the highest {forget} that any attack reaches while it costs at most {100 * study.general_bound:g} points "
+        f"of {general or 'general accuracy'}, compared with step 0. An attack that is not measured might have reached more."
     )
-    return Table("Worst case over the attacks", columns, cells, [first, *notes])
+    return table_of("Worst case over the attacks", rows, [first, *notes])
 
 
-def _at(worst: Worst) -> str:
+def _place(worst: Worst) -> str:
     if worst.attack is None:
         return MISSING
     return worst.point.place + (f", {worst.point.tokens:,} tokens" if worst.point.tokens else "")
@@ -79,177 +58,154 @@ def _above(excess: Excess | None) -> str:
 
 
 def tamper_table(study: Study) -> Table:
-    """Model | forget at the start, after 10 steps, highest, at the end | retain at the end | lost updates | Notes."""
+    """One row an attack: forget at the start, after 10 steps, highest, at the end; retain at the end; lost updates."""
     attacks = study.attacks
     forget, retain = attack_tasks(attacks)
     lengths = {attack.curve[-1]["step"] for attack in attacks if attack.curve}
-    alike = len(lengths) == 1 and all(map(trains, attacks))
-    final = f"Final ({min(lengths)} steps)" if alike else "Final"
-    settings = _told(study)
-    columns = ["Model", *settings, f"Starting {forget or 'task'}", f"After {AFTER_STEPS} steps", "Highest", final]
-    columns += [f"{final[:5]} {retain}"] if retain else []
-    cells = []
+    one_length = len(lengths) == 1 and all(attack.trains for attack in attacks)
+    final = f"Final ({min(lengths)} steps)" if one_length else "Final"
+    names = {series.settings: series.attack for series in study.series} if study.has_several_attacks else {}
+    settings = [name for name in varying([a.run for a in attacks], "name") if not names or name == "seed"]
+    rows = []
     for attack in attacks:
         lacking = MISSING if attack.run.status == "complete" else attack.run.status
-        line = _curve_cells(attack, forget, lacking, not alike)
-        line += _curve_cells(attack, retain, lacking, False)[-1:] if retain else []
+        row = {"Model": attack.label} | ({"Attack": names[attack.settings]} if names else {})
+        row |= {name: attack.run.settings.get(name, MISSING) for name in settings}
+        stages = (f"Starting {forget or 'task'}", f"After {AFTER_STEPS} steps", "Highest", final)
+        row |= dict(zip(stages, _curve_cells(attack, forget, lacking, not one_length), strict=True))
+        row |= {f"Final {retain}": _curve_cells(attack, retain, lacking, False)[-1]} if retain else {}
         lost = (attack.run.record.get("losses") or {}).get("lost_updates")
-        line += [percent(lost, 4) if lost is not None else lacking, recovery_note(attack, forget) if forget else ""]
-        cells.append([attack.label, *(read(attack) for read in settings.values()), *line])
-    jobs = ", ".join(job(attack.run) for attack in attacks)
-    notes = [f"Job IDs of the attacks, in the order of the rows: {jobs}."]
+        row |= {"Lost updates": percent(lost, 4) if lost is not None else lacking}
+        rows.append(row | {"Notes": recovery_note(attack, forget) if forget else ""})
+    notes = [f"Job IDs of the attacks, in the order of the rows: {', '.join(job(attack.run) for attack in attacks)}."]
     notes.append("Lost updates: share of weights with a gradient that an update left exactly as they were.")
     if any(attack.baseline for attack in attacks):
         notes.append("Full recovery: the first evaluated step whose 95 % interval holds or exceeds the baseline.")
-    return Table("Tampering", [*columns, "Lost updates", "Notes"], cells, [*notes, *remarks([a.run for a in attacks], cells)])
+    return table_of("Tampering", rows, [*notes, *remarks([a.run for a in attacks], rows)])
 
 
-def _told(study: Study) -> dict[str, Callable[[Attack], str]]:
-    """What tells attacks apart: their names and seeds where there are several attacks, else the settings that differ."""
-    names = {series.settings: series.attack for series in study.series}
-    differing = varying([attack.run for attack in study.attacks], {"name"})
-    told: dict[str, Callable[[Attack], str]] = {"Attack": lambda attack: names[attack.settings]} if len(names) > 1 else {}
-    shown = {name: read for name, read in differing.items() if not told or name == "seed"}
-    return told | {name: (lambda attack, read=read: read(attack.run)) for name, read in shown.items()}  # type: ignore[misc]
-
-
-def recovery_note(attack: Attack, task: str) -> str:
-    """How much of the task an attack brought back, in words."""
-    found = attack.recovery(task)
-    if found is None:
-        return "no baseline to compare with" if attack.points(task) else "not evaluated"
-    if found.recovered is None:
-        return "no gap to recover: the start's interval holds the baseline"
-    if not trains(attack):
-        share = f"{percent(found.recovered, 0)} of the gap recovered at the last strength"
-        return f"Full recovery by {found.full}" if found.full.step is not None else f"{share}; full recovery {found.full}"
-    if found.full.step is not None:
-        return f"Full recovery by step {found.full}"
-    last = found.full.within
-    return f"{percent(found.recovered, 0)} of the gap recovered in {last} steps; full recovery not within {last} steps"
-
-
-def attack_tables(attacks: list[Attack]) -> list[Table]:
-    """For each model that was attacked more than once: Attack | accuracy at some steps | at the end, with its step | status."""
-    groups: dict[tuple[str, bool], list[Attack]] = {}
-    for attack in attacks:
-        groups.setdefault((attack.label, trains(attack)), []).append(attack)
-    several = {label for label, _ in groups if sum(attack.label == label for attack in attacks) > 1}
+def _curve_cells(attack: Attack, task: str | None, lacking: str, name_last: bool) -> list[str]:
+    """Start, after 10 steps, highest, final. An attack that is not complete has no final result."""
+    results = attack.results(task) if task else []
+    if not results:
+        return [lacking] * 4
+    first, last = results[0], results[-1]
+    strength = next(line.get("strength") for line in attack.curve if line["step"] == last[0])
+    place = f" (step {last[0]})" if strength is None else f" (strength {strength:g})"
+    later = next(((step, r) for step, r in results if step >= AFTER_STEPS), None)
     return [
-        _attacks_on(label, group) if training else _without_training_on(label, group)
-        for (label, training), group in groups.items()
-        if label in several
+        result(first[1]) + _step(first[0], 0),
+        result(later[1]) + _step(later[0], AFTER_STEPS) if later else lacking if attack.trains else MISSING,
+        result(max((r for _, r in results), key=number)),
+        lacking if lacking != MISSING else result(last[1]) + (place if name_last else ""),
     ]
 
 
-def _attacks_on(label: str, attacks: list[Attack]) -> Table:
-    forget, retain = attack_tasks(attacks)
-    curves = [dict(attack.points(forget)) if forget else {} for attack in attacks]
-    steps = _some(sorted({step for curve in curves for step in curve}))
-    cells = []
-    for name, attack, curve in zip(_names(attacks), attacks, curves, strict=True):
-        ended = attack.run.status == "complete"
-        last = max(curve, default=None)
-        line = [result(curve[step]) if step in curve else MISSING for step in steps]
-        line.append(
-            result(curve[last]) + (f" (step {last})" if last != steps[-1] else "") if ended and last is not None else MISSING
-        )
-        if retain:
-            points = attack.points(retain)
-            line.append(result(points[-1][1]) if ended and points else MISSING)
-        cells.append([name, setting(attack.run.record["config"].get("optimizer")), *line, attack.run.status])
-    columns = ["Attack", "Optimizer", *(f"Step {step}" for step in steps), f"Final {forget}"]
-    columns += [f"Final {retain}"] if retain else []
-    notes = [_starts(attacks, forget, retain), *reasons(a.run for a in attacks)]
-    return Table(f"Attacks on {label}", [*columns, "Status"], cells, notes)
+def _step(step: int, usual: int) -> str:
+    return "" if step == usual else f" (step {step})"
 
 
-def _without_training_on(label: str, attacks: list[Attack]) -> Table:
-    forget, retain = attack_tasks(attacks)
-    cells = []
-    for name, attack in zip(_names(attacks), attacks, strict=True):
-        line = [_by_strength(attack, task) for task in (forget, retain) if task]
-        cells.append([name, setting(attack.run.record["config"]["attack"]), *line, attack.run.status])
-    columns = ["Attack", "Kind", *(f"{task} by strength" for task in (forget, retain) if task), "Status"]
-    notes = [_starts(attacks, forget, retain), *reasons(a.run for a in attacks)]
-    return Table(f"Attacks without training on {label}", columns, cells, notes)
+def recovery_note(attack: Attack, task: str) -> str:
+    """How much of the task an attack recovered, in words."""
+    found = attack.recovery(task)
+    if found is None:
+        return "no baseline to compare with" if attack.results(task) else "not evaluated"
+    if found.recovered is None:
+        return "no gap to recover: the start's interval holds the baseline"
+    share = f"{percent(found.recovered, 0)} of the gap recovered"
+    if not attack.trains:
+        if found.full.step is not None:
+            return f"Full recovery by {found.full}"
+        return f"{share} at the last strength; full recovery {found.full}"
+    if found.full.step is not None:
+        return f"Full recovery by step {found.full}"
+    return f"{share} in {found.full.within} steps; full recovery not within {found.full.within} steps"
 
 
-def _by_strength(attack: Attack, task: str) -> str:
+def attack_tables(attacks: list[Attack]) -> list[Table]:
+    """A table for each model that was attacked more than once; attacks without training have their own."""
+    tables = []
+    for label, on_model in grouped(attacks, lambda attack: attack.label).items():
+        if len(on_model) > 1:
+            for trains, group in grouped(on_model, lambda attack: attack.trains).items():
+                tables.append(_side_by_side(f"Attacks {'' if trains else 'without training '}on {label}", group, trains))
+    return tables
+
+
+def _side_by_side(title: str, attacks: list[Attack], by_steps: bool) -> Table:
+    """Attack | optimizer or kind | accuracy at some steps and at the end, or at each strength | status."""
+    forget, general = attack_tasks(attacks)
+    tasks = list(dict.fromkeys(task for task in (forget, general) if task))
+    steps = _spread(sorted({step for attack in attacks for step, _ in attack.results(forget)})) if forget else []
+    names = [attack.run.record["name"] for attack in attacks]
+    rows = []
+    for name, attack in zip(names, attacks, strict=True):
+        row = {"Attack": name if names.count(name) == 1 else f"{name} (seed {attack.seed})"}
+        if by_steps:
+            row |= {"Optimizer": setting(attack.run.record["config"].get("optimizer"))} | _steps(attack, steps, tasks)
+        else:
+            row |= {"Kind": setting(attack.run.record["config"]["attack"])}
+            row |= {f"{task} by strength": _strengths(attack, task) for task in tasks}
+        rows.append(row | {"Status": attack.run.status})
+    first: dict[str, Any] = next((attack.curve[0]["evals"] for attack in attacks if attack.curve), {})
+    starts = "; ".join(f"Starting {task}: {result(first[task])}" for task in tasks if task in first)
+    return table_of(title, rows, [starts, *reasons(a.run for a in attacks)])
+
+
+def _steps(attack: Attack, steps: list[int], tasks: list[str]) -> dict[str, str]:
+    """The first task at some steps; every task at the end, with the step if it is not the last of `steps`."""
+    curve = dict(attack.results(tasks[0])) if tasks else {}
+    row = {f"Step {step}": result(curve.get(step)) for step in steps}
+    for task in tasks:
+        results = attack.results(task) if attack.run.status == "complete" else []
+        last = _step(results[-1][0], steps[-1]) if results and task == tasks[0] else ""
+        row[f"Final {task}"] = result(results[-1][1]) + last if results else MISSING
+    return row
+
+
+def _strengths(attack: Attack, task: str) -> str:
     lines = [line for line in attack.curve if line.get("strength") and task in line["evals"]]
     return ", ".join(f"{line['strength']:g}: {result(line['evals'][task])}" for line in lines) or MISSING
 
 
-def _names(attacks: list[Attack]) -> list[str]:
-    """The runs' names; with the seed where several share one."""
-    names = [attack.run.record["name"] for attack in attacks]
-    seeds = [attack.run.record["config"].get("seed") for attack in attacks]
-    return [name if names.count(name) == 1 else f"{name} (seed {seed})" for name, seed in zip(names, seeds, strict=True)]
-
-
-def _starts(attacks: list[Attack], *tasks: str | None) -> str:
-    first: dict[str, Any] = next((attack.curve[0]["evals"] for attack in attacks if attack.curve), {})
-    return "; ".join(f"Starting {task}: {result(first[task])}" for task in tasks if task in first)
-
-
-def _some(steps: list[int], count: int = 5) -> list[int]:
-    """At most `count` of the steps, spread from the first to the last."""
-    if len(steps) <= count:
+def _spread(steps: list[int]) -> list[int]:
+    """At most `MAX_STEPS` of the steps, evenly from the first to the last."""
+    if len(steps) <= MAX_STEPS:
         return steps
-    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
+    return [steps[round(i * (len(steps) - 1) / (MAX_STEPS - 1))] for i in range(MAX_STEPS)]
 
 
 def recovery_table(study: Study) -> Table:
-    """Model | share of the gap recovered | steps to half, nine tenths, full | area | above the filtered twin."""
+    """One row an attack on a model: share of the gap recovered, steps to half, nine tenths and full, area, above the twin."""
     task = attack_tasks(study.attacks)[0]
-    several = len({series.settings for series in study.series}) > 1
     seeds = any(len(series.attacks) > 1 for series in study.series)
     twins = dict.fromkeys(series.model for series in study.series if series.control == FILTERED)
-    notes = ["Definitions: docs/reference/measures.md. Above the twin: accuracy at equal tokens, with its 95 % interval."]
+    notes = [
+        "Recovered: share of the gap from the start to the baseline that the attack closed. Area: its mean over the attack."
+    ]
+    notes.append("Above the twin: accuracy above that of the twin at equal tokens of the attack, with its 95 % interval.")
     if len(twins) > 1:
         notes.append(f"Above none of several filtered twins ({'; '.join(twins)}): report them apart.")
-    cells = []
+    rows = []
     for series in study.series:
         curve = series.points_of(task) if task else []
         if task is None or not curve or curve[0].step or series.baseline is None or task not in series.baseline.evals:
             continue
-        found = recovery.measure(curve, value_of(series.baseline.evals[task]))
-        line = [series.model, *([series.attack] if several else []), *([str(len(series.measured))] if seeds else [])]
-        line += [percent(found.recovered, 0), *(_reached(r) for r in (found.half, found.nine_tenths, found.full))]
-        over = _over_twin(study, series, task)
-        short = f", at {over.tokens:,} tokens" if over and over.tokens < recovery.AS_FAR * curve[-1].tokens else ""
-        cells.append([*line, decimal(found.area), _above(over) + short, f"{100 * over.area:+.1f}" if over else MISSING])
+        found = recovery.measure(curve, number(series.baseline.evals[task]))
+        twin = study.twin_of(series)
+        control = twin.points_of(task) if twin else []
+        over = recovery.excess(curve, control) if control else None
+        row = {"Model": series.model} | ({"Attack": series.attack} if study.has_several_attacks else {})
+        row |= {"Seeds": str(len(series.measured))} if seeds else {}
+        row |= {"Recovered": percent(found.recovered, 0), "Steps (tokens) to half": _reached(found.half)}
+        row |= {"to nine tenths": _reached(found.nine_tenths), "to full": _reached(found.full), "Area": decimal(found.area)}
+        short = f", at {over.tokens:,} tokens" if over and over.tokens < recovery.NEARLY_ALL * curve[-1].tokens else ""
+        rows.append(row | {ABOVE: _above(over) + short, "on average": f"{100 * over.area:+.1f}" if over else MISSING})
         notes += [f"{series.model}, {series.attack}: {series.reason}."] if series.reason else []
-    columns = ["Model", *(["Attack"] if several else []), *(["Seeds"] if seeds else []), "Recovered", "Steps (tokens) to half"]
-    columns += ["to nine tenths", "to full", "Area", "Above filtered twin, points", "on average"]
-    return Table(f"Recovery of {task}", columns, cells, notes)
+    return table_of(f"Recovery of {task}", rows, notes)
 
 
 def _reached(reached: recovery.Reached | None) -> str:
     if reached is None:
         return MISSING
     return f"{reached} ({reached.tokens:,})" if reached.step and reached.tokens else str(reached)
-
-
-def _over_twin(study: Study, series: Series, task: str) -> Excess | None:
-    twin = study.twin_of(series) if series.control != FILTERED else None
-    control = twin.points_of(task) if twin else []
-    return recovery.excess(series.points_of(task), control) if control else None
-
-
-def _curve_cells(attack: Attack, task: str | None, lacking: str, name_last: bool) -> list[str]:
-    """Start, after 10 steps, highest, final. An attack that is not complete has no final result."""
-    points = attack.points(task) if task else []
-    if not points:
-        return [lacking] * 4
-    strengths: dict[int, Any] = {line["step"]: line.get("strength") for line in attack.curve}
-    later = next(((step, r) for step, r in points if step >= AFTER_STEPS), None)
-    last = points[-1]
-    place = f"step {last[0]}" if strengths[last[0]] is None else f"strength {strengths[last[0]]:g}"
-    after = MISSING if not trains(attack) else lacking
-    return [
-        result(points[0][1]) + (f" (step {points[0][0]})" if points[0][0] else ""),
-        result(later[1]) + (f" (step {later[0]})" if later[0] != AFTER_STEPS else "") if later else after,
-        result(max((r for _, r in points), key=value_of)),
-        lacking if lacking != MISSING else result(last[1]) + (f" ({place})" if name_last else ""),
-    ]

@@ -1,24 +1,30 @@
-"""The one kind of table that reports are made of: title, columns, rows of text, notes.
+"""The one kind of table that reports and commands show: title, columns, rows of text, notes.
 
-It is rendered as markdown (tables.md), as HTML (the page) and for the terminal (rich prints a `Table` as it is). Also
-how numbers are written: accuracies in per cent, probabilities and losses with four decimals, `-` for what is not there.
+    Table -> markdown() (tables.md), html() (the page), text() (piped output), rich (the terminal)
+
+Texts may come from anybody's files. A `Table` makes them single lines without control characters, and each format escapes
+what has a meaning in it.
 """
 
 from __future__ import annotations
 
-import html
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lethe.results.format import DEGENERATE, shown
+from lethe.results.format import DEGENERATE, MISSING, shown
 
 if TYPE_CHECKING:
+    import jinja2
     import rich.table
 
-STATUSES = ("queued", "running", "failed", "diverged", "cancelled", "lost")
-WORDS = {*STATUSES, "nan", "full"}
+WORDS = {"queued", "running", "failed", "diverged", "cancelled", "lost", "nan", "full"}
+"""Words that may stand in a column of numbers."""
 LONG = 44
+"""Characters from which on a cell of the page wraps."""
 _MARKUP = re.compile(
     r"[\\`*\[\]<|$]|(?<![^\W_])_|_(?![^\W_])|~(?=~)|(?<=~)~|&(?=#?\w+;)|:(?=//)|(?<=www)\.|(?<=\w)@(?=[\w-]+\.)"
 )
@@ -28,10 +34,7 @@ _NUMBER = re.compile(rf"~?[-−+]?[\d.,]*(e-?\d+)?( %| s| MB)?( \(step \d+\)| \(
 
 @dataclass
 class Table:
-    """A titled table. `rows` hold one text a column; `lead` is a sentence above it, `notes` are sentences below.
-
-    Its texts may come from anybody's files: here they become lines that a terminal, a page and a chart can show.
-    """
+    """A titled table. A row holds one text for each column; `lead` is a sentence above it, `notes` are sentences below."""
 
     title: str
     columns: list[str]
@@ -44,14 +47,15 @@ class Table:
         self.columns, self.notes = [shown(name) for name in self.columns], [shown(note, None) for note in self.notes]
         self.rows = [[shown(cell) for cell in row] for row in self.rows]
 
-    def is_numeric(self, column: int) -> bool:
-        """Whether a column holds numbers (or statuses in their place), and is set flush right."""
-        cells = [row[column] for row in self.rows]
-        return all(_NUMBER.fullmatch(cell) or cell in WORDS for cell in cells)
+    @property
+    def numeric(self) -> list[bool]:
+        """For each column whether it holds numbers, which are set flush right, or words that may replace them."""
+        columns = zip(*self.rows, strict=True) if self.rows else [() for _ in self.columns]
+        return [all(_NUMBER.fullmatch(cell) or cell in WORDS for cell in column) for column in columns]
 
     def markdown(self) -> str:
         """The table in GitHub's markdown, under its title as a heading."""
-        rule = [("-" * max(3, len(name) - 1)) + (":" if self.is_numeric(i) else "-") for i, name in enumerate(self.columns)]
+        rule = ["-" * max(3, len(name) - 1) + "-:"[number] for name, number in zip(self.columns, self.numeric, strict=True)]
         lines = [self.columns, rule, *self.rows]
         body = "\n".join("| " + " | ".join(_MARKUP.sub(r"\\\g<0>", cell) for cell in line) + " |" for line in lines)
         notes = "".join(f"\n- {escaped(note)}" for note in self.notes)
@@ -59,30 +63,15 @@ class Table:
         return f"## {escaped(self.title)}\n\n{lead}{body}\n" + (f"{notes}\n" if notes else "")
 
     def html(self) -> str:
-        """The table as HTML without its title; headers may break at underscores, long texts wrap."""
-        numeric = [self.is_numeric(i) for i in range(len(self.columns))]
-        head = "".join(
-            f'<th scope="col"{_class(number, name)}>{html.escape(name).replace("_", "_<wbr>")}</th>'
-            for name, number in zip(self.columns, numeric, strict=True)
-        )
-        rows = "".join(
-            "<tr>"
-            + "".join(f"<td{_class(number, cell)}>{html.escape(cell)}</td>" for cell, number in zip(row, numeric, strict=True))
-            + "</tr>\n"
-            for row in self.rows
-        )
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        lead = f"<p>{html.escape(self.lead)}</p>\n" if self.lead else ""
-        body = f'{lead}<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
-        return body + (f'<ul class="notes">{notes}</ul>\n' if notes else "")
+        """The table as HTML without its title."""
+        return template("table.html.j2").render(table=self, long=LONG)
 
     def text(self) -> str:
-        """The table in aligned columns, one line a row whatever the width: what rich sets for a screen takes it far longer."""
-        flush = [self.is_numeric(i) for i in range(len(self.columns))]
+        """The table in aligned columns, one line a row. For thousands of rows this is far faster than rich."""
         lines = [self.columns, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        pad = [(lambda cell, width: cell.rjust(width)) if right else (lambda cell, width: cell.ljust(width)) for right in flush]
-        body = ["  ".join(p(c, w) for p, c, w in zip(pad, line, widths, strict=True)).rstrip() for line in lines]
+        align = [str.rjust if number else str.ljust for number in self.numeric]
+        body = ["  ".join(a(cell, w) for a, cell, w in zip(align, line, widths, strict=True)).rstrip() for line in lines]
         return "\n".join([self.title, *([self.lead] if self.lead else []), *body, *self.notes])
 
     def __rich__(self) -> rich.table.Table:
@@ -97,18 +86,28 @@ class Table:
             caption_justify="left",
             box=box.SIMPLE_HEAD,
         )
-        for i, name in enumerate(self.columns):
-            table.add_column(Text(name), justify="right" if self.is_numeric(i) else "left", overflow="fold")
+        for name, number in zip(self.columns, self.numeric, strict=True):
+            table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
         return table
 
 
+def table_of(title: str, rows: list[dict[str, str]], notes: list[str], lead: str = "", columns: Iterable[str] = ()) -> Table:
+    """A table from rows that hold texts by column: first `columns`, then all others of any row; what a row lacks is `-`."""
+    names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
+    return Table(title, names, [[row.get(name, MISSING) for name in names] for row in rows], notes, lead)
+
+
+@cache
+def template(name: str) -> jinja2.Template:
+    """A template of this folder; it escapes what it inserts."""
+    from jinja2 import Environment, FileSystemLoader
+
+    return Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True).get_template(name)
+
+
 def escaped(text: str) -> str:
-    """Markdown that shows a line of text as it is: no heading, link, HTML or emphasis comes of a name."""
+    """Markdown that shows a line of text as it is, without headings, links, HTML or emphasis."""
     line = _MARKUP.sub(r"\\\g<0>", text)
     return _FIRST.sub(r"\\", line, count=1) if re.match(r"[#>+=:-]|\d{1,9}[.)]", line) else line
-
-
-def _class(number: bool, cell: str) -> str:
-    return ' class="number"' if number else ' class="long"' if len(cell) > LONG else ""

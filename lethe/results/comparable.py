@@ -1,28 +1,32 @@
-"""Runs as a report shows them: what they say is cleaned, read once, and numbers measured in another way are set apart.
+"""Runs as a report shows them, without the numbers that cannot stand beside the others.
 
-    Run -> Shown (texts that anything can show) -> set_apart(): of each task one way of measuring stays, the others are `Apart`
+    Run -> Shown (a printable copy) -> set_apart() -> Apart (results that were measured in another way)
 
-Numbers of a task that were measured in different ways never stand in one table or chart. One odd evaluation must not cost
-the whole report either: it gets a table of its own, which says in what it differs.
+A table or chart never mixes results of a task that were measured in different ways. For each task the way that most models
+were measured in stays. The results of other ways are taken out and stand in a table of their own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from lethe.results.format import LONGEST, setting, shown
 from lethe.results.regimes import provenance
 from lethe.runs.run import Run, Status
 
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 Evals = dict[str, dict[str, Any]]
+SHOWN_ELSEWHERE = {"model", "source", "out", "retain_coef", "remove_coef", "lora", "lora.r", "retain_loss", "report_to"}
+SHOWN_ELSEWHERE |= {"eval.tasks", "eval.every", "eval.limit", "max_steps", "save_every", "resume"}
 
 
 class Shown(Run):
-    """A run whose record and curve a report may show and change: they are copies, and the status is that of one moment."""
+    """A copy of a run that a report may show and change. Its status is the one at the time of reading."""
 
     def __init__(self, run: Run):
         super().__init__(run.path, clean(run.record))
@@ -35,17 +39,17 @@ class Shown(Run):
 
     @cached_property
     def folder(self) -> str:
-        """The folder that the run lies in, however it was named."""
+        """The folder that holds the run's folder, links resolved."""
         return os.path.realpath(self.path.parent)
 
     @cached_property
     def curve(self) -> list[dict[str, Any]]:
-        """The lines of curve.jsonl: evaluations on the way."""
+        """The lines of curve.jsonl: evaluations during the run."""
         return self.rows("curve.jsonl")
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """The run's settings as text, those inside others named with a dot."""
+        """The run's settings as text; nested settings have dotted names."""
         flat: dict[str, str] = {}
         for key, value in self.record["config"].items():
             inner = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
@@ -54,7 +58,7 @@ class Shown(Run):
 
     @cached_property
     def tokens(self) -> dict[int, int]:
-        """Tokens of an attack by the update until which it saw them."""
+        """The attack's training tokens up to each update."""
         seen, total = {0: 0}, 0
         for row in super().rows("metrics.jsonl"):
             total += row.get("attack_tokens", 0)
@@ -65,7 +69,7 @@ class Shown(Run):
         return [clean(row) for row in super().rows(file)]
 
     def evaluations(self) -> Iterator[tuple[str, Evals]]:
-        """Every evaluation, with its place in the run. An attack's last one stands in its curve and in its record."""
+        """Every evaluation with its place in the run. An attack's last one is in its curve and in its record."""
         for row in self.record.get("checkpoints") or []:
             yield row["name"], row["evals"]
         for line in self.curve:
@@ -76,7 +80,7 @@ class Shown(Run):
 
 @dataclass(frozen=True)
 class Apart:
-    """A task's result that stands beside no other, and how the others were measured (None: it is no share of 1)."""
+    """A result that stands beside no other. `usual` is a result of the usual way; None if this one is no share of 1."""
 
     run: Shown
     place: str
@@ -86,7 +90,7 @@ class Apart:
 
 
 def clean(value: Any) -> Any:
-    """A copy of what was read from JSON, with texts on one line without control characters."""
+    """A copy of a JSON value whose texts are single lines without control characters."""
     if isinstance(value, str):
         return shown(value) if len(value) > LONGEST or not value.isprintable() else value
     if isinstance(value, dict):
@@ -97,34 +101,58 @@ def clean(value: Any) -> Any:
 
 
 def set_apart(groups: list[list[Shown]]) -> list[Apart]:
-    """Take out of the runs of each group what was measured otherwise than the same task mostly was.
-
-    What counts is how many models were measured in a way: the same weights evaluated often are one. Of equally many the way
-    with more questions stays, then the older.
-    """
+    """Take the results out of the runs of each group that were measured in another way than the same task usually was."""
     found = []
     for group in groups:
-        ways: dict[str, dict[str, tuple[set[str], dict[str, Any]]]] = {}
-        for run in group:
-            parent = (run.record.get("parents") or {}).get("model") if run.record["kind"] == "evaluate" else None
-            model = str(parent["sha256"] if parent else run.id)
-            for _, evals in run.evaluations():
-                for task, result in evals.items():
-                    if _is_share(result):
-                        ways.setdefault(task, {}).setdefault(str(provenance(result)), (set(), result))[0].add(model)
-        order = lambda way: (len(way[0]), way[1].get("n") or 0)  # noqa: E731
-        usual = {task: max(several.values(), key=order)[1] for task, several in ways.items()}
+        usual = _usual(group)
         for run in group:
             for place, evals in run.evaluations():
                 for task, result in list(evals.items()):
-                    shares = _is_share(result)
-                    if not shares or str(provenance(result)) != str(provenance(usual[task])):
-                        run.apart.append(Apart(run, place, task, evals.pop(task), usual[task] if shares else None))
+                    is_share = _is_share(result)
+                    if not is_share or str(provenance(result)) != str(provenance(usual[task])):
+                        run.apart.append(Apart(run, place, task, evals.pop(task), usual[task] if is_share else None))
             found += run.apart
     return found
 
 
+def _usual(group: list[Shown]) -> dict[str, dict[str, Any]]:
+    """For each task a result of the way in which most models were measured; then the most questions, then the oldest."""
+    ways: dict[str, dict[str, tuple[set[str], dict[str, Any]]]] = {}
+    for run in group:
+        parent = (run.record.get("parents") or {}).get("model") if run.record["kind"] == "evaluate" else None
+        model = str(parent["sha256"] if parent else run.id)  # several evaluations of the same weights count as one model
+        for _, evals in run.evaluations():
+            for task, result in evals.items():
+                if _is_share(result):
+                    ways.setdefault(task, {}).setdefault(str(provenance(result)), (set(), result))[0].add(model)
+    return {
+        task: max(several.values(), key=lambda way: (len(way[0]), way[1].get("n") or 0))[1] for task, several in ways.items()
+    }
+
+
 def _is_share(result: dict[str, Any]) -> bool:
-    """Whether a result has a value with its interval, all of them from 0 to 1."""
+    """Whether a result has an interval, and all its values lie from 0 to 1."""
     values = [result[key] for key in ("acc", "correct_prob", "low", "high", "chance") if key in result]
     return "low" in result and all(-1e-9 <= value <= 1 + 1e-9 for value in values)
+
+
+def varying(runs: list[Shown], *leave_out: str) -> list[str]:
+    """The settings whose values differ between the runs that have them, but for those that tables show in another way."""
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in run.settings.items():
+            values.setdefault(key, set()).add(value)
+    return [key for key, found in values.items() if len(found) > 1 and key not in {*SHOWN_ELSEWHERE, *leave_out}]
+
+
+def tasks_of(every: Iterable[Evals]) -> list[str]:
+    """All tasks, in the order in which they first appear."""
+    return list(dict.fromkeys(task for evals in every for task in evals))
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by their key, in order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups

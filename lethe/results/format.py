@@ -6,28 +6,21 @@ Accuracies are in per cent, probabilities and losses have four decimals, and `-`
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lethe.errors import printable
 
-if TYPE_CHECKING:
-    pass
-
-
 MISSING = "-"
-
-
 DEGENERATE = "†"
-
-
-DEGENERATE_NOTE = f"{DEGENERATE} degenerate: one answer position was chosen nearly always, so the number says nothing."
-
-
+DEGENERATE_NOTE = (
+    f"{DEGENERATE} degenerate: the model chose the same answer position nearly always, so the number says nothing."
+)
 LONGEST = 2000
+"""Characters of a text of unknown origin that are shown."""
 
 
 def shown(text: str, most: int | None = LONGEST) -> str:
-    """Text of unknown origin on one line: no control characters, no half characters, not longer than anybody reads."""
+    """Text of unknown origin on one line, without control characters or lone surrogates, of `most` characters."""
     return printable(" ".join(text.split()), most)
 
 

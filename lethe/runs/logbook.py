@@ -1,9 +1,9 @@
-"""What a hand-kept experiment log (markdown) says: tables, each under its headings, with the settings stated above it.
+"""Reading an experiment log written by hand (markdown): its tables, each with the settings stated above it, and its prose.
 
-    text -> read(): tables and prose; column(): what a header means; setting(), phrases(): settings in words
+    text -> read(): tables and prose        column(): what a header means        setting(), phrases(): settings in words
 
-The words that are understood stand right below. What is stated nearer to a table goes before what is stated further off;
-what the document says before its first section is about unlearning, and not for attacks.
+The words that are understood stand below. What is stated nearer to a table wins over what is stated further away. What the
+document states before its first section is about unlearning, not about attacks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock
@@ -21,10 +21,12 @@ from markdown_it.rules_block.table import escapedSplit, table
 from markdown_it.token import Token
 
 from lethe import config as c
+from lethe.config.checks import types_of
 from lethe.errors import printable
+from lethe.methods.method import every
 
 TASKS = {
-    "wmdp": "wmdp",  # which of them a log means by the bare name is not told
+    "wmdp": "wmdp",  # a task of its own: the bare name does not say which of the others is meant
     "wmdp bio": "wmdp_bio",
     "wmdp robust": "wmdp_bio_robust",
     "wmdp bio robust": "wmdp_bio_robust",
@@ -33,7 +35,12 @@ TASKS = {
     "mmlu": "mmlu",
     "mmlu stem": "mmlu_stem",
 } | {task.replace("_", " "): task for task in c.LAB_TASKS}
-SETTINGS = {
+KINDS: list[type] = [c.TamperConfig, *every()]
+TYPES = {name: hint for kind in KINDS for name, hint in types_of(kind).items()}
+OPTIMIZERS = set(get_args(TYPES["optimizer"]))
+NOT_SETTINGS = {"name", "out", "eval", "lora", "time_limit"}
+"""Fields that a log does not state as a setting."""
+SETTINGS = {name: name for name in TYPES if name not in NOT_SETTINGS} | {
     "retain": "retain_coef",
     "remove": "remove_coef",
     "pdbs": "per_device_train_batch_size",
@@ -47,10 +54,8 @@ SETTINGS = {
     "optimizer_updates": "updates",
     "forward_passes": "forward_passes",
     "kl_divergence_retain": "retain_loss",
-} | {f.name: f.name for kind in (c.UnlearnConfig, c.TamperConfig) for f in dataclasses.fields(kind)}
-TEXTS = {"optimizer", "schedule", "affine", "retain_loss", "forget_loss", "dtype", "model", "source", "forget", "retain"}
-TEXTS |= {"cb_scale"}
-NOT_SETTINGS = {"name", "out", "eval", "lora", "time_limit"}
+}
+"""Field of a run's settings or plan, by the log's word for it."""
 _COUNT = r"(?<![\d.,])(\d{1,12}+)"
 PHRASES = {
     rf"{_COUNT} per device": "per_device_train_batch_size",
@@ -63,10 +68,25 @@ PHRASES = {
     rf"{_COUNT} forward passes": "forward_passes",
     rf"{_COUNT} ?ep(?:ochs?)?\b": "epochs",
 }
+ROLES = {
+    "job": r"(?:slurm )?job(?: ?id)?",
+    "checkpoint": r"checkpoint|revision",
+    "status": r"status",
+    "notes": r"notes?|comments?|remarks?",
+    "model": r"model",
+    "label": r"tamper optimizer|attack|run|name",
+}
+AT_STEP = (
+    ("point", r"start(?:ing)? (?P<task>.+)(?P<step>)"),
+    ("point", r"step (?P<step>\d{1,12})(?: (?P<task>.+))?"),
+    ("point", r"after (?P<step>\d{1,12}) (?:steps?|updates)(?: (?P<task>.+))?"),
+    ("final", r"final(?: (?P<task>[^(]+?))?(?: \((?:step )?(?P<step>\d{1,12})(?: steps?| updates)?\))?"),
+)
+"""Headers of results during and after an attack, such as `Step 500 WMDP` or `Final (110 steps)`."""
 NUMBER = r"[-+]?\d{1,30}(?:\.\d{1,30})?(?:e[-+]?\d{1,2})?"
-"""A number that is finite. All patterns here take time in proportion to the text: none tries a long word from its middle."""
+"""A finite number. All patterns here take time in proportion to the text: none tries a long word from its middle."""
 LONGEST_CELL = 2000
-"""Characters above which a cell is taken as it is: no number or name is that long, and markup may take long to undo."""
+"""Characters above which the markup of a cell is not removed: no number or name is that long, and it may take long."""
 _BULLETS = {"- ", "+ ", "* "}
 _PAIR = re.compile(r"\b([A-Za-z_]\w*+)`?\s*+=\s*+([^\s,;()]++)")
 _STATED = re.compile(r"(?:[-+*] )?(?:\*\*)?`?([A-Za-z][\w ]*?)`?(?:\*\*)? ?:(?:\*\*)? (.+)")
@@ -76,12 +96,12 @@ _NOTE = re.compile(r"(?:\\(\*+)|([†‡§])|\[\^(\w+)\]:)\s*(.+)")
 _MARK = re.compile(r"\*+|[†‡§]|\[\^(\w++)\]")
 _MARKUP = re.compile(r"[*_`\[<\\&]")
 _BREAKS = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
-"""Breaks of lines to Python and to some editors, not to markdown."""
+"""Line breaks in Python and in some editors, but not in markdown."""
 
 
 @dataclass
 class Section:
-    """A heading, and what the text below it states so far."""
+    """A heading, and the settings and starting values that the text below it has stated so far."""
 
     level: int
     title: str
@@ -91,7 +111,7 @@ class Section:
 
 @dataclass
 class LogTable:
-    """A table as it stands in the log. `rows` are (line number, cells); `notes` are footnotes by their mark."""
+    """A table of the log. `rows` are (line number, cells), `notes` are footnotes by their mark."""
 
     line: int
     sections: list[Section]
@@ -101,38 +121,37 @@ class LogTable:
 
     @property
     def group(self) -> str:
-        """The headings above the table, without the document's own title where there are others."""
+        """The headings above the table; without the document's title, if there are others."""
         titles = [s.title for s in self.sections if s.level > 1] or [s.title for s in self.sections]
         return " › ".join(filter(None, titles))
 
     @property
     def starting(self) -> dict[str, str]:
-        """Values at step 0, by the log's name of the task."""
+        """Values at step 0, by the log's name for the task."""
         return {name: value for section in self.sections for name, value in section.starting.items()}
 
     def settings(self, own: bool) -> dict[str, Any]:
-        """What holds for the rows; with `own`, without what the document as a whole states (about unlearning)."""
+        """The settings that hold for the rows; with `own`, without those that the document states before its first section."""
         chosen = [s for s in self.sections if s.level > 1] if own else self.sections
         return {name: value for s in chosen or self.sections for name, value in s.settings.items()}
 
 
 @dataclass
 class Column:
-    """What a header means: its role, the field or task it names, the step it is about."""
+    """What a header means: its role, the setting or task that it names, and the step."""
 
     header: str
     role: str
     name: str = ""
     step: int | None = None
     percent: bool = False
-    deprecated: bool = False
 
 
 def read(text: str) -> tuple[list[LogTable], list[tuple[int, str, str]]]:
-    """The tables of a log, and its prose: (line number, section, what is left of the line after settings are taken).
+    """The tables of a log, and its prose as (line number, section, the line without the settings that it states).
 
-    What is a table, a heading or a list is for the markdown parser to say: code, comments and HTML are none of them. A
-    paragraph that looks like a table and is none becomes one without rows, so that it can be named.
+    The markdown parser decides what is a table, a heading or a list, so code, comments and HTML are not read. A paragraph that
+    looks like a table but is none becomes a table without rows, so that the import can name it.
     """
     reader = _Reader()
     for token in _MARKDOWN.parse(_clean(text)):
@@ -141,7 +160,7 @@ def read(text: str) -> tuple[list[LogTable], list[tuple[int, str, str]]]:
 
 
 class _Reader:
-    """Where in the log we are: the headings above, and whether bullets list settings."""
+    """The state of reading: the headings above the current line, and whether bullets list settings."""
 
     def __init__(self) -> None:
         self.tables: list[LogTable] = []
@@ -152,10 +171,10 @@ class _Reader:
         self.mark = ""
 
     def take(self, token: Token) -> None:
-        """Go on by one token of the parser."""
+        """Read the next token of the parser."""
         first = token.map[0] + 1 if token.map else 0
         if token.type in {"blockquote_open", "list_item_open"}:
-            self.outside.append(self.sections)  # a heading inside ends with what it stands in
+            self.outside.append(self.sections)  # a heading inside a quotation or list ends with it
             self.mark = f"{token.info}{token.markup} " if token.type == "list_item_open" else ""
         elif token.type in {"blockquote_close", "list_item_close"}:
             self.sections, self.mark = self.outside.pop(), ""
@@ -175,7 +194,7 @@ class _Reader:
         self.listing, self.mark = False, ""
 
     def _lines(self, first: int, lines: list[str]) -> None:
-        """A heading's or a paragraph's."""
+        """Read the lines of a heading or a paragraph."""
         here = self.sections[-1]
         if self.heading:
             here.title = " ".join(lines)
@@ -198,21 +217,23 @@ class _Reader:
 
 
 def _clean(text: str) -> str:
-    """A log whose lines are markdown's alone, without characters that no name may have: blanks for other breaks, escapes."""
+    """The log with markdown's line breaks alone, and with escapes in place of control characters."""
     text = _BREAKS.sub(" ", text.replace("\ufeff", "").replace("\0", "\ufffd"))
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in re.split(r"\r\n?|\n", text))
 
 
 def _cells(line: str) -> list[str]:
-    """The cells of a table's row, as many as it has."""
+    """The cells of a table's line, as many as it has."""
     cells = escapedSplit(line.strip())
     inner = cells[cells[0] == "" : len(cells) - (len(cells) > 1 and cells[-1] == "")]
     return [" ".join(cell.split()) for cell in inner]
 
 
 def _table(state: StateBlock, start: int, end: int, silent: bool) -> bool:
-    """The parser's rule for tables, but with a row's cells as they are: the rule itself fills up rows, cuts them, and gives up
-    a table of very many short ones."""
+    """The parser's rule for tables, but with the cells as they are.
+
+    The parser's own rule pads and cuts rows to the width of the header, and ends a table after 65,536 padded cells.
+    """
     before = len(state.tokens)
     if not table(state, start, min(start + 2, end), silent):
         return False
@@ -240,14 +261,14 @@ _MARKDOWN.block.ruler.at("table", _table, {"alt": ["paragraph"]})
 
 
 def _take_settings(line: str, section: Section, listed: bool) -> str:
-    """Note the settings that a line states; what is left of the line. `listed`: it is a bullet of a list of settings."""
+    """Add the settings that a line states to `section`; return the rest. `listed`: it is a bullet of a list of settings."""
     if starting := _STARTING.findall(line):
         section.starting |= {spaced(name): value for name, value in starting}
         return _STARTING.sub("", line)
     if stated := _STATED.match(line):
         found = setting(stated[1], stated[2])
         if found is None and listed:
-            found = {stated[1].strip("` "): stated[2]}  # no setting of Lethe's: kept as text
+            found = {stated[1].strip("` "): stated[2]}  # no setting of Lethe: imported as text
         if found is not None:
             section.settings |= found | phrases(stated[2])
             return ""
@@ -272,24 +293,30 @@ def phrases(text: str) -> dict[str, Any]:
 
 
 def setting(key: str, text: str) -> dict[str, Any] | None:
-    """A setting with its value, such as {"lora.r": 16}; None where the key is no setting or the value cannot be one."""
+    """A setting with its value, such as {"lora.r": 16}; None if the key is no setting, or the value is not of its type."""
     name = SETTINGS.get(re.sub(r"\s+", "_", key.strip("` ").lower()))
     text = text.strip("` ")
-    if name is None or name in NOT_SETTINGS:
+    if name is None:
         return None
     if name == "affine" and (source := re.search(r"loaded from `?([\w./-]+)", text)):
         return {name: source[1]}
     if key.lower().startswith("kl divergence"):
         return {name: "kl"} if text.lower().startswith("true") else None
-    if name == "layers":
+    kind = TYPES.get(name)
+    if get_origin(kind) is list:
         found = re.match(r"\[[\d,\s]+\]", text)
         with contextlib.suppress(ValueError):  # [1, , 2]
             return {name: json.loads(found[0])} if found else None
         return None
-    if name in TEXTS:
+    if _is_text(kind):
         return {name: text.lower() if name == "optimizer" else text} if re.fullmatch(r"[\w./:@-]+", text) else None
     found = re.match(rf"({NUMBER}|true|false)(?=$|\s*\()", text, re.IGNORECASE)
     return {name: _number(found[1])} if found else None
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a setting of this type may be a text: a string, or one of several words."""
+    return kind is str or any(type(part) is str or _is_text(part) for part in get_args(kind))
 
 
 def _number(text: str) -> Any:
@@ -299,50 +326,40 @@ def _number(text: str) -> Any:
 
 
 def spaced(name: str) -> str:
-    """A name in small letters, its words a space apart."""
+    """A name in lower case, with a space between its words."""
     return re.sub(r"[\s_]+", " ", name.strip().lower())
 
 
 def column(header: str, tasks: dict[str, str]) -> Column:
-    """What a header means. `tasks`: the user's own names of tasks, before the usual ones."""
+    """What a header means. `tasks` are the user's own names of tasks, which come before the usual ones."""
     clean = plain(header)
-    deprecated = "deprecated" in clean.lower()
     percent = bool(re.search(r"\(\s*%\s*\)|%", clean))
     clean = re.sub(r"\(\s*(?:↓|↑|%|deprecated|lower is better|higher is better)\s*\)|[↓↑%]", "", clean, flags=re.IGNORECASE)
     name = spaced(clean)
     known = TASKS | tasks
 
     def made(role: str, what: str = "", step: int | None = None) -> Column:
-        return Column(header, role, what, step, percent, deprecated)
+        return Column(header, role, what, step, percent)
 
-    for role, pattern in {
-        "job": r"(?:slurm )?job(?: ?id)?",
-        "checkpoint": r"checkpoint|revision",
-        "status": r"status",
-        "notes": r"notes?|comments?|remarks?",
-        "model": r"model",
-        "label": r"tamper optimizer|attack|run|name",
-    }.items():
+    for role, pattern in ROLES.items():
         if re.fullmatch(pattern, name):
             return made(role)
     if name in known:
         return made("task", known[name])
     if name.endswith("loss"):
         return made("loss", name.replace(" ", "_"))
-    if start := re.fullmatch(r"(?:starting|start) (.+)", name):
-        return made("point", known.get(start[1], ""), 0) if start[1] in known else made("other")
-    if at := re.fullmatch(r"(?:step (\d{1,12})|after (\d{1,12}) (?:steps?|updates))(?: (.+))?", name):
-        ok = at[3] is None or at[3] in known
-        return made("point", known.get(at[3] or "", ""), int(at[1] or at[2])) if ok else made("other")
-    if final := re.fullmatch(r"final(?: ([^(]+?))?(?: \((?:step )?(\d{1,12})(?: steps?| updates)?\))?", name):
-        ok = final[1] is None or final[1] in known
-        return made("final", known.get(final[1] or "", ""), int(final[2]) if final[2] else None) if ok else made("other")
+    for role, pattern in AT_STEP:
+        if at := re.fullmatch(pattern, name):
+            task, step = at["task"], at["step"]
+            if task is not None and task not in known:
+                return made("other")
+            return made(role, known.get(task or "", ""), int(step) if step else 0 if role == "point" else None)
     named = SETTINGS.get(name.replace(" ", "_"))
-    return made("setting", named) if named and named not in NOT_SETTINGS else made("other")
+    return made("setting", named) if named else made("other")
 
 
 def kind_of(columns: list[Column]) -> str | None:
-    """The kind of run that a table's rows are; None when they are none."""
+    """The kind of run that the rows of a table describe; None if the table is not about runs."""
     roles = {col.role for col in columns}
     if not roles & {"task", "loss", "point", "final"}:
         return None
@@ -356,7 +373,7 @@ def kind_of(columns: list[Column]) -> str | None:
 
 
 def plain(cell: str) -> str:
-    """A cell's text as it is shown: without emphasis, addresses of links, HTML and marks of footnotes."""
+    """A cell's text without emphasis, addresses of links, HTML and marks of footnotes."""
     return _MARK.sub("", _shown(cell)).strip()
 
 

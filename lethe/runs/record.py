@@ -291,7 +291,7 @@ RECORD = _fields(
     artifacts=_map(_fields("path", path=_inside, sha256=_text)),
     evals=_maybe(_evals),
     losses=_maybe(_map(_maybe(_measured))),
-    agreement=_fields(*_AGREEMENT, **dict.fromkeys(_AGREEMENT, _measured)),
+    agreement=_fields("retain_with_reference", **dict.fromkeys(_AGREEMENT, _measured)),
     scores=_maybe(_map(_fields(*_FIT, **dict.fromkeys(_FIT, _measured)))),
     update_by_layer=_map(_fields("distance", distance=_measured, stable_rank=_measured)),
     divergence=_fields("step", "reason", step=_whole, reason=_text),
@@ -307,7 +307,8 @@ RECORD = _fields(
         **dict.fromkeys(("inherited", "footnotes"), _list(_text)),
         line=_whole,
         table=_whole,
-        settings=_object,
+        **dict.fromkeys(("settings", "row"), _object),
+        rows=_list(_object),
     ),
 )
 ROWS: dict[str, Check] = {

@@ -23,10 +23,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lethe.config import MAPPED, LoraSettings, TamperConfig, UnlearnConfig
+from lethe.config import MAPPED, LoraSettings, TamperConfig
 from lethe.config.checks import options
 from lethe.config.parse import fields_of, numbers
 from lethe.errors import LetheError, nearest, printable
+from lethe.methods.method import Method, all_fields
 
 Point = dict[str, Any]
 KEYS = {"values", "low", "high", "log", "steps", "when"}
@@ -35,7 +36,7 @@ MOST_STEPS = 1000
 RATIO = " / "
 NOT_SETTINGS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache"}
 """Fields of a recipe that do not change what is measured."""
-AS_BEFORE = [("cb_scale", "raw"), ("affine_examples", MAPPED)]
+AS_BEFORE = [("cb_scale", "raw"), ("affine_examples", MAPPED), ("method", "transfer"), ("forget_kl_coef", 0.0)]
 """Fields at the values that earlier versions had, whose records lack them: a sweep of theirs is resumed, not done again."""
 
 
@@ -105,7 +106,7 @@ class Axis:
             raise LetheError(f"vary: {name} must rise from low to high{' and start above 0' * log}, got {low} to {high}")
         if steps and steps < 2:
             raise LetheError(f"vary: {name}: steps are the values from low to high, at least 2, got {steps}")
-        kind = fields_of(TamperConfig if name.startswith(ATTACK) else UnlearnConfig).get(name.removeprefix(ATTACK))
+        kind = (fields_of(TamperConfig) if name.startswith(ATTACK) else all_fields()).get(name.removeprefix(ATTACK))
         return cls(name, (), float(low), float(high), log, steps, int in options(kind), when)
 
     def grid(self) -> list[Any]:
@@ -215,7 +216,7 @@ def name_at(template: str, settings: Mapping[str, Any], point: Point, seed: int 
         parts = [f"{re.split('[./ ]', name)[-1] if RATIO not in name else 'ratio'}{_spoken(v)}" for name, v in point.items()]
         template = "_".join(parts) or "run"
     else:
-        fields = fields_of(UnlearnConfig)
+        fields = all_fields()
         try:
             fields_in = list(string.Formatter().parse(template))
         except ValueError as error:
@@ -251,6 +252,7 @@ def key_of(kind: str, settings: Mapping[str, Any]) -> str:
 
 def that_matter(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run's numbers depend on, as they stand in its record."""
+    settings = Method.of_record(settings) if kind == "unlearn" else settings
     kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS and (name, value) not in AS_BEFORE}
     if kind == "unlearn":  # how often it is evaluated on the way changes nothing in how it ends
         kept["eval"] = {name: value for name, value in kept["eval"].items() if name != "every"}
@@ -267,10 +269,9 @@ def _alike(value: Any) -> Any:
 
 
 def _refuse_unknown(field: str, attacked: bool) -> None:
-    kind = TamperConfig if field.startswith(ATTACK) else UnlearnConfig
     if field.startswith(ATTACK) and not attacked:
         raise LetheError(f"vary: {field} is a setting of an attack, and this sweep has none; give tamper a recipe")
-    known = fields_of(kind)
+    known = fields_of(TamperConfig) if field.startswith(ATTACK) else all_fields()
     bare = field.removeprefix(ATTACK)
     if bare in {"seed", "out", "name"}:
         raise LetheError(f"vary: {bare} is not varied; {'seeds repeats every setting' if bare == 'seed' else 'leave it out'}")

@@ -22,6 +22,7 @@ from lethe.config.parse import build, from_settings
 from lethe.errors import LetheError, nearest, printable
 from lethe.files import sha256
 from lethe.maps.folder import WEIGHTS, find_maps
+from lethe.methods.method import Method
 from lethe.models import refs
 from lethe.results import regimes
 from lethe.results.listing import number
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from lethe.sweeps.controller import Sweep, Task
 
 Stage = tuple[str, dict[str, Any]]
-SECTIONS: dict[str, type[c.UnlearnConfig] | type[c.TamperConfig]] = {"unlearn": c.UnlearnConfig, "tamper": c.TamperConfig}
+SECTIONS: dict[str, type[Method] | type[c.TamperConfig]] = {"unlearn": Method, "tamper": c.TamperConfig}
 logger = logging.getLogger(__name__)
 MOST_RUNS = 10_000
 CONFIGS: dict[str, type] = SECTIONS | {"evaluate": c.EvaluateConfig}
@@ -300,7 +301,7 @@ class Planner:
         """What two results say beside the baseline; nothing, where that was measured in another way."""
         before = self.baseline(sweep, settings) or {}
         kept = [
-            regimes.kept(result, before[name])
+            regimes.retained_share(result, before[name])
             if name in before and regimes.provenance(result) == regimes.provenance(before[name])
             else None
             for name, result in zip(self.tasks, (forget, retain), strict=True)

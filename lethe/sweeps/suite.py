@@ -269,7 +269,7 @@ class Suite(Planner):
     def conclusions(self, sweep: Sweep) -> list[str]:
         said = []
         study = self.study(sweep)
-        for model, (_, worst) in study.worst_cases.items():
+        for model, worst in study.worst_cases.items():
             if worst is None:
                 said.append(f"{model}: nothing is measured.")
                 continue

@@ -164,7 +164,7 @@ def pack(documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: 
         LetheError: the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise LetheError("packing: blocks needs a tokenizer with an end-of-text token; use packing none")
+        raise LetheError("packing: packed needs a tokenizer with an end-of-text token; use packing none")
     stream: list[int] = []
     for row in tokenizer([d.text for d in documents])["input_ids"]:
         stream += [*row, tokenizer.eos_token_id]
@@ -172,8 +172,8 @@ def pack(documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: 
 
 
 def rows_of(documents: list[Document], tokenizer: PreTrainedTokenizerBase, length: int, packing: str) -> list[list[int]]:
-    """Token rows as `packing` says: `none` is one row a document, `blocks` packs them."""
-    return pack(documents, tokenizer, length) if packing == "blocks" else tokenise(documents, tokenizer, length)
+    """Token rows as `packing` says: `none` is one row a document, `packed` packs them."""
+    return pack(documents, tokenizer, length) if packing == "packed" else tokenise(documents, tokenizer, length)
 
 
 def pad(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 from lethe.config import (
     TamperConfig,
     TrainingSettings,
-    UnlearnConfig,
+    UnlearnSettings,
 )
 from lethe.errors import LetheError, nearest, printable
 from lethe.models import refs
@@ -36,7 +36,7 @@ def plan(config: TrainingSettings, examples: int) -> dict[str, Any]:
     }
 
 
-def refuse_rank(config: UnlearnConfig | TamperConfig, model: refs.ModelRef) -> None:
+def refuse_rank(config: UnlearnSettings | TamperConfig, model: refs.ModelRef) -> None:
     """Refuse adapters of a higher rank than the model's activations can have; a huge one would fail when it is made."""
     if config.lora is not None and config.lora.r > model.width:
         raise LetheError(

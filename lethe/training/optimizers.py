@@ -33,6 +33,8 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 MOMENTUM = 0.95
 BETAS, EPS = (0.9, 0.999), 1e-8
+STATE_BYTES: dict[OptimizerName, int] = {"adamw": 8, "muon": 4, "adamw_8bit": 2}
+"""Bytes of state that each optimizer keeps for a trained number."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def quick_passes(model: nn.Module) -> Iterator[Merged]:
 class RunTrainer(Trainer):
     """A Trainer whose log is the run's metrics.jsonl and batches.jsonl.
 
-    A subclass defines `compute_loss` from terms that are token means over the whole update a batch belongs to, and hands
+    A subclass defines `compute_loss` from losses that are means over the whole update a batch belongs to, and hands
     the terms to `book`. `self.tokens` has that update's non-padding tokens by text, `self.documents_in_update` its documents.
     """
 
@@ -177,6 +177,7 @@ class RunTrainer(Trainer):
         row["lr"] = self._rates
         row["grad_norm"] = logs.get("grad_norm")
         row |= {f"{name}_tokens": count for name, count in self.tokens.items()}
+        row |= {f"{name}_documents": count for name, count in self.documents_in_update.items()}
         row["tokens_per_second"] = round(sum(self.tokens.values()) / max(1e-9, now - self._started), 1)
         self._started = now
         self.run.append("metrics.jsonl", row)
@@ -379,16 +380,16 @@ class _Bar(TrainerCallback):
             self.advance(1, "  ".join([*terms, self.evaluation.note()]))
 
 
-def token_means(rows: list[dict[str, Any]], weights: dict[str, str]) -> dict[str, float]:
-    """Means over the last 5 % of updates (at least one), each update weighing as many tokens as it had.
+def weighted_means(rows: list[dict[str, Any]], units: dict[str, str]) -> dict[str, float]:
+    """Means of losses over the last 5 % of updates (at least one), each update weighing as many units as it had.
 
-    `weights` names the terms and the text each is a mean over, such as {"cb_loss": "forget"}.
+    `units` names, for each loss, the number in a line that it is a mean over, such as {"cb_loss": "forget_tokens"}.
     """
     last = rows[-max(1, math.ceil(LAST_SHARE * len(rows))) :]
     means = {}
-    for term, text in weights.items():
-        tokens = [row[f"{text}_tokens"] for row in last]
-        means[term] = math.fsum(row[term] * n for row, n in zip(last, tokens, strict=True)) / sum(tokens)
+    for loss, unit in units.items():
+        counts = [row[unit] for row in last]
+        means[loss] = math.fsum(row[loss] * n for row, n in zip(last, counts, strict=True)) / sum(counts)
     return means
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lethe.text import corpora
 from lethe.training.parameters import layer_of
-from lethe.unlearning.teacher import Teacher
 
 AGREEMENT_ROWS, AGREEMENT_BATCH = 128, 8
 LANCZOS_STEPS = 32
@@ -28,27 +27,19 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def agreement(
-    student: nn.Module, teacher: Teacher, forget: list[list[int]], retain: list[list[int]], pad_id: int
-) -> dict[str, float]:
-    """Share of tokens whose most likely next token is the teacher's: the source's on forget, the reference's on retain text."""
+def agreement(student: nn.Module, compared: dict[str, tuple[list[list[int]], nn.Module]], pad_id: int) -> dict[str, float]:
+    """By name, the share of the tokens of some sequences whose most likely next token is that of another model."""
     was_training = student.training
     student.eval()
     shares = {}
-    for name, rows, other in (
-        ("forget_with_source", forget, teacher.source),
-        ("retain_with_reference", retain, teacher.reference),
-    ):
+    for name, (sequences, other) in compared.items():
         same = count = 0
-        ordered = sorted(rows[:AGREEMENT_ROWS], key=len)
+        ordered = sorted(sequences, key=len)
         for start in range(0, len(ordered), AGREEMENT_BATCH):
-            ids, mask = (
-                t.to(next(student.parameters()).device) for t in corpora.pad(ordered[start : start + AGREEMENT_BATCH], pad_id)
-            )
-            equal = student(input_ids=ids, use_cache=False).logits.argmax(-1) == other(
-                input_ids=ids, use_cache=False
-            ).logits.argmax(-1)
-            same += int((equal * mask).sum())
+            ids, mask = corpora.pad(ordered[start : start + AGREEMENT_BATCH], pad_id)
+            ids, mask = (tensor.to(next(student.parameters()).device) for tensor in (ids, mask))
+            ours, theirs = (model(input_ids=ids, use_cache=False).logits.argmax(-1) for model in (student, other))
+            same += int(((ours == theirs) * mask).sum())
             count += int(mask.sum())
         shares[name] = same / count
     student.train(was_training)

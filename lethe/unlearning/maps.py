@@ -10,13 +10,15 @@ import math
 import time
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lethe.config import AffineConfig, UnlearnConfig
+from lethe.config import AffineConfig
 from lethe.errors import LetheError
 from lethe.files import sha256
 from lethe.maps.affine import AffineMap, LayerScores, Score, activation_pairs, fit, fit_once, load_maps, mean_r2, score_maps
 from lethe.maps.folder import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
+from lethe.methods.method import Method
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.unlearning.check import Checked
@@ -31,37 +33,35 @@ VARIANCE_TOKENS = 4096
 
 
 def given(
-    run: Run, config: UnlearnConfig, checked: Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
-) -> tuple[AffineMap | None, str, list[str]]:
-    """Maps that the recipe names (None: they are fitted later, or there are none), what the plan says of them, and warnings.
+    run: Run, config: Method, checked: Checked, reference: nn.Module, source: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> tuple[AffineMap, str, list[str]]:
+    """Maps that the recipe names, what the plan says of them, and warnings.
 
     They are scored first, beside no map; those without a record by each convention of numbering layers that is possible.
 
     Raises:
         LetheError: they do no better than no map: they belong to another pair or other layers, or are damaged.
     """
-    if config.forget_loss == "distill" or config.affine == "none":
-        return None, "none", []
-    if checked.affine is None:
-        return None, f"fitted on {len(checked.mapped)} documents of the retain text before training", []
-    run.set_parents(affine={"ref": config.affine, "sha256": sha256(checked.affine / WEIGHTS)})
-    device: Any = teacher.reference.device
+    assert checked.affine is not None and config.layers is not None and config.maps is not None
+    name = str(config.maps.given)
+    run.set_parents(affine={"ref": name, "sha256": sha256(checked.affine / WEIGHTS)})
+    device: Any = reference.device
     recorded = recorded_convention(facts_of(checked.affine))
-    asked = config.affine_convention if recorded is None else "auto"
+    asked = config.maps.convention if recorded is None else "auto"
     wanted = list(CONVENTIONS) if asked != "auto" else checked.conventions
     possible = [name for name in wanted if set(config.layers) <= set(layers_of(facts_of(checked.affine), name, 10**9))]
     rows = corpora.tokenise(checked.retain[-SCORED_DOCUMENTS:], tokenizer, config.max_length)
-    models = teacher.reference, teacher.source
+    models = reference, source
     scored = score_maps(checked.affine, possible, *models, rows, tokenizer.pad_token_id, BATCH, config.layers)
     convention = scored.convention if asked == "auto" else asked
     scores = scored.by_convention[convention]
-    _refuse_useless(config.affine, scores)
-    found = ", ".join(f"{name} {mean_r2(s):.3f}" for name, s in scored.by_convention.items())
+    _refuse_useless(name, scores)
+    found = ", ".join(f"{way} {mean_r2(s):.3f}" for way, s in scored.by_convention.items())
     how = "recorded for this pair" if recorded else f"without a record, read as {convention}"
     better = [f"affine_convention: {convention} as set, but the maps fit better as {scored.convention} ({found})"]
     run.update(scores=scores)
     maps = load_maps(checked.affine, config.layers, convention).to(device)
-    said = f"{config.affine} ({how}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"
+    said = f"{name} ({how}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"
     return maps, said, better if convention != scored.convention else []
 
 
@@ -80,15 +80,14 @@ def _refuse_useless(name: str, scores: LayerScores) -> None:
 
 
 def fitted(
-    run: Run, config: UnlearnConfig, checked: Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+    run: Run, config: Method, checked: Checked, reference: nn.Module, source: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> AffineMap:
     """Maps fitted on retain text, kept as the run's `affine`; those that an interrupted run has fitted already."""
     weights, recorded = run.path / "affine" / WEIGHTS, run.record.get("artifacts", {}).get("affine")
     if recorded and weights.is_file() and sha256(weights) == recorded["sha256"]:
-        return load_maps(run.path / "affine", config.layers).to(teacher.reference.device)  # type: ignore[arg-type]
+        return load_maps(run.path / "affine", config.layers).to(reference.device)  # type: ignore[arg-type]
     parents = {role: run.record["parents"][role] for role in ("model", "source")}
-    models = teacher.reference, teacher.source
-    maps = fit_once(*models, tokenizer, checked.mapped, settings_of(config), config.retain, parents)
+    maps = fit_once(reference, source, tokenizer, checked.mapped, settings_of(config), config.retain, parents)
     maps.save(run.path / "affine")
     run.update(
         artifacts={"affine": {"path": "affine", "sha256": sha256(run.path / "affine" / WEIGHTS)}}, scores=maps.record["scores"]
@@ -96,27 +95,27 @@ def fitted(
     return maps
 
 
-def settings_of(config: UnlearnConfig) -> AffineConfig:
+def settings_of(config: Method) -> AffineConfig:
     """How maps are fitted for a recipe."""
     return AffineConfig(
         config.model,
         config.source,
-        layers=config.layers,
+        layers=list(config.mapped_layers),
         max_length=config.max_length,
         dtype=config.teacher_dtype or config.dtype,
     )
 
 
 def sketched(
-    config: UnlearnConfig, checked: Checked, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+    config: Method, checked: Checked, reference: nn.Module, source: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AffineMap, float]:
     """Maps from no more documents than have four tokens a dimension, and the seconds that the whole fit is going to take."""
-    width = teacher.reference.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+    width = reference.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
     documents = checked.mapped[: 4 * width]
     rows = first(corpora.tokenise(documents, tokenizer, config.max_length), 4 * width)
-    models = teacher.reference, teacher.source
+    models = reference, source
     started = time.monotonic()
-    pairs = list(activation_pairs(*models, rows, config.layers, BATCH, tokenizer.pad_token_id, lambda done: None))
+    pairs = list(activation_pairs(*models, rows, list(config.mapped_layers), BATCH, tokenizer.pad_token_id, lambda done: None))
     seconds = time.monotonic() - started
     return fit(pairs, settings_of(config).alpha), seconds * len(checked.mapped) / len(rows)
 
@@ -140,10 +139,10 @@ def variances(run: Run, teacher: Teacher, rows: list[list[int]], pad_id: int) ->
 
 def variances_of(teacher: Teacher, rows: list[list[int]], pad_id: int) -> dict[int, float]:
     """As `variances`, from the rows alone."""
-    rows, sums = first(rows, VARIANCE_TOKENS), {layer: Score() for layer in teacher.needs["forget"].layers}
+    rows, sums = first(rows, VARIANCE_TOKENS), {layer: Score() for layer in teacher.need.layers}
     for start in range(0, len(rows), BATCH):
-        ids, mask = (t.to(teacher.source.device) for t in corpora.pad(rows[start : start + BATCH], pad_id))  # type: ignore[arg-type]
-        for layer, values in teacher.live("forget", ids).activations.items():
+        ids, mask = (t.to(teacher.model.device) for t in corpora.pad(rows[start : start + BATCH], pad_id))  # type: ignore[arg-type]
+        for layer, values in teacher.live(ids).activations.items():
             sums[layer].add(values[mask.bool()], values[mask.bool()])
     found = {layer: total.variance() for layer, total in sums.items()}
     for layer, value in found.items():

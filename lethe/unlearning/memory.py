@@ -2,57 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import nn
 
+from lethe.errors import LetheError
 from lethe.maps.affine import sums_bytes
-from lethe.objectives.blocked import ROWS
+from lethe.objectives.chunks import CHUNK
 from lethe.training.merged_lora import merged_bytes
-from lethe.training.optimizers import needs_masters
+from lethe.training.optimizers import STATE_BYTES, needs_masters
 from lethe.unlearning.changes import AGREEMENT_BATCH
-from lethe.unlearning.teacher import Teacher
+
+if TYPE_CHECKING:
+    from lethe.unlearning.prepare import Prepared
 
 RECOMPUTED = 4
 """Times a block's activations that its second pass and its gradients take under gradient checkpointing; measured, at most."""
-
-
 TOKEN = 40
 """Bytes of a token id in a list of Python."""
-
-
 BUFFERS, LATER = 0.08, 96 * 2**20
 """What is set aside for all that the estimate does not list: a share of the rest, and what libraries take once they work."""
 
 
-def estimate(
-    student: nn.Module, teacher: Teacher, config: Any, width: int, document: int, tokens: int, libraries: int
-) -> dict[str, int]:
+def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: int) -> dict[str, int]:
     """Estimated peak memory in bytes by part; their sum is the process's on a CPU, the device's on a GPU.
 
     `document`: activations kept for the backward pass by the longest pair of documents, `width` tokens at most. `tokens`: of
     the text that maps are fitted on. `libraries`: what the process took before it loaded a model. Logits are kept four times:
-    two models, and the retain term's float32 intermediates; of one block of tokens, where the output heads are known
-    (`blocked`). `other` is by how much fitting maps, a save or what is recorded at the end take more than an update;
+    two models, and the float32 intermediates of the KL; of one chunk of tokens, where the output heads are known
+    (`objectives.chunks`). `other` is by how much fitting maps, a save or what is recorded at the end take more than an update;
     `buffers` is what is too small or too short to list.
     """
+    config, trainer = made.config, made.trainer
+    student: Any = trainer.model
     trained = [p for p in student.parameters() if p.requires_grad]
     numbers, moved = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
-    state = {"adamw": 8, "muon": 4, "adamw_8bit": 2}[config.optimizer] + 4 * needs_masters(student, config.optimizer)
-    text = student.config.get_text_config()  # type: ignore[union-attr,operator]
+    state = STATE_BYTES[config.optimizer] + 4 * needs_masters(student, config.optimizer)
+    text = student.config.get_text_config()
     batch, hidden = config.per_device_train_batch_size, text.hidden_size
     kept = batch * document
     if config.gradient_checkpointing:  # the blocks' inputs of both texts, and what computing one block again takes
         inputs = 2 * text.num_hidden_layers * trained[0].element_size() * batch * width * hidden
         kept = RECOMPUTED * kept // text.num_hidden_layers + inputs
-    logits = 4 * 4 * (min(batch * width, ROWS) if teacher.heads else batch * width) * text.vocab_size
-    mapped = len(config.layers) if config.affine != "none" and config.forget_loss != "distill" else 0
+    logits = 4 * 4 * (min(batch * width, CHUNK) if trainer.head is not None else batch * width) * text.vocab_size
+    mapped = len(config.mapped_layers)
     found = {
         "libraries": libraries,
         "weights": _bytes(student),
-        "teachers": _bytes(teacher.source) + _bytes(teacher.reference),
+        "teachers": sum(_bytes(model) for model in (made.source, made.reference) if model),
         "maps": 4 * mapped * hidden * (hidden + 1),
         "gradients": moved,
         "optimizer": state * numbers,
@@ -77,3 +76,17 @@ def taken() -> int:
 
 def _bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def refuse_too_much(parts: dict[str, int]) -> None:
+    """Refuse what cannot fit into memory, the models being there already.
+
+    Raises:
+        LetheError: the estimate is more than there is.
+    """
+    free, needed = available_memory(), sum(parts.values())
+    if needed - parts["libraries"] - parts["weights"] - parts["teachers"] > free:
+        raise LetheError(
+            f"memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free beside the models; "
+            f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing"
+        )

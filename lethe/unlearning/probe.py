@@ -27,7 +27,8 @@ from lethe.training.rotary import one_operation
 from lethe.training.trainer import quick_passes
 
 if TYPE_CHECKING:
-    from lethe.unlearning.pipeline import UnlearnTrainer
+    from lethe.methods.method import Method
+    from lethe.unlearning.trainer import Batch, UnlearnTrainer
 
 BALANCE = 100.0
 """Forget over retain gradient of the lab's recipes that forget and retain (70 to 260): what coefficients are proposed for."""
@@ -60,7 +61,7 @@ def probe(trainer: UnlearnTrainer) -> Probe:
         scale = measured(trainer, batch, merged)
         model.zero_grad()
         started = time.monotonic()
-        sum(trainer.terms(model, batch).values()).backward()  # type: ignore[union-attr]
+        trainer.losses(model, batch, trainer.progress(trainer.first_epoch_steps))[0].backward()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
@@ -90,17 +91,16 @@ def document_bytes(trainer: UnlearnTrainer) -> int:
 
         with torch.random.fork_rng(), one_operation(model), one_product(model):
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                terms = trainer.terms(model, batch)
+                loss = trainer.losses(model, batch, trainer.progress(trainer.first_epoch_steps))
             kept.append(sum(found.values()))
-            del terms
+            del loss
         give_back()
     return max(0, kept[1] - kept[0])
 
 
-def measured(trainer: UnlearnTrainer, batch: dict[str, dict[str, Tensor]], merged: Merged) -> dict[str, Any]:
-    """The terms, the norms of their weighted gradients, their ratio, and the remove_coef that makes it the lab's.
-
-    `_after`: where the weights have been moved.
+def measured(trainer: UnlearnTrainer, batch: Batch, merged: Merged) -> dict[str, Any]:
+    """The losses, the norms of the gradients of the weighted forget and retain loss, their ratio, and the setting of the forget
+    loss's weight that makes the ratio the lab's. `_after`: where the weights have been moved.
     """
     model, config = trainer.model, trainer.config
     wide = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)  # type: ignore[union-attr]
@@ -108,49 +108,50 @@ def measured(trainer: UnlearnTrainer, batch: dict[str, dict[str, Tensor]], merge
     found: dict[str, Any] = {}
     loss = 0.0
     if "forget" in batch:
-        terms, loss, norm = _backward(trainer, {"forget": batch["forget"]})
-        found |= terms | {"forget_gradient": config.remove_coef * norm}
+        losses, loss, found["forget_gradient"] = _backward(trainer, batch, "forget", done=0)
+        found = {name: value for name, value in losses.items() if not name.startswith("retain_")} | found
     if "retain" in batch:
         with _moved(model, loss, merged) if compared else contextlib.nullcontext():  # type: ignore[arg-type]
-            terms, _, norm = _backward(trainer, {"retain": batch["retain"]})
+            losses, _, norm = _backward(trainer, batch, "retain", done=trainer.first_epoch_steps)
         after = "_after" if compared else ""
-        found |= {name + after: value for name, value in terms.items()} | {f"retain_gradient{after}": config.retain_coef * norm}
+        found |= {name + after: value for name, value in losses.items() if name.startswith("retain_")}
+        found[f"retain_gradient{after}"] = norm
     if compared:
         retain = found["retain_gradient_after"]
         ratio = found["forget_gradient"] / retain if retain else math.inf
         near = BALANCE / FAR <= ratio <= BALANCE * FAR  # a ratio that is no number is not
-        found |= {"ratio": ratio, "dominates": "neither" if near else f"{'retain' if ratio < BALANCE else 'forget'} term"}
-        found["proposed_remove_coef"] = float(f"{config.remove_coef * BALANCE / ratio:.2g}") if ratio else math.inf
+        found |= {"ratio": ratio, "dominates": "neither" if near else f"{'retain' if ratio < BALANCE else 'forget'} loss"}
+        if config.scale:
+            proposed = float(f"{getattr(config, config.scale) * BALANCE / ratio:.2g}") if ratio else math.inf
+            found[f"proposed_{config.scale}"] = proposed
     return {
         name: value if isinstance(value, str) else float(f"{value:.4g}") if math.isfinite(value) else None
         for name, value in found.items()
     }
 
 
-def warning(scale: dict[str, Any], config: Any) -> list[str]:
-    """What to say of coefficients that leave one term without a weight."""
+def warning(scale: dict[str, Any], config: Method) -> list[str]:
+    """What to say of coefficients that leave one loss without effect."""
     if scale.get("dominates", "neither") == "neither":
         return []
-    ratio, proposed = scale["ratio"], scale["proposed_remove_coef"]
+    ratio, proposed = scale["ratio"], scale.get(f"proposed_{config.scale}")
     times = f"{ratio:.2g} times" if ratio is not None else "not comparable with"
-    text = f"the {scale['dominates']} dominates: the forget term's gradient, weighted, is {times} the retain term's"
+    text = f"the {scale['dominates']} dominates: the gradient of the weighted forget loss is {times} that of the retain loss"
     text += f" (about {BALANCE:g} times on the lab)"
     if proposed:
-        text += f"; set remove_coef to {proposed:g} beside retain_coef {config.retain_coef:g} for the lab's balance"
-    if config.cb_scale == "raw" and config.forget_loss != "distill":
-        text += "; with cb_scale relative, coefficients carry over from one model to another"
+        text += f"; set {config.scale} to {proposed:g} for the lab's balance"
     return [text]
 
 
-def _backward(trainer: UnlearnTrainer, batch: Any) -> tuple[dict[str, float], float, float]:
-    """The terms on a batch of one text, their sum as in the loss, and the norm of its gradient, which is left on the model."""
+def _backward(trainer: UnlearnTrainer, batch: Batch, text: str, done: int) -> tuple[dict[str, float], float, float]:
+    """The losses on a batch, the weighted loss of one text (without the other's), and the norm of its gradient."""
     model: nn.Module = trainer.model  # type: ignore[assignment]
     model.zero_grad()
-    terms = trainer.terms(model, batch)
-    loss: Any = sum(trainer.kl_coef * value if name == "forget_kl_loss" else value for name, value in terms.items())
+    other = "retain" if text == "forget" else "forget"
+    loss, losses = trainer.losses(model, batch, trainer.progress(done), silent=other)
     loss.backward()
     norms = [p.grad.norm(dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-    values = {name: float(value) for name, value in terms.items()}
+    values = {name: float(value) for name, value in losses.items()}
     return values, float(loss), float(torch.stack(norms).norm()) if norms else 0.0
 
 

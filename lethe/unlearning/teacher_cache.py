@@ -27,7 +27,6 @@ import transformers
 from jaxtyping import Int
 from torch import Tensor
 
-from lethe.config import UnlearnConfig
 from lethe.files import sha256
 from lethe.home import evict, lethe_home, use
 from lethe.models.activations import States
@@ -70,18 +69,18 @@ class Cache:
         return States({int(name.removeprefix("layer_")): rows for name, rows in found.items()}, output)
 
 
-def key_of(teacher: Teacher, text: str, rows: list[list[int]], weights: str) -> dict[str, Any]:
-    """All that a teacher's states on `rows` depend on; `weights` is the hash of its weights."""
-    model: Any = teacher.of(text)
-    need, maps = teacher.needs[text], teacher.maps if text == "forget" else None
+def key_of(teacher: Teacher, rows: list[list[int]]) -> dict[str, Any]:
+    """All that a teacher's states on `rows` depend on."""
+    model: Any = teacher.model
+    need, maps = teacher.need, teacher.maps
     configuration = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
     return {
         "format": FORMAT,
-        "weights": weights,
+        "weights": teacher.weights,
         "configuration": _hash(json.dumps(configuration, sort_keys=True, default=str).encode()),
         "dtype": str(model.dtype),
         "layers": list(need.layers),
-        "output": ("hidden" if teacher.heads.get(text) is not None else "logits") if need.output else None,
+        "output": ("hidden" if teacher.head is not None else "logits") if need.logits else None,
         "maps": _hash(*(_bytes(t) for n in need.layers for t in (maps.weight[n], maps.bias[n]))) if maps else None,
         "rows": _hash(*(_bytes(torch.tensor([len(row), *row])) for row in rows)),
         "versions": [torch.__version__, transformers.__version__],
@@ -93,13 +92,13 @@ def folder_of(key: dict[str, Any]) -> Path:
     return lethe_home() / "teachers" / _hash(json.dumps(key, sort_keys=True).encode())[:24]
 
 
-def size_of(teacher: Teacher, text: str, rows: list[list[int]]) -> int:
+def size_of(teacher: Teacher, rows: list[list[int]]) -> int:
     """Bytes of a cache."""
-    model: Any = teacher.of(text)
-    need, settings = teacher.needs[text], model.config.get_text_config()
-    mapped = 4 if text == "forget" and teacher.maps else model.dtype.itemsize
-    ending = settings.hidden_size if teacher.heads.get(text) is not None else settings.vocab_size
-    widths = mapped * len(need.layers) * settings.hidden_size + model.dtype.itemsize * need.output * ending
+    model: Any = teacher.model
+    need, settings = teacher.need, model.config.get_text_config()
+    mapped = 4 if teacher.maps else model.dtype.itemsize
+    ending = settings.hidden_size if teacher.head is not None else settings.vocab_size
+    widths = mapped * len(need.layers) * settings.hidden_size + model.dtype.itemsize * need.logits * ending
     return sum(map(len, rows)) * widths
 
 
@@ -115,17 +114,19 @@ def is_whole(folder: Path, key: dict[str, Any], content: bool = True) -> bool:
         return False
 
 
-def choose(config: UnlearnConfig, teacher: Teacher, text: str, rows: list[list[int]], weights: str, seen: float) -> str:
-    """`cached: why` or `live: why` for a text whose rows are `seen` so many times on average."""
-    if config.teacher_cache != "auto":
-        return f"{config.teacher_cache}: as asked"
-    to_be_fitted = text == "forget" and config.affine == "fit" and teacher.maps is None and teacher.needs[text].layers
-    key = key_of(teacher, text, rows, weights)
+def choose(setting: str, teacher: Teacher, rows: list[list[int]], seen: float, to_be_fitted: bool) -> str:
+    """`cached: why` or `live: why`, by the setting `teacher_cache`.
+
+    `rows` are `seen` so many times on average. `to_be_fitted`: the teacher's maps are not there yet.
+    """
+    if setting != "auto":
+        return f"{setting}: as set"
+    key = key_of(teacher, rows)
     if not to_be_fitted and is_whole(folder_of(key), key, content=False):
         return "cached: a whole cache is there"
     if seen <= 1:
         return "live: no document is seen twice"
-    size, memory = size_of(teacher, text, rows), psutil.virtual_memory().available
+    size, memory = size_of(teacher, rows), psutil.virtual_memory().available
     disk = shutil.disk_usage(_existing(lethe_home())).free
     for what, free in (("disk", disk), ("memory", memory)):
         if size > free / 2:
@@ -133,9 +134,9 @@ def choose(config: UnlearnConfig, teacher: Teacher, text: str, rows: list[list[i
     return f"cached: documents are seen {seen:.3g} times, {size / 2**20:.0f} MiB"
 
 
-def open_or_build(teacher: Teacher, text: str, rows: list[list[int]], weights: str) -> Cache | None:
+def open_or_build(teacher: Teacher, text: str, rows: list[list[int]]) -> Cache | None:
     """The whole cache of a teacher's states on `rows`, built if need be; None, with a warning, where it cannot be written."""
-    key = key_of(teacher, text, rows, weights)
+    key = key_of(teacher, rows)
     folder = folder_of(key)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -146,7 +147,7 @@ def open_or_build(teacher: Teacher, text: str, rows: list[list[int]], weights: s
                     logger.warning("the teacher cache %s is damaged; building it anew", folder)
                 for rest in (folder, partial):  # whoever left a part was killed: the lock is ours
                     shutil.rmtree(rest, ignore_errors=True)
-                evict(folder.parent, size_of(teacher, text, rows))
+                evict(folder.parent, size_of(teacher, rows))
                 _build(teacher, text, rows, partial, key)
                 partial.rename(folder)
             return Cache(folder, rows)
@@ -158,7 +159,7 @@ def open_or_build(teacher: Teacher, text: str, rows: list[list[int]], weights: s
 
 def _build(teacher: Teacher, text: str, rows: list[list[int]], folder: Path, key: dict[str, Any]) -> None:
     folder.mkdir()
-    device: Any = teacher.of(text).device  # type: ignore[union-attr]
+    device: Any = teacher.model.device
     count = max(1, TOKENS // max(map(len, rows)))
     digests: dict[str, Any] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -167,13 +168,13 @@ def _build(teacher: Teacher, text: str, rows: list[list[int]], folder: Path, key
         advance = stack.enter_context(bar(f"Computing the teacher of the {text} text", len(rows), "documents"))
         for start in range(0, len(rows), count):
             ids, mask = (t.to(device) for t in corpora.pad(rows[start : start + count], 0))
-            states = teacher.live(text, ids)
+            states = teacher.live(ids)
             found = {f"layer_{n}.bin": values for n, values in states.activations.items()}
             found |= {} if states.output is None else {"output.bin": states.output}
             for name, values in found.items():
                 if name not in files:
                     files[name] = stack.enter_context((folder / name).open("wb"))
-                    digests[name] = hashlib.sha256(name.encode())  # as `ledger.sha256` begins
+                    digests[name] = hashlib.sha256(name.encode())  # as `files.sha256` begins
                     facts[name] = {"dtype": str(values.dtype).removeprefix("torch."), "width": values.shape[-1], "size": 0}
                 data = _bytes(values[mask.bool()])
                 files[name].write(data)

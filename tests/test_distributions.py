@@ -1,4 +1,4 @@
-"""Losses from final hidden states in blocks are the plain formulas' of full logits: values, gradients, memory."""
+"""Losses from final hidden states in chunks are the plain formulas' of full logits: values, gradients, memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lethe.models.activations import capture, final_hidden, input_of
-from lethe.objectives import blocked
-from lethe.objectives.blocked import blocked_ce_loss, blocked_kl_loss, head_of
-from lethe.objectives.terms import forget_kl_loss, retain_ce_loss, retain_kl_loss
+from lethe.objectives import chunks, distributions
+from lethe.objectives.chunks import head_of
+from lethe.objectives.distributions import (
+    chunked_cross_entropy,
+    chunked_kl,
+    chunked_log_likelihood,
+    cross_entropy,
+    kl,
+    log_likelihood,
+)
 
 BATCH, SEQ, HIDDEN, WORDS = 3, 7, 5, 11
 MASK = torch.tensor([[1] * n + [0] * (SEQ - n) for n in (7, 4, 2)])
@@ -22,13 +29,13 @@ ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequen
 
 
 @pytest.fixture
-def tiny_blocks(monkeypatch):
-    """Blocks of at most three tokens, worked on two at a time, panels of four words."""
-    monkeypatch.setattr(blocked, "PLAIN", 1)
-    monkeypatch.setattr(blocked, "BLOCK", 1)
-    monkeypatch.setattr(blocked, "ROWS", 3)
-    monkeypatch.setattr(blocked, "PANEL", 4 * HIDDEN)
-    monkeypatch.setattr(blocked, "SLICE", 2 * WORDS)
+def tiny_chunks(monkeypatch):
+    """Chunks of at most three tokens, worked on two at a time, panels of four words."""
+    monkeypatch.setattr(distributions, "PLAIN", 1)
+    monkeypatch.setattr(chunks, "LEAST", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 3)
+    monkeypatch.setattr(chunks, "PANEL", 4 * HIDDEN)
+    monkeypatch.setattr(chunks, "SLICE", 2 * WORDS)
 
 
 class Problem:
@@ -53,11 +60,11 @@ class Problem:
         if how == "plain":
             logits, teacher = self.head(self.hidden), self.teacher_head(self.teacher)
             if kind == "kl":
-                return retain_kl_loss(logits, teacher, mask, tokens)
-            return retain_ce_loss(logits, self.ids, mask, tokens)
+                return kl(logits, teacher, mask, tokens)
+            return cross_entropy(logits, self.ids, mask, tokens)
         if kind == "kl":
-            return blocked_kl_loss(self.hidden, self.head, self.teacher, self.teacher_head, mask, tokens)
-        return blocked_ce_loss(self.hidden, self.head, self.ids, mask, tokens)
+            return chunked_kl(self.hidden, self.head, self.teacher, self.teacher_head, mask, tokens)
+        return chunked_cross_entropy(self.hidden, self.head, self.ids, mask, tokens)
 
     def gradients(self, kind: str, how: str, **settings) -> list[Tensor]:
         """Of 3.7 times the loss: the loss, and the gradients of all that has one."""
@@ -77,46 +84,65 @@ class Problem:
 @pytest.mark.parametrize("tokens", [None, 40])
 @pytest.mark.parametrize(("bias", "trained"), [(True, True), (False, True), (True, False), (False, False)])
 @pytest.mark.parametrize("kind", ["kl", "ce"])
-def test_values_and_gradients_are_the_plain_formulas(tiny_blocks, kind, bias, trained, tokens):
+def test_values_and_gradients_are_the_plain_formulas(tiny_chunks, kind, bias, trained, tokens):
     problem = Problem(bias=bias, trained=trained)
-    plain, ours = (problem.gradients(kind, how, tokens=tokens) for how in ("plain", "blocked"))
+    plain, ours = (problem.gradients(kind, how, tokens=tokens) for how in ("plain", "chunked"))
     assert len(plain) == len(ours) == 2 + trained * (1 + bias)
     for expected, found in zip(plain, ours, strict=True):
         assert found.dtype == torch.float64
         assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
+@pytest.mark.parametrize(("bias", "trained"), [(True, True), (False, False)])
+def test_log_likelihoods_of_documents_and_their_gradients_are_the_plain_formulas(tiny_chunks, bias, trained, monkeypatch):
+    monkeypatch.setattr(distributions, "CHUNK", 3)
+    problem = Problem(bias=bias, trained=trained)
+    weights = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)  # a loss that is no mean over tokens
+    wanted = [x for x in (problem.hidden, *problem.head.parameters()) if x.requires_grad]
+    found = []
+    for values in (
+        log_likelihood(problem.head(problem.hidden), problem.ids, MASK),
+        chunked_log_likelihood(problem.hidden, problem.head, problem.ids, MASK),
+    ):
+        assert values.shape == (BATCH,)
+        found.append([values.detach(), *torch.autograd.grad((weights * values.square()).sum(), wanted)])
+    for expected, ours in zip(*found, strict=True):
+        assert (ours - expected).abs().max() < 1e-10 * expected.abs().max()
+    one = problem.head(problem.hidden)[1].log_softmax(-1)
+    assert found[0][0][1].item() == pytest.approx(sum(one[t - 1, problem.ids[1, t]].item() for t in range(1, 4)), rel=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["kl", "ce"])
-def test_gradients_are_those_of_finite_differences(tiny_blocks, kind):
+def test_gradients_are_those_of_finite_differences(tiny_chunks, kind):
     problem = Problem()
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         problem.hidden, problem.head = hidden, SimpleNamespace(weight=weight, bias=bias)
-        return problem.loss(kind, "blocked")
+        return problem.loss(kind, "chunked")
 
     inputs = [x.detach().clone().requires_grad_() for x in (problem.hidden, problem.head.weight, problem.head.bias)]
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_kl_is_that_of_scipy(tiny_blocks):
+def test_kl_is_that_of_scipy(tiny_chunks):
     problem = Problem()
     q, p = (logits.softmax(-1) for logits in (problem.head(problem.hidden), problem.teacher_head(problem.teacher)))
     expected = rel_entr(p.detach().numpy(), q.detach().numpy()).sum(-1)[MASK.bool().numpy()].mean()
-    assert problem.loss("kl", "blocked").item() == pytest.approx(expected, rel=1e-12)
+    assert problem.loss("kl", "chunked").item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_kl_of_a_model_with_itself_is_zero(tiny_blocks):
+def test_kl_of_a_model_with_itself_is_zero(tiny_chunks):
     problem = Problem(dtype=torch.float32)
-    loss = blocked_kl_loss(problem.hidden, problem.head, problem.hidden, problem.head, MASK)
+    loss = chunked_kl(problem.hidden, problem.head, problem.hidden, problem.head, MASK)
     assert loss.item() == 0
     assert not any(g.any() for g in torch.autograd.grad(loss, [problem.hidden, problem.head.weight]))
 
 
-def test_teacher_gets_no_gradient(tiny_blocks):
+def test_teacher_gets_no_gradient(tiny_chunks):
     problem = Problem()
     problem.teacher.requires_grad_()
     problem.teacher_head.requires_grad_(True)
-    problem.loss("kl", "blocked").backward()
+    problem.loss("kl", "chunked").backward()
     assert problem.teacher.grad is None
     assert problem.teacher_head.weight.grad is None
 
@@ -124,21 +150,21 @@ def test_teacher_gets_no_gradient(tiny_blocks):
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("kind", ["kl", "ce"])
 def test_rounding_in_float32_is_no_worse_than_the_plain_formulas(kind, trained, monkeypatch):
-    monkeypatch.setattr(blocked, "PLAIN", 1)
-    monkeypatch.setattr(blocked, "BLOCK", 1)
+    monkeypatch.setattr(distributions, "PLAIN", 1)
+    monkeypatch.setattr(chunks, "LEAST", 1)
     problem = Problem(dtype=torch.float32, trained=trained, words=2000, scale=1.0)
     exact = problem.to(torch.float64).gradients(kind, "plain")
-    plain, ours = (problem.gradients(kind, how) for how in ("plain", "blocked"))
+    plain, ours = (problem.gradients(kind, how) for how in ("plain", "chunked"))
     for truth, theirs, found in zip(exact, plain, ours, strict=True):
         assert found.dtype == torch.float32
         assert (found - truth).norm() <= 2 * (theirs - truth).norm()
 
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])
-def test_bfloat16_is_reduced_in_float32_and_gives_bfloat16_gradients(tiny_blocks, kind):
+def test_bfloat16_is_reduced_in_float32_and_gives_bfloat16_gradients(tiny_chunks, kind):
     problem = Problem(dtype=torch.bfloat16)
     exact = problem.to(torch.float64).gradients(kind, "plain")
-    plain, ours = (problem.gradients(kind, how) for how in ("plain", "blocked"))
+    plain, ours = (problem.gradients(kind, how) for how in ("plain", "chunked"))
     assert ours[0].dtype == torch.float32
     assert ours[0].item() == pytest.approx(plain[0].item(), rel=1e-5)
     for truth, theirs, found in zip(exact[1:], plain[1:], ours[1:], strict=True):
@@ -147,39 +173,39 @@ def test_bfloat16_is_reduced_in_float32_and_gives_bfloat16_gradients(tiny_blocks
 
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])
-def test_padding_weighs_nothing_and_is_not_computed(tiny_blocks, kind):
+def test_padding_weighs_nothing_and_is_not_computed(tiny_chunks, kind):
     problem, other = Problem(), Problem()
     padding = MASK == 0
     other.hidden.data[padding], other.teacher[padding] = torch.nan, torch.nan
-    for expected, found in zip(problem.gradients(kind, "blocked"), other.gradients(kind, "blocked"), strict=True):
+    for expected, found in zip(problem.gradients(kind, "chunked"), other.gradients(kind, "chunked"), strict=True):
         assert torch.equal(expected, found)
-    assert not problem.gradients(kind, "blocked")[1][padding].any()
+    assert not problem.gradients(kind, "chunked")[1][padding].any()
 
 
-def test_a_batch_without_a_token_adds_nothing(tiny_blocks):
+def test_a_batch_without_a_token_adds_nothing(tiny_chunks):
     problem = Problem()
-    loss, *gradients = problem.gradients("kl", "blocked", mask=torch.zeros_like(MASK), tokens=9)
+    loss, *gradients = problem.gradients("kl", "chunked", mask=torch.zeros_like(MASK), tokens=9)
     assert loss == 0
     assert not any(g.any() for g in gradients)
 
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])
-def test_accumulation_does_not_change_the_gradient(tiny_blocks, kind):
+def test_accumulation_does_not_change_the_gradient(tiny_chunks, kind):
     problem = Problem()
     total = int(MASK.sum()) - (BATCH if kind == "ce" else 0)
-    whole = problem.gradients(kind, "blocked")
+    whole = problem.gradients(kind, "chunked")
     parts = []
     for row in range(BATCH):
         only = torch.zeros_like(MASK)
         only[row] = MASK[row]
-        parts.append(problem.gradients(kind, "blocked", mask=only, tokens=total))
+        parts.append(problem.gradients(kind, "chunked", mask=only, tokens=total))
     for expected, *found in zip(whole, *parts, strict=True):
         assert torch.allclose(sum(found), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_a_second_backward_pass_through_the_same_graph_gives_the_same(tiny_blocks):
+def test_a_second_backward_pass_through_the_same_graph_gives_the_same(tiny_chunks):
     problem = Problem()
-    loss = problem.loss("kl", "blocked")
+    loss = problem.loss("kl", "chunked")
     wanted = [problem.hidden, *problem.head.parameters()]
     once, twice = torch.autograd.grad(loss, wanted, retain_graph=True), torch.autograd.grad(2 * loss, wanted)
     for a, b in zip(once, twice, strict=True):
@@ -187,30 +213,30 @@ def test_a_second_backward_pass_through_the_same_graph_gives_the_same(tiny_block
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_teacher_from_a_cache_is_as_good_as_a_live_one(tiny_blocks, dtype):
+def test_a_teacher_from_a_cache_is_as_good_as_a_live_one(tiny_chunks, dtype):
     """A cache keeps each document's states, without padding, in its own type."""
     problem = Problem(dtype=torch.float32, trained=False)
-    live = problem.gradients("kl", "blocked")
+    live = problem.gradients("kl", "chunked")
     cache = [row[: int(mask.sum())].to(dtype) for row, mask in zip(problem.teacher, MASK, strict=True)]
     problem.teacher = nn.utils.rnn.pad_sequence(cache, batch_first=True, padding_value=torch.nan)
-    for expected, found in zip(live, problem.gradients("kl", "blocked"), strict=True):
+    for expected, found in zip(live, problem.gradients("kl", "chunked"), strict=True):
         assert torch.equal(found, expected) if dtype == torch.float32 else torch.allclose(found, expected, rtol=0.05, atol=0.02)
 
 
-def test_without_gradients_the_loss_is_the_same(tiny_blocks):
+def test_without_gradients_the_loss_is_the_same(tiny_chunks):
     problem = Problem()
     with torch.no_grad():
-        loss = problem.loss("kl", "blocked")
+        loss = problem.loss("kl", "chunked")
     assert not loss.requires_grad
-    assert loss == problem.loss("kl", "blocked")
+    assert loss == problem.loss("kl", "chunked")
 
 
 def test_few_tokens_go_the_plain_way(monkeypatch):
-    """As it is quicker there: by default as long as all the logits are no more than a block's."""
-    monkeypatch.setattr(blocked, "_sum", lambda *args: pytest.fail("blocked"))
+    """As it is quicker there: by default as long as all the logits are no more than a chunk's."""
+    monkeypatch.setattr(distributions, "sum_over_tokens", lambda *args: pytest.fail("chunked"))
     problem = Problem()
-    assert torch.equal(problem.loss("kl", "blocked"), problem.loss("kl", "plain"))
-    assert torch.equal(problem.loss("ce", "blocked"), problem.loss("ce", "plain"))
+    assert torch.equal(problem.loss("kl", "chunked"), problem.loss("kl", "plain"))
+    assert torch.equal(problem.loss("ce", "chunked"), problem.loss("ce", "plain"))
 
 
 class Largest(TorchDispatchMode):
@@ -226,7 +252,7 @@ class Largest(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("kind", ["kl", "ce"])
+@pytest.mark.parametrize("kind", ["kl", "ce", "ll"])
 def test_no_tensor_has_the_logits_of_all_tokens(kind):
     tokens, words, hidden = 2048, 3000, 4
     head = nn.Linear(hidden, words).requires_grad_(False)
@@ -234,12 +260,14 @@ def test_no_tensor_has_the_logits_of_all_tokens(kind):
     mask = torch.ones(4, tokens // 4, dtype=torch.long)
     with Largest() as largest:
         if kind == "kl":
-            blocked_kl_loss(x, head, x.detach() + 1, head, mask).backward()
+            chunked_kl(x, head, x.detach() + 1, head, mask).backward()
         else:
-            blocked_ce_loss(x, head, mask, mask).backward()
+            {"ce": chunked_cross_entropy, "ll": lambda *args: chunked_log_likelihood(*args).sum()}[kind](
+                x, head, mask, mask
+            ).backward()
     assert words < largest.numel <= tokens * words / 10
     with Largest() as largest:
-        retain_kl_loss(head(x), head(x), mask).backward()
+        kl(head(x), head(x), mask).backward()
     assert largest.numel == tokens * words
 
 
@@ -260,8 +288,8 @@ IDS = torch.randint(3, 250, (BATCH, SEQ), generator=torch.Generator().manual_see
 @pytest.mark.parametrize("lora", [False, True])
 def test_training_gradients_are_those_of_the_models_own_logits(architecture, lora, make_model, tmp_path, monkeypatch):
     """Full-rank (GPT-2's head is tied to its embedding) and with adapters, against full forward passes of both models."""
-    monkeypatch.setattr(blocked, "PLAIN", 1)
-    monkeypatch.setattr(blocked, "BLOCK", 1)
+    monkeypatch.setattr(distributions, "PLAIN", 1)
+    monkeypatch.setattr(chunks, "LEAST", 1)
     model, reference = (load(make_model(architecture, tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     if lora:
         from lethe.config import LoraSettings
@@ -277,8 +305,8 @@ def test_training_gradients_are_those_of_the_models_own_logits(architecture, lor
 
     with torch.no_grad():
         logits, hidden = reference(input_ids=IDS).logits, final_hidden(reference, reference_head, IDS)
-    plain = retain_kl_loss(model(input_ids=IDS, use_cache=False).logits, logits, MASK)
-    ours = blocked_kl_loss(final_hidden(model, head, IDS), head, hidden, reference_head, MASK)
+    plain = kl(model(input_ids=IDS, use_cache=False).logits, logits, MASK)
+    ours = chunked_kl(final_hidden(model, head, IDS), head, hidden, reference_head, MASK)
     assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
     pairs = [torch.autograd.grad(loss, list(trained.values()), allow_unused=True) for loss in (plain, ours)]
     for name, expected, found in zip(trained, *pairs, strict=True):
@@ -288,15 +316,17 @@ def test_training_gradients_are_those_of_the_models_own_logits(architecture, lor
 
 
 def test_forget_kl_and_cross_entropy_are_those_of_the_models_own_logits(architecture, make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocked, "PLAIN", 1)
-    monkeypatch.setattr(blocked, "BLOCK", 1)
+    monkeypatch.setattr(distributions, "PLAIN", 1)
+    monkeypatch.setattr(chunks, "LEAST", 1)
     model, source = (load(make_model(architecture, tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     head, source_head = head_of(model), head_of(source)
     hidden, source_hidden = final_hidden(model, head, IDS), final_hidden(source, source_head, IDS)
     logits, source_logits = model(input_ids=IDS).logits, source(input_ids=IDS).logits
-    found = blocked_kl_loss(hidden, head, source_hidden, source_head, MASK)
-    assert found.item() == pytest.approx(forget_kl_loss(logits, source_logits, MASK).item(), rel=1e-5)
-    assert blocked_ce_loss(hidden, head, IDS, MASK).item() == pytest.approx(retain_ce_loss(logits, IDS, MASK).item(), rel=1e-5)
+    found = chunked_kl(hidden, head, source_hidden, source_head, MASK)
+    assert found.item() == pytest.approx(kl(logits, source_logits, MASK).item(), rel=1e-5)
+    assert chunked_cross_entropy(hidden, head, IDS, MASK).item() == pytest.approx(
+        cross_entropy(logits, IDS, MASK).item(), rel=1e-5
+    )
 
 
 def test_the_head_does_not_run_and_layers_can_be_captured_on_the_way(architecture, make_model, tmp_path):

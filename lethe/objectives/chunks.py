@@ -15,20 +15,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from lethe.objectives.terms import retain_ce_loss, retain_kl_loss, wide
-
-ROWS = 128
+CHUNK = 128
 """Tokens of a block; with fewer, products with a large vocabulary lose speed. A sixth of the tokens, if that is less."""
 PANEL = 2**20
 """Weights of a head that one product takes, with few tokens faster than all at once, and in less memory."""
 PLAIN = 2**21
 """A batch with no more logits than that goes the plain way, which is quicker there."""
-BLOCK = 2**18
+LEAST = 2**18
 """Logits that a block may have anyway."""
 SLICE = 2**17
 """Logits that the softmax works on at one time on a CPU: few enough to stay in a core's cache between its steps."""
@@ -37,6 +34,11 @@ Aim = Callable[[slice], Tensor]
 """What some tokens are compared with, [tokens, …]: a teacher's logits, or the words that follow."""
 Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(aim, log-probabilities) of some tokens -> (their losses, ∂ loss / ∂ logits); may write into the log-probabilities."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in a type that reductions can be taken in: float32, or float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:
@@ -67,83 +69,15 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     return head if plain else None
 
 
-def blocked_kl_loss(
-    hidden: Float[Tensor, "batch seq hidden"],
-    head: nn.Linear,
-    teacher_hidden: Float[Tensor, "batch seq teacher"],
-    teacher_head: nn.Linear,
-    mask: Int[Tensor, "batch seq"],
-    tokens: Tensor | int | None = None,
-) -> Tensor:
-    """KL(teacher ‖ model) of next-token distributions in nats, averaged over tokens: `retain_kl_loss`, `forget_kl_loss`.
-
-    `hidden` and `teacher_hidden` are the inputs of the two heads (`residual.final_hidden`), `head` and `teacher_head`
-    what `head_of` gave. The model's side gets gradients, its head too unless frozen; the teacher's gets none. A teacher's
-    states may come from a cache, in any type; what they are where `mask` is 0 does not matter.
-    """
-    teacher_hidden = teacher_hidden.detach().to(teacher_head.weight.dtype)
-    if mask.numel() * len(head.weight) <= PLAIN:
-        return retain_kl_loss(head(hidden), teacher_head(teacher_hidden).detach(), mask, tokens)
-    keep = mask.bool()
-    teacher = teacher_hidden[keep]
-
-    def aim(tokens: slice) -> Tensor:
-        return _logits(teacher[tokens], teacher_head.weight, teacher_head.bias)
-
-    return _sum(hidden[keep], head, aim, _kl) / (mask.sum() if tokens is None else tokens)
-
-
-def blocked_ce_loss(
-    hidden: Float[Tensor, "batch seq hidden"],
-    head: nn.Linear,
-    input_ids: Int[Tensor, "batch seq"],
-    mask: Int[Tensor, "batch seq"],
-    tokens: Tensor | int | None = None,
-) -> Tensor:
-    """Cross-entropy of the next token in nats, averaged over the tokens that have one before them: `retain_ce_loss`."""
-    if mask.numel() * len(head.weight) <= PLAIN:
-        return retain_ce_loss(head(hidden), input_ids, mask, tokens)
-    keep = mask[:, 1:].bool()
-    words = input_ids[:, 1:][keep][:, None]
-    return _sum(hidden[:, :-1][keep], head, words.__getitem__, _ce) / (keep.sum() if tokens is None else tokens)
-
-
-def next_token_loss(
-    output: Float[Tensor, "batch seq width"],
-    head: nn.Linear | None,
-    input_ids: Int[Tensor, "batch seq"],
-    mask: Int[Tensor, "batch seq"],
-    tokens: Tensor | int | None = None,
-) -> Tensor:
-    """`retain_ce_loss` from `residual.read`'s output: the final hidden states where the head is known, else the logits."""
-    if head is None:
-        return retain_ce_loss(output, input_ids, mask, tokens)
-    return blocked_ce_loss(output, head, input_ids, mask, tokens)
-
-
-def _kl(logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ p (log p − log q), and its gradient q − p."""
-    log_p = wide(logits).log_softmax(-1)
-    p = log_p.exp()
-    losses = log_p.sub_(log_q).mul_(p).sum(-1)
-    return losses, log_q.exp_().sub_(p)
-
-
-def _ce(words: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """− log q(word), and its gradient q − 1(word)."""
-    losses = -log_q.gather(-1, words).squeeze(-1)
-    return losses, log_q.exp_().scatter_add_(-1, words, -torch.ones_like(words, dtype=log_q.dtype))
-
-
-def _sum(hidden: Tensor, head: nn.Linear, aim: Aim, compare: Compare) -> Tensor:
+def sum_over_tokens(hidden: Tensor, head: nn.Linear, aim: Aim, compare: Compare) -> Tensor:
     """Σ of the tokens' losses, [] in at least float32; `hidden` is [tokens, hidden]."""
     inputs = hidden, head.weight, head.bias
     if not torch.is_grad_enabled():
         inputs = tuple(x if x is None else x.detach() for x in inputs)  # type: ignore[assignment]
-    return _Blocked.apply(*inputs, aim, compare)
+    return _Chunked.apply(*inputs, aim, compare)
 
 
-class _Blocked(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
     """Σ of the tokens' losses, its gradients found on the way forward."""
 
     @staticmethod
@@ -172,9 +106,9 @@ def _walk(
     of_hidden = torch.empty_like(hidden) if needed[0] else None
     of_weight = torch.zeros_like(weight, dtype=losses.dtype) if needed[1] else None
     of_bias = torch.zeros_like(bias, dtype=losses.dtype) if needed[2] else None  # type: ignore[arg-type]
-    for block in _slices(count, max(BLOCK // words, min(ROWS, -(-count // 6)))):
-        logits, target = _logits(hidden[block], weight, bias), aim(block)
-        for part in _slices(len(logits), SLICE // words if logits.device.type == "cpu" else len(logits)):
+    for block in slices(count, max(LEAST // words, min(CHUNK, -(-count // 6)))):
+        logits, target = logits_of(hidden[block], weight, bias), aim(block)
+        for part in slices(len(logits), SLICE // words if logits.device.type == "cpu" else len(logits)):
             log_q = wide(logits[part]).log_softmax(-1)
             losses[block][part], logits[part] = compare(target[part], log_q)
         if of_hidden is not None:
@@ -188,11 +122,11 @@ def _walk(
     return losses.sum(), [g if g is None else g.to(hidden.dtype) for g in gradients]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """W h + b of some tokens, a panel of W after the other."""
     logits = hidden.new_empty(len(hidden), len(weight))
     bias = weight.new_zeros(len(weight)) if bias is None else bias  # with one, libraries share few rows better among cores
-    for panel in _slices(len(weight), PANEL // weight.shape[1]):
+    for panel in slices(len(weight), PANEL // weight.shape[1]):
         torch.addmm(bias[panel], hidden, weight[panel].T, out=logits[:, panel])
     return logits
 
@@ -204,6 +138,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _slices(count: int, size: int) -> list[slice]:
+def slices(count: int, size: int) -> list[slice]:
     size = max(1, size)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

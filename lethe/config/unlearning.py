@@ -1,0 +1,81 @@
+"""Settings that every unlearning method has. Those of one method stand in its own file, `lethe/methods/NAME.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lethe.config.checks import at_least, check_layers, check_types
+from lethe.config.training import Dtype, EvalSettings, LoraSettings, TextSource, TrainingSettings, refuse_weight
+from lethe.errors import LetheError
+
+
+@dataclass
+class UnlearnSettings(TrainingSettings):
+    """What an unlearning run is made of, whatever its method."""
+
+    model: str = "lab:final"
+    """The target: the model to unlearn. It is also the frozen reference that losses compare with."""
+    source: str = ""
+    """The ignorant checkpoint, such as lab:global_step900; auto: the latest one, found by a sweep over the model's checkpoints
+    (auto:WHERE, if they are published elsewhere). Left out where neither the method nor rewind uses one."""
+    forget: str | TextSource = "lab:forget"
+    """Text to unlearn."""
+    retain: str | TextSource | list[TextSource] = "lab:retain"
+    """Text on which the model is to stay as it is. Several sources are mixed by their weight."""
+    packing: Literal["none", "packed"] = "none"
+    """none: one document a sequence, cut at max_length; packed: documents joined and split into sequences of max_length."""
+    rewind: float = 0.0
+    """Start from (1 - rewind) * model + rewind * source, weight by weight. 0: from the model, 1: from the source."""
+    layers: list[int] | None = None
+    """Layer L is the residual stream after block L (from 0). Adapters sit on the blocks up to the last one; null: on all."""
+    num_train_examples: int | None = None
+    """Documents of each kind (0: all); null: as many as there are, up to 2,048."""
+    lora: LoraSettings | None = field(default_factory=LoraSettings)
+    """Adapters, saved apart from the model; null: train all weights."""
+    merge: bool = False
+    """Merge the adapters into the model at the end and save the whole model."""
+    dtype: Dtype = "float32"
+    """Type of the model's weights."""
+    teacher_dtype: Dtype | None = None
+    """Type of the teachers' weights; null: the model's."""
+    teacher_cache: Literal["auto", "live", "cached"] = "auto"
+    """live: teachers run at every update; cached: once, and their outputs stay on disk; auto: cached where documents are
+    seen again."""
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    """Evaluation during and after the run."""
+    out: str = "runs"
+    """Folder of runs."""
+    name: str = "unlearn"
+    """Name of the run."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        super().__post_init__()
+        if self.layers is not None:
+            check_layers(self.layers)
+        if self.retain == []:
+            raise LetheError("retain: name at least one text")
+        if not 0 <= self.rewind <= 1:
+            raise LetheError(f"rewind: must lie between 0 (the model) and 1 (the source), got {self.rewind}")
+        for name in ("forget", "retain"):
+            refuse_weight(name, getattr(self, name))
+        at_least("num_train_examples", self.num_train_examples or 0, 0)
+        self.refuse_idle(
+            merge=self.merge and self.lora is None and "in full-rank training (lora: null), where there is no adapter"
+        )
+
+    def refuse_idle(self, **idle: Any) -> None:
+        """Refuse a setting that nothing would read. Each keyword is a setting, and why it has no effect (False: it has one).
+
+        Raises:
+            LetheError: names the setting and the reason.
+        """
+        for name, why in idle.items():
+            if why:
+                raise LetheError(f"{name}: {getattr(self, name)} has no effect {why}; leave it out")
+
+    @property
+    def finds_source(self) -> bool:
+        """Whether the source is yet to be found, by a sweep over the model's checkpoints."""
+        return self.source == "auto" or self.source.startswith("auto:")

@@ -1,0 +1,291 @@
+"""What an unlearning method is: a dataclass with its settings, what its loss compares, and the loss.
+
+    lethe/methods/npo.py     class NPO(Method): settings as fields, needs(), loss()
+
+A method is found by the name of its file. Its fields come beside those that every method has (`UnlearnSettings`), flat in a
+recipe, on the command line and in Python. `needs()` decides which teachers are loaded, whether a source checkpoint or affine
+maps are required, and what the forward passes compute. `loss()` is written in terms of two views, one of the forget and one
+of the retain text in a batch (`lethe.unlearning.view.View`). Files here import torch only inside functions, so that help
+answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import lethe.methods
+from lethe.config.checks import at_least
+from lethe.config.parse import fields_of
+from lethe.config.unlearning import UnlearnSettings
+from lethe.errors import LetheError, nearest, printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lethe.unlearning.view import View
+
+Losses = dict[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the loss reads on one text.
+
+    `teacher`: what the model is compared with; None: nothing, so that no teacher runs on this text. `layers`: activations of
+    these layers, of the model and the teacher. `logits`: next-token distributions of both. `mapped`: the teacher's activations
+    go through the affine maps. `variance`: their distance is divided by the variance of the teacher's activations, by layer.
+    """
+
+    teacher: Literal["source", "reference"] | None = None
+    layers: tuple[int, ...] = ()
+    logits: bool = False
+    mapped: bool = False
+    variance: bool = False
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The affine maps of a recipe.
+
+    `given`: the folder, run or hub id of maps; None: they are fitted before training, on so many `documents` of the retain text
+    at most (0: all). `convention`: what a layer's number means in given maps that have no record.
+    """
+
+    given: str | None = None
+    documents: int = 0
+    convention: Literal["auto", "block_output", "hidden_states"] = "auto"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimizer updates done, and how many the first epoch and the whole run have."""
+
+    done: int
+    first_epoch: int
+    steps: int
+
+
+@dataclass(kw_only=True)
+class Method(UnlearnSettings):
+    """Unlearn a topic. `--method NAME --help` lists the settings of one method."""
+
+    method: str = ""
+    """The unlearning method: the name of a file in lethe/methods."""
+
+    scale: ClassVar[str | None] = None
+    """The setting that the forget loss is multiplied by, for which the plan proposes a value; None: there is none."""
+    by_document: ClassVar[tuple[str, ...]] = ()
+    """Losses that are means over documents; all others are means over tokens."""
+
+    def __post_init__(self) -> None:
+        own = type(self).__module__.rsplit(".", 1)[-1]
+        if self.method not in {"", own}:
+            raise LetheError(f"method: these are settings of {own}, not of {printable(self.method, 80)}")
+        self.method = own
+        super().__post_init__()
+        needs = self.needs()
+        if self.needs_source and not self.source:
+            raise LetheError("source: name the ignorant checkpoint, or auto; `lethe checkpoints MODEL` finds it")
+        self.refuse_idle(
+            source=self.source
+            and not self.takes_source
+            and f"with method {own} and rewind 0, where no source checkpoint is used",
+            teacher_cache=self.teacher_cache != "auto"
+            and not any(need.teacher for need in needs.values())
+            and "on a recipe whose losses use no teacher",
+            layers=not self.reads_layers and self.layers != type(self).layers_by_default() and "without adapters",
+        )
+
+    def needs(self) -> dict[str, Need]:
+        """By text, `forget` or `retain`, what the loss reads; a text that it does not read is left out."""
+        raise NotImplementedError
+
+    def loss(self, forget: View, retain: View, progress: Progress) -> tuple[Tensor, Losses]:
+        """The loss of a batch, and its parts by name for the log. Names of losses on retain text begin with `retain_`.
+
+        A view of a text that is not in `needs()` must not be read. Values are averaged over the whole optimizer update.
+        """
+        raise NotImplementedError
+
+    def coefficients(self, progress: Progress) -> dict[str, float]:
+        """Coefficients that change during a run, by the name of their setting, for the log and the plan."""
+        return {}
+
+    def warnings(self, plan: dict[str, Any]) -> list[str]:
+        """What may not be meant, for the plan of a run."""
+        return []
+
+    @property
+    def maps(self) -> Maps | None:
+        """The affine maps that the teacher's activations go through; None: there are none."""
+        return None
+
+    @property
+    def fits_maps(self) -> bool:
+        """Whether affine maps are fitted before training."""
+        return self.maps is not None and self.maps.given is None
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether a source checkpoint is loaded: as a teacher, or to rewind to."""
+        return self.rewind > 0 or any(need.teacher == "source" for need in self.needs().values())
+
+    @property
+    def takes_source(self) -> bool:
+        """Whether a source checkpoint would be used, if no coefficient were 0."""
+        return self.needs_source
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether `layers` means anything: to a loss on activations, or to where adapters sit."""
+        return self.lora is not None or any(need.layers for need in self.needs().values())
+
+    @property
+    def mapped_layers(self) -> tuple[int, ...]:
+        """Layers whose affine maps the run holds."""
+        return next((need.layers for need in self.needs().values() if need.mapped), ())
+
+    @classmethod
+    def layers_by_default(cls) -> list[int] | None:
+        """The value of `layers` where a recipe names none."""
+        field: Any = cls.__dataclass_fields__["layers"]
+        return field.default_factory() if callable(field.default_factory) else field.default
+
+    @classmethod
+    def variant(cls, given: Mapping[str, Any]) -> type[Method]:
+        """The class that has the settings of a recipe: that of its `method`."""
+        return cls if cls is not Method else named(given.get("method") or DEFAULT)
+
+    @classmethod
+    def of_record(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a run's record under the names of today. Before 0.2.0 a recipe had `forget_loss` and no method."""
+        settings = dict(given)
+        before = settings.pop("forget_loss", None)
+        if before is not None:
+            settings["method"] = "distill" if before == "distill" else "transfer"
+            settings["forget_kl_coef"] = settings.get("forget_kl_coef", 1.0) if before == "both" else 0.0
+        if settings.get("packing") == "blocks":
+            settings["packing"] = "packed"
+        return settings
+
+
+DEFAULT = "transfer"
+
+
+def names() -> list[str]:
+    """The methods that there are, by name."""
+    return sorted(module.name for module in pkgutil.iter_modules(lethe.methods.__path__) if module.name != "method")
+
+
+def named(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        LetheError: there is none; names the nearest.
+    """
+    if name not in names():
+        raise LetheError(f"method: there is no method '{printable(name, 80)}'{nearest(str(name), names())}")
+    module = importlib.import_module(f"lethe.methods.{name}")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    )
+
+
+def every() -> list[type[Method]]:
+    """All methods."""
+    return [named(name) for name in names()]
+
+
+def all_fields() -> dict[str, Any]:
+    """The settings of all methods by dotted name, with their types."""
+    return {name: kind for method in every() for name, kind in fields_of(method).items()}
+
+
+@dataclass(kw_only=True)
+class ForgetAndRetain(Method):
+    """A method whose loss is the weighted sum of a forget loss, which its file defines, and of a usual retain loss."""
+
+    remove_coef: float = 1.0
+    """Weight of the forget loss (0: without it). Higher values forget more."""
+    retain_coef: float = 1.0
+    """Weight of the retain loss (0: without it). Higher values keep more of the rest."""
+    retain_loss: Literal["kl", "ce", "mse"] = "kl"
+    """kl: KL(reference ‖ model) of next tokens; ce: cross-entropy on the retain text; mse: distance from the reference's
+    activations at layers."""
+    schedule: Literal["ramp", "constant"] = "constant"
+    """ramp: over the first epoch retain_coef rises from 0, and remove_coef falls by a quarter; constant: neither changes."""
+
+    scale: ClassVar[str | None] = "remove_coef"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("remove_coef", self.remove_coef, 0)
+        at_least("retain_coef", self.retain_coef, 0)
+        if self.remove_coef == 0 and self.retain_coef == 0:
+            raise LetheError("remove_coef and retain_coef are both 0, so nothing would be trained; raise one of them")
+        self.refuse_idle(retain_loss=self.retain_coef == 0 and self.retain_loss != "kl" and "while retain_coef is 0")
+        if self.layers is None and self.retain_loss == "mse":
+            raise LetheError("layers: retain_loss mse compares activations; name at least one layer, such as [0, 1, 2]")
+
+    def forget_need(self) -> Need:
+        """What the forget loss reads."""
+        raise NotImplementedError
+
+    def forget_loss(self, forget: View) -> tuple[Tensor, Losses]:
+        """The forget loss without its weight, and its parts by name for the log."""
+        raise NotImplementedError
+
+    def loss(self, forget: View, retain: View, progress: Progress) -> tuple[Tensor, Losses]:
+        """remove_coef(t) · forget loss + retain_coef(t) · retain loss; a loss whose coefficient is 0 is left out."""
+        remove_coef, retain_coef = self.weights(progress)
+        losses: Losses = {}
+        total: Any = 0.0
+        if self.remove_coef:
+            value, losses = self.forget_loss(forget)
+            total = remove_coef * value
+        if self.retain_coef:
+            kinds = {"kl": retain.kl, "ce": retain.cross_entropy, "mse": retain.distance}
+            losses[f"retain_{self.retain_loss}_loss"] = value = kinds[self.retain_loss]()
+            total = total + retain_coef * value
+        return total, losses
+
+    def needs(self) -> dict[str, Need]:
+        retain = {
+            "kl": Need("reference", logits=True),
+            "ce": Need(logits=True),
+            "mse": Need("reference", layers=tuple(sorted(self.layers or ()))),
+        }[self.retain_loss]
+        needs = {"forget": self.forget_need()} if self.remove_coef else {}
+        return needs | ({"retain": retain} if self.retain_coef else {})
+
+    @property
+    def takes_source(self) -> bool:
+        return self.needs_source or self.forget_need().teacher == "source"
+
+    def weights(self, progress: Progress) -> tuple[float, float]:
+        """remove_coef(t) and retain_coef(t).
+
+        ramp: with s = min(1, updates done / updates of the first epoch), remove_coef · (1 − s / 4) and retain_coef · s.
+        """
+        if self.schedule == "constant":
+            return self.remove_coef, self.retain_coef
+        s = min(1.0, progress.done / progress.first_epoch)
+        return self.remove_coef * (1 - 0.25 * s), self.retain_coef * s
+
+    def coefficients(self, progress: Progress) -> dict[str, float]:
+        return dict(zip(("remove_coef", "retain_coef"), self.weights(progress), strict=True))
+
+    def warnings(self, plan: dict[str, Any]) -> list[str]:
+        if self.schedule == "constant" or plan["steps"] >= plan["first_epoch_steps"]:
+            return []
+        end = self.weights(Progress(plan["steps"] - 1, plan["first_epoch_steps"], plan["steps"]))[1]
+        return [
+            f"schedule: the run ends within its first epoch, so that the ramp is cut short and "
+            f"retain_coef rises to {end:g} of {self.retain_coef:g}"
+        ]

@@ -1,0 +1,273 @@
+"""What a run is made of before it trains: models, teachers, texts, the trainer, and the plan that is recorded.
+
+`prepare` loads the model and whichever teachers the method needs, refuses what only loaded models show, and runs one batch
+to measure what the plan says about time, memory and gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lethe.errors import LetheError, full_disk
+from lethe.evaluation.accuracy import refuse_unscorable
+from lethe.maps.affine import AffineMap
+from lethe.methods.method import Method
+from lethe.models import refs
+from lethe.models.activations import blocks
+from lethe.models.adapters import add_adapters
+from lethe.models.support import refuse_unreadable, refuse_untrainable
+from lethe.runs.run import Run
+from lethe.text import corpora
+from lethe.training import parameters
+from lethe.training.check import plan as training_plan
+from lethe.training.optimizers import needs_masters, newton_schulz_dtype
+from lethe.training.saves import save_artifact
+from lethe.training.trainer import Rows
+from lethe.unlearning import changes, maps, memory, teacher_cache
+from lethe.unlearning.check import Checked
+from lethe.unlearning.probe import document_bytes, probe, warning
+from lethe.unlearning.teacher import Teacher
+from lethe.unlearning.trainer import UnlearnTrainer
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to train. `reference` is the model as it was; `source` is None where the run uses none."""
+
+    config: Method
+    checked: Checked
+    trainer: UnlearnTrainer
+    tokenizer: PreTrainedTokenizerBase
+    reference: nn.Module
+    source: nn.Module | None
+
+    @property
+    def rows(self) -> dict[str, list[list[int]]]:
+        """The token ids of each text's sequences."""
+        rows: Any = self.trainer.train_dataset
+        return rows.texts
+
+    @property
+    def pad_id(self) -> int:
+        """The token that sequences are padded with."""
+        return self.tokenizer.pad_token_id  # type: ignore[return-value]
+
+    @property
+    def mapped(self) -> Teacher | None:
+        """The teacher whose activations go through the affine maps."""
+        return next((teacher for teacher in self.trainer.teachers.values() if teacher.need.mapped), None)
+
+    def unit(self, loss: str) -> str:
+        """What a loss is a mean over: `documents` or `tokens`."""
+        return "documents" if loss in self.config.by_document else "tokens"
+
+    def fit_maps(self, run: Run) -> None:
+        """Fit the maps where the recipe says so, or load those that an interrupted run has fitted."""
+        if self.config.fits_maps and self.mapped and self.source:
+            self.mapped.maps = maps.fitted(run, self.config, self.checked, self.reference, self.source, self.tokenizer)
+            self.checked.mapped.clear()
+
+    def measure_variance(self, run: Run) -> None:
+        """Measure the variance of the forget text's target, where a loss is relative to it."""
+        teacher = self.trainer.teachers.get("forget")
+        if teacher and teacher.need.variance:
+            self.trainer.target_variance = maps.variances(run, teacher, self.rows["forget"], self.pad_id)
+
+    def compared(self) -> dict[str, tuple[list[list[int]], nn.Module]]:
+        """What agreement is measured on: sequences of each text, and the model to agree with."""
+        some = {
+            text: corpora.tokenise(documents[: changes.AGREEMENT_ROWS], self.tokenizer, self.config.max_length)
+            for text, documents in (("forget", self.checked.forget), ("retain", self.checked.retain))
+        }
+        found = {"retain_with_reference": (some["retain"], self.reference)}
+        return ({"forget_with_source": (some["forget"], self.source)} if self.source else {}) | found
+
+
+def prepare(run: Run, config: Method, checked: Checked, resumed: bool = False) -> Prepared:
+    """Load everything and record plan and parents. A new run that is refused is removed.
+
+    Raises:
+        LetheError: what only the loaded models show cannot work, or differs from what a resumed run began with.
+    """
+    try:
+        run.hold()
+        return _prepare(run, config, checked)
+    except Exception as error:
+        run.lock.release()
+        if not resumed and (isinstance(error, LetheError) or full_disk(error)):
+            run.discard()
+        raise
+
+
+def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
+    libraries = memory.taken()
+    model, tokenizer = refs.load(checked.model, config.dtype)
+    refuse_unscorable(model, tokenizer, config.eval)
+    reference, source = _teacher_models(config, checked)
+    parents = {"model": refs.record(checked.model)}
+    parents |= {"source": refs.record(checked.source)} if checked.source else {}
+    parents["forget"] = corpora.record(config.forget, checked.forget)
+    parents["retain"] = corpora.record(config.retain, checked.retain)
+    run.set_parents(**parents)
+    if source:
+        refuse_unreadable(source, config.source, config.max_length)
+    refuse_untrainable(model, config.model, config.max_length)
+    teachers = _teachers(config, reference, source, parents)
+    given: AffineMap | None = None
+    maps_plan, warnings = "none", list[str]()
+    if config.maps and config.maps.given and source:
+        given, maps_plan, warnings = maps.given(run, config, checked, reference, source, tokenizer)
+    elif config.fits_maps:
+        maps_plan = f"fitted on {len(checked.mapped)} documents of the retain text before training"
+    for teacher in teachers.values():
+        teacher.maps = given if teacher.need.mapped else None
+    student = _student(run, config, model, source, tokenizer)
+    documents = {"forget": checked.forget, "retain": checked.retain}
+    rows = Rows(
+        **{name: corpora.rows_of(documents[name], tokenizer, config.max_length, config.packing) for name in config.needs()}
+    )
+    plan = training_plan(config, len(rows)) | {"documents": {name: len(part) for name, part in documents.items()}}
+    plan["tokens"] = round(sum(map(rows.tokens, range(len(rows)))) * plan["epochs"])
+    trainer = UnlearnTrainer(
+        run, config, student.train(), tokenizer, rows, config.eval,
+        teachers=teachers, first_epoch_steps=plan["first_epoch_steps"], steps=plan["steps"],
+    )  # fmt: skip
+    made = Prepared(config, checked, trainer, tokenizer, reference, source)
+    _describe(made, plan, libraries)
+    plan["maps"] = maps_plan
+    warnings += parameters.untouched(student, config, adapted_layers(config, student))
+    run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
+    return made
+
+
+def _teacher_models(config: Method, checked: Checked) -> tuple[nn.Module, nn.Module | None]:
+    """The reference and, where the run uses one, the source; frozen, in evaluation mode."""
+    dtype = config.teacher_dtype or config.dtype
+    reference, _ = refs.load(checked.model, dtype)
+    source = refs.load(checked.source, dtype)[0] if checked.source else None
+    for model in (reference, source):
+        if model is not None:
+            model.eval().requires_grad_(False)
+    if source is not None and changes.same_weights(source, reference):
+        raise LetheError(
+            f"source: '{config.source}' holds the very weights of '{config.model}'; the source never learned the topic"
+        )
+    return reference, source
+
+
+def _teachers(config: Method, reference: nn.Module, source: nn.Module | None, parents: dict[str, Any]) -> dict[str, Teacher]:
+    """By text, the teacher that the method's loss needs."""
+    models: dict[Any, Any] = {"reference": (reference, parents["model"]), "source": (source, parents.get("source"))}
+    needed = {text: need for text, need in config.needs().items() if need.teacher}
+    return {text: Teacher(need, models[need.teacher][0], models[need.teacher][1]["sha256"]) for text, need in needed.items()}
+
+
+def _student(
+    run: Run, config: Method, model: PreTrainedModel, source: nn.Module | None, tokenizer: PreTrainedTokenizerBase
+) -> nn.Module:
+    """The model that is trained: rewound towards the source and with adapters, where the recipe says so."""
+    if config.rewind and source is not None:
+        rewind(model, source, config.rewind)
+    if config.lora is None:
+        return model.requires_grad_(True)
+    if config.rewind and not config.merge:
+        save_artifact(run, "base", model, tokenizer)
+    return add_adapters(model, config.lora, adapted_layers(config, model), config.seed)
+
+
+def adapted_layers(config: Method, model: nn.Module) -> list[int]:
+    """The layers up to the last of which blocks get adapters."""
+    return list(range(len(blocks(model)))) if config.layers is None else config.layers
+
+
+@torch.no_grad()
+def rewind(model: nn.Module, source: nn.Module, share: float) -> None:
+    """θ ← (1 − share) θ_model + share θ_source, weight by weight, in place."""
+    theirs = dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.lerp_(theirs[name].to(parameter), share)
+
+
+def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
+    """Add to the plan what the loaded models and one batch show."""
+    config, trainer, student = made.config, made.trainer, made.trainer.model
+    plan |= parameters.describe(student, config)  # type: ignore[arg-type]
+    plan["teachers"] = teachers_plan(made, plan["epochs"])
+    longest = max(len(row) for part in made.rows.values() for row in part)
+    tokens = maps.tokens_of(made.checked.mapped, made.tokenizer, config.max_length)
+    plan["memory"] = memory.estimate(made, longest, document_bytes(trainer), tokens, libraries)
+    cached = [text for text, how in plan["teachers"].items() if how.startswith("cached")]
+    plan["memory"]["caches"] = sum(teacher_cache.size_of(trainer.teachers[text], made.rows[text]) for text in cached)
+    memory.refuse_too_much(plan["memory"])
+    plan |= _probed(made, plan["forward_passes"])
+    masters = " (trained as float32)" if needs_masters(student, config.optimizer) else ""  # type: ignore[arg-type]
+    dtype = config.teacher_dtype or config.dtype
+    plan["dtypes"] = {"model": config.dtype + masters} | ({"source": dtype} if made.source else {}) | {"reference": dtype}
+    if config.reads_layers:
+        found = blocks(student)  # type: ignore[arg-type]
+        layers = adapted_layers(config, student)  # type: ignore[arg-type]
+        plan["layers"] = {str(n): f"output of block {n} ({type(found[n]).__name__})" for n in layers}
+    moments = {"start": 0, "middle": plan["steps"] // 2, "end": plan["steps"] - 1}
+    changing = {moment: config.coefficients(trainer.progress(done)) for moment, done in moments.items()}
+    if changing["start"]:
+        plan["coefficients"] = {moment: list(values.values()) for moment, values in changing.items()}
+
+
+def _probed(made: Prepared, passes: int) -> dict[str, Any]:
+    """The parts of the plan that one batch shows; where maps are to be fitted, with maps from a few documents."""
+    config, trainer, mapped = made.config, made.trainer, made.mapped
+    seconds: dict[str, float] = {}
+    if config.fits_maps and mapped and made.source:
+        mapped.maps, seconds["fitting maps"] = maps.sketched(config, made.checked, made.reference, made.source, made.tokenizer)
+    forget = trainer.teachers.get("forget")
+    if forget and forget.need.variance:
+        trainer.target_variance = maps.variances_of(forget, made.rows["forget"], made.pad_id)
+    found = probe(trainer)
+    if config.fits_maps and mapped:
+        mapped.maps = None
+    seconds["training, without evaluation"] = found.seconds * passes
+    return {"no_gradient": found.no_gradient, "seconds": seconds, "scale": found.scale}
+
+
+def teachers_plan(made: Prepared, epochs: float) -> dict[str, str]:
+    """By text, whether its teacher's states are computed live or come from a cache, and why."""
+    plan = {}
+    for text, teacher in made.trainer.teachers.items():
+        rows: Any = made.trainer.train_dataset
+        seen = epochs * len(rows) / len(made.rows[text])
+        to_be_fitted = made.config.fits_maps and teacher.need.mapped and teacher.maps is None
+        plan[text] = teacher_cache.choose(made.config.teacher_cache, teacher, made.rows[text], seen, to_be_fitted)
+    return plan
+
+
+def cache_teachers(run: Run, made: Prepared) -> None:
+    """Open or build the caches. A resumed run has the teachers that it began with."""
+    chosen = run.record.get("teachers") or teachers_plan(made, run.record["plan"]["epochs"])
+    for text, how in chosen.items():
+        if how.startswith("cached"):
+            teacher = made.trainer.teachers[text]
+            teacher.cache = teacher_cache.open_or_build(teacher, text, made.rows[text])
+            if teacher.cache is None:
+                chosen[text] = "live: a cache could not be written"
+    run.update(teachers=chosen, plan={"teachers": chosen})
+
+
+def _warnings(config: Method, plan: dict[str, Any]) -> list[str]:
+    """What may not be meant."""
+    found = []
+    if unreached := plan["no_gradient"]:
+        found.append(
+            f"{len(unreached)} trainable tensors get no gradient from any loss ({unreached[0]}, …): they will not be trained"
+        )
+    if config.teacher_dtype not in {None, config.dtype}:
+        found.append(f"teachers in {config.teacher_dtype} beside a {config.dtype} model: the losses measure rounding, too")
+    if config.optimizer == "muon" and config.lora:
+        found.append("muon orthogonalises the updates of A and B, the two matrices of an adapter, each by itself")
+    if newton_schulz_dtype(config.newton_schulz_dtype) == torch.bfloat16 and not torch.cuda.is_available():
+        found.append("newton_schulz_dtype: bfloat16 matmuls are about a hundred times slower than float32 on a CPU")
+    return found + warning(plan["scale"], config) + config.warnings(plan)

@@ -1,0 +1,83 @@
+"""The trainer of unlearning: it reads both texts of a batch and hands them to the method's loss.
+
+batch -> the model's states on each text, in one forward pass each -> View -> method.loss(forget, retain, progress)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lethe.methods.method import Losses, Method, Progress
+from lethe.models.activations import read
+from lethe.objectives.chunks import head_of
+from lethe.training.trainer import RunTrainer
+from lethe.unlearning.teacher import Teacher
+from lethe.unlearning.view import View, silence
+
+Batch = dict[str, dict[str, Tensor]]
+
+
+class UnlearnTrainer(RunTrainer):
+    """A transformers Trainer whose loss is the method's.
+
+    `teachers` are by text, and so is `target_variance`: of each layer, the variance of the forget text's target (None: no loss
+    is relative to it).
+    """
+
+    config: Method
+
+    def __init__(self, *args: Any, teachers: dict[str, Teacher], first_epoch_steps: int, steps: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.teachers, self.first_epoch_steps, self.steps = teachers, first_epoch_steps, steps
+        self.target_variance: dict[int, float] | None = None
+        self.needs = self.config.needs()
+        heads = [head_of(model) for model in (self.model, *(teacher.model for teacher in teachers.values()))]  # type: ignore[arg-type]
+        if None not in heads:  # one that is unknown needs full logits, and the others are compared with them
+            self.head, *others = heads
+            for teacher, head in zip(teachers.values(), others, strict=True):
+                teacher.head = head
+        else:
+            self.head = None
+
+    def progress(self, done: int) -> Progress:
+        """How far the run is after so many updates."""
+        return Progress(done, self.first_epoch_steps, self.steps)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+        """The method's loss on one batch of an update."""
+        loss, losses = self.losses(model, inputs, self.progress(self.state.global_step))
+        self.book(inputs, **losses)
+        return loss
+
+    def losses(self, model: nn.Module, batch: Batch, progress: Progress, silent: str | None = None) -> tuple[Tensor, Losses]:
+        """The loss and its parts, without those of the text `silent`."""
+        views: dict[str, Any] = {
+            name: silence(text) if name == silent else self.view(model, name, text) for name, text in batch.items()
+        }
+        return self.config.loss(views.get("forget"), views.get("retain"), progress)  # type: ignore[arg-type]
+
+    def view(self, model: nn.Module, name: str, text: dict[str, Tensor]) -> View:
+        """The model's pass over one text of a batch, and what the loss compares it with."""
+        need = self.needs[name]
+        states = read(model, text["input_ids"], list(need.layers), need.logits, self.head)
+        counts = self.tokens[name], self.documents_in_update[name]
+        variance = self.target_variance if name == "forget" else None
+        return View(
+            text["input_ids"],
+            text["mask"],
+            text["index"],
+            states=states,
+            head=self.head,
+            teacher=self.teachers.get(name),
+            variance=variance,
+            tokens=counts[0],
+            documents=counts[1],
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            coefficients = self.config.coefficients(self.progress(self.state.global_step - 1))
+            self.book({}, **{f"{name}_t": value for name, value in coefficients.items()})
+        super().log(logs, start_time)

@@ -1,0 +1,277 @@
+"""Methods: each loss is its formula, its settings are its own, and what it needs is what a run loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lethe import NPO, Distill, LoraSettings, Transfer, tamper, unlearn
+from lethe.cli import main
+from lethe.config import EvalSettings, ResumeConfig, TamperConfig
+from lethe.config.parse import from_recipe
+from lethe.errors import LetheError
+from lethe.files import sha256
+from lethe.lab.presets import active_preset
+from lethe.maps.affine import AffineMap
+from lethe.methods.method import Method, Progress, named, names
+from lethe.models import refs
+from lethe.models.activations import read
+from lethe.objectives import chunks, distributions
+from lethe.objectives.chunks import head_of
+from lethe.runs.run import Run
+from lethe.sweeps.resuming import resume
+from lethe.text import corpora
+from lethe.unlearning.pipeline import inspect
+from lethe.unlearning.teacher import Teacher
+from lethe.unlearning.view import View
+
+DOCUMENTS = {"forget": [[5, 9, 3, 7, 11], [4, 8], [6, 3, 9]], "retain": [[12, 4, 4, 9], [3, 10, 5, 8, 6, 7]]}
+BEFORE = Path(__file__).parent / "data" / "run-0.1.0"
+METHODS = {
+    "transfer": lambda **more: Transfer(source="s", layers=[0, 2], forget_kl_coef=0.3, **more),
+    "transfer without maps": lambda **more: Transfer(source="s", layers=[1], affine="none", **more),
+    "distill": lambda **more: Distill(source="s", layers=[0, 1], **more),
+    "npo": lambda **more: NPO(beta=0.7, layers=[0, 1], **more),
+}
+
+
+@pytest.fixture(scope="module")
+def models(make_model, tmp_path_factory) -> dict[str, Any]:
+    """A model, its reference and a source, in float64, and affine maps. (Llama's norms round to float32.)"""
+    folder = tmp_path_factory.mktemp("models")
+    found = {
+        name: refs.load(refs.resolve(str(make_model("gpt_neox", folder / name, seed=seed))))[0].double()
+        for seed, name in enumerate(("model", "reference", "source"))
+    }
+    rng = torch.Generator().manual_seed(0)
+    weights = {n: torch.randn(32, 32, generator=rng, dtype=torch.float64) for n in (0, 2)}
+    return found | {"maps": AffineMap(weights, {n: w[0] for n, w in weights.items()})}
+
+
+def by_formula(method: Any, models: dict[str, Any], progress: Progress) -> Tensor:
+    """The loss, document by document and token by token."""
+
+    def passed(name: str, ids: list[int]) -> tuple[list[Tensor], Tensor]:
+        output = models[name](torch.tensor([ids]), output_hidden_states=True)
+        return [h[0] for h in output.hidden_states[1:]], output.logits[0].log_softmax(-1)
+
+    def kl(name: str, text: str) -> Tensor:
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for ids in DOCUMENTS[text]:
+            p, q = passed(name, ids)[1].detach(), passed("model", ids)[1]
+            for t in range(len(ids)):
+                total = total + (p[t].exp() * (p[t] - q[t])).sum()
+                count += 1
+        return total / count
+
+    def distance(name: str, text: str, layers: list[int], maps: AffineMap | None) -> Tensor:
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for ids in DOCUMENTS[text]:
+            theirs, ours = [h.detach() for h in passed(name, ids)[0]], passed("model", ids)[0]
+            for t in range(len(ids)):
+                for n in layers:
+                    aim = theirs[n][t] if maps is None else maps.weight[n] @ theirs[n][t] + maps.bias[n]
+                    total = total + (ours[n][t] - aim).square().mean() / len(layers)
+                count += 1
+        return total / count
+
+    def likelihood(name: str, ids: list[int]) -> Tensor:
+        log_p = passed(name, ids)[1]
+        return sum((log_p[t - 1, ids[t]] for t in range(1, len(ids))), torch.zeros((), dtype=torch.float64))
+
+    if isinstance(method, NPO):
+        ratios = [likelihood("model", ids) - likelihood("reference", ids).detach() for ids in DOCUMENTS["forget"]]
+        forget = sum(2 / method.beta * torch.log(1 + torch.exp(method.beta * ratio)) for ratio in ratios) / len(ratios)
+    elif isinstance(method, Distill):
+        forget = kl("source", "forget")
+    else:
+        maps = None if method.affine == "none" else models["maps"]
+        forget = distance("source", "forget", method.layers, maps)
+        if method.forget_kl_coef:
+            forget = forget + method.forget_kl_coef * kl("source", "forget")
+    if method.retain_loss == "kl":
+        retain = kl("reference", "retain")
+    elif method.retain_loss == "mse":
+        retain = distance("reference", "retain", method.layers, None)
+    else:
+        tokens = sum(len(ids) - 1 for ids in DOCUMENTS["retain"])
+        retain = -sum(likelihood("model", ids) for ids in DOCUMENTS["retain"]) / tokens
+    s = min(1, progress.done / progress.first_epoch) if method.schedule == "ramp" else 0
+    return method.remove_coef * (1 - 0.25 * s) * forget + method.retain_coef * (s if method.schedule == "ramp" else 1) * retain
+
+
+def by_views(method: Any, models: dict[str, Any], progress: Progress, heads: bool) -> Tensor:
+    """The method's own loss. Without `heads`, from logits; with them, in chunks of three tokens."""
+    views = {}
+    head = head_of(models["model"]) if heads else None
+    for text, need in method.needs().items():
+        ids, mask = corpora.pad(DOCUMENTS[text], 0)
+        teacher = None
+        if need.teacher:
+            model = models[need.teacher]
+            teacher = Teacher(need, model, "", head_of(model) if heads else None, models["maps"] if need.mapped else None)
+        states = read(models["model"], ids, list(need.layers), need.logits, head)
+        index = torch.arange(len(ids))
+        views[text] = View(ids, mask, index, states, int(mask.sum()), len(ids), head, teacher)
+    return method.loss(views["forget"], views["retain"], progress)[0]
+
+
+@pytest.mark.parametrize("retain_loss", ["kl", "ce", "mse"])
+@pytest.mark.parametrize("heads", [False, True], ids=["plain", "chunked"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_and_its_gradient_are_the_formula(models, monkeypatch, name, heads, retain_loss):
+    monkeypatch.setattr(chunks, "LEAST", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 3)
+    monkeypatch.setattr(distributions, "CHUNK", 3)
+    monkeypatch.setattr(distributions, "PLAIN", 1)
+    method = METHODS[name](remove_coef=2.0, retain_coef=3.0, retain_loss=retain_loss, schedule="ramp")
+    progress, parameters = Progress(3, 10, 20), list(models["model"].requires_grad_(True).parameters())
+    results = []
+    for loss in (by_formula(method, models, progress), by_views(method, models, progress, heads)):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        results.append([loss.detach(), *(g for g in gradients if g is not None)])
+    assert len(results[0]) == len(results[1])
+    largest = max(float(g.abs().max()) for g in results[0][1:])
+    assert results[1][0].item() == pytest.approx(results[0][0].item(), rel=1e-9)
+    for expected, found in zip(results[0][1:], results[1][1:], strict=True):
+        assert (found - expected).abs().max() <= 1e-9 * largest
+
+
+@pytest.mark.parametrize(
+    ("done", "remove", "retain"), [(0, 20.0, 0.0), (1, 19.5, 0.2), (5, 17.5, 1.0), (10, 15.0, 2.0), (1000, 15.0, 2.0)]
+)
+def test_the_ramp_rises_over_the_first_epoch(done, remove, retain):
+    """s = min(1, done / 10); 20 (1 - 0.25 s) and 2 s."""
+    method = Transfer(source="s", remove_coef=20, retain_coef=2)
+    assert method.coefficients(Progress(done, 10, 2000)) == pytest.approx({"remove_coef": remove, "retain_coef": retain})
+    constant = dataclasses.replace(method, schedule="constant")
+    assert constant.coefficients(Progress(done, 10, 2000)) == {"remove_coef": 20, "retain_coef": 2}
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names())
+def test_help_shows_the_settings_of_one_method(name, capsys):
+    own = {field.name for field in dataclasses.fields(named(name))}
+    with pytest.raises(SystemExit):
+        main(["unlearn", "--method", name, "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{field}" in shown for field in own)
+    others = {field.name for other in names() for field in dataclasses.fields(named(other))} - own
+    assert others and not any(f"--{field} " in shown for field in others)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--method npo --betta 1", "betta'; did you mean 'beta'?"),
+        ("--method npo --affine none", "there is no setting '--affine'"),
+        ("--method distill --source lab:final --beta 1", "there is no setting '--beta'"),
+        ("--method npoo", "there is no method 'npoo'; did you mean 'npo'?"),
+        ("--method method", "there is no method 'method'"),
+        ("--method npo --source lab:final", "source: lab:final has no effect with method npo"),
+        ("--method npo --remove_coef 0 --retain_coef 0", "remove_coef and retain_coef are both 0"),
+        ("--method npo --beta 0", "beta: must be above 0"),
+        ("--method npo --retain_loss mse", "layers: retain_loss mse compares activations"),
+        ("--method npo --retain_loss ce --remove_coef 0 --teacher_cache live", "teacher_cache: live has no effect"),
+        ("--method npo --lora null --layers 1", "layers: [1] has no effect without adapters"),
+        ("--method transfer", "source: name the ignorant checkpoint"),
+        ("--method distill --rewind 0.5", "source: name the ignorant checkpoint"),
+    ],
+)
+def test_what_a_method_does_not_take_is_refused_with_the_right_name(lab, capsys, words, said):
+    assert main(["unlearn", *words.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_recipe_and_python_build_the_same_method(tmp_path):
+    (tmp_path / "npo.yaml").write_text("method: npo\nbeta: 0.5\nlora: {r: 4}\n")
+    made = from_recipe(Method, tmp_path / "npo.yaml", retain_coef=2)
+    assert made == NPO(beta=0.5, lora=LoraSettings(r=4), retain_coef=2) and made.method == "npo"
+    assert isinstance(from_recipe(Method, None, source="s"), Transfer)
+
+
+def test_settings_of_no_method_are_refused_by_unlearn():
+    with pytest.raises(LetheError, match="expected the settings of a method"):
+        unlearn({"model": "lab:final"})  # type: ignore[arg-type]
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def short(out: Path, **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "num_train_examples": 64,
+        "per_device_train_batch_size": 8,
+        "max_steps": 20,
+        "lora": LoraSettings(dropout=0.0),
+        "eval": EvalSettings(["lab_forget_robust"], limit=20),
+        "out": str(out),
+    }
+    return settings | changes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [LoraSettings(dropout=0.0), None], ids=["lora", "full"])
+def test_npo_loads_no_source_and_makes_forget_documents_less_likely(lab, tmp_path, lora, monkeypatch):
+    loaded: list[str] = []
+    load = refs.load
+    monkeypatch.setattr(refs, "load", lambda ref, *args: loaded.append(ref.name) or load(ref, *args))
+    run = unlearn(NPO(**short(tmp_path, lora=lora, lr=2e-3, teacher_cache="cached")))
+    assert loaded == ["lab:final", "lab:final"] and "source" not in run.record["parents"]
+    rows = run.rows("metrics.jsonl")
+    assert rows[0]["npo_loss"] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)  # the model is its own reference
+    assert rows[-1]["npo_loss"] < 0.7 * rows[0]["npo_loss"]
+    assert set(run.record["losses"]) == {"npo_loss", "retain_kl_loss"}
+    assert list(run.record["agreement"]) == ["retain_with_reference"]
+    saved = "model" if lora is None else "adapter"
+    assert run.record["status"] == "complete" and list(run.record["artifacts"]) == [saved]
+
+
+def test_the_plan_of_a_method_without_a_source_names_none(lab, tmp_path):
+    plan = inspect(NPO(**short(tmp_path)))
+    assert plan["maps"] == "none" and set(plan["dtypes"]) == {"model", "reference"} and "coefficients" in plan
+    assert set(plan["teachers"]) == {"forget", "retain"}
+    assert "proposed_remove_coef" in plan["scale"] and not list(tmp_path.iterdir())
+    free = inspect(NPO(**short(tmp_path, retain_coef=0)))
+    assert set(free["teachers"]) == {"forget"}
+
+
+def before(tmp_path: Path) -> Run:
+    """An interrupted run of version 0.1.0, with adapters and `forget_loss: both`, on the lab of today."""
+    folder = tmp_path / "runs" / "unlearn-before-917d3a3d"
+    shutil.copytree(BEFORE, folder)
+    record = json.loads((folder / "run.json").read_text())
+    for role in ("model", "source"):  # the lab's weights are those of the machine that has built it
+        path = Path(refs.resolve(record["parents"][role]["ref"]).path)
+        record["parents"][role]["sha256"] = sha256(path / "model.safetensors")
+    (folder / "run.json").write_text(json.dumps(record))
+    return Run.open(folder)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_version_before_is_listed_resumed_attacked_and_reported(lab, tmp_path, capsys):
+    assert active_preset().onset == 120
+    run = before(tmp_path)
+    assert main(["runs", "--folder", str(run.path.parent)]) == 0 and "cancelled" in capsys.readouterr().out
+    resumed = resume(ResumeConfig(str(run.path)))
+    rows = resumed.rows("metrics.jsonl")
+    assert resumed.status == "complete" and [row["step"] for row in rows] == list(range(1, 13))
+    assert set(resumed.record["losses"]) == {"cb_loss", "forget_kl_loss", "retain_kl_loss"}
+    total = rows[-1]["remove_coef_t"] * (rows[-1]["cb_loss"] + rows[-1]["forget_kl_loss"])
+    assert rows[-1]["loss"] == pytest.approx(total + rows[-1]["retain_coef_t"] * rows[-1]["retain_kl_loss"], rel=1e-5)
+    few = EvalSettings(["lab_forget_robust"], every=2, limit=8)
+    attack = tamper(TamperConfig(model=str(run.path), max_steps=2, eval=few, out=str(tmp_path / "runs")))
+    assert attack.status == "complete"
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
+    assert "before" in (tmp_path / "report" / "tables.md").read_text()
