@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from lethe import EvalSettings, EvaluateConfig, TamperConfig, evaluate, tamper
 from lethe.attacks.prompts import prompts
-from lethe.attacks.weights import BLOCK, NF4, disturb, int8, nf4, noised, pruned
+from lethe.attacks.weights import GROUP, NF4, disturb, int8, nf4, noised, prune
 from lethe.config import ResumeConfig
 from lethe.errors import LetheError
 from lethe.evaluation.accuracy import evaluate_model
@@ -60,8 +60,8 @@ def test_levels_of_four_bits_are_quantiles_of_the_normal_distribution():
 def test_four_bits_are_the_nearest_level_of_each_block():
     flat, found = WEIGHT.flatten().tolist(), nf4(WEIGHT)
     expected = []
-    for begin in range(0, len(flat), BLOCK):  # 350 weights: the last block is shorter
-        block = flat[begin : begin + BLOCK]
+    for begin in range(0, len(flat), GROUP):  # 350 weights: the last block is shorter
+        block = flat[begin : begin + GROUP]
         scale = max(map(abs, block))
         expected += [min(NF4, key=lambda level: abs(level - w / scale)) * scale for w in block]
     assert found.flatten().tolist() == pytest.approx(expected, rel=1e-5)
@@ -71,7 +71,7 @@ def test_four_bits_are_the_nearest_level_of_each_block():
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_pruning_takes_the_smallest_weights_of_a_matrix(share):
-    found = pruned(WEIGHT, share)
+    found = prune(WEIGHT, share)
     zero = found == 0
     assert int(zero.sum()) == round(share * 350)
     assert WEIGHT[zero].abs().max() <= WEIGHT[~zero].abs().min()

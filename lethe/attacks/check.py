@@ -47,7 +47,7 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
     everything = corpora.read(config.forget)
     documents = corpora.take(everything, config.num_train_examples, "back", "forget text", ATTACKED)
     if config.attack == "prompt" and max(config.strengths) > len(documents):
-        raise LetheError(f"strengths: {max(config.strengths):g} documents are asked for, there are {len(documents)}; lower it")
+        raise LetheError(f"strengths: {max(config.strengths):g} documents are needed, there are {len(documents)}; lower it")
     if config.adapter == "train" and not ref.adapter:
         raise LetheError(f"adapter: '{config.model}' is no adapter on another model, so there is none to train; leave it out")
     used = _documents_unlearned(config, everything)

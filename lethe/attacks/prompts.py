@@ -1,7 +1,7 @@
 """Attack by prompt: documents of the topic stand before each question, and the model's weights stay as they are.
 
-All questions of an evaluation get the same documents, drawn by seed from the attacker's text, each cut at `max_length` tokens;
-more of them begin with those that fewer had. They are text before the question's own text, as a description in lm-eval is.
+All questions get the same documents, drawn by seed from the attacker's text, each cut at `max_length` tokens. A stronger
+attack begins with the documents of the weaker ones. They stand before the question's text, as a description does in lm-eval.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def refuse_too_long(
     """
     scorer = Scorer(model, tokenizer)
     loaded = load_tasks(settings.tasks, settings.task_data, settings.num_fewshot)
-    asked = [q for leaves in loaded.values() for leaf in leaves for q in leaf.questions(scorer, settings.limit)]
-    longest = max(len(context) + len(answer) for q in asked for context, answer in q.encoded)
+    questions = [q for leaves in loaded.values() for leaf in leaves for q in leaf.questions(scorer, settings.limit)]
+    longest = max(len(context) + len(answer) for q in questions for context, answer in q.encoded)
     for count, text in before.items():
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         if tokens + longest > scorer.max_length + 1:
             raise LetheError(
                 f"strengths: {count:g} documents ({tokens} tokens) and the longest question ({longest}) are beyond the model's "
-                f"window of {scorer.max_length}; ask for fewer, or lower max_length"
+                f"window of {scorer.max_length}; use fewer, or lower max_length"
             )

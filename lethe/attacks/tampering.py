@@ -1,11 +1,12 @@
-"""The tampering attack: fine-tune a model on text of the forget domain and watch how fast the knowledge comes back.
+"""The attack on a model: what an attacker gets back of the topic, measured step by step.
 
-Or do without training: noise, few bits, pruning (`disturb.py`), documents in the prompt (`prompts.py`), at rising strengths.
+    fine-tuning       on text of the topic (here)
+    without training  noise, few bits or pruning of the weights (`weights.py`), documents in the prompt (`prompts.py`)
 
-All weights are trained in float32, whatever type they were saved in: an attack in bfloat16 weights loses most of its
-updates to rounding and makes any model look robust. The share of updates that changed nothing is measured all the same.
-The attacker's documents come from the end of the forget text that unlearning does not use, and are the same for every
-model, so that curves can be laid beside those of controls that never knew: `lab:filtered`, the source, `random:REF`.
+All weights are trained in float32, whatever type they were saved in. An attack on bfloat16 weights loses most of its updates
+to rounding, which makes any model look robust. The share of updates that were lost is recorded.
+The attacker's documents come from the end of the forget text that unlearning does not use. They are the same for every model,
+so that curves can be compared with those of controls that never knew the topic: `lab:filtered`, the source, `random:REF`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from lethe.models.activations import blocks, read
 from lethe.models.adapters import add_adapters
 from lethe.models.support import refuse_untrainable
 from lethe.objectives.chunks import head_of
-from lethe.objectives.distributions import chunked_cross_entropy, cross_entropy
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import parameters
 from lethe.training.saves import save_artifact
 from lethe.training.trainer import Evaluation, Rows, RunTrainer, keep_threads, weighted_means
+from lethe.unlearning.view import View
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +48,10 @@ class TamperTrainer(RunTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
         """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
-        text = inputs["attack"]
-        tokens = self.tokens["attack"] - self.documents_in_update["attack"]
-        output: Any = read(model, text["input_ids"], [], True, self.head).output
-        if self.head is None:
-            loss = cross_entropy(output, text["input_ids"], text["mask"], tokens)
-        else:
-            loss = chunked_cross_entropy(output, self.head, text["input_ids"], text["mask"], tokens)
+        text, name = inputs["attack"], "attack"
+        states = read(model, text["input_ids"], [], True, self.head)
+        view = View(**text, states=states, tokens=self.tokens[name], documents=self.documents_in_update[name], head=self.head)
+        loss = view.cross_entropy()
         self.book(inputs, attack_loss=loss)
         return loss
 
@@ -63,7 +61,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
 
     An attack without training has one at each strength instead: step i is the i-th strength, 0 the model as it is.
     An adapter is merged into its model first, unless the attack is to train it. `evals` of the run are those of the last
-    step. `run` is an interrupted attack of this configuration to go on with.
+    step. `run` is an interrupted attack of these settings, to be resumed.
 
     Raises:
         LetheError: the attack cannot work; raised before anything is written.

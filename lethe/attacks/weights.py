@@ -1,8 +1,8 @@
-"""What can be done to a model's weights without training: noise, a round trip through few bits, pruning.
+"""Attacks on the weights without training: noise, rounding to few bits, pruning.
 
-Each is done to the matrices of the blocks' linear layers and experts, one matrix at a time and in place; embeddings, output
-head, routers, norms and biases stay, as they do in the quantisation and pruning of language models elsewhere. Nothing is
-put back afterwards: the attack loads the model again for its next strength, so that no second copy is held and nothing adds up.
+Each changes the matrices of the blocks' linear layers and experts in place, one matrix at a time. Embeddings, output head,
+routers, norms and biases stay as they are, as is usual in quantisation and pruning of language models. The attack loads the
+model again for its next strength, so that no second copy is held and changes do not add up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lethe.models.experts import matrices
 
-BLOCK = 64
+GROUP = 64
 # The 16 levels of NormalFloat4: quantiles of a normal distribution, scaled to [−1, 1] (QLoRA, arXiv 2305.14314, appendix E).
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -24,7 +24,7 @@ NF4 = (
 )  # fmt: skip
 SCHEMES = {
     "noise": "w + strength · s · ε, with s the standard deviation of the matrix and ε standard normal",
-    "quantize": "8 bits: int8, symmetric, absmax per output row; 4 bits: NF4, absmax per block of 64 along the rows",
+    "quantize": "8 bits: int8, symmetric, absmax per output row; 4 bits: NF4, absmax per group of 64 along the rows",
     "prune": "the smallest weights of each matrix by magnitude are set to 0",
 }
 
@@ -39,7 +39,7 @@ def disturb(model: nn.Module, attack: str, strength: float, seed: int = 0) -> in
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "noise": lambda w: noised(w, strength, generator),
         "quantize": int8 if strength == 8 else nf4,
-        "prune": lambda w: pruned(w, strength),
+        "prune": lambda w: prune(w, strength),
     }
     found = matrices(model)
     for matrix in found:
@@ -60,20 +60,20 @@ def int8(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
 
 
 def nf4(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """To 4 bits and back: blocks of 64 weights, row after row, each weight at the nearest of 16 levels of the block's absmax.
+    """To 4 bits and back. In groups of 64, along the rows, each weight becomes the nearest of 16 levels of its group's absmax.
 
-    The last block may be shorter. As bitsandbytes' NF4 without double quantisation.
+    The last group may be shorter. As bitsandbytes' NF4 without double quantisation.
     """
     flat = weight.reshape(-1)
-    blocked = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    scale = blocked.abs().amax(1, keepdim=True)
+    grouped = nn.functional.pad(flat, (0, -len(flat) % GROUP)).view(-1, GROUP)
+    scale = grouped.abs().amax(1, keepdim=True)
     levels = torch.tensor(NF4, dtype=weight.dtype, device=weight.device)
-    index = torch.bucketize(blocked / torch.where(scale > 0, scale, 1), (levels[1:] + levels[:-1]) / 2)
+    index = torch.bucketize(grouped / torch.where(scale > 0, scale, 1), (levels[1:] + levels[:-1]) / 2)
     return (levels[index] * scale).view(-1)[: len(flat)].view(weight.shape)
 
 
-def pruned(weight: Float[Tensor, "out in"], share: float) -> Float[Tensor, "out in"]:
+def prune(weight: Float[Tensor, "out in"], share: float) -> Float[Tensor, "out in"]:
     """The matrix without the `share` of its weights that are smallest in magnitude (a count that is rounded)."""
-    kept = weight.flatten().clone()
-    kept[kept.abs().argsort(stable=True)[: round(share * kept.numel())]] = 0
-    return kept.view(weight.shape)
+    pruned = weight.flatten().clone()
+    pruned[pruned.abs().argsort(stable=True)[: round(share * pruned.numel())]] = 0
+    return pruned.view(weight.shape)

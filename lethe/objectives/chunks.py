@@ -1,10 +1,10 @@
-"""Terms of the loss that compare next-token distributions, from final hidden states, without the logits of all tokens.
+"""Losses on next-token distributions from final hidden states, without ever holding the logits of all tokens.
 
     z = W h + b,   loss = Σ_t ℓ(z_t) / tokens,   g = ∂ℓ/∂z,   ∂loss/∂h_t = Wᵀ g_t / tokens,   ∂loss/∂W = Σ_t g_t h_tᵀ / tokens
 
-The loss is one number, so its gradients are known up to a factor as soon as the logits are: one block of tokens has its
-logits made, its loss taken and its gradients added up before the next block begins. Masked tokens are not computed. The
-values are those of `lethe.objectives.terms`. A teacher's side is its final hidden states, live or from a cache, and its head.
+The tokens are taken in chunks. For each chunk the logits are made, the loss is added up, and so are its gradients, which are
+known up to a factor as soon as the logits are. Then the next chunk begins. Padding is not computed. The losses themselves
+stand in `distributions.py`, beside their plain forms.
 
 After the fused linear cross-entropy of Liger Kernel, https://arxiv.org/abs/2410.10989.
 """
@@ -20,20 +20,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 CHUNK = 128
-"""Tokens of a block; with fewer, products with a large vocabulary lose speed. A sixth of the tokens, if that is less."""
+"""Tokens of a chunk, or a sixth of all tokens if that is less. With fewer, matmuls with a large vocabulary lose speed."""
 PANEL = 2**20
-"""Weights of a head that one product takes, with few tokens faster than all at once, and in less memory."""
+"""Weights of the output head that one matmul takes: faster than all at once with few tokens, and in less memory."""
 PLAIN = 2**21
-"""A batch with no more logits than that goes the plain way, which is quicker there."""
+"""Up to so many logits, the plain form of a loss is used, which is faster there."""
 LEAST = 2**18
-"""Logits that a block may have anyway."""
+"""Logits that a chunk may have even if it is then more than `CHUNK` tokens."""
 SLICE = 2**17
-"""Logits that the softmax works on at one time on a CPU: few enough to stay in a core's cache between its steps."""
+"""Logits that the softmax works on at one time on a CPU: few enough to stay in a core's cache."""
 
-Aim = Callable[[slice], Tensor]
-"""What some tokens are compared with, [tokens, …]: a teacher's logits, or the words that follow."""
+Target = Callable[[slice], Tensor]
+"""What the loss compares some tokens with, [tokens, …]: a teacher's logits, or the token ids that follow."""
 Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(aim, log-probabilities) of some tokens -> (their losses, ∂ loss / ∂ logits); may write into the log-probabilities."""
+"""(target, log-probabilities) of some tokens -> (their losses, ∂ loss / ∂ logits); may write into the log-probabilities."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -69,21 +69,21 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     return head if plain else None
 
 
-def sum_over_tokens(hidden: Tensor, head: nn.Linear, aim: Aim, compare: Compare) -> Tensor:
+def sum_over_tokens(hidden: Tensor, head: nn.Linear, target_of: Target, compare: Compare) -> Tensor:
     """Σ of the tokens' losses, [] in at least float32; `hidden` is [tokens, hidden]."""
     inputs = hidden, head.weight, head.bias
     if not torch.is_grad_enabled():
         inputs = tuple(x if x is None else x.detach() for x in inputs)  # type: ignore[assignment]
-    return _Chunked.apply(*inputs, aim, compare)
+    return _Chunked.apply(*inputs, target_of, compare)
 
 
 class _Chunked(torch.autograd.Function):
     """Σ of the tokens' losses, its gradients found on the way forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, aim: Aim, compare: Compare) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_of: Target, compare: Compare) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.rest = aim, compare, ctx.needs_input_grad[:3]
+        ctx.rest = target_of, compare, ctx.needs_input_grad[:3]
         loss, ctx.gradients = _walk(hidden, weight, bias, *ctx.rest)
         return loss
 
@@ -98,46 +98,47 @@ class _Chunked(torch.autograd.Function):
 
 
 def _walk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, aim: Aim, compare: Compare, needed: tuple[bool, ...]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_of: Target, compare: Compare, needed: tuple[bool, ...]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Σ of the tokens' losses, and its gradients with respect to hidden states, weight and bias where needed."""
-    count, words = len(hidden), len(weight)
+    count, vocabulary = len(hidden), len(weight)
     losses = wide(hidden.new_empty(count))
     of_hidden = torch.empty_like(hidden) if needed[0] else None
     of_weight = torch.zeros_like(weight, dtype=losses.dtype) if needed[1] else None
     of_bias = torch.zeros_like(bias, dtype=losses.dtype) if needed[2] else None  # type: ignore[arg-type]
-    for block in slices(count, max(LEAST // words, min(CHUNK, -(-count // 6)))):
-        logits, target = logits_of(hidden[block], weight, bias), aim(block)
-        for part in slices(len(logits), SLICE // words if logits.device.type == "cpu" else len(logits)):
+    for chunk in slices(count, max(LEAST // vocabulary, min(CHUNK, -(-count // 6)))):
+        logits, target = logits_of(hidden[chunk], weight, bias), target_of(chunk)
+        for part in slices(len(logits), SLICE // vocabulary if logits.device.type == "cpu" else len(logits)):
             log_q = wide(logits[part]).log_softmax(-1)
-            losses[block][part], logits[part] = compare(target[part], log_q)
+            losses[chunk][part], logits[part] = compare(target[part], log_q)
         if of_hidden is not None:
-            torch.mm(logits, weight, out=of_hidden[block])
+            torch.mm(logits, weight, out=of_hidden[chunk])
         if of_weight is not None:
-            _add_product(of_weight, logits.T, hidden[block])
+            _add_matmul(of_weight, logits.T, hidden[chunk])
         if of_bias is not None:
             of_bias += wide(logits).sum(0)
-        del logits, target  # before the next block's are made: they are all the memory there is to save
+        del logits, target  # before those of the next chunk are made
     gradients = of_hidden, of_weight, of_bias
     return losses.sum(), [g if g is None else g.to(hidden.dtype) for g in gradients]
 
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W h + b of some tokens, a panel of W after the other."""
+    """W h + b of some tokens, one panel of W after the other."""
     logits = hidden.new_empty(len(hidden), len(weight))
-    bias = weight.new_zeros(len(weight)) if bias is None else bias  # with one, libraries share few rows better among cores
+    bias = weight.new_zeros(len(weight)) if bias is None else bias  # with a bias, libraries spread few rows better over cores
     for panel in slices(len(weight), PANEL // weight.shape[1]):
         torch.addmm(bias[panel], hidden, weight[panel].T, out=logits[:, panel])
     return logits
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:  # of half precision: summed in float32 over the blocks
+    else:  # of half precision: summed in float32 over the chunks
         total += a @ b
 
 
 def slices(count: int, size: int) -> list[slice]:
+    """The numbers from 0 to `count` in slices of `size`."""
     size = max(1, size)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

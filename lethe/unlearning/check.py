@@ -1,7 +1,7 @@
-"""What a run would do, and what cannot work: found out before any compute is spent and before anything is written.
+"""What an unlearning recipe cannot do, refused before any compute is spent and before anything is written.
 
-`check` resolves models, text, maps and tasks of a recipe, refuses what does not fit together and returns the plan.
-Most is refused without importing torch, in less than a second; whether a model's parts fit together is tried last.
+`check` resolves the recipe's models, text, maps and tasks, and refuses what does not fit together. Most is refused without
+importing torch, in less than a second. Whether a model's configuration, weights and tokenizer fit together is tried last.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The maps of an unlearning run: given and tried first, or fitted on retain text; and the variance of the mapped activations.
+"""The affine maps of an unlearning run, and the variance of the mapped activations.
 
-given(…)     maps that the recipe names, scored beside no map        fitted(…)   maps fitted before training
-sketched(…)  maps from a few documents, for the plan alone           variances(…)   of the mapped activations, by layer
+given(…)     maps that the recipe names, scored first          fitted(…)      maps fitted before training, on retain text
+sketched(…)  maps from a few documents, for the plan alone     variances(…)   of the mapped activations, by layer
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def given(
     asked = config.maps.convention if recorded is None else "auto"
     wanted = list(CONVENTIONS) if asked != "auto" else checked.conventions
     possible = [name for name in wanted if set(config.layers) <= set(layers_of(facts_of(checked.affine), name, 10**9))]
-    rows = corpora.tokenise(checked.retain[-SCORED_DOCUMENTS:], tokenizer, config.max_length)
+    sequences = corpora.tokenise(checked.retain[-SCORED_DOCUMENTS:], tokenizer, config.max_length)
     models = reference, source
-    scored = score_maps(checked.affine, possible, *models, rows, tokenizer.pad_token_id, BATCH, config.layers)
+    scored = score_maps(checked.affine, possible, *models, sequences, tokenizer.pad_token_id, BATCH, config.layers)
     convention = scored.convention if asked == "auto" else asked
     scores = scored.by_convention[convention]
     _refuse_useless(name, scores)
@@ -112,16 +112,18 @@ def sketched(
     """Maps from no more documents than have four tokens a dimension, and the seconds that the whole fit is going to take."""
     width = reference.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
     documents = checked.mapped[: 4 * width]
-    rows = first(corpora.tokenise(documents, tokenizer, config.max_length), 4 * width)
+    sequences = first(corpora.tokenise(documents, tokenizer, config.max_length), 4 * width)
     models = reference, source
     started = time.monotonic()
-    pairs = list(activation_pairs(*models, rows, list(config.mapped_layers), BATCH, tokenizer.pad_token_id, lambda done: None))
+    pairs = list(
+        activation_pairs(*models, sequences, list(config.mapped_layers), BATCH, tokenizer.pad_token_id, lambda done: None)
+    )
     seconds = time.monotonic() - started
-    return fit(pairs, settings_of(config).alpha), seconds * len(checked.mapped) / len(rows)
+    return fit(pairs, settings_of(config).alpha), seconds * len(checked.mapped) / len(sequences)
 
 
-def variances(run: Run, teacher: Teacher, rows: list[list[int]], pad_id: int) -> dict[int, float]:
-    """By layer, the variance of the target of `cb_loss`, as the run has recorded it or from the first rows of forget text.
+def variances(run: Run, teacher: Teacher, sequences: list[list[int]], pad_id: int) -> dict[int, float]:
+    """By layer, the variance of the target of `cb_loss`, as the run has recorded it or from the first sequences of forget text.
 
         v = 1 / (n d) · Σ_t Σ_j (a_tj − mean_j)²
 
@@ -132,16 +134,16 @@ def variances(run: Run, teacher: Teacher, rows: list[list[int]], pad_id: int) ->
     """
     if found := run.record.get("target_variance"):
         return {int(layer): value for layer, value in found.items()}
-    values = variances_of(teacher, rows, pad_id)
+    values = variances_of(teacher, sequences, pad_id)
     run.update(target_variance={str(layer): value for layer, value in values.items()})
     return values
 
 
-def variances_of(teacher: Teacher, rows: list[list[int]], pad_id: int) -> dict[int, float]:
-    """As `variances`, from the rows alone."""
-    rows, sums = first(rows, VARIANCE_TOKENS), {layer: Score() for layer in teacher.need.layers}
-    for start in range(0, len(rows), BATCH):
-        ids, mask = (t.to(teacher.model.device) for t in corpora.pad(rows[start : start + BATCH], pad_id))  # type: ignore[arg-type]
+def variances_of(teacher: Teacher, sequences: list[list[int]], pad_id: int) -> dict[int, float]:
+    """As `variances`, from the sequences alone."""
+    sequences, sums = first(sequences, VARIANCE_TOKENS), {layer: Score() for layer in teacher.need.layers}
+    for start in range(0, len(sequences), BATCH):
+        ids, mask = (t.to(teacher.model.device) for t in corpora.pad(sequences[start : start + BATCH], pad_id))  # type: ignore[arg-type]
         for layer, values in teacher.live(ids).activations.items():
             sums[layer].add(values[mask.bool()], values[mask.bool()])
     found = {layer: total.variance() for layer, total in sums.items()}
@@ -157,9 +159,9 @@ def tokens_of(documents: list[corpora.Document], tokenizer: PreTrainedTokenizerB
     return sum(map(len, corpora.tokenise(some, tokenizer, max_length))) * len(documents) // len(some) if some else 0
 
 
-def first(rows: list[list[int]], tokens: int) -> list[list[int]]:
-    """The first rows that have so many tokens together, or all."""
+def first(sequences: list[list[int]], tokens: int) -> list[list[int]]:
+    """The first sequences that have so many tokens together, or all."""
     count = total = 0
-    while count < len(rows) and total < tokens:
-        total, count = total + len(rows[count]), count + 1
-    return rows[:count]
+    while count < len(sequences) and total < tokens:
+        total, count = total + len(sequences[count]), count + 1
+    return sequences[:count]

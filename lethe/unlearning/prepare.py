@@ -47,10 +47,10 @@ class Prepared:
     source: nn.Module | None
 
     @property
-    def rows(self) -> dict[str, list[list[int]]]:
+    def sequences(self) -> dict[str, list[list[int]]]:
         """The token ids of each text's sequences."""
-        rows: Any = self.trainer.train_dataset
-        return rows.texts
+        dataset: Any = self.trainer.train_dataset
+        return dataset.texts
 
     @property
     def pad_id(self) -> int:
@@ -76,7 +76,7 @@ class Prepared:
         """Measure the variance of the forget text's target, where a loss is relative to it."""
         teacher = self.trainer.teachers.get("forget")
         if teacher and teacher.need.variance:
-            self.trainer.target_variance = maps.variances(run, teacher, self.rows["forget"], self.pad_id)
+            self.trainer.target_variance = maps.variances(run, teacher, self.sequences["forget"], self.pad_id)
 
     def compared(self) -> dict[str, tuple[list[list[int]], nn.Module]]:
         """What agreement is measured on: sequences of each text, and the model to agree with."""
@@ -128,13 +128,13 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
         teacher.maps = given if teacher.need.mapped else None
     student = _student(run, config, model, source, tokenizer)
     documents = {"forget": checked.forget, "retain": checked.retain}
-    rows = Rows(
+    dataset = Rows(
         **{name: corpora.rows_of(documents[name], tokenizer, config.max_length, config.packing) for name in config.needs()}
     )
-    plan = training_plan(config, len(rows)) | {"documents": {name: len(part) for name, part in documents.items()}}
-    plan["tokens"] = round(sum(map(rows.tokens, range(len(rows)))) * plan["epochs"])
+    plan = training_plan(config, len(dataset)) | {"documents": {name: len(part) for name, part in documents.items()}}
+    plan["tokens"] = round(sum(map(dataset.tokens, range(len(dataset)))) * plan["epochs"])
     trainer = UnlearnTrainer(
-        run, config, student.train(), tokenizer, rows, config.eval,
+        run, config, student.train(), tokenizer, dataset, config.eval,
         teachers=teachers, first_epoch_steps=plan["first_epoch_steps"], steps=plan["steps"],
     )  # fmt: skip
     made = Prepared(config, checked, trainer, tokenizer, reference, source)
@@ -198,11 +198,11 @@ def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
     config, trainer, student = made.config, made.trainer, made.trainer.model
     plan |= parameters.describe(student, config)  # type: ignore[arg-type]
     plan["teachers"] = teachers_plan(made, plan["epochs"])
-    longest = max(len(row) for part in made.rows.values() for row in part)
+    longest = max(len(row) for part in made.sequences.values() for row in part)
     tokens = maps.tokens_of(made.checked.mapped, made.tokenizer, config.max_length)
     plan["memory"] = memory.estimate(made, longest, document_bytes(trainer), tokens, libraries)
     cached = [text for text, how in plan["teachers"].items() if how.startswith("cached")]
-    plan["memory"]["caches"] = sum(teacher_cache.size_of(trainer.teachers[text], made.rows[text]) for text in cached)
+    plan["memory"]["caches"] = sum(teacher_cache.size_of(trainer.teachers[text], made.sequences[text]) for text in cached)
     memory.refuse_too_much(plan["memory"])
     plan |= _probed(made, plan["forward_passes"])
     masters = " (trained as float32)" if needs_masters(student, config.optimizer) else ""  # type: ignore[arg-type]
@@ -226,7 +226,7 @@ def _probed(made: Prepared, passes: int) -> dict[str, Any]:
         mapped.maps, seconds["fitting maps"] = maps.sketched(config, made.checked, made.reference, made.source, made.tokenizer)
     forget = trainer.teachers.get("forget")
     if forget and forget.need.variance:
-        trainer.target_variance = maps.variances_of(forget, made.rows["forget"], made.pad_id)
+        trainer.target_variance = maps.variances_of(forget, made.sequences["forget"], made.pad_id)
     found = probe(trainer)
     if config.fits_maps and mapped:
         mapped.maps = None
@@ -238,10 +238,10 @@ def teachers_plan(made: Prepared, epochs: float) -> dict[str, str]:
     """By text, whether its teacher's states are computed live or come from a cache, and why."""
     plan = {}
     for text, teacher in made.trainer.teachers.items():
-        rows: Any = made.trainer.train_dataset
-        seen = epochs * len(rows) / len(made.rows[text])
+        dataset: Any = made.trainer.train_dataset
+        seen = epochs * len(dataset) / len(made.sequences[text])
         to_be_fitted = made.config.fits_maps and teacher.need.mapped and teacher.maps is None
-        plan[text] = teacher_cache.choose(made.config.teacher_cache, teacher, made.rows[text], seen, to_be_fitted)
+        plan[text] = teacher_cache.choose(made.config.teacher_cache, teacher, made.sequences[text], seen, to_be_fitted)
     return plan
 
 
@@ -251,7 +251,7 @@ def cache_teachers(run: Run, made: Prepared) -> None:
     for text, how in chosen.items():
         if how.startswith("cached"):
             teacher = made.trainer.teachers[text]
-            teacher.cache = teacher_cache.open_or_build(teacher, text, made.rows[text])
+            teacher.cache = teacher_cache.open_or_build(teacher, text, made.sequences[text])
             if teacher.cache is None:
                 chosen[text] = "live: a cache could not be written"
     run.update(teachers=chosen, plan={"teachers": chosen})

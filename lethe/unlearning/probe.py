@@ -1,11 +1,10 @@
-"""One batch before training, which changes nothing: the time of an update, parameters without a gradient, and the loss's scale.
+"""One batch before training: the time of an update, parameters without a gradient, and how the forget and retain loss compare.
 
-A term's value says little about its weight: cb_loss is as large as the model's activations, squared, and the retain terms are
-0 at the start. So what is compared are gradients, at the two points where both exist: the forget term's at the start, and
-the retain term's at a point where the forget term is a tenth lower, to first order: all weights are moved by one distance
-against the sign of its gradient, as AdamW's first update does. Learning rates do not matter to that. Without a forget term,
-where a rewound model starts away from the reference, or where weights are of a type that would round the move away, the
-retain term's gradient is taken at the start and nothing is compared.
+The value of a loss says little about its weight: cb_loss is as large as the model's activations, squared, and the retain loss
+is 0 at the start. So gradients are compared, where both exist. The forget loss's is taken at the start. The retain loss's is
+taken where the forget loss is a tenth lower, to first order: all weights are moved by one distance against the sign of the
+gradient, as AdamW's first update does. Nothing is compared without a forget loss, where a rewound model starts away from the
+reference, and where weights are of a type that would round the move away. The model is left as it was.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
     from lethe.unlearning.trainer import Batch, UnlearnTrainer
 
 BALANCE = 100.0
-"""Forget over retain gradient of the lab's recipes that forget and retain (70 to 260): what coefficients are proposed for."""
+"""Forget gradient over retain gradient in the lab's recipes (70 to 260), for which coefficients are proposed."""
 DROP = 0.1
-"""Share of the forget term by which weights are moved before the retain term's gradient is taken."""
+"""Share of the forget loss by which weights are moved before the gradient of the retain loss is taken."""
 FAR = 30.0
-"""How many times above or below that balance one term is said to dominate."""
+"""One loss dominates if the ratio is so many times above or below that balance."""
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Probe:
 
 
 def probe(trainer: UnlearnTrainer) -> Probe:
-    """Forward and backward passes over the longest documents; weights and random state are afterwards as they were."""
+    """Forward and backward passes over the longest documents. Weights and random state are restored."""
     rows: Any = trainer.train_dataset
     longest = sorted(range(len(rows)), key=lambda i: -rows.tokens(i))[: trainer.config.per_device_train_batch_size]
     batch: Any = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in longest]))  # type: ignore[arg-type]

@@ -1,13 +1,12 @@
-"""What teachers say of a text, computed once and kept on disk: shared by epochs, resumed runs and all runs of a sweep.
+"""A teacher's outputs on a text, computed once and cached on disk: shared by epochs, resumed runs and all runs of a sweep.
 
     $LETHE_HOME/teachers/<key>/   layer_0.bin, …   mapped activations, token after token, without padding
-                                  output.bin       final hidden states (or logits, where the head is not known)
+                                  output.bin       final hidden states (logits, where the output head is not known)
                                   manifest.json    all that the values depend on; size and SHA-256 of each file
 
-The key is a hash over weights, configuration, maps, layers, types and the token ids themselves, so a cache is never stale.
-One process builds, under a file lock and in a folder of another name, while others wait; a cache is whole or absent, and a
-damaged one is built anew; those not used for longest go when all take too much (`home.py`). A batch is read from mapped
-files by the documents' indices.
+The key is a hash of weights, configuration, maps, layers, types and token ids, so that a cache is never stale. One process
+builds it, under a file lock and in a folder of another name, while others wait. A cache is whole or absent. A damaged one is
+built again, and the caches that were not used for longest are evicted when all take too much disk (`lethe.home`).
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ TOKENS = 2048
 
 
 class Cache:
-    """A teacher's states on the rows of a text, read from a whole cache."""
+    """A teacher's outputs on the sequences of a text, read from a whole cache."""
 
-    def __init__(self, folder: Path, rows: list[list[int]]):
+    def __init__(self, folder: Path, sequences: list[list[int]]):
         self.folder = folder
         use(folder, self)
-        self.lengths = torch.tensor([len(row) for row in rows])
+        self.lengths = torch.tensor([len(row) for row in sequences])
         self.starts = self.lengths.cumsum(0) - self.lengths
         total = int(self.lengths.sum())
         self.values: dict[str, Tensor] = {}
@@ -58,19 +57,19 @@ class Cache:
             self.values[name.removesuffix(".bin")] = flat.view(total, width)
 
     def states(self, index: Int[Tensor, " batch"], width: int, device: torch.device | str = "cpu") -> States:
-        """The states of rows `index`, padded on the right to `width` (with those of other tokens, which a mask leaves out)."""
+        """The outputs of sequences `index`, padded to `width` with those of other tokens, which the mask leaves out."""
         index = index.cpu()
         offsets = torch.arange(width).minimum(self.lengths[index, None] - 1)
         tokens = (self.starts[index, None] + offsets).flatten()
         found = {
-            name: rows.index_select(0, tokens).view(len(index), width, -1).to(device) for name, rows in self.values.items()
+            name: values.index_select(0, tokens).view(len(index), width, -1).to(device) for name, values in self.values.items()
         }
         output = found.pop("output", None)
-        return States({int(name.removeprefix("layer_")): rows for name, rows in found.items()}, output)
+        return States({int(name.removeprefix("layer_")): values for name, values in found.items()}, output)
 
 
-def key_of(teacher: Teacher, rows: list[list[int]]) -> dict[str, Any]:
-    """All that a teacher's states on `rows` depend on."""
+def key_of(teacher: Teacher, sequences: list[list[int]]) -> dict[str, Any]:
+    """All that a teacher's outputs on `sequences` depend on."""
     model: Any = teacher.model
     need, maps = teacher.need, teacher.maps
     configuration = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
@@ -82,7 +81,7 @@ def key_of(teacher: Teacher, rows: list[list[int]]) -> dict[str, Any]:
         "layers": list(need.layers),
         "output": ("hidden" if teacher.head is not None else "logits") if need.logits else None,
         "maps": _hash(*(_bytes(t) for n in need.layers for t in (maps.weight[n], maps.bias[n]))) if maps else None,
-        "rows": _hash(*(_bytes(torch.tensor([len(row), *row])) for row in rows)),
+        "sequences": _hash(*(_bytes(torch.tensor([len(row), *row])) for row in sequences)),
         "versions": [torch.__version__, transformers.__version__],
     }
 
@@ -92,18 +91,18 @@ def folder_of(key: dict[str, Any]) -> Path:
     return lethe_home() / "teachers" / _hash(json.dumps(key, sort_keys=True).encode())[:24]
 
 
-def size_of(teacher: Teacher, rows: list[list[int]]) -> int:
+def size_of(teacher: Teacher, sequences: list[list[int]]) -> int:
     """Bytes of a cache."""
     model: Any = teacher.model
     need, settings = teacher.need, model.config.get_text_config()
     mapped = 4 if teacher.maps else model.dtype.itemsize
     ending = settings.hidden_size if teacher.head is not None else settings.vocab_size
     widths = mapped * len(need.layers) * settings.hidden_size + model.dtype.itemsize * need.logits * ending
-    return sum(map(len, rows)) * widths
+    return sum(map(len, sequences)) * widths
 
 
 def is_whole(folder: Path, key: dict[str, Any], content: bool = True) -> bool:
-    """Whether a cache is there with every byte, and is that of `key`; without `content`, only sizes are looked at."""
+    """Whether the cache of `key` is there with every byte. Without `content`, only the sizes of its files are compared."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         return manifest["key"] == key and all(
@@ -114,19 +113,19 @@ def is_whole(folder: Path, key: dict[str, Any], content: bool = True) -> bool:
         return False
 
 
-def choose(setting: str, teacher: Teacher, rows: list[list[int]], seen: float, to_be_fitted: bool) -> str:
+def choose(setting: str, teacher: Teacher, sequences: list[list[int]], seen: float, to_be_fitted: bool) -> str:
     """`cached: why` or `live: why`, by the setting `teacher_cache`.
 
-    `rows` are `seen` so many times on average. `to_be_fitted`: the teacher's maps are not there yet.
+    `seen`: how often the run reads each sequence, on average. `to_be_fitted`: the teacher's maps are not there yet.
     """
     if setting != "auto":
         return f"{setting}: as set"
-    key = key_of(teacher, rows)
+    key = key_of(teacher, sequences)
     if not to_be_fitted and is_whole(folder_of(key), key, content=False):
         return "cached: a whole cache is there"
     if seen <= 1:
         return "live: no document is seen twice"
-    size, memory = size_of(teacher, rows), psutil.virtual_memory().available
+    size, memory = size_of(teacher, sequences), psutil.virtual_memory().available
     disk = shutil.disk_usage(_existing(lethe_home())).free
     for what, free in (("disk", disk), ("memory", memory)):
         if size > free / 2:
@@ -134,9 +133,9 @@ def choose(setting: str, teacher: Teacher, rows: list[list[int]], seen: float, t
     return f"cached: documents are seen {seen:.3g} times, {size / 2**20:.0f} MiB"
 
 
-def open_or_build(teacher: Teacher, text: str, rows: list[list[int]]) -> Cache | None:
-    """The whole cache of a teacher's states on `rows`, built if need be; None, with a warning, where it cannot be written."""
-    key = key_of(teacher, rows)
+def open_or_build(teacher: Teacher, text: str, sequences: list[list[int]]) -> Cache | None:
+    """The cache of a teacher's outputs on `sequences`, built if need be. None, with a warning, where it cannot be written."""
+    key = key_of(teacher, sequences)
     folder = folder_of(key)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -144,30 +143,30 @@ def open_or_build(teacher: Teacher, text: str, rows: list[list[int]]) -> Cache |
         with building(folder):
             if not is_whole(folder, key):
                 if folder.exists():
-                    logger.warning("the teacher cache %s is damaged; building it anew", folder)
-                for rest in (folder, partial):  # whoever left a part was killed: the lock is ours
+                    logger.warning("the teacher cache %s is damaged and built again", folder)
+                for rest in (folder, partial):  # left by a process that was killed: the lock is ours
                     shutil.rmtree(rest, ignore_errors=True)
-                evict(folder.parent, size_of(teacher, rows))
-                _build(teacher, text, rows, partial, key)
+                evict(folder.parent, size_of(teacher, sequences))
+                _build(teacher, text, sequences, partial, key)
                 partial.rename(folder)
-            return Cache(folder, rows)
+            return Cache(folder, sequences)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         logger.warning("no teacher cache for the %s text (%s); its teacher runs live", text, error.strerror or error)
         return None
 
 
-def _build(teacher: Teacher, text: str, rows: list[list[int]], folder: Path, key: dict[str, Any]) -> None:
+def _build(teacher: Teacher, text: str, sequences: list[list[int]], folder: Path, key: dict[str, Any]) -> None:
     folder.mkdir()
     device: Any = teacher.model.device
-    count = max(1, TOKENS // max(map(len, rows)))
+    count = max(1, TOKENS // max(map(len, sequences)))
     digests: dict[str, Any] = {}
     facts: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
-        advance = stack.enter_context(bar(f"Computing the teacher of the {text} text", len(rows), "documents"))
-        for start in range(0, len(rows), count):
-            ids, mask = (t.to(device) for t in corpora.pad(rows[start : start + count], 0))
+        advance = stack.enter_context(bar(f"Computing the teacher of the {text} text", len(sequences), "documents"))
+        for start in range(0, len(sequences), count):
+            ids, mask = (t.to(device) for t in corpora.pad(sequences[start : start + count], 0))
             states = teacher.live(ids)
             found = {f"layer_{n}.bin": values for n, values in states.activations.items()}
             found |= {} if states.output is None else {"output.bin": states.output}
