@@ -1,10 +1,10 @@
-# make install | demo | test | test-all | lint; each works on a fresh clone, because it installs the environment first.
+# make install | demo | test | test-all | lint | docs; each works on a fresh clone: it installs the environment first.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo test test-slow test-all lint clean
+.PHONY: install demo test test-slow test-all lint docs clean
 
 install: $(STAMP)
 
@@ -32,5 +32,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install
+	$(BIN)/python scripts/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site

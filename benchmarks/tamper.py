@@ -2,7 +2,7 @@
 
     python benchmarks/tamper.py
 
-On the lab, with the settings of the recipe tamper/lab, and with those of the log's short attack (batch 1 × 4). Both kinds of
+On the lab, with the settings of the recipe tamper/lab, and with batch 1 × 4 as in tamper/short-adamw. Both kinds of
 seconds are those that any attack writes to its run.json, under `environment`.
 """
 

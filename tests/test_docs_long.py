@@ -18,5 +18,5 @@ def test_quickstart(here):  # noqa: F811
 
 @pytest.mark.slow
 def test_sweeps_page(here):  # noqa: F811
-    for command in commands("docs/sweeps.md"):
+    for command in commands("docs/guides/sweeps.md"):
         run(command, here)

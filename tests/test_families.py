@@ -1,7 +1,7 @@
 """Every family of models trains and evaluates as the plain model does, one unpadded document after the other; or is refused.
 
 The models are those of `families.py`, the independent source of truth is a loop over documents with transformers and torch
-alone. docs/models.md has the same families.
+alone. docs/guides/model-and-data.md has the same families.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ REFUSED = {
 
 
 def test_the_page_of_models_names_these_families_and_what_becomes_of_them():
-    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
-    rows = [line.split("|")[1:4] for line in page.splitlines() if line.startswith("| `") and "model_type" not in line]
+    page = (Path(__file__).parent.parent / "docs" / "guides" / "model-and-data.md").read_text().partition("`model_type`")[2]
+    rows = [line.split("|")[1:4] for line in page.splitlines() if line.startswith("| `")]
     said = {name: trained.strip() for names, trained, _ in rows for name in re.findall(r"`(\w+)`", names)}
     kinds = {name: kind for name, (kind, _) in (FAMILIES | OTHERS).items()}
     expected = {kinds[name]: "all weights, LoRA" for name in FAMILIES} | dict.fromkeys(WITHOUT_LORA, "all weights")
