@@ -1,6 +1,6 @@
 """The one list of model families for tests: tiny configurations, with random weights.
 
-Lethe trains and evaluates `FAMILIES` as the plain model does (test_families.py, docs/guides/model-and-data.md). It refuses `OTHERS`, either
+Lethe trains and evaluates `FAMILIES` as the plain model does (docs/guides/model-and-data.md). It refuses `OTHERS`, either
 with adapters or always. All have hidden size 32, four blocks, four heads and a window of 64 tokens.
 """
 
