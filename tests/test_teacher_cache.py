@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import assert_same, recipe, start, told, wait_for
+from test_resume import assert_same, recipe, start, wait_for, written
 
 import lethe.home
 from lethe import LoraSettings, unlearn
@@ -256,7 +256,7 @@ def test_a_run_has_the_losses_of_live_teachers_without_running_them(lab, tmp_pat
     monkeypatch.setattr(UnlearnTrainer, "train", without_teachers)
     cached = unlearn(recipe(tmp_path / "runs", teacher_cache="cached", **settings))
     assert all(how == "cached: as set" for how in cached.record["plan"]["teachers"].values())
-    assert told(cached)[:2] == told(live)[:2]  # to the last bit: Teacher.live pads to whole vectors
+    assert written(cached)[:2] == written(live)[:2]  # to the last bit: Teacher.live pads to whole vectors
 
 
 @pytest.mark.slow
@@ -268,7 +268,7 @@ def test_bfloat16_teachers_have_a_bfloat16_cache_within_the_stated_tolerance_of_
     files = list((tmp_path / "home" / "teachers").glob("*/manifest.json"))
     types = {fact["dtype"] for file in files for fact in json.loads(file.read_text())["files"].values()}
     assert types == {"bfloat16"} and len(files) == 2
-    for ours, theirs in zip(told(cached)[0], told(live)[0], strict=True):
+    for ours, theirs in zip(written(cached)[0], written(live)[0], strict=True):
         for term in ("loss", "cb_loss", "retain_kl_loss"):
             assert ours[term] == pytest.approx(theirs[term], rel=tolerance, abs=0), term
 
@@ -289,7 +289,7 @@ def test_auto_caches_what_is_seen_again_and_says_why(lab, tmp_path):
     assert all(how.startswith("cached: documents are seen 2 times") for how in twice.record["plan"]["teachers"].values())
     again = unlearn(recipe(tmp_path / "runs", max_steps=8))
     assert all(how == "cached: a whole cache is there" for how in again.record["plan"]["teachers"].values())
-    assert told(again)[0] == told(once)[0]
+    assert written(again)[0] == written(once)[0]
 
 
 @pytest.mark.slow

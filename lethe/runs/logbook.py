@@ -21,7 +21,7 @@ from markdown_it.rules_block.table import escapedSplit, table
 from markdown_it.token import Token
 
 from lethe import config as c
-from lethe.config.checks import types_of
+from lethe.config.checks import options, types_of
 from lethe.errors import printable
 from lethe.methods.method import every
 
@@ -303,7 +303,7 @@ def setting(key: str, text: str) -> dict[str, Any] | None:
     if key.lower().startswith("kl divergence"):
         return {name: "kl"} if text.lower().startswith("true") else None
     kind = TYPES.get(name)
-    if get_origin(kind) is list:
+    if any(get_origin(option) is list for option in options(kind)) and not _is_text(kind):
         found = re.match(r"\[[\d,\s]+\]", text)
         with contextlib.suppress(ValueError):  # [1, , 2]
             return {name: json.loads(found[0])} if found else None
