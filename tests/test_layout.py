@@ -94,3 +94,12 @@ def test_the_top_of_the_package_is_short_and_no_module_is_named_like_a_public_fu
     assert len(entries) <= 26
     last = {name.rsplit(".", 1)[-1] for name in modules()}
     assert not last & set(lethe.__all__)
+
+
+def test_files_and_functions_stay_short():
+    for name, path in modules().items():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{name}.{node.name}"
