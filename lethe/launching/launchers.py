@@ -27,7 +27,8 @@ from lethe.launching import slurm
 from lethe.launching.work import SECONDS_TO_NAME_JOB, Work
 from lethe.runs import slurm_jobs
 from lethe.runs.locks import identity, lives
-from lethe.runs.run import LOST_AFTER_SECONDS, Run
+from lethe.runs.run import Run
+from lethe.runs.supervise import LOST_AFTER_SECONDS
 
 JOBS = "slurm"
 """The folder, in a sweep's folder, with the files of its jobs."""

@@ -31,10 +31,9 @@ from lethe.runs import garbage
 from lethe.runs.locks import FolderLock, HeldError, in_words, lives, seconds_since_written
 from lethe.runs.machine import environment, peak_memory, refuse_several_processes
 from lethe.runs.record import last_row_of, record_of, rows_of
-from lethe.runs.supervise import TIME_LIMIT, Terminated, heartbeat, logged, now, terminable
+from lethe.runs.supervise import LOST_AFTER_SECONDS, TIME_LIMIT, Terminated, heartbeat, logged, now, terminable
 
 Status = Literal["queued", "running", "complete", "failed", "diverged", "cancelled", "lost"]
-LOST_AFTER_SECONDS = 120
 STOP = "stop"
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lethe.runs.run import Run
 
 HEARTBEAT_SECONDS = 20
+LOST_AFTER_SECONDS = 120
+"""Seconds without a heartbeat after which a run counts as `lost`, where its process cannot be looked up."""
 POLL_SECONDS = 1
 GRACE_SECONDS = 120
 TIME_LIMIT = "time limit reached"
