@@ -1,4 +1,4 @@
-"""Sweeps of kind `boundary`: bisection along one axis, and its answer in sentences. `search` has the bisection itself.
+"""Sweeps of kind `boundary`: bisection along one axis, and its answer in sentences. `bisection.py` chooses the values.
 
 Every complete trial gives a verdict for each boundary that is looked for (`_judges`). `edges` collects them by value, `propose`
 measures where the verdict changes, and `conclusions` says between which values it does.
@@ -15,7 +15,7 @@ from lethe.errors import LetheError
 from lethe.results import regimes
 from lethe.results.listing import number
 from lethe.runs.run import find_run
-from lethe.sweeps import search
+from lethe.sweeps import bisection, rules_of_thumb
 from lethe.sweeps.planner import Finding, Planner
 from lethe.sweeps.trials import Plan, Trial
 
@@ -69,10 +69,10 @@ class Boundary(Planner):
         if room == 0 or not all(trial.is_done for trial in trials):
             return []
         left = (self.expected - len(trials)) // len(self.config.seed_list)
-        values = search.next_values(self.axis, self.edges(sweep).values(), self.config.width)
+        values = bisection.next_values(self.axis, self.edges(sweep).values(), self.config.width)
         return [plan for value in values[: max(0, left)] for plan in self.plans({self.axis.name: value})]
 
-    def edges(self, sweep: Sweep) -> dict[str, search.Verdicts]:
+    def edges(self, sweep: Sweep) -> dict[str, bisection.Verdicts]:
         """By boundary: the verdicts of every measured value, one a seed; None where a seed failed."""
         found = {finding.trial.frozen.number: finding for finding in self.findings(sweep)}
         by_value: dict[float, list[Finding] | None] = {}
@@ -142,7 +142,7 @@ class Boundary(Planner):
         if not found:
             return []
         brackets = {
-            name: search.bracket(self.axis, verdicts, self.config.width) for name, verdicts in self.edges(sweep).items()
+            name: bisection.bracket(self.axis, verdicts, self.config.width) for name, verdicts in self.edges(sweep).items()
         }
         sentences = [self._sentence(name, bracket) for name, bracket in brackets.items()]
         if self.config.find == "boundary":
@@ -151,7 +151,7 @@ class Boundary(Planner):
             sentences.append("One seed: the spread between seeds is unknown, and the boundary may be no sharper than that.")
         return [*sentences, *super().conclusions(sweep)]
 
-    def _sentence(self, name: str, bracket: search.Bracket) -> str:
+    def _sentence(self, name: str, bracket: bisection.Bracket) -> str:
         axis = self.axis.name
         limit = f"{self.tasks[1]} within {100 * (self.config.within or 0):g} points of {self.config.reference}"
         if bracket.status == "not measured":
@@ -175,7 +175,7 @@ class Boundary(Planner):
             how += "; the verdict changes again further up, so this is the first of several boundaries"
         return f"{sentence[0].upper()}{sentence[1:]} ({how})."
 
-    def _beyond_the_axis(self, both: search.Bracket, found: list[Finding]) -> list[str]:
+    def _beyond_the_axis(self, both: bisection.Bracket, found: list[Finding]) -> list[str]:
         """What to try if no value of the axis brings both tasks to chance."""
         if both.status != "not bracketed" or both.before is not False:
             return []
@@ -183,6 +183,6 @@ class Boundary(Planner):
         forget = {f.trial.get("point")[name]: f.forget_share for f in found if f.forget_share}
         retain = {f.trial.get("point")[name]: f.retain_share for f in found if f.retain_share}
         low, high = (forget.get(self.axis.at(share)) for share in (0, 1))
-        level = search.plateau(forget, retain, towards_high=low is None or high is None or high.value <= low.value)
+        level = rules_of_thumb.plateau(forget, retain, towards_high=low is None or high is None or high.value <= low.value)
         flat = f"; from {name} {level:g} on nothing changes beyond the intervals" if level is not None else ""
-        return [f"The axis does not reach both{flat}. Try another one: {search.next_axis(name)}."]
+        return [f"The axis does not reach both{flat}. Try another one: {rules_of_thumb.next_axis(name)}."]

@@ -17,7 +17,7 @@ from lethe import config as c
 from lethe.errors import LetheError
 from lethe.results.listing import is_imported
 from lethe.runs.run import Run, find_runs, seconds_since
-from lethe.sweeps import axes, search
+from lethe.sweeps import axes, rules_of_thumb
 from lethe.sweeps.axes import Point
 from lethe.sweeps.planner import Finding, Planner
 from lethe.sweeps.reuse import made_from_the_same
@@ -198,14 +198,14 @@ class Pareto(Planner):
             if run.record["kind"] == "unlearn" and run.record["status"] == "running" and not run.asked_to_stop():
                 row = run.last_row("curve.jsonl")
                 if row and row["step"] != _steps(run) and self._is_hopeless(_steps(run), row, curves):
-                    better = f"{search.BETTER_RUNS} finished runs had clearly better accuracies there"
+                    better = f"{rules_of_thumb.BETTER_RUNS} finished runs had clearly better accuracies there"
                     run.ask_to_stop(f"{STOPPED_EARLY} at step {row['step']}: {better}")
 
     def _is_hopeless(self, steps: int | None, row: Results, curves: list[tuple[int | None, dict[int, Any]]]) -> bool:
         """Whether finished runs of as many steps were clearly better than an evaluation at its step."""
         ours = self._pair(row["evals"])
         others = [pair for n, curve in curves if n == steps and (pair := self._pair(curve.get(row["step"]) or {}))]
-        return ours is not None and search.is_clearly_worse(ours, others)
+        return ours is not None and rules_of_thumb.is_clearly_worse(ours, others)
 
     def _pair(self, evals: Results) -> tuple[Results, Results] | None:
         forget, retain = (evals.get(task) for task in self.tasks)

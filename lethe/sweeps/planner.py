@@ -22,7 +22,7 @@ from lethe.launching.work import SETTINGS
 from lethe.results import regimes
 from lethe.results.listing import is_imported, number
 from lethe.runs.run import Run, find_runs
-from lethe.sweeps import axes, search
+from lethe.sweeps import axes, rules_of_thumb
 from lethe.sweeps.axes import Point
 from lethe.sweeps.reuse import made_from_the_same
 from lethe.sweeps.trials import Plan, Stage, Trial
@@ -284,7 +284,7 @@ class Planner:
         kinds = [finding.regime for finding in found if finding.regime]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         summary = f"Regimes: {counts}." if counts else "No regimes: the baseline is at chance on a task, or was not measured."
-        return [summary, *self.summary(sweep, found), f"Next: {search.advice(kinds)}."]
+        return [summary, *self.summary(sweep, found), f"Next: {rules_of_thumb.advice(kinds)}."]
 
     def summary(self, sweep: Sweep, found: list[Finding]) -> list[str]:
         """Sentences of this kind of sweep, between the regimes and the next step."""
