@@ -8,8 +8,8 @@ from typing import Any
 import altair as alt
 
 from lethe.errors import printable
-from lethe.report import marks
-from lethe.report.marks import Points
+from lethe.report import chart_style as style
+from lethe.report.chart_style import Points
 from lethe.results.attacks import Series, attack_tasks
 from lethe.results.comparable import grouped
 from lethe.results.recovery import Point, Worst, worst_case
@@ -21,7 +21,7 @@ MAX_MODELS, MAX_ATTACKS = 16, 12
 
 
 def attack_charts(study: Study) -> dict[str, tuple[str, Any]]:
-    """Caption and chart by name: the marks.curves, and with several attacks a panel for each of them and the map."""
+    """Caption and chart by name: the curves, and with several attacks a panel for each of them and the map."""
     forget, general = attack_tasks(study.attacks)
     drawn, left_out = _drawn(study)
     bands = " Bands: the sampling of questions and, with several seeds, the spread of seeds." + left_out
@@ -59,7 +59,7 @@ def _drawn(study: Study) -> tuple[list[Series], str]:
 
 def _panels(series: list[Series], task: str, title: str = "") -> list[Any]:
     """A chart for each attack, a line for each model in the same colour everywhere; large ones have a title of their own."""
-    size = (marks.HEIGHT * 3 // 4, marks.WIDTH) if title else (marks.HEIGHT // 2, (marks.WIDTH - 2 * 50) // 3)
+    size = (style.HEIGHT * 3 // 4, style.WIDTH) if title else (style.HEIGHT // 2, (style.WIDTH - 2 * 50) // 3)
     panels = []
     for own in grouped(series, lambda each: each.settings).values():
         if panel := _panel(series, task, own, *size, named=bool(title)):
@@ -68,7 +68,7 @@ def _panels(series: list[Series], task: str, title: str = "") -> list[Any]:
 
 
 def _joined(panels: list[Any], title: str, columns: int, **more: Any) -> alt.ConcatChart:
-    return marks.styled(alt.concat(*panels, columns=columns, spacing=20, title=marks.heading(title, **more)))
+    return style.styled(alt.concat(*panels, columns=columns, spacing=20, title=style.heading(title, **more)))
 
 
 def _panel(every: list[Series], task: str, own: list[Series], height: int, width: int, named: bool) -> alt.LayerChart | None:
@@ -79,17 +79,17 @@ def _panel(every: list[Series], task: str, own: list[Series], height: int, width
         return None
     chances = {r["chance"] for series in own for a in series.attacks for _, r in a.results(task) if "chance" in r}
     before = {number(s.baseline.evals[task]) for s in own if s.baseline and task in s.baseline.evals}
-    lines = {f"chance {marks.per_cent(c)}": c for c in sorted(chances)} | {
-        f"baseline {marks.per_cent(b)}": b for b in sorted(before)
+    lines = {f"chance {style.per_cent(c)}": c for c in sorted(chances)} | {
+        f"baseline {style.per_cent(b)}": b for b in sorted(before)
     }
-    scale = marks.accuracies(0, [*lines.values(), *(point.high for each in every for point in each.points_of(task))], parts=5)
+    scale = style.accuracies(0, [*lines.values(), *(point.high for each in every for point in each.points_of(task))], parts=5)
     if any("place" in point for point in points):
         x: Any = alt.X("place:O", title="Strength", sort=None, axis=alt.Axis(labelAngle=0))
     else:
         few: dict[str, Any] = {} if named else {"tickCount": 4}
-        x = alt.X("step:Q", title="Updates of the attack", axis=alt.Axis(**(marks.STEPS | few), grid=False))
-    layers = marks.curves(points, list(dict.fromkeys(names.values())), "Attacked model", x, scale, named)
-    panel: Any = alt.layer(*marks.references(lines, scale, named), *layers)
+        x = alt.X("step:Q", title="Updates of the attack", axis=alt.Axis(**(style.STEPS | few), grid=False))
+    layers = style.curves(points, list(dict.fromkeys(names.values())), "Attacked model", x, scale, named)
+    panel: Any = alt.layer(*style.references(lines, scale, named), *layers)
     return panel.properties(width=width, height=height)
 
 
@@ -104,7 +104,7 @@ def _model_names(series: list[Series]) -> dict[str, str]:
     """A short name for each attacked model: its kind of control or its run's name, if no other model has it."""
     short = {each.model: each.control or each.model.rsplit(" (", 1)[0] for each in series}
     times = Counter(short.values())
-    return {model: printable(name if times[name] == 1 else model, marks.LONGEST_LABEL) for model, name in short.items()}
+    return {model: printable(name if times[name] == 1 else model, style.LONGEST_LABEL) for model, name in short.items()}
 
 
 def worst_cells(study: Study, drawn: list[Series], forget: str, general: str | None) -> Points:
@@ -138,10 +138,10 @@ def heat_map(cells: Points) -> alt.LayerChart:
     values = [cell["value"] for cell in cells if cell["value"] is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
     bare: dict[str, Any] = {"ticks": False, "domain": False}
-    base = alt.Chart(marks.data(cells)).encode(
+    base = alt.Chart(style.data(cells)).encode(
         x=alt.X("attack:N", sort=attacks, title=None, axis=alt.Axis(orient="top", labelAngle=-40, **bare)),
         y=alt.Y("model:N", sort=models, title=None, axis=alt.Axis(labelLimit=320, **bare)),
-        tooltip=marks.tips(model="Model", attack="Attack", value=("Highest", ".2%"), why="At"),
+        tooltip=style.tips(model="Model", attack="Attack", value=("Highest", ".2%"), why="At"),
     )
     colour = alt.Color("value:Q", scale=alt.Scale(scheme="blues", domain=[low, high]), legend=None)
     border: dict[str, Any] = {"stroke": "white", "strokeWidth": 1.5}
@@ -154,4 +154,4 @@ def heat_map(cells: Points) -> alt.LayerChart:
         text.transform_filter("datum.attack === 'worst case'").mark_text(fontSize=12, fontWeight="bold"),
     ]
     size = {"width": max(220, 48 * len(attacks)), "height": 34 * len(models)}
-    return marks.styled(alt.layer(*layers).properties(title=marks.heading("Models by attacks: forget accuracy, %"), **size))
+    return style.styled(alt.layer(*layers).properties(title=style.heading("Models by attacks: forget accuracy, %"), **size))

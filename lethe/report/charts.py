@@ -11,9 +11,9 @@ from typing import Any
 
 import altair as alt
 
-from lethe.report import marks
+from lethe.report import chart_style as style
 from lethe.report.attack_charts import attack_charts
-from lethe.report.marks import Points
+from lethe.report.chart_style import Points
 from lethe.results import regimes
 from lethe.results.comparable import tasks_of
 from lethe.results.study import Study
@@ -36,7 +36,7 @@ def all_charts(study: Study) -> dict[str, tuple[str, Any]]:
             charts[_name("checkpoints", number)] = (caption, checkpoint_chart(run))
     for number, target in enumerate(study.targets[:MAX_CHARTS]):
         if losses := _loss_points(target.runs):
-            count, most = len(target.runs), len(marks.PALETTE)
+            count, most = len(target.runs), len(style.PALETTE)
             shown = f" The first {most} of {count} runs." if count > most else ""
             caption = "Mean of each loss over the tokens of an optimizer update, without its coefficient." + shown
             charts[_name("losses", number)] = (caption, losses_chart(losses))
@@ -68,22 +68,22 @@ def checkpoint_chart(run: Run) -> alt.LayerChart:
             if found := row["evals"].get(task):
                 interval = {key: found[key] for key in ("low", "high", "chance")}
                 points.append({"series": task, "step": row["step"], "value": found["acc"], **interval})
-    chances = {f"chance {marks.per_cent(c)}": c for c in sorted({round(point["chance"], 6) for point in points})}
-    scale = marks.accuracies(0, [*chances.values(), *(point["high"] for point in points)], parts=5)
-    x = alt.X("step:Q", title="Pretraining step", axis=alt.Axis(**marks.STEPS, grid=False))
-    layers = [*marks.references(chances, scale), *marks.curves(points, tasks, "Task", x, scale)]
+    chances = {f"chance {style.per_cent(c)}": c for c in sorted({round(point["chance"], 6) for point in points})}
+    scale = style.accuracies(0, [*chances.values(), *(point["high"] for point in points)], parts=5)
+    x = alt.X("step:Q", title="Pretraining step", axis=alt.Axis(**style.STEPS, grid=False))
+    layers = [*style.references(chances, scale), *style.curves(points, tasks, "Task", x, scale)]
     latest = [row for row in rows if row.get("ref") == run.record.get("latest_ignorant")] if rows[0].get("ref") else []
     if latest:
         layers += _marked_step(latest[0]["step"], f"latest ignorant: {latest[0]['name']}", rows[-1]["step"])
-    return marks.layered(layers, "Accuracy over pretraining")
+    return style.layered(layers, "Accuracy over pretraining")
 
 
 def _marked_step(step: int, text: str, last: int) -> list[alt.Chart]:
     """A vertical line at a step, with its name on the side that has more room."""
-    base = alt.Chart(marks.data([{"x": step, "text": text}]))
+    base = alt.Chart(style.data([{"x": step, "text": text}]))
     left = step > last / 2
-    name = base.mark_text(align="right" if left else "left", baseline="top", dx=-6 if left else 6, dy=4, **marks.SMALL)
-    rule = base.mark_rule(color=marks.REFERENCE, strokeWidth=1.2).encode(x="x:Q")
+    name = base.mark_text(align="right" if left else "left", baseline="top", dx=-6 if left else 6, dy=4, **style.SMALL)
+    rule = base.mark_rule(color=style.REFERENCE, strokeWidth=1.2).encode(x="x:Q")
     return [rule, name.encode(x="x:Q", y=alt.value(0), text="text:N")]
 
 
@@ -93,24 +93,24 @@ def losses_chart(points: Points) -> alt.VConcatChart:
     panels = []
     for name in dict.fromkeys(point["loss"] for point in points):
         own = [point for point in points if point["loss"] == name]
-        lines = alt.Chart(marks.data(own), width=marks.WIDTH, height=marks.HEIGHT // 2).mark_line(strokeWidth=1.8)
+        lines = alt.Chart(style.data(own), width=style.WIDTH, height=style.HEIGHT // 2).mark_line(strokeWidth=1.8)
         panels.append(
             lines.encode(
-                x=alt.X("step:Q", title="Optimizer update", axis=alt.Axis(**marks.STEPS)),
+                x=alt.X("step:Q", title="Optimizer update", axis=alt.Axis(**style.STEPS)),
                 y=alt.Y("value:Q", title=name, axis=alt.Axis(tickCount=5)),
-                color=marks.colour(runs, "Run", alt.Undefined),
-                strokeDash=alt.StrokeDash("series:N", title="Run", scale=marks.cycled(runs, DASHES)),
-                tooltip=marks.tips(series="Run", step=("Update", "d"), value=(name, ".4f")),
+                color=style.colour(runs, "Run", alt.Undefined),
+                strokeDash=alt.StrokeDash("series:N", title="Run", scale=style.cycled(runs, DASHES)),
+                tooltip=style.tips(series="Run", step=("Update", "d"), value=(name, ".4f")),
             )
         )
-    return marks.styled(alt.vconcat(*panels, spacing=22, title=marks.heading("Losses during unlearning")))
+    return style.styled(alt.vconcat(*panels, spacing=22, title=style.heading("Losses during unlearning")))
 
 
 def _loss_points(runs: Sequence[Run]) -> Points:
     """The logged losses of runs, each at up to 300 evenly spaced updates, without values that are not finite."""
-    names = marks.labels(runs[: len(marks.PALETTE)])
+    names = style.labels(runs[: len(style.PALETTE)])
     points = []
-    for run in runs[: len(marks.PALETTE)]:
+    for run in runs[: len(style.PALETTE)]:
         rows = run.rows("metrics.jsonl")
         stride = math.ceil(len(rows) / MAX_POINTS) or 1
         for row in rows[::stride]:
@@ -126,8 +126,8 @@ def tradeoff_chart(target: Target) -> alt.LayerChart | None:
     forget, retain = regimes.forget_task(tasks), regimes.retain_task(tasks)
     if forget is None or retain is None or not target.runs:
         return None
-    names = marks.labels(target.runs)
-    many = len(target.runs) > len(marks.PALETTE) - 2
+    names = style.labels(target.runs)
+    many = len(target.runs) > len(style.PALETTE) - 2
     known: Points = []
     made: Points = []
     for row in target.rows:
@@ -141,20 +141,20 @@ def tradeoff_chart(target: Target) -> alt.LayerChart | None:
             point |= {axis: found["acc"], **{f"{axis}_{key}": found[key] for key in ("low", "high", "chance")}}
         (made if run else known).append(point)
     points = known + made[-MAX_MARKS:]
-    return marks.layered(_scatter(points, forget, retain, len(known)), "Forget against retain") if points else None
+    return style.layered(_scatter(points, forget, retain, len(known)), "Forget against retain") if points else None
 
 
 def _scatter(points: Points, forget: str, retain: str, known: int) -> list[alt.Chart]:
     """Points, their intervals both ways, and the two chance lines. The first `known` series are grey."""
     series = list(dict.fromkeys(point["series"] for point in points))
-    colours = [*(KNOWN[min(i, 1)] for i in range(known)), *marks.PALETTE]
-    shade = alt.Color("series:N", title="Model", scale=marks.cycled(series, colours), legend=marks.LEGEND)
+    colours = [*(KNOWN[min(i, 1)] for i in range(known)), *style.PALETTE]
+    shade = alt.Color("series:N", title="Model", scale=style.cycled(series, colours), legend=style.LEGEND)
     few = len(points) <= MAX_BARS
-    base = alt.Chart(marks.data(points))
+    base = alt.Chart(style.data(points))
     across, up = _around(points, "forget"), _around(points, "retain")
     titles = {"forget": f"Forget accuracy ({forget})", "retain": f"Retain accuracy ({retain})"}
-    x = alt.X("forget:Q", title=titles["forget"], axis=alt.Axis(**marks.ACCURACY), scale=across)
-    y = alt.Y("retain:Q", title=titles["retain"], axis=alt.Axis(**marks.ACCURACY), scale=up)
+    x = alt.X("forget:Q", title=titles["forget"], axis=alt.Axis(**style.ACCURACY), scale=across)
+    y = alt.Y("retain:Q", title=titles["retain"], axis=alt.Axis(**style.ACCURACY), scale=up)
     x_low = alt.X("forget_low:Q", title=titles["forget"], scale=across)
     y_low = alt.Y("retain_low:Q", title=titles["retain"], scale=up)
     bar = base.mark_rule(strokeWidth=1.3, opacity=0.7)
@@ -163,17 +163,17 @@ def _scatter(points: Points, forget: str, retain: str, known: int) -> list[alt.C
         bar.encode(x=x, y=y_low, y2="retain_high:Q", color=shade),
     ]
     chance, chance_up = points[0]["forget_chance"], points[0]["retain_chance"]
-    upright = alt.Chart(marks.data([{"x": chance, "text": f"chance {marks.per_cent(chance)}"}]))
+    upright = alt.Chart(style.data([{"x": chance, "text": f"chance {style.per_cent(chance)}"}]))
     upright_x = alt.X("x:Q", scale=across, title=titles["forget"])
-    name = upright.mark_text(baseline="bottom", dy=-4, **marks.SMALL)
+    name = upright.mark_text(baseline="bottom", dy=-4, **style.SMALL)
     dots = base.mark_point(filled=True, size=90 if few else 30, opacity=1)
-    tooltip = marks.tips(label="Model", forget=(forget, ".2%"), retain=(retain, ".2%"))
+    tooltip = style.tips(label="Model", forget=(forget, ".2%"), retain=(retain, ".2%"))
     return [
-        upright.mark_rule(color=marks.REFERENCE, strokeDash=[2, 3]).encode(x=upright_x),
+        upright.mark_rule(color=style.REFERENCE, strokeDash=[2, 3]).encode(x=upright_x),
         name.encode(x=upright_x, y=alt.value(0), text="text:N"),
-        *marks.references({f"chance {marks.per_cent(chance_up)}": chance_up}, up),
+        *style.references({f"chance {style.per_cent(chance_up)}": chance_up}, up),
         *(bars if few else []),
-        dots.encode(x=x, y=y, color=shade, shape=marks.shape(series, "Model"), tooltip=tooltip),
+        dots.encode(x=x, y=y, color=shade, shape=style.shape(series, "Model"), tooltip=tooltip),
     ]
 
 
@@ -181,4 +181,4 @@ def _around(points: Points, axis: str) -> alt.Scale:
     """A scale in tenths around chance and all intervals."""
     lows = [point[f"{axis}_{end}"] for point in points for end in ("low", "chance")]
     bottom = max(0.0, math.floor(10 * min(lows) - 0.1) / 10)
-    return marks.accuracies(bottom, [point[f"{axis}_high"] for point in points], parts=10)
+    return style.accuracies(bottom, [point[f"{axis}_high"] for point in points], parts=10)
