@@ -4,7 +4,7 @@
 
 Nothing is guessed. The log does not record how a number was measured, so it gets no count, interval or fingerprint. A count
 of steps has no unit unless the log names one. Cells that cannot be read are listed, and so are numbers of the prose that no
-cell has (prose.py).
+cell has (logbook_prose.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lethe import config as c
 from lethe.errors import LetheError, nearest, printable
 from lethe.files import RUN, UnreadableError, refuse_run_folder, slug, text_of, write_atomically
 from lethe.runs.logbook import LogTable, plain, read, spaced
-from lethe.runs.logrecords import Record, TableReader
-from lethe.runs.prose import Cell, unmatched
+from lethe.runs.logbook_prose import Cell, unmatched
+from lethe.runs.logbook_records import Record, TableReader
 from lethe.runs.run import Run, find_runs, now
 
 NO_ROWS = "markdown sees no rows of a table here; a table needs a line with one group of dashes a column under its header"

@@ -14,7 +14,7 @@ from lethe import config as c
 from lethe.errors import printable
 from lethe.methods.method import every
 from lethe.runs.logbook import NUMBER, OPTIMIZERS, TASKS, Column, LogTable, column, kind_of, marks, phrases, plain, setting
-from lethe.runs.prose import Cell
+from lethe.runs.logbook_prose import Cell
 
 STATUSES = {
     "diverged": "diverged",
