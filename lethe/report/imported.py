@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lethe.report.layout import Table, table_of
-from lethe.report.remarks import reasons
+from lethe.report.table_notes import reasons
 from lethe.results.comparable import grouped
 from lethe.runs.logbook import plain
 from lethe.runs.run import Run

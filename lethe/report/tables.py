@@ -15,8 +15,8 @@ from lethe.report.attacks import attack_tables, recovery_table, tamper_table, wo
 from lethe.report.imported import imported_tables
 from lethe.report.layout import Table, table_of
 from lethe.report.provenance import apart_table, models_table, provenance_table
-from lethe.report.remarks import degenerate, job, reasons, remarks
 from lethe.report.sweeps import sweep_table
+from lethe.report.table_notes import degenerate, job, reasons, remarks
 from lethe.results import format, regimes
 from lethe.results.comparable import Evals, Shown, tasks_of, varying
 from lethe.results.format import DEGENERATE, MISSING, compact, decimal, percent, result, setting
