@@ -147,8 +147,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lethe import cli
-    from lethe.evaluation import questions as asked
-    from lethe.evaluation import scoring, token_trees
+    from lethe.evaluation import requests, scoring, token_trees
     from lethe.evaluation.accuracy import evaluate_model
 
     cli.quiet()
@@ -170,7 +169,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         place = folder / name
         place.mkdir()
         task_folder(place, name, rows, letters=name == "bench_letters")
-        leaf = asked.load_tasks([f"{place}/{name}"])[name][0]
+        leaf = requests.load_tasks([f"{place}/{name}"])[name][0]
         with contextlib.redirect_stderr(io.StringIO()):
             leaf.task.build_all_requests()
         instances = leaf.task.instances

@@ -65,7 +65,7 @@ def building(monkeypatch):
         return construct(self, doc, ctx, **given)
 
     monkeypatch.setattr(ConfigurableTask, "construct_requests", counting)
-    return built, importlib.import_module("lethe.evaluation.questions")._loaded.clear
+    return built, importlib.import_module("lethe.evaluation.requests")._loaded.clear
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_requests_are_built_again_when_what_they_depend_on_has_changed(gpt2, kno
 
 
 def test_a_tokenizers_hash_is_of_what_it_does(make_tokenizer, tmp_path):
-    from lethe.evaluation.questions import tokenizer_hash
+    from lethe.evaluation.requests import tokenizer_hash
 
     first = make_tokenizer()
     expected = tokenizer_hash(first)

@@ -144,7 +144,7 @@ def test_few_shot_examples_are_those_of_lm_eval(loaded, theirs, tmp_path):
         result = evaluate_model(*loaded, [str(tmp_path / "few")], samples=samples)["few"]
         agree(samples["few"], expected)
         assert result["num_fewshot"] == 3
-        sys.modules["lethe.evaluation.questions"]._loaded.clear()
+        sys.modules["lethe.evaluation.requests"]._loaded.clear()
 
 
 PUBLISHED_CLOZE = """

@@ -2,7 +2,7 @@
 
     task names -> load_tasks -> questions -> Scorer -> log-likelihoods -> measure -> result
 
-lm-eval defines tasks, prompts and tokenisation (`questions.py`), so numbers are comparable with published ones. Lethe's own
+lm-eval defines tasks, prompts and tokenisation (`requests.py`), so numbers are comparable with published ones. Lethe's own
 scoring (`scoring.py`) works on a model in memory, also during training. `evaluate_model` evaluates a model and restores its
 state. `evaluate` evaluates a model reference and saves the result as a run.
 """
@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lethe.config import EvalSettings, EvaluateConfig, to_dict
-from lethe.evaluation.questions import Leaf, Question, load_tasks, tokenizer_hash
+from lethe.evaluation.requests import Leaf, Question, load_tasks, tokenizer_hash
 from lethe.evaluation.scoring import Encoded, NotNumbersError, Scorer
 from lethe.models import refs
 from lethe.runs.machine import say_if_busy

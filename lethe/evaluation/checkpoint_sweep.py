@@ -30,7 +30,7 @@ from lethe.runs.machine import say_if_busy
 from lethe.runs.run import Run
 
 if TYPE_CHECKING:
-    from lethe.evaluation.questions import Leaf
+    from lethe.evaluation.requests import Leaf
 
 FORMAT = 1
 GIVE_UP = 3
@@ -54,7 +54,7 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
         {"name": name, "step": step_of(name), "ref": ref.name, "evals": {}, "note": ""} for name, ref in found.items()
     ]
     source = _source(config.source, rows)
-    from lethe.evaluation.questions import load_tasks  # imports torch: what is refused above is refused at once
+    from lethe.evaluation.requests import load_tasks  # imports torch: what is refused above is refused at once
 
     loaded = load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
     first = next(iter(loaded))
@@ -203,7 +203,7 @@ def _measure(
 
 def _cache_file(ref: refs.ModelRef, weights: str, config: CheckpointsConfig, loaded: dict[str, list[Leaf]]) -> Path:
     """The cache file of a checkpoint's results, named by a hash of its files, the questions and the versions of libraries."""
-    from lethe.evaluation.questions import tokenizer_hash
+    from lethe.evaluation.requests import tokenizer_hash
 
     questions = {name: [leaf.definition for leaf in leaves] for name, leaves in loaded.items()}
     versions = [importlib.metadata.version(name) for name in ("lethe-lm", "lm_eval", "torch", "transformers")]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lethe.config import AffineConfig, AffineScoreConfig, to_dict
 from lethe.errors import LetheError
-from lethe.evaluation.questions import tokenizer_hash
+from lethe.evaluation.requests import tokenizer_hash
 from lethe.files import sha256
 from lethe.home import cache_key, evict, lethe_home
 from lethe.maps.check import check_affine, check_affine_score, split

@@ -81,7 +81,7 @@ def _checked(config: Method) -> tuple[Method, Checked]:
     if not isinstance(config, Method):
         raise LetheError(f"unlearn: expected the settings of a method, such as lethe.Transfer(…), got {type(config).__name__}")
     checked = check(config)
-    from lethe.evaluation.questions import load_tasks
+    from lethe.evaluation.requests import load_tasks
 
     load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
     if config.finds_source:

@@ -1,4 +1,4 @@
-"""The questions of tasks: lm-eval's task objects, and their requests, built and tokenised once.
+"""Tasks and their requests: lm-eval's task objects, and the prompts of their questions, built and tokenised once.
 
     load_tasks -> Leaf (a task with questions) -> Leaf.prompts (text) -> Leaf.questions (tokens)
 
