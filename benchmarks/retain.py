@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lethe.objectives.distributions import chunked_kl, kl
+from lethe.objectives.losses import chunked_kl, kl
 
 SHAPES = [(50304, 512, 16, 64), (50304, 512, 4, 256), (50304, 512, 4, 64), (512, 64, 16, 64), (512, 64, 4, 256)]
 REPEATS = {50304: 3, 512: 60}

@@ -31,8 +31,8 @@ from lethe.config import EvalSettings, to_dict
 from lethe.lab import presets
 from lethe.models import refs
 from lethe.models.adapters import add_adapters
-from lethe.objectives import distributions
-from lethe.objectives.activations import squared_distance
+from lethe.objectives import losses
+from lethe.objectives.losses import squared_distance
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.unlearning.check import check
@@ -116,7 +116,7 @@ class Plain:
         states = self.student(forget, output_hidden_states=True, use_cache=False).hidden_states
         pairs: list[dict[int, Tensor]] = [{n: hidden[n + 1] for n in LAYERS} for hidden in (states, aim)]
         loss = 5 * squared_distance(*pairs, f_mask)
-        loss = loss + 5 * distributions.kl(self.student(retain, use_cache=False).logits, reference, r_mask)
+        loss = loss + 5 * losses.kl(self.student(retain, use_cache=False).logits, reference, r_mask)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)

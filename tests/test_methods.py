@@ -24,14 +24,13 @@ from lethe.maps.affine import AffineMap
 from lethe.methods.method import Method, Progress, named, names
 from lethe.models import refs
 from lethe.models.activations import read
-from lethe.objectives import chunks, distributions
-from lethe.objectives.chunks import head_of
+from lethe.objectives import losses
+from lethe.objectives.losses import head_of
 from lethe.runs.run import Run
 from lethe.sweeps.resuming import resume
 from lethe.text import corpora
 from lethe.unlearning.pipeline import inspect
-from lethe.unlearning.teacher import Teacher
-from lethe.unlearning.view import View
+from lethe.unlearning.view import Teacher, View
 
 DOCUMENTS = {"forget": [[5, 9, 3, 7, 11], [4, 8], [6, 3, 9]], "retain": [[12, 4, 4, 9], [3, 10, 5, 8, 6, 7]]}
 BEFORE = Path(__file__).parent / "data" / "run-0.1.0"
@@ -128,10 +127,10 @@ def by_views(method: Any, models: dict[str, Any], progress: Progress, heads: boo
 @pytest.mark.parametrize("heads", [False, True], ids=["plain", "chunked"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_loss_and_its_gradient_are_the_formula(models, monkeypatch, name, heads, retain_loss):
-    monkeypatch.setattr(chunks, "LEAST", 1)
-    monkeypatch.setattr(chunks, "CHUNK", 3)
-    monkeypatch.setattr(distributions, "CHUNK", 3)
-    monkeypatch.setattr(distributions, "PLAIN", 1)
+    monkeypatch.setattr(losses, "LEAST", 1)
+    monkeypatch.setattr(losses, "CHUNK", 3)
+    monkeypatch.setattr(losses, "CHUNK", 3)
+    monkeypatch.setattr(losses, "PLAIN", 1)
     method = METHODS[name](remove_coef=2.0, retain_coef=3.0, retain_loss=retain_loss, schedule="ramp")
     progress, parameters = Progress(3, 10, 20), list(models["model"].requires_grad_(True).parameters())
     results = []

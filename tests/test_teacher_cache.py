@@ -25,12 +25,12 @@ from lethe.config import ResumeConfig
 from lethe.maps.affine import AffineMap
 from lethe.methods.method import Need
 from lethe.models import refs
-from lethe.objectives.chunks import head_of
+from lethe.objectives.losses import head_of
 from lethe.sweeps.resuming import resume
 from lethe.text import corpora
 from lethe.unlearning import teacher_cache as caching
-from lethe.unlearning.teacher import Teacher
 from lethe.unlearning.trainer import UnlearnTrainer
+from lethe.unlearning.view import Teacher
 
 ROWS = [list(range(3, 3 + n)) for n in (5, 30, 17, 1, 24)]
 
@@ -179,7 +179,7 @@ from pathlib import Path
 from lethe.models import refs
 from lethe.unlearning import teacher_cache as caching
 from lethe.methods.method import Need
-from lethe.unlearning.teacher import Teacher
+from lethe.unlearning.view import Teacher
 teacher = Teacher(Need("source", (0,)), refs.load(refs.resolve(sys.argv[1]))[0], "w")
 caching.TOKENS = 1
 plain = Teacher.live

@@ -28,7 +28,7 @@ from lethe.models import refs
 from lethe.models.activations import blocks, read
 from lethe.models.adapters import add_adapters
 from lethe.models.architecture_check import refuse_untrainable
-from lethe.objectives.chunks import head_of
+from lethe.objectives.losses import head_of
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import parameters

@@ -108,7 +108,6 @@ class RunTrainer(HfTrainer):
         row["grad_norm"] = logs.get("grad_norm")
         row |= {f"{name}_tokens": count for name, count in self.tokens.items()}
         row |= {f"{name}_documents": count for name, count in self.documents_in_update.items()}
-        row |= {f"{name}_documents": count for name, count in self.documents_in_update.items()}
         row["tokens_per_second"] = round(sum(self.tokens.values()) / max(1e-9, now - self._started), 1)
         self._started = now
         self.run.append("metrics.jsonl", row)

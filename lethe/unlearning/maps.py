@@ -23,7 +23,7 @@ from lethe.methods.method import Method
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.unlearning.check import Checked
-from lethe.unlearning.teacher import Teacher
+from lethe.unlearning.view import Teacher
 
 SCORED_DOCUMENTS = 64
 WORSE = 2.0

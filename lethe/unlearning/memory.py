@@ -10,7 +10,7 @@ from torch import nn
 
 from lethe.errors import LetheError
 from lethe.maps.ridge import sums_bytes
-from lethe.objectives.chunks import CHUNK
+from lethe.objectives.losses import CHUNK
 from lethe.training.optimizers import STATE_BYTES, needs_masters
 from lethe.unlearning.changes import AGREEMENT_BATCH
 
@@ -31,7 +31,7 @@ def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: 
     `document`: activations kept for the backward pass by the longest pair of documents, `width` tokens at most. `tokens`: of
     the text that maps are fitted on. `libraries`: what the process took before it loaded a model. Logits are kept four times:
     two models, and the float32 intermediates of the KL; of one chunk of tokens, where the output heads are known
-    (`objectives.chunks`). `other` is by how much fitting maps, a save or what is recorded at the end take more than an update;
+    (`objectives.losses`). `other` is by how much fitting maps, a save or what is recorded at the end take more than an update;
     `buffers` is what is too small or too short to list.
     """
     config, trainer = made.config, made.trainer

@@ -31,8 +31,8 @@ from lethe.training.trainer import Sequences
 from lethe.unlearning import changes, maps, memory, teacher_cache
 from lethe.unlearning.check import Checked
 from lethe.unlearning.probe import document_bytes, probe, warning
-from lethe.unlearning.teacher import Teacher
 from lethe.unlearning.trainer import UnlearnTrainer
+from lethe.unlearning.view import Teacher
 
 
 @dataclass

@@ -32,7 +32,7 @@ from lethe.models.activations import States
 from lethe.progress import bar
 from lethe.runs.locks import building
 from lethe.text import corpora
-from lethe.unlearning.teacher import Teacher
+from lethe.unlearning.view import Teacher
 
 logger = logging.getLogger(__name__)
 FORMAT = 1

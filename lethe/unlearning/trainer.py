@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from lethe.methods.method import Losses, Method, Progress
 from lethe.models.activations import read
-from lethe.objectives.chunks import head_of
+from lethe.objectives.losses import head_of
 from lethe.training.trainer import RunTrainer
-from lethe.unlearning.teacher import Teacher
-from lethe.unlearning.view import View, silence
+from lethe.unlearning.view import Teacher, View, silence
 
 Batch = dict[str, dict[str, Tensor]]
 

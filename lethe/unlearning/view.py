@@ -1,22 +1,75 @@
-"""One text in one batch, as the loss of a method sees it: the model's pass beside the teacher's.
+"""One text in one batch, as the loss of a method sees it: the model's pass beside its teacher's.
 
-A view owns the mask, the counts of the whole optimizer update that means are taken over, and the choice between the plain and
-the memory-saving form of a loss (`lethe.objectives`). The teacher runs, or its cache is read, when a loss first asks for it.
+A `Teacher` is the frozen model that the loss compares the model with on one text. The source never knew the topic; the
+reference is the model as it was. Both are loaded for themselves, apart from the model that is trained: a reference that shared
+its weights would compare the model with itself, and the retain loss would be 0 for a whole run.
+
+A `View` owns the mask, the counts of the whole optimizer update that means are taken over, and the choice between the plain
+and the chunked form of a loss (`lethe.objectives.losses`). The teacher runs, or its cache is read, when a loss first needs it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from lethe.models.activations import States
-from lethe.objectives import distributions
-from lethe.objectives.activations import squared_distance
-from lethe.unlearning.teacher import Teacher
+from lethe.maps.affine import AffineMap
+from lethe.methods.method import Need
+from lethe.models.activations import States, read
+from lethe.objectives import losses
+
+if TYPE_CHECKING:
+    from lethe.unlearning.teacher_cache import Cache
+
+VECTOR = 16
+"""Numbers of a vector register: sums over a row whose length is no multiple of it end in another order."""
+
+
+@dataclass
+class Teacher:
+    """The teacher on one text: `model`, whose activations go through `maps` if there are any.
+
+    With `head`, the teacher's output head, distributions are final hidden states that the head turns into logits; without
+    one they are logits. `weights` is the hash of its weights. A `cache` takes the place of forward passes.
+    """
+
+    need: Need
+    model: nn.Module
+    weights: str
+    head: nn.Linear | None = None
+    maps: AffineMap | None = None
+    cache: Cache | None = None
+
+    def states(self, input_ids: Int[Tensor, "batch seq"], index: Int[Tensor, " batch"]) -> States:
+        """The teacher's states on documents `index`, from the cache if there is one."""
+        if self.cache is not None:
+            return self.cache.states(index, input_ids.shape[1], input_ids.device)
+        return self.live(input_ids)
+
+    @torch.no_grad()
+    def live(self, input_ids: Int[Tensor, "batch seq"]) -> States:
+        """The teacher's states from a forward pass; activations are mapped, W c + b.
+
+        In float32, padded to whole vectors, so that a document's values do not depend, to the last bit, on the batch it comes
+        in. In smaller types they do, so they are rounded as the model's own: on the same batch.
+        """
+        model: Any = self.model
+        width = input_ids.shape[1]
+        vector = VECTOR if model.dtype == torch.float32 else 1
+        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        whole = width + -width % vector
+        ids = pad(input_ids, (0, (whole if window is None else max(width, min(whole, window))) - width))
+        states = read(model, ids, list(self.need.layers), self.need.logits, self.head)
+        if self.maps and states.activations:
+            states.activations = self.maps(states.activations)
+        output = None if states.output is None else states.output[:, :width]
+        return States({n: values[:, :width] for n, values in states.activations.items()}, output)
 
 
 @dataclass
@@ -44,22 +97,22 @@ class View:
 
     def distance(self) -> Tensor:
         """Mean over layers, tokens and dimensions of (h − a)², a the teacher's activation; over a's variance if it is known."""
-        return squared_distance(self.states.activations, self.target.activations, self.mask, self.tokens, self.variance)
+        return losses.squared_distance(self.states.activations, self.target.activations, self.mask, self.tokens, self.variance)
 
     def kl(self) -> Tensor:
         """KL(teacher ‖ model) of next-token distributions, a mean over tokens."""
         ours, theirs = self._output, self.target.output
         assert self.teacher is not None and theirs is not None
         if self.head is None or self.teacher.head is None:
-            return distributions.kl(ours, theirs, self.mask, self.tokens)
-        return distributions.chunked_kl(ours, self.head, theirs, self.teacher.head, self.mask, self.tokens)
+            return losses.kl(ours, theirs, self.mask, self.tokens)
+        return losses.chunked_kl(ours, self.head, theirs, self.teacher.head, self.mask, self.tokens)
 
     def cross_entropy(self) -> Tensor:
         """Cross-entropy of the text's own next tokens, a mean over the tokens that have one before them."""
         tokens = self.tokens - self.documents
         if self.head is None:
-            return distributions.cross_entropy(self._output, self.input_ids, self.mask, tokens)
-        return distributions.chunked_cross_entropy(self._output, self.head, self.input_ids, self.mask, tokens)
+            return losses.cross_entropy(self._output, self.input_ids, self.mask, tokens)
+        return losses.chunked_cross_entropy(self._output, self.head, self.input_ids, self.mask, tokens)
 
     def log_likelihood(self) -> Float[Tensor, " batch"]:
         """The model's log-likelihood of each document, the sum over its tokens."""
@@ -82,8 +135,8 @@ class View:
 
     def _log_likelihood(self, output: Tensor, head: nn.Linear | None) -> Tensor:
         if head is None:
-            return distributions.log_likelihood(output, self.input_ids, self.mask)
-        return distributions.chunked_log_likelihood(output, head, self.input_ids, self.mask)
+            return losses.log_likelihood(output, self.input_ids, self.mask)
+        return losses.chunked_log_likelihood(output, head, self.input_ids, self.mask)
 
 
 class Silent(View):

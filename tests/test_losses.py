@@ -9,8 +9,7 @@ import torch
 from scipy.special import rel_entr
 from torch import Tensor
 
-from lethe.objectives.activations import squared_distance
-from lethe.objectives.distributions import cross_entropy, kl
+from lethe.objectives.losses import cross_entropy, kl, squared_distance
 
 BATCH, SEQ, HIDDEN, VOCAB = 3, 7, 5, 11
 LENGTHS = [7, 4, 2]

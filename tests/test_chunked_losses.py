@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lethe.models.activations import capture, final_hidden, input_of
-from lethe.objectives import chunks, distributions
-from lethe.objectives.chunks import head_of
-from lethe.objectives.distributions import (
+from lethe.objectives import losses
+from lethe.objectives.losses import (
     chunked_cross_entropy,
     chunked_kl,
     chunked_log_likelihood,
     cross_entropy,
+    head_of,
     kl,
     log_likelihood,
 )
@@ -31,11 +31,11 @@ ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequen
 @pytest.fixture
 def tiny_chunks(monkeypatch):
     """Chunks of at most three tokens, worked on two at a time, panels of four words."""
-    monkeypatch.setattr(distributions, "PLAIN", 1)
-    monkeypatch.setattr(chunks, "LEAST", 1)
-    monkeypatch.setattr(chunks, "CHUNK", 3)
-    monkeypatch.setattr(chunks, "PANEL", 4 * HIDDEN)
-    monkeypatch.setattr(chunks, "SLICE", 2 * WORDS)
+    monkeypatch.setattr(losses, "PLAIN", 1)
+    monkeypatch.setattr(losses, "LEAST", 1)
+    monkeypatch.setattr(losses, "CHUNK", 3)
+    monkeypatch.setattr(losses, "PANEL", 4 * HIDDEN)
+    monkeypatch.setattr(losses, "SLICE", 2 * WORDS)
 
 
 class Problem:
@@ -95,7 +95,7 @@ def test_values_and_gradients_are_the_plain_formulas(tiny_chunks, kind, bias, tr
 
 @pytest.mark.parametrize(("bias", "trained"), [(True, True), (False, False)])
 def test_log_likelihoods_of_documents_and_their_gradients_are_the_plain_formulas(tiny_chunks, bias, trained, monkeypatch):
-    monkeypatch.setattr(distributions, "CHUNK", 3)
+    monkeypatch.setattr(losses, "CHUNK", 3)
     problem = Problem(bias=bias, trained=trained)
     weights = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)  # a loss that is no mean over tokens
     wanted = [x for x in (problem.hidden, *problem.head.parameters()) if x.requires_grad]
@@ -150,8 +150,8 @@ def test_teacher_gets_no_gradient(tiny_chunks):
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("kind", ["kl", "ce"])
 def test_rounding_in_float32_is_no_worse_than_the_plain_formulas(kind, trained, monkeypatch):
-    monkeypatch.setattr(distributions, "PLAIN", 1)
-    monkeypatch.setattr(chunks, "LEAST", 1)
+    monkeypatch.setattr(losses, "PLAIN", 1)
+    monkeypatch.setattr(losses, "LEAST", 1)
     problem = Problem(dtype=torch.float32, trained=trained, words=2000, scale=1.0)
     exact = problem.to(torch.float64).gradients(kind, "plain")
     plain, ours = (problem.gradients(kind, how) for how in ("plain", "chunked"))
@@ -233,7 +233,7 @@ def test_without_gradients_the_loss_is_the_same(tiny_chunks):
 
 def test_few_tokens_go_the_plain_way(monkeypatch):
     """As it is quicker there: by default as long as all the logits are no more than a chunk's."""
-    monkeypatch.setattr(distributions, "sum_over_tokens", lambda *args: pytest.fail("chunked"))
+    monkeypatch.setattr(losses, "sum_over_tokens", lambda *args: pytest.fail("chunked"))
     problem = Problem()
     assert torch.equal(problem.loss("kl", "chunked"), problem.loss("kl", "plain"))
     assert torch.equal(problem.loss("ce", "chunked"), problem.loss("ce", "plain"))
@@ -288,8 +288,8 @@ IDS = torch.randint(3, 250, (BATCH, SEQ), generator=torch.Generator().manual_see
 @pytest.mark.parametrize("lora", [False, True])
 def test_training_gradients_are_those_of_the_models_own_logits(architecture, lora, make_model, tmp_path, monkeypatch):
     """Full-rank (GPT-2's head is tied to its embedding) and with adapters, against full forward passes of both models."""
-    monkeypatch.setattr(distributions, "PLAIN", 1)
-    monkeypatch.setattr(chunks, "LEAST", 1)
+    monkeypatch.setattr(losses, "PLAIN", 1)
+    monkeypatch.setattr(losses, "LEAST", 1)
     model, reference = (load(make_model(architecture, tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     if lora:
         from lethe.config import LoraSettings
@@ -316,8 +316,8 @@ def test_training_gradients_are_those_of_the_models_own_logits(architecture, lor
 
 
 def test_forget_kl_and_cross_entropy_are_those_of_the_models_own_logits(architecture, make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributions, "PLAIN", 1)
-    monkeypatch.setattr(chunks, "LEAST", 1)
+    monkeypatch.setattr(losses, "PLAIN", 1)
+    monkeypatch.setattr(losses, "LEAST", 1)
     model, source = (load(make_model(architecture, tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     head, source_head = head_of(model), head_of(source)
     hidden, source_hidden = final_hidden(model, head, IDS), final_hidden(source, source_head, IDS)

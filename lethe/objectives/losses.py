@@ -1,0 +1,281 @@
+"""The losses that methods are made of: on activations, and on next-token distributions.
+
+Each loss is a plain function of activations or logits. Beside a loss on distributions stands its chunked form, which takes the
+final hidden states and the output head and never holds the logits of all tokens. Their values are the same. `tokens` is the
+number of tokens of the whole optimizer update that a loss is averaged over, where the batch is one of several that are
+accumulated. By default it is the batch's own.
+
+The chunked forms work on so many tokens at a time:
+
+    z = W h + b,   loss = Σ_t ℓ(z_t) / tokens,   g = ∂ℓ/∂z,   ∂loss/∂h_t = Wᵀ g_t / tokens,   ∂loss/∂W = Σ_t g_t h_tᵀ / tokens
+
+For each chunk the logits are made, the loss is added up, and so are its gradients, which are known up to a factor as soon as
+the logits are. Padding is not computed. After the fused linear cross-entropy of Liger Kernel, https://arxiv.org/abs/2410.10989.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy as torch_cross_entropy
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+Activations = dict[int, Float[Tensor, "batch seq hidden"]]
+CHUNK = 128
+"""Tokens of a chunk, or a sixth of all tokens if that is less. With fewer, matmuls with a large vocabulary lose speed."""
+PANEL = 2**20
+"""Weights of the output head that one matmul takes: faster than all at once with few tokens, and in less memory."""
+PLAIN = 2**21
+"""Up to so many logits, the plain form of a loss is used, which is faster there."""
+LEAST = 2**18
+"""Logits that a chunk may have even if it is then more than `CHUNK` tokens."""
+SLICE = 2**17
+"""Logits that the softmax works on at one time on a CPU: few enough to stay in a core's cache."""
+
+Target = Callable[[slice], Tensor]
+"""What the loss compares some tokens with, [tokens, …]: a teacher's logits, or the token ids that follow."""
+Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(target, log-probabilities) of some tokens -> (their losses, ∂ loss / ∂ logits); may write into the log-probabilities."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in a type that reductions can be taken in: float32, or float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """The model's output head, if its logits are the head's output for the final hidden state and nothing else.
+
+    None where they are not (capped or scaled logits, an adapter on the head): the losses then need the model's own
+    logits. Found on a probe of four tokens, with the head's output enlarged so that a cap shows.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear:
+        return None
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def enlarge(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        calls.append((args[0], output))
+        return 64 * output
+
+    handle = head.register_forward_hook(enlarge)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            logits = model(input_ids=torch.arange(4, device=head.weight.device)[None], use_cache=False).logits
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        return None
+    hidden, output = calls[0]
+    plain = torch.equal(output, linear(hidden, head.weight, head.bias)) and torch.equal(logits, (64 * output).to(logits))
+    return head if plain else None
+
+
+def squared_distance(
+    student: Activations,
+    target: Activations,
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+    variance: dict[int, float] | None = None,
+) -> Tensor:
+    """Squared distance of activations from their target: `cb_loss`, and the retain loss `mse`.
+
+        mean over layers, non-padding tokens and dimensions of (h − a)²
+
+    `target` holds a by layer: the source's mapped activation W c + b, or the reference's. With `variance`, each layer's
+    distance is divided by the variance of its target. Computed in at least float32. `tokens` is the number of non-padding
+    tokens of the
+    whole optimizer update, where the batch is one of several that are accumulated; by default it is the batch's own.
+    """
+    count = mask.sum() if tokens is None else tokens
+    layers = [((wide(student[layer]) - wide(target[layer])).square().mean(-1) * mask).sum() for layer in student]
+    if variance is not None:
+        layers = [total / variance[layer] for layer, total in zip(student, layers, strict=True)]
+    return sum(layers, start=mask.new_zeros((), dtype=layers[0].dtype)) / (len(layers) * count)
+
+
+def kl(
+    logits: Float[Tensor, "batch seq vocab"],
+    teacher_logits: Float[Tensor, "batch seq vocab"],
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """KL(teacher ‖ model) of next-token distributions in nats, averaged over non-padding tokens, in at least float32."""
+    count = mask.sum() if tokens is None else tokens
+    log_q = wide(logits).log_softmax(-1)
+    log_p = wide(teacher_logits).log_softmax(-1)
+    return ((log_p.exp() * (log_p - log_q)).sum(-1) * mask).sum() / count
+
+
+def chunked_kl(
+    hidden: Float[Tensor, "batch seq hidden"],
+    head: nn.Linear,
+    teacher_hidden: Float[Tensor, "batch seq teacher"],
+    teacher_head: nn.Linear,
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """`kl` from the inputs of the two output heads. The model's head gets a gradient unless it is frozen, the teacher none.
+
+    A teacher's hidden states may come from a cache, in any type. What they are where `mask` is 0 does not matter.
+    """
+    teacher_hidden = teacher_hidden.detach().to(teacher_head.weight.dtype)
+    if mask.numel() * len(head.weight) <= PLAIN:
+        return kl(head(hidden), teacher_head(teacher_hidden).detach(), mask, tokens)
+    keep = mask.bool()
+    teacher = teacher_hidden[keep]
+
+    def target(tokens: slice) -> Tensor:
+        return logits_of(teacher[tokens], teacher_head.weight, teacher_head.bias)
+
+    return sum_over_tokens(hidden[keep], head, target, _kl) / (mask.sum() if tokens is None else tokens)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch seq vocab"],
+    input_ids: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """Cross-entropy of the next token in nats, averaged over the tokens that have one before them."""
+    count = mask[:, 1:].sum() if tokens is None else tokens
+    loss = torch_cross_entropy(wide(logits[:, :-1]).transpose(1, 2), input_ids[:, 1:], reduction="none")
+    return (loss * mask[:, 1:]).sum() / count
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "batch seq hidden"],
+    head: nn.Linear,
+    input_ids: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """`cross_entropy` from the inputs of the output head."""
+    if mask.numel() * len(head.weight) <= PLAIN:
+        return cross_entropy(head(hidden), input_ids, mask, tokens)
+    keep = mask[:, 1:].bool()
+    following = input_ids[:, 1:][keep][:, None]
+    return sum_over_tokens(hidden[:, :-1][keep], head, following.__getitem__, _cross_entropy) / (
+        keep.sum() if tokens is None else tokens
+    )
+
+
+def log_likelihood(
+    logits: Float[Tensor, "batch seq vocab"], input_ids: Int[Tensor, "batch seq"], mask: Int[Tensor, "batch seq"]
+) -> Float[Tensor, " batch"]:
+    """Log-likelihood of each document in nats: the sum over its tokens that have one before them."""
+    loss = torch_cross_entropy(wide(logits[:, :-1]).transpose(1, 2), input_ids[:, 1:], reduction="none")
+    return -(loss * mask[:, 1:]).sum(-1)
+
+
+def chunked_log_likelihood(
+    hidden: Float[Tensor, "batch seq hidden"],
+    head: nn.Linear,
+    input_ids: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+) -> Float[Tensor, " batch"]:
+    """`log_likelihood` from the inputs of the output head. The backward pass makes the logits of each chunk again."""
+    keep = mask[:, 1:].bool()
+    states, following = hidden[:, :-1][keep].to(head.weight.dtype), input_ids[:, 1:][keep]
+
+    def losses(states: Tensor, following: Tensor) -> Tensor:
+        return torch_cross_entropy(wide(head(states)), following, reduction="none")
+
+    parts = [checkpoint(losses, states[part], following[part], use_reentrant=False) for part in slices(len(states), CHUNK)]
+    found = wide(hidden.new_zeros(keep.shape))
+    return -found.masked_scatter(keep, torch.cat(parts)).sum(-1) if parts else -found.sum(-1)
+
+
+def sum_over_tokens(hidden: Tensor, head: nn.Linear, target_of: Target, compare: Compare) -> Tensor:
+    """Σ of the tokens' losses, [] in at least float32; `hidden` is [tokens, hidden]."""
+    inputs = hidden, head.weight, head.bias
+    if not torch.is_grad_enabled():
+        inputs = tuple(x if x is None else x.detach() for x in inputs)  # type: ignore[assignment]
+    return _Chunked.apply(*inputs, target_of, compare)
+
+
+class _Chunked(torch.autograd.Function):
+    """Σ of the tokens' losses, its gradients found on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_of: Target, compare: Compare) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.rest = target_of, compare, ctx.needs_input_grad[:3]
+        loss, ctx.gradients = _walk(hidden, weight, bias, *ctx.rest)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        # Scaled in place and given away: a head's gradient is too large to be held twice. Another backward pass through
+        # the same graph, which is rare, computes them anew.
+        gradients = ctx.gradients or _walk(*ctx.saved_tensors, *ctx.rest)[1]
+        ctx.gradients = None
+        return *(g if g is None else g.mul_(factor) for g in gradients), None, None
+
+
+def _walk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_of: Target, compare: Compare, needed: tuple[bool, ...]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Σ of the tokens' losses, and its gradients with respect to hidden states, weight and bias where needed."""
+    count, vocabulary = len(hidden), len(weight)
+    losses = wide(hidden.new_empty(count))
+    of_hidden = torch.empty_like(hidden) if needed[0] else None
+    of_weight = torch.zeros_like(weight, dtype=losses.dtype) if needed[1] else None
+    of_bias = torch.zeros_like(bias, dtype=losses.dtype) if needed[2] else None  # type: ignore[arg-type]
+    for chunk in slices(count, max(LEAST // vocabulary, min(CHUNK, -(-count // 6)))):
+        logits, target = logits_of(hidden[chunk], weight, bias), target_of(chunk)
+        for part in slices(len(logits), SLICE // vocabulary if logits.device.type == "cpu" else len(logits)):
+            log_q = wide(logits[part]).log_softmax(-1)
+            losses[chunk][part], logits[part] = compare(target[part], log_q)
+        if of_hidden is not None:
+            torch.mm(logits, weight, out=of_hidden[chunk])
+        if of_weight is not None:
+            _add_matmul(of_weight, logits.T, hidden[chunk])
+        if of_bias is not None:
+            of_bias += wide(logits).sum(0)
+        del logits, target  # before those of the next chunk are made
+    gradients = of_hidden, of_weight, of_bias
+    return losses.sum(), [g if g is None else g.to(hidden.dtype) for g in gradients]
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W h + b of some tokens, one panel of W after the other."""
+    logits = hidden.new_empty(len(hidden), len(weight))
+    bias = weight.new_zeros(len(weight)) if bias is None else bias  # with a bias, libraries spread few rows better over cores
+    for panel in slices(len(weight), PANEL // weight.shape[1]):
+        torch.addmm(bias[panel], hidden, weight[panel].T, out=logits[:, panel])
+    return logits
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:  # of half precision: summed in float32 over the chunks
+        total += a @ b
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """The numbers from 0 to `count` in slices of `size`."""
+    size = max(1, size)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _kl(logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ p (log p − log q), and its gradient q − p."""
+    log_p = wide(logits).log_softmax(-1)
+    p = log_p.exp()
+    losses = log_p.sub_(log_q).mul_(p).sum(-1)
+    return losses, log_q.exp_().sub_(p)
+
+
+def _cross_entropy(following: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """− log q(token), and its gradient q − 1(token)."""
+    losses = -log_q.gather(-1, following).squeeze(-1)
+    return losses, log_q.exp_().scatter_add_(-1, following, -torch.ones_like(following, dtype=log_q.dtype))
