@@ -161,6 +161,6 @@ def test_a_lab_recipe_runs(lab, tmp_path, recipe):
     onset = f"lab:global_step{active_preset().onset}"
     given = from_recipe(Method, recipe).source
     assert given == f"lab:global_step{PRESETS['standard'].onset}" or not given
-    short = {"source": onset, "max_steps": 3, "epochs": 1, "warmup_steps": 0, "out": str(tmp_path)}
-    run = unlearn(from_recipe(Transfer, recipe, **short, eval=EvalSettings(["lab_forget_robust"], limit=8)))
+    short = {"max_steps": 3, "epochs": 1, "warmup_steps": 0, "out": str(tmp_path)} | ({"source": onset} if given else {})
+    run = unlearn(from_recipe(Method, recipe, **short, eval=EvalSettings(["lab_forget_robust"], limit=8)))
     assert run.status == "complete" and len(run.rows("metrics.jsonl")) == 3

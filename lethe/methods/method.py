@@ -1,12 +1,13 @@
 """What an unlearning method is: a dataclass with its settings, what its loss compares, and the loss.
 
-    lethe/methods/npo.py     class NPO(Method): settings as fields, needs(), loss()
+    lethe/methods/npo.py     class NPO(ForgetAndRetain): settings as fields, forget_need(), forget_loss()
 
 A method is found by the name of its file. Its fields come beside those that every method has (`UnlearnSettings`), flat in a
-recipe, on the command line and in Python. `needs()` decides which teachers are loaded, whether a source checkpoint or affine
-maps are required, and what the forward passes compute. `loss()` is written in terms of two views, one of the forget and one
-of the retain text in a batch (`lethe.unlearning.view.View`). Files here import torch only inside functions, so that help
-answers at once.
+recipe, on the command line and in Python. `Method` has two abstract functions. `needs()` decides which teachers are loaded,
+whether a source checkpoint or affine maps are required, and what the forward passes compute. `loss()` is written in terms of
+two views, one of the forget and one of the retain text in a batch (`lethe.unlearning.view.View`). `ForgetAndRetain` writes
+both functions from `forget_need()` and `forget_loss()`. Files here import torch only inside functions, so that help answers
+at once. docs/extending.md adds a method step by step.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ Losses = dict[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Need:
-    """What the loss reads on one text.
+    """What the loss reads on one text: `layers`, `logits`, or both.
 
     `teacher`: what the model is compared with; None: nothing, so that no teacher runs on this text. `layers`: activations of
     these layers, of the model and the teacher. `logits`: next-token distributions of both. `mapped`: the teacher's activations
-    go through the affine maps. `variance`: their distance is divided by the variance of the teacher's activations, by layer.
+    go through the affine maps, which the property `maps` of the method describes. `variance` (forget text only): their
+    distance is divided by the variance of the teacher's activations, by layer.
     """
 
     teacher: Literal["source", "reference"] | None = None
@@ -77,7 +79,10 @@ class Method(UnlearnSettings):
     """The unlearning method: the name of a file in lethe/methods."""
 
     scale: ClassVar[str | None] = None
-    """The setting that the forget loss is multiplied by, for which the plan proposes a value; None: there is none."""
+    """The setting that the forget loss is multiplied by, for which the plan proposes a value; None: it proposes none.
+
+    The proposal assumes a forget loss above 0 and a retain loss that is 0 at the start.
+    """
     by_document: ClassVar[tuple[str, ...]] = ()
     """Losses that are means over documents; all others are means over tokens."""
 
@@ -101,13 +106,17 @@ class Method(UnlearnSettings):
         )
 
     def needs(self) -> dict[str, Need]:
-        """By text, `forget` or `retain`, what the loss reads; a text that it does not read is left out."""
+        """By text, `forget` or `retain`, what the loss reads; a text that it does not read is left out.
+
+        `__post_init__` of this class calls it, before a subclass has checked its own settings.
+        """
         raise NotImplementedError
 
     def loss(self, forget: View, retain: View, progress: Progress) -> tuple[Tensor, Losses]:
-        """The loss of a batch, and its parts by name for the log. Names of losses on retain text begin with `retain_`.
+        """The loss to minimise of a batch, and its parts by name for the log.
 
-        A view of a text that is not in `needs()` must not be read. Values are averaged over the whole optimizer update.
+        Names of parts end with `_loss`; those of parts on retain text begin with `retain_`. A view of a text that is not in
+        `needs()` is None. Values are the batch's share of a mean over the whole optimizer update.
         """
         raise NotImplementedError
 
@@ -209,7 +218,10 @@ def all_fields() -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class ForgetAndRetain(Method):
-    """A method whose loss is the weighted sum of a forget loss, which its file defines, and of a usual retain loss."""
+    """A method whose loss is the weighted sum of a forget loss, which its file defines, and of a usual retain loss.
+
+    Subclasses write `forget_need` and `forget_loss`.
+    """
 
     remove_coef: float = 1.0
     """Weight of the forget loss (0: without it). Higher values forget more."""
@@ -234,11 +246,11 @@ class ForgetAndRetain(Method):
             raise LetheError("layers: retain_loss mse compares activations; name at least one layer, such as [0, 1, 2]")
 
     def forget_need(self) -> Need:
-        """What the forget loss reads."""
+        """What the forget loss reads. `Method.__post_init__` calls it, before a subclass has checked its own settings."""
         raise NotImplementedError
 
     def forget_loss(self, forget: View) -> tuple[Tensor, Losses]:
-        """The forget loss without its weight, and its parts by name for the log."""
+        """The forget loss to minimise, without remove_coef, and its parts by name for the log (names end with `_loss`)."""
         raise NotImplementedError
 
     def loss(self, forget: View, retain: View, progress: Progress) -> tuple[Tensor, Losses]:

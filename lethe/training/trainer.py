@@ -118,7 +118,7 @@ class RunTrainer(HfTrainer):
         super().log({k: v for k, v in row.items() if isinstance(v, float | int)}, start_time)
 
     def _look_for_divergence(self, step: int, loss: float) -> None:
-        """Mark the run as diverged if the loss is not a number, or above `divergence_factor` · the mean of the first losses."""
+        """Mark the run as diverged if the loss is not a number, or above `divergence_factor` · |mean of the first losses|."""
         if len(self._first_losses) < FIRST_UPDATES:
             self._first_losses.append(loss)
         mean = math.fsum(self._first_losses) / len(self._first_losses)
@@ -126,7 +126,7 @@ class RunTrainer(HfTrainer):
         if facts and facts["step"] == step:  # found by this step's evaluation, which Trainer runs before it logs
             self.run.update(divergence={"first_loss": self._first_losses[0], "loss": loss})
         factor = self.config.divergence_factor
-        high = factor > 0 and step > FIRST_UPDATES and loss > factor * mean
+        high = factor > 0 and step > FIRST_UPDATES and loss > factor * abs(mean)
         if not high and math.isfinite(loss):
             return
         if not self.run.diverged:

@@ -159,7 +159,7 @@ def _moved(model: nn.Module, loss: float) -> Iterator[None]:
     slope = sum(float(p.grad.norm(1, dtype=torch.float32)) for p in moving)
     with torch.no_grad():
         for parameter in moving if slope else ():
-            parameter.sub_(parameter.grad.sign(), alpha=DROP * loss / slope)
+            parameter.sub_(parameter.grad.sign(), alpha=DROP * abs(loss) / slope)
     try:
         yield
     finally:

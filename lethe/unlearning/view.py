@@ -6,6 +6,9 @@ its weights would compare the model with itself, and the retain loss would be 0 
 
 A `View` owns the mask, the counts of the whole optimizer update that means are taken over, and the choice between the plain
 and the chunked form of a loss (`lethe.objectives.losses`). The teacher runs, or its cache is read, when a loss first needs it.
+
+A method's loss uses only the public functions of `View`, because `Silent`, which measures a loss without one text, has no
+states. Each function says which fields of `Need` it reads.
 """
 
 from __future__ import annotations
@@ -96,11 +99,14 @@ class View:
         return self.teacher.states(self.input_ids, self.index)
 
     def distance(self) -> Tensor:
-        """Mean over layers, tokens and dimensions of (h − a)², a the teacher's activation; over a's variance if it is known."""
+        """Mean over layers, tokens and dimensions of (h − a)², a the teacher's activation; over a's variance if it is known.
+
+        Needs `teacher` and `layers`.
+        """
         return losses.squared_distance(self.states.activations, self.target.activations, self.mask, self.tokens, self.variance)
 
     def kl(self) -> Tensor:
-        """KL(teacher ‖ model) of next-token distributions, a mean over tokens."""
+        """KL(teacher ‖ model) of next-token distributions, a mean over tokens. Needs `teacher` and `logits`."""
         ours, theirs = self._output, self.target.output
         assert self.teacher is not None and theirs is not None
         if self.head is None or self.teacher.head is None:
@@ -108,19 +114,19 @@ class View:
         return losses.chunked_kl(ours, self.head, theirs, self.teacher.head, self.mask, self.tokens)
 
     def cross_entropy(self) -> Tensor:
-        """Cross-entropy of the text's own next tokens, a mean over the tokens that have one before them."""
+        """Cross-entropy of the text's own next tokens, a mean over the tokens that have one before them. Needs `logits`."""
         tokens = self.tokens - self.documents
         if self.head is None:
             return losses.cross_entropy(self._output, self.input_ids, self.mask, tokens)
         return losses.chunked_cross_entropy(self._output, self.head, self.input_ids, self.mask, tokens)
 
     def log_likelihood(self) -> Float[Tensor, " batch"]:
-        """The model's log-likelihood of each document, the sum over its tokens."""
+        """The model's log-likelihood of each document, the sum over its tokens that have one before them. Needs `logits`."""
         return self._log_likelihood(self._output, self.head)
 
     @torch.no_grad()
     def teacher_log_likelihood(self) -> Float[Tensor, " batch"]:
-        """The teacher's log-likelihood of each document; it has no gradient."""
+        """The teacher's log-likelihood of each document; it has no gradient. Needs `teacher` and `logits`."""
         assert self.teacher is not None and self.target.output is not None
         return self._log_likelihood(self.target.output, self.teacher.head)
 
