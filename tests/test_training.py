@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from lethe import Transfer
-from lethe.config import EvalSettings
+from lethe.config import EvalSettings, TamperConfig
 from lethe.lab.presets import active_preset
 from lethe.models.activations import blocks
-from lethe.training import hf_trainer
+from lethe.runs.run import Run
+from lethe.training import hf_trainer, trainer
 from lethe.unlearning.pipeline import unlearn
 
 
@@ -41,3 +44,12 @@ def test_a_run_keeps_to_one_device_where_several_are_in_sight(lab, tmp_path, mon
     run = unlearn(config)
     assert run.status == "complete"
     assert [len(row["forget"]) for row in run.rows("batches.jsonl")] == [4, 4]
+
+
+@pytest.mark.parametrize(("loss", "diverged"), [(-3.0, False), (90.0, False), (150.0, True), (float("nan"), True)])
+def test_a_loss_below_zero_diverges_only_when_it_is_far_above(tmp_path, loss, diverged):
+    run = trainer.RunTrainer.__new__(trainer.RunTrainer)
+    run.run, run.config = Run.create("unlearn", "below-zero", {}, tmp_path), TamperConfig(model="m")
+    run._first_losses, run.control = [-1.0] * 20, SimpleNamespace(should_training_stop=False)
+    run._look_for_divergence(21, loss)
+    assert run.run.diverged == diverged == run.control.should_training_stop

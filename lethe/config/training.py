@@ -104,7 +104,7 @@ class TrainingSettings:
     save_every: int = 100
     """Updates between two saves, from which an interrupted run is resumed (0: save at the end only)."""
     divergence_factor: float = 100.0
-    """The run has diverged once its loss is above this many times the size of its first 20 losses' mean (0: only if it is NaN)."""
+    """A run has diverged once its loss is above this many times the absolute mean of its first 20 (0: only if it is NaN)."""
     on_divergence: Literal["stop", "finish"] = "stop"
     """stop: a diverged run ends with the weights of its last save; finish: it trains on. It stays `diverged` either way."""
     time_limit: float = 0.0
