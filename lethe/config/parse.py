@@ -51,7 +51,7 @@ def parse(command: str, config: type, words: list[str], example: str, positional
         raise SystemExit(0)
     known = fields_of(config)
     if unknown := [name for name, _ in settings if name not in {*known, *ANSWERED}]:
-        raise LetheError(f"there is no setting '--{unknown[0]}'{_advice(unknown[0], known)}")
+        raise LetheError(f"there is no setting '--{unknown[0]}'{_advice(unknown[0], known, config)}")
     parts = [
         found.get(i) or (None, _nested(name, _value(name, known[name], values)))
         for i, (name, values) in enumerate(settings)
@@ -241,7 +241,7 @@ def _combined(config: type, parts: Iterable[Part]) -> Any:
         for name in _dotted(content, known):
             if name not in known:
                 what = f"config: '{recipe}' has an unknown field '{name}'" if recipe else f"there is no setting '{name}'"
-                raise LetheError(f"{what}{_advice(name, known)}")
+                raise LetheError(f"{what}{_advice(name, known, config)}")
         _merge(made, content, known)
     return _object(config, made)
 
@@ -291,10 +291,12 @@ def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _advice(name: str, known: dict[str, Any]) -> str:
-    """What to write instead of an unknown setting: its new name, the field of which it is the last part, or the nearest one."""
+def _advice(name: str, known: dict[str, Any], config: Any) -> str:
+    """What to write instead of an unknown setting: its new name, the method that has it, or the nearest setting."""
     if new := renamed.advice(name):
         return f"; {new}"
+    if hasattr(config, "elsewhere") and (owner := config.elsewhere(name)):
+        return f"; it is a setting of method {owner}"
     for full in known:
         if full.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]:
             return f"; did you mean '{full}'?"

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-RENAMED: dict[str, str] = {"kept_threshold": "retained_threshold", "prune": "stop_early", "forget_loss": "method"}
+RENAMED: dict[str, str] = {"kept_threshold": "retained_threshold", "prune": "stop_early"}
 """Old name of a setting -> its new name."""
 
 RENAMED_VALUES: dict[tuple[str, str], str] = {("find", "keeps"): "find: retained", ("packing", "blocks"): "packing: packed"}
@@ -16,6 +16,8 @@ RENAMED_VALUES: dict[tuple[str, str], str] = {("find", "keeps"): "find: retained
 def advice(name: str, value: object = None) -> str | None:
     """What to write in place of an old setting or value, as part of a message; None for one that is not old."""
     last = name.rsplit(".", 1)[-1]
+    if last == "forget_loss":
+        return "write method: transfer or method: distill now; in place of both: method: transfer with forget_kl_coef: 1"
     if last in RENAMED:
         return f"it is called {RENAMED[last]} now"
     if isinstance(value, str) and (last, value) in RENAMED_VALUES:

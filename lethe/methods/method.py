@@ -170,6 +170,11 @@ class Method(UnlearnSettings):
         return cls if cls is not Method else named(given.get("method") or DEFAULT)
 
     @classmethod
+    def elsewhere(cls, setting: str) -> str | None:
+        """The first other method that has a setting of this name; None if no method has it."""
+        return next((name for name in names() if setting in fields_of(named(name))), None)
+
+    @classmethod
     def of_record(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a run's record under the names of today. Before 0.2.0 a recipe had `forget_loss` and no method."""
         settings = dict(given)
