@@ -107,7 +107,7 @@ def _run(words: list[str]) -> None:
 
 def _parsed(name: str, words: list[str]) -> Any:
     this = COMMANDS[name]
-    trust = f".    {TRUST} true lets task folders run the Python that they name: read it first." if this.runs_tasks else ""
+    trust = f".    {TRUST} true lets task folders run their Python code: read that code first." if this.runs_tasks else ""
     return parse(name, this.config, words, this.example + trust, this.positional, this.about)
 
 
@@ -122,9 +122,9 @@ def _ending(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, PermissionError):
-        return 2, f"'{printable(error.filename, 300)}': no permission; ask whoever it belongs to"
+        return 2, f"'{printable(error.filename, 300)}': no permission; ask its owner"
     if full_disk(error):
-        return 2, f"a disk is full ({printable(error)}); make room and give the command again"
+        return 2, f"a disk is full ({printable(error)}); make room and run the command again"
     raise error
 
 
@@ -192,7 +192,7 @@ def _demo(settings: c.DemoConfig, as_json: bool) -> None:
 
 @command("lab build", "lethe lab build")
 def _lab_build(settings: c.LabConfig, as_json: bool) -> None:
-    """Build the lab, a tiny family of pretrained models, once on a machine (LETHE_LAB=nano: a small one)."""
+    """Build the lab, a tiny family of pretrained models, once per machine (LETHE_LAB=nano: a smaller one)."""
     from lethe.evaluation.lab import build_lab
 
     build_lab(bar)
@@ -251,7 +251,7 @@ def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
 
 @command("check", "lethe check --config lab", runs_tasks=True)
 def _check(settings: Method, as_json: bool) -> None:
-    """Show what `lethe unlearn` would do: the plan of the run, or why it cannot work. Nothing is trained or left behind."""
+    """Show the plan of a `lethe unlearn` run, or why it cannot work. No model is trained and no run is created."""
     from lethe.report.tables import plan_table
     from lethe.unlearning.pipeline import inspect
 
@@ -352,10 +352,10 @@ def _runs(settings: c.RunsConfig, as_json: bool) -> None:
     from lethe.report import runs_list
 
     if as_json and settings.watch:
-        raise LetheError("watch: has no effect on an answer in JSON; leave one of them out")
+        raise LetheError("watch: has no effect with --json; leave one of them out")
     if as_json:
         lines = [json.dumps(runs_list.as_data(run, settings.columns), default=str) for run in runs_list.chosen(settings)]
-        print("[" + ",\n".join(lines) + "]")  # a run a line: indenting thousands of records takes seconds
+        print("[" + ",\n".join(lines) + "]")  # one run per line: indenting thousands of records takes seconds
     elif settings.watch:
         runs_list.watch(settings, _print)
     else:

@@ -110,7 +110,7 @@ class _Steps:
         done = [run for run in same if _weights_unchanged(run)]
         run = done[-1] if done else function(config)
         if done:
-            console.print(f"already there: {printable(run.path)}", markup=False)
+            console.print(f"already complete: {printable(run.path)}", markup=False)
         if run.status != "complete":
             raise LetheError(f"demo: the step '{title}' is {run.status} ({run.record['reason']}); see {run.path / 'log.txt'}")
         self.runs.append(run)

@@ -146,10 +146,10 @@ def refuse_run_folder(out: str | Path) -> None:
         LetheError: the folder is a run, or cannot be written.
     """
     if not str(out).strip():
-        raise LetheError("out: names no folder; give one, or . for this one")
+        raise LetheError("out: names no folder; give one, or . for the current one")
     try:
         if (Path(out) / RUN).exists():
-            raise LetheError(f"out: '{out}' already holds a run; give the folder that runs are to be put in")
+            raise LetheError(f"out: '{out}' already holds a run; give a folder to write runs to")
         if Path(out).exists() and not Path(out).is_dir():
             raise LetheError(f"out: '{out}' is a file; give a folder")
         above = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
@@ -169,7 +169,7 @@ def refuse_name(name: str) -> None:
     """
     longest = LONGEST_NAME - len("checkpoints--01234567")
     if name.strip() in {"", ".", ".."}:
-        raise LetheError(f"name: '{name}' is no name; give the run one with letters")
+        raise LetheError(f"name: '{name}' is not a name; use letters or digits")
     if printable(name) != name:
         raise LetheError(f"name: '{printable(name, 80)}' has control characters; leave them out")
     if len(slug(name).encode()) > longest:
@@ -199,7 +199,7 @@ def refuse_links(folder: Path) -> None:
                 optunas = path.name == f"{JOURNAL}.lock"  # Optuna's lock is a link
                 if not optunas and not path.resolve().is_relative_to(inside):
                     raise LetheError(
-                        f"run: '{path}' is a link to '{path.readlink()}', out of the run's folder; put the file there"
+                        f"run: '{path}' links to '{path.readlink()}', outside the run's folder; copy the file there"
                     )
             elif not path.is_file() and not path.is_dir():
-                raise LetheError(f"run: '{path}' is no file that a run has written; remove it")
+                raise LetheError(f"run: '{path}' is not a regular file; remove it")

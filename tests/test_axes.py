@@ -94,7 +94,7 @@ def test_runs_have_equal_keys_if_their_numbers_must_be_equal():
     ("vary", "words"),
     [
         ({"retian_coef": [1]}, "retain_coef"),
-        ({"seed": [0, 1]}, "seeds repeats every setting"),
+        ({"seed": [0, 1]}, "give seeds instead"),
         ({"retain_coef": []}, "retain_coef"),
         ({"retain_coef": [1, 1.0, 1]}, "twice"),
         ({"retain_coef": 5}, "must be a list"),
@@ -104,7 +104,7 @@ def test_runs_have_equal_keys_if_their_numbers_must_be_equal():
         ({"retain_coef": {"lo": 1, "high": 2}}, "did you mean 'low'"),
         ({"retain_coef": {"values": [1], "low": 1}}, "either a list of values, or low and high"),
         ({"retain_coef": {"values": [1], "when": {"optimiser": "adamw"}}}, "optimizer"),
-        ({"tamper.lr": [1e-3]}, "this sweep has none"),
+        ({"tamper.lr": [1e-3]}, "this sweep has no attack"),
         ({"lr": {"low": 1, "high": 2, "steps": 100_000_000}}, "100000000 steps, at most 1000"),
         ({"lr / retain_coef / remove_coef": [1]}, "divides twice"),
         ({"retain_coef": [1], "retain_coef / remove_coef": [2]}, "twice"),

@@ -179,7 +179,7 @@ def test_a_boundary_is_bracketed_where_the_regimes_change(made_up, tmp_path):
 def test_an_axis_that_does_not_reach_both_is_not_bracketed_and_names_the_next(made_up, tmp_path):
     run = sweep(config(tmp_path, kind="boundary", vary={"lr": {"low": 1e-4, "high": 2e-3}}))
     said = " ".join(run.record["conclusions"])
-    assert "Not bracketed" in said and "Try another one: max_steps" in said
+    assert "Not bracketed" in said and "Try another axis: max_steps" in said
     assert len(run.record["trials"]) == 3
 
 

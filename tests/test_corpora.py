@@ -116,8 +116,8 @@ def test_a_bad_line_among_good_ones_is_named(tmp_path, line, words):
     [
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "UTF-8"),
         ("a.txt", b"caf\xe9\n", "UTF-8"),
-        *((name, content, "is empty") for name in ("a.jsonl", "a.txt") for content in (b"", b"\n\n", b"   \n")),
-        ("a.jsonl", b'{"text": " "}\n{"text": ""}\n', "is empty"),
+        *((name, content, "no document with text") for name in ("a.jsonl", "a.txt") for content in (b"", b"\n\n", b"   \n")),
+        ("a.jsonl", b'{"text": " "}\n{"text": ""}\n', "no document with text"),
         ("a.csv", b"text\nx\n", "give a .jsonl, .parquet or .txt file"),
         ("a.parquet", b"PAR1 this is not parquet PAR1", "cannot be read as parquet"),
     ],
@@ -160,7 +160,7 @@ def test_front_and_back_are_disjoint(tmp_path):
     front, back = corpora.take(documents, 6, "front"), corpora.take(documents, 4, "back")
     assert front + back == documents
     assert corpora.take(documents, 0, "front") == corpora.take(documents, 0, "back") == documents
-    with pytest.raises(LetheError, match="forget text has 10 documents, 11 are asked for"):
+    with pytest.raises(LetheError, match="forget text has 10 documents, 11 are requested"):
         corpora.take(documents, 11, "back", "forget text")
     assert corpora.take(documents, None, "back", most=4) == back
     assert corpora.take(documents, None, "front", most=11) == documents

@@ -28,9 +28,9 @@ CONFIGS = [
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("", "is no name"),
-        ("  ", "is no name"),
-        ("..", "is no name"),
+        ("", "is not a name"),
+        ("  ", "is not a name"),
+        ("..", "is not a name"),
         ("a\x1b[31mb", "has control characters"),
         ("a\nb", "has control characters"),
         ("a\u202eb", "has control characters"),
@@ -112,4 +112,4 @@ def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("lethe.report.runs_list.find_runs", denied)
     assert main(["runs", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "lethe: 'adapter\\n.safetensors': no permission; ask whoever it belongs to\n"
+    assert capsys.readouterr().err == "lethe: 'adapter\\n.safetensors': no permission; ask its owner\n"

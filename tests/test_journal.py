@@ -63,7 +63,7 @@ def test_any_other_damage_is_refused_with_its_line(journal, line):
     lines = journal.read_text().splitlines()
     damaged = "\n".join([lines[0], line, *lines[1:]]) + "\n"
     journal.write_text(damaged)
-    with pytest.raises(LetheError, match="is damaged in line 2; put back a copy of it, or start a new sweep"):
+    with pytest.raises(LetheError, match="is damaged in line 2; restore it from a backup, or start a new sweep"):
         names(journal)
     assert journal.read_text() == damaged
 

@@ -222,7 +222,7 @@ def test_find_run_by_id_by_part_and_by_folder(tmp_path, monkeypatch):
 
 def test_find_run_refuses_what_fits_several_or_none(tmp_path):
     runs = [Run.create("unlearn", "same", {}, tmp_path) for _ in range(2)]
-    with pytest.raises(LetheError, match=r"fits 2 runs.*give the whole id") as caught:
+    with pytest.raises(LetheError, match=r"matches 2 runs.*give the whole id") as caught:
         find_run("same", tmp_path)
     assert all(run.path.name in str(caught.value) for run in runs)
     for name, said in (("ffff", "run:ffff is not in"), ("", "names no run")):

@@ -82,7 +82,7 @@ def test_what_looks_like_a_table_and_is_none_is_named(take) -> None:
     made = take(TABLE + "\n| 13 | 7 | 0.7 | 42% |\n\n| Job ID | MMLU |\n|---|\n| 14 | 43% |\n")
     assert jobs(made.new) == ["11", "12"]
     assert [(s["line"], s["columns"][0]) for s in made.skipped] == [(6, "13"), (8, "Job ID")]
-    assert "markdown sees no rows" in made.text()
+    assert "markdown reads no table" in made.text()
 
 
 def test_a_number_is_not_read_from_the_middle_of_another(take) -> None:

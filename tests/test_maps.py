@@ -116,7 +116,7 @@ def test_record_says_what_the_maps_belong_to(world, fitted):
         ({"text": "lab:forget"}, {}, "never fitted on forget text"),
         ({"text": TextSource("lab:forget")}, {}, "never fitted on forget text"),
         ({"layers": [4]}, {}, "out of range"),
-        ({"num_examples": 61}, {}, "60 documents, 61 are asked for"),
+        ({"num_examples": 61}, {}, "60 documents, 61 are requested"),
         ({"num_examples": 1}, {}, "too few"),
         ({"text": "nowhere.jsonl"}, {}, "no such file"),
         ({"max_length": 65}, {}, "max_length: 65 is beyond the window .* 64 tokens"),
@@ -253,7 +253,7 @@ def test_scores_are_of_documents_the_maps_were_not_fitted_on(monkeypatch, world,
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"num_examples": 7}, "6 documents, 7 are asked for"), ({"max_length": 65}, "max_length: 65 is beyond the window")],
+    [({"num_examples": 7}, "6 documents, 7 are requested"), ({"max_length": 65}, "max_length: 65 is beyond the window")],
 )
 def test_what_cannot_be_scored_is_refused(world, fitted, changes, message):
     """Six documents were held out: the maps were fitted on the seventh."""

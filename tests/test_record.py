@@ -114,7 +114,7 @@ def test_the_refusal_names_file_field_and_what_to_do(field, said, tmp_path):
     path = stored(tmp_path, "unlearn", edited(good, (name,), value))
     with pytest.raises(LetheError) as caught:
         Run.open(path)
-    assert all(part in str(caught.value) for part in ("run.json", said, "put back a copy"))
+    assert all(part in str(caught.value) for part in ("run.json", said, "restore it from a backup"))
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_an_artifact_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
     (run.path / "adapter").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(LetheError, match="adapter is a link to"):
         run.artifact("adapter")
-    with pytest.raises(LetheError, match=r"is a link to .*, out of the run's folder"):
+    with pytest.raises(LetheError, match=r"links to .*, outside the run's folder"):
         run.hold()
     (run.path / "adapter").unlink()
     shutil.copytree(tmp_path / "elsewhere", run.path / "adapter")

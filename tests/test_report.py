@@ -253,9 +253,9 @@ def test_what_somebody_else_wrote_or_changed_stays(study: Folder, tmp_path: Path
     (out / "charts" / "losses.svg").write_text("<svg>my words</svg>")
     made(single, out)
     assert [path.name for path in (out / "charts").iterdir()] == ["losses.svg"]
-    assert "losses.svg is not as a report has written it" in caplog.text
+    assert "losses.svg has changed since a report wrote it" in caplog.text
     (out / "tables.md").write_text("my tables")
-    with pytest.raises(LetheError, match=r"tables\.md that is not as a report has written it"):
+    with pytest.raises(LetheError, match=r"tables\.md that has changed since a report wrote it"):
         made(single, out)
     assert (out / "tables.md").read_text() == "my tables"
     (tmp_path / "site").mkdir()

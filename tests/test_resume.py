@@ -239,8 +239,8 @@ def test_a_save_that_is_not_whole_is_never_used(stopped, file, damage):
 @pytest.mark.parametrize(
     ("lost", "said"),
     [
-        ("step-8/optimizer.pt", "the newest whole save; 2 are done again"),
-        (".", "of 8 updates there is no whole save"),
+        ("step-8/optimizer.pt", "the newest complete save; 2 updates are repeated"),
+        (".", "there is no complete save of the 8 updates"),
     ],
 )
 def test_a_run_without_its_newest_save_resumes_from_the_one_before_or_begins_anew(stopped, undisturbed, lost, said):

@@ -53,11 +53,11 @@ def test_a_run_is_hopeless_only_when_two_were_better_in_both_beyond_the_interval
     [
         (["neither", "neither"], "raise lr"),
         (["both"], "lower lr, raise retain_coef"),
-        (["neither", "partial"], "a little less lr with more remove_coef"),
+        (["neither", "partial"], "lower lr a little and raise remove_coef"),
         (["neither", "both"], "between neither and both"),
         (["selective", "both"], "attack"),
         (["inverted"], "retain"),
-        ([], "nothing was measured"),
+        ([], "no run was measured"),
     ],
 )
 def test_advice_follows_the_rules_of_thumb(regimes, words):

@@ -108,7 +108,7 @@ def test_an_attack_that_draws_nothing_is_repeated_where_one_that_follows_it_draw
         ({"common": COMMON | {"seed": 3}}, "full: seed: has no effect in a suite; name the seeds"),
         ({"attacks": {"full": 5}}, "attacks: full: expected settings of `lethe tamper`, got 5"),
         ({"suite": "standard"}, "no effect beside attacks"),
-        ({"seeds": 1000, "models": [f"lab:filtered{'/' * i}" for i in range(20)]}, "runs, 10000 at most"),
+        ({"seeds": 1000, "models": [f"lab:filtered{'/' * i}" for i in range(20)]}, "runs, at most 10000 are allowed"),
         ({"attacks": {}, "suite": "standard", "only": ["fw"]}, "did you mean 'few'"),
     ],
 )

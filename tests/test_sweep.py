@@ -36,7 +36,7 @@ from lethe.sweeps.resuming import resume
         ({"vary": {"lora": [{"rank": 4}]}}, "there is no setting 'lora.rank'"),
         (
             {"vary": {n: {"low": 1, "high": 2, "steps": 99} for n in ("lr", "retain_coef", "remove_coef")}},
-            "runs, 10000 at most",
+            "runs, at most 10000 are allowed",
         ),
         ({"vary": {}}, "vary: name at least one setting"),
         ({"vary": {"retain_coef": [1, -1]}}, "at retain_coef -1: retain_coef: must be at least 0"),
@@ -66,7 +66,7 @@ from lethe.sweeps.resuming import resume
         ({"name": "r{retain_coef:.1f}"}, "write its name alone"),
         ({"kind": "boundary", "vary": {"lr": {"low": 1e-4, "high": 1}}, "max_runs": 3, "seeds": 2}, "too few for both ends"),
         ({"kind": "pareto", "max_runs": 1, "warm_start": ["x"], "tamper": {}}, "warm_start: has no effect with an attack"),
-        ({"kind": "pareto", "max_runs": 1, "warm_start": ["nowhere"]}, "warm_start: no run in 'nowhere' is complete"),
+        ({"kind": "pareto", "max_runs": 1, "warm_start": ["nowhere"]}, "warm_start: 'nowhere' has no complete run"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_and_leaves_nothing(lab, tmp_path, changes, words):
@@ -359,7 +359,7 @@ def test_a_missing_study_is_an_error_and_loses_no_run(grid, tmp_path):
     journal.rename(tmp_path / "kept")
     before = {run.id for run in find_runs(grid.path.parent)}
     try:
-        with pytest.raises(LetheError, match="put it back"):
+        with pytest.raises(LetheError, match="restore it"):
             Controller(Sweep.open(str(grid.path), "runs")).prepare()
         assert {run.id for run in find_runs(grid.path.parent)} == before
     finally:

@@ -86,12 +86,12 @@ def test_an_attack_on_a_text_that_was_used_whole_is_told_of_other_text_alone(lab
     run = unlearn(Transfer(source=source, forget=str(text), affine="none", max_steps=1, eval=few, out=str(tmp_path)))
     assert run.record["plan"]["documents"] == {"forget": 20, "retain": 2048}
     config = TamperConfig(model=str(run.path), forget=str(text), eval=few, out=str(tmp_path))
-    with pytest.raises(LetheError, match=r"20 of the attack's 20 .*; no other is left: give other text, or set"):
+    with pytest.raises(LetheError, match=r"20 of the attack's 20 .*; no other document is left: give other text, or set"):
         tamper(config)
     attacked = tamper(dataclasses.replace(config, overlap="allow", max_steps=1))
     assert attacked.record["plan"]["unique_examples"] == 20
     for number in (21, 1000):
-        with pytest.raises(LetheError, match=f"20 documents, {number} are asked for"):
+        with pytest.raises(LetheError, match=f"20 documents, {number} are requested"):
             tamper(dataclasses.replace(config, num_train_examples=number))
 
 
@@ -153,7 +153,7 @@ def test_an_attack_by_adapters_trains_them_alone_and_is_kept_as_a_model(unlearne
 
 
 def test_settings_of_an_attack_that_nothing_would_read_are_refused(lab, tmp_path):
-    with pytest.raises(LetheError, match="no adapter on another model"):
+    with pytest.raises(LetheError, match="is not an adapter, so"):
         tamper(attack(tmp_path, "lab:final", adapter="train"))
     with pytest.raises(LetheError, match="lora: has no effect"):
         attack(tmp_path, "lab:final", adapter="train", lora=LoraSettings())

@@ -288,7 +288,7 @@ def test_auto_caches_what_is_seen_again_and_says_why(lab, tmp_path):
     twice = unlearn(recipe(tmp_path / "runs", max_steps=16))
     assert all(how.startswith("cached: documents are seen 2 times") for how in twice.record["plan"]["teachers"].values())
     again = unlearn(recipe(tmp_path / "runs", max_steps=8))
-    assert all(how == "cached: a whole cache is there" for how in again.record["plan"]["teachers"].values())
+    assert all(how == "cached: a complete cache exists" for how in again.record["plan"]["teachers"].values())
     assert written(again)[0] == written(once)[0]
 
 

@@ -1,4 +1,4 @@
-"""What an attack cannot do, refused before anything is written."""
+"""Checks before an attack: what cannot work is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
     everything = corpora.read(config.forget)
     documents = corpora.take(everything, config.num_train_examples, "back", "forget text", ATTACKED)
     if config.attack == "prompt" and max(config.strengths) > len(documents):
-        raise LetheError(f"strengths: {max(config.strengths):g} documents are needed, there are {len(documents)}; lower it")
+        raise LetheError(f"strengths: {max(config.strengths):g} documents are needed, the text has {len(documents)}; lower it")
     if config.adapter == "train" and not ref.adapter:
-        raise LetheError(f"adapter: '{config.model}' is no adapter on another model, so there is none to train; leave it out")
+        raise LetheError(f"adapter: '{config.model}' is not an adapter, so there is no adapter to train; leave it out")
     used = _documents_unlearned(config, everything)
     shared = None if used is None else sum(d.id in used for d in documents)
     if shared and config.overlap == "refuse":
         left = len(documents) - shared
-        lower = f"lower num_train_examples to {left}, give other text" if left else "no other is left: give other text"
+        lower = f"lower num_train_examples to {left}, give other text" if left else "no other document is left: give other text"
         raise LetheError(
             f"forget: {shared} of the attack's {len(documents)} documents were used to unlearn '{config.model}'; "
             f"{lower}, or set overlap to allow"
@@ -67,7 +67,8 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
 def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document]) -> set[str] | None:
     """The documents among `everything` that the attacked run was unlearned with, as forget or as retain text.
 
-    A model that an attack has saved was unlearned with what the attacked one was; a folder in a run's is that run's.
+    A model that an attack saved counts as unlearned with the documents of the attacked model. A folder inside a run's folder
+    belongs to that run.
     """
     model, out = config.model, config.out
     run = refs.run_of(model, out)

@@ -45,6 +45,6 @@ def refuse_too_long(
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         if tokens + longest > scorer.max_length + 1:
             raise LetheError(
-                f"strengths: {count:g} documents ({tokens} tokens) and the longest question ({longest}) are beyond the model's "
+                f"strengths: {count:g} documents ({tokens} tokens) and the longest question ({longest}) exceed the model's "
                 f"window of {scorer.max_length}; use fewer, or lower max_length"
             )

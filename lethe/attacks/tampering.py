@@ -1,7 +1,7 @@
 """The attack on a model: what an attacker gets back of the topic, measured step by step.
 
     fine-tuning       on text of the topic (here)
-    without training  noise, few bits or pruning of the weights (`weights.py`), documents in the prompt (`prompts.py`)
+    without training  noise, quantisation or pruning of the weights (`weights.py`), documents in the prompt (`prompts.py`)
 
 All weights are trained in float32, whatever type they were saved in. An attack on bfloat16 weights loses most of its updates
 to rounding, which makes any model look robust. The share of updates that were lost is recorded.
@@ -145,7 +145,7 @@ def _fresh(checked: CheckedAttack) -> tuple[Any, Any]:
 
 
 def _parents(config: TamperConfig, checked: CheckedAttack) -> dict[str, Any]:
-    """What an attack is made from: a model and, if it uses any, the attacker's text."""
+    """What an attack starts from: a model and, if it uses any, the attacker's text."""
     parents: dict[str, Any] = {"model": refs.record(checked.model)}
     if config.reads_text:
         text = corpora.record(config.forget, checked.documents)

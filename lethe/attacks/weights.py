@@ -1,4 +1,4 @@
-"""Attacks on the weights without training: noise, rounding to few bits, pruning.
+"""Attacks on the weights without training: noise, quantisation, pruning.
 
 Each changes the matrices of the blocks' linear layers and experts in place, one matrix at a time. Embeddings, output head,
 routers, norms and biases stay as they are, as is usual in quantisation and pruning of language models. The attack loads the

@@ -15,7 +15,7 @@ AttackName = Literal["finetune", "noise", "quantize", "prune", "prompt"]
 STRENGTHS: dict[str, list[float]] = {"noise": [0.1, 0.2, 0.4, 0.8], "quantize": [8, 4]}
 STRENGTHS |= {"prune": [0.1, 0.3, 0.5, 0.7], "prompt": [1, 2, 4]}
 ATTACKED = 512
-"""Documents, at most, that an attack takes where no number is given."""
+"""How many documents an attack uses at most if no number is given."""
 
 
 @dataclass
@@ -23,15 +23,15 @@ class TamperConfig(TrainingSettings):
     """Attack a model: fine-tune it on forget text, change its weights, or prompt it, and measure what comes back."""
 
     model: str = ""
-    """The model to attack: any reference, such as run:ID, lab:filtered or random:lab:final."""
+    """The model to attack: any model reference, such as run:ID, lab:filtered or random:lab:final."""
     attack: AttackName = "finetune"
     """finetune: train on forget text. Without training: add noise to the weights, quantize or prune them, or prompt with
     forget text."""
     strengths: list[float] = field(default_factory=list)
-    """How strong the attack is, the weakest first; []: usual values. noise: its standard deviation over that of the matrix;
+    """How strong the attack is, the weakest first; []: usual values. noise: its standard deviation relative to the matrix's;
     quantize: bits, 8 or 4; prune: share of the weights that is set to 0; prompt: documents in the prompt."""
     forget: str | TextSource = "lab:forget"
-    """The attacker's text. Its documents are taken from the end that unlearning does not use."""
+    """The attacker's text. Documents are ordered by their hash: unlearning uses the first ones, attacks the last ones."""
     num_train_examples: int | None = None
     """Documents that the attacker has (0: all); null: all, up to 512. A prompt's documents are drawn from these."""
     overlap: Literal["refuse", "allow"] = "refuse"
@@ -39,17 +39,17 @@ class TamperConfig(TrainingSettings):
     lora: LoraSettings | None = None
     """Train adapters on the linear layers of all blocks; null: train all weights."""
     adapter: Literal["merge", "train"] = "merge"
-    """For a model that is an adapter on another. merge: merge it first; train: the attack trains the adapter itself."""
+    """If the model has an adapter: merge: merge the adapter before the attack; train: the attack trains the adapter itself."""
     save_model: bool = False
-    """Save the attacked model, at the last strength, so that it can be evaluated or attacked again."""
+    """Save the attacked model (of the last strength), so that you can evaluate or attack it again."""
     max_steps: int = 60
-    """Optimizer updates; -1: as many as epochs has."""
+    """Number of optimizer updates; -1: train for `epochs` instead."""
     lr: float = 3e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "constant"
     """Shape of the learning rate after the warm-up."""
     eval: EvalSettings = field(default_factory=lambda: EvalSettings(every=10))
-    """Evaluation before the first update, every so many updates and at the end; without training, at each strength."""
+    """Evaluation before the first update, every `eval.every` updates and at the end. Without training: at each strength."""
     out: str = "runs"
     """Folder of runs."""
     name: str = "attack"
@@ -105,7 +105,7 @@ class TamperConfig(TrainingSettings):
         expected, fits = bounds[self.attack]
         wrong = [strength for strength in self.strengths if not fits(strength)]
         if wrong:
-            raise LetheError(f"strengths: with attack {self.attack} they are {expected}, got {wrong[0]:g}")
+            raise LetheError(f"strengths: attack {self.attack} expects {expected}, got {wrong[0]:g}")
         rising = sorted(set(self.strengths), reverse=self.attack == "quantize")
         if self.strengths != rising:
             wanted = ", ".join(f"{strength:g}" for strength in rising)

@@ -1,4 +1,4 @@
-"""What a setting may be: types, ranges, and Slurm's forms of a time. Each error is one line that names the setting."""
+"""What a setting may be: types, ranges, and Slurm's time formats. Each error is one line that names the setting."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def refuse_unusable(name: str, value: Any) -> None:
             raise LetheError(f"{name}: more than {MOST} values; a setting has fewer")
         if isinstance(value, dict):
             if odd := [key for key in value if not isinstance(key, str)]:
-                raise LetheError(f"{name}: {printable(repr(odd[0]), 80)} is no name; write it in quotes")
+                raise LetheError(f"{name}: {printable(repr(odd[0]), 80)} is not a name; write it in quotes")
             for key in value:
                 refuse_text(f"{name}: the name '{key}'", key, free=False)
             left += [(f"{name}.{key}" if name else key, inner, depth + 1) for key, inner in value.items()]
@@ -103,7 +103,7 @@ def check_seed(seed: int, name: str = "seed") -> None:
     """Refuse a seed that libraries do not accept."""
     at_least(name, seed, 0)
     if seed >= 2**32:
-        raise LetheError(f"{name}: must be below 2**32, the limit of the libraries that draw, got {seed}")
+        raise LetheError(f"{name}: must be below 2**32, the limit of NumPy's seeds, got {seed}")
 
 
 def above(name: str, value: float, bound: float) -> None:
@@ -129,7 +129,7 @@ def check_layers(layers: list[int]) -> None:
 
 
 def minutes(time: str | int) -> int:
-    """Slurm's forms of a time in whole minutes, rounded up: 90, "90", "90:00", "1:30:00", "1-12", "1-12:00", "1-12:00:00".
+    """A Slurm time in whole minutes, rounded up: 90, "90", "90:00", "1:30:00", "1-12", "1-12:00", "1-12:00:00".
 
     Raises:
         LetheError: it has none of these forms, or is 0.
@@ -143,7 +143,7 @@ def minutes(time: str | int) -> int:
         seconds = 86400 * days + 3600 * first + 60 * second + third if with_hours else 60 * first + second
         if seconds:
             return -(-seconds // 60)
-    raise LetheError(f'slurm.time: expected minutes, or one of Slurm\'s forms such as "12:00:00" or "2-00:00:00", got {time!r}')
+    raise LetheError(f'slurm.time: expected minutes, or a time such as "12:00:00" or "2-00:00:00", got {time!r}')
 
 
 def options(kind: Any) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ class Settings:
 
 @dataclass
 class LabConfig(Settings):
-    """The built-in lab. LETHE_LAB=nano chooses the small one that tests use, LETHE_HOME the folder that it lies in."""
+    """The built-in lab. LETHE_LAB=nano selects the small lab that the tests use. LETHE_HOME is the folder that holds it."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class AffineConfig(Settings):
     held_out: float = 0.1
     """Share of the documents that is used for the scores instead of the fit."""
     max_length: int = 64
-    """Tokens of a document, at most; what comes after is cut off."""
+    """Maximum number of tokens per document; the rest is cut off."""
     batch_size: int = 32
     """Documents in one forward pass. More documents need more memory."""
     dtype: Dtype = "float32"
@@ -78,9 +78,9 @@ class AffineScoreConfig(Settings):
     text: str | TextSource = "lab:retain"
     """Text to score on."""
     num_examples: int = 0
-    """Documents to use, of those that the maps were not fitted on (0: all)."""
+    """How many of the documents that the maps were not fitted on to score on (0: all)."""
     max_length: int = 64
-    """Tokens of a document, at most; what comes after is cut off."""
+    """Maximum number of tokens per document; the rest is cut off."""
     batch_size: int = 32
     """Documents in one forward pass. More documents need more memory."""
     dtype: Dtype = "float32"
@@ -135,14 +135,14 @@ class RunsConfig(Settings):
 
 @dataclass
 class ImportConfig(Settings):
-    """Import the tables of an experiment log that was kept by hand (markdown), one run for each row."""
+    """Import the tables of a hand-written experiment log (markdown). Each row becomes a run."""
 
     file: str
     """The log. A second import updates rows that have changed and adds new ones."""
     out: str = "runs"
     """Folder of runs."""
     tasks: dict[str, str] = field(default_factory=dict)
-    """Tasks for names of the log that name no task, such as WMDP=wmdp_bio_robust."""
+    """The task that a name in the log stands for, such as WMDP=wmdp_bio_robust."""
 
 
 @dataclass
@@ -170,7 +170,7 @@ class DemoConfig(Settings):
     """Run everything on the built-in lab, and write a report."""
 
     out: str = "demo"
-    """Folder for runs/ and report/. An interrupted demo that is started again continues with the step that was interrupted."""
+    """Folder for runs/ and report/. If you start an interrupted demo again, it continues with the interrupted step."""
     seed: int = 0
     """Seed of the unlearning runs and of the attacks."""
 

@@ -13,16 +13,16 @@ LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain"
 
 @dataclass(kw_only=True)
 class TaskSettings:
-    """What every command that names tasks has beside them."""
+    """The settings of every command that evaluates on tasks."""
 
     limit: int = 0
-    """Questions of each task to evaluate on, from its first one (0: all). More questions give narrower intervals."""
+    """Number of questions per task, from the first one (0: all). More questions give narrower intervals."""
     task_data: dict[str, str] = field(default_factory=dict)
     """Local files (.jsonl) to read instead of a task's data set on the hub, such as wmdp_bio_robust=FILE.jsonl."""
     num_fewshot: int | None = None
     """Solved examples in each prompt; null: the number that each task names."""
     suites: dict[str, list[str]] = field(default_factory=dict)
-    """Names for lists of tasks, which tasks may then contain: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
+    """Your own names for lists of tasks, which you can then use in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
 
     def _spelled_out(self, tasks: list[str], prefix: str = "") -> list[str]:
         """Task names without commas, and the tasks of a suite in its place; each name once.
@@ -58,13 +58,13 @@ class CheckpointsConfig(TaskSettings):
     model: str
     """The final model, such as lab:final, or a folder that holds global_step…, step… or checkpoint-… folders."""
     checkpoints: str | None = None
-    """The folder or hub repository that has the checkpoints; null: they lie with the model."""
+    """The folder or hub repository that has the checkpoints; null: the model's own."""
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
     """Tasks or groups of lm-eval, folders of task files, or suites. The first task decides which checkpoint is ignorant."""
     search: Literal["bisect", "all"] = "bisect"
-    """bisect: halve the history until the answer and its neighbours are evaluated; all: evaluate every checkpoint."""
+    """bisect: bisect for the latest ignorant checkpoint, and evaluate its neighbours too; all: evaluate every checkpoint."""
     source: str | None = None
-    """The checkpoint that is the source so far, marked in the table: its name or a reference."""
+    """The checkpoint that you use as the source now (name or model reference). The table marks it."""
     dtype: Dtype = "float32"
     """Type of the weights."""
     time_limit: float = 0.0
@@ -85,11 +85,11 @@ class EvaluateConfig(TaskSettings):
     """Evaluate a model on lm-eval tasks."""
 
     model: str
-    """The model: any reference."""
+    """The model: any model reference, such as lab:final or run:ID."""
     tasks: list[str] = field(default_factory=lambda: list(LAB_TASKS))
     """Tasks or groups of lm-eval, folders of task files, or suites."""
     samples: bool = False
-    """Write the log-likelihoods of every question to samples.jsonl, so that `lethe compare` need not compute them again."""
+    """Write the log-likelihoods of every question to samples.jsonl, so that `lethe compare` can read them."""
     dtype: Dtype = "float32"
     """Type of the weights."""
     time_limit: float = 0.0
@@ -110,9 +110,9 @@ class CompareConfig(TaskSettings):
     """Compare two models on the same questions: the difference, an exact McNemar test, and which answers changed."""
 
     models: list[str]
-    """Two model references, or two evaluate runs. Runs that were made with samples are not computed again."""
+    """Two model references, or evaluate runs. An evaluate run with samples is read, not evaluated again."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks or groups of lm-eval, folders of task files, or suites; []: those of the runs, or lab_forget_robust lab_retain."""
+    """Tasks or groups of lm-eval, folders of task files, or suites; []: those of the runs; without runs, the lab's."""
     dtype: Dtype = "float32"
     """Type of the weights."""
     out: str = "runs"

@@ -154,7 +154,7 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def _value(name: str, kind: Any, words: list[str]) -> Any:
-    """The words of a setting as a recipe's value: `0 2` is a list, and `a=FILE` is a name: value pair."""
+    """The arguments of a setting as a recipe's value: `0 2` is a list, and `a=FILE` is a name: value pair."""
     choices = options(kind)
     starts = words[0][:1] if len(words) == 1 else ""
     if {dict[str, str], dict[str, Any]} & set(choices) and starts != "{" and words != ["null"]:

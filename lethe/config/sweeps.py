@@ -22,11 +22,11 @@ class SlurmSettings:
     time: str | int = "12:00:00"
     """Time limit: minutes, or in quotes "12:00:00" or "2-00:00:00". A job that reaches it saves, is requeued and resumes."""
     devices: int = 0
-    """GPUs of a job. A run uses one."""
+    """GPUs per job. A run uses one GPU."""
     cpus: int | None = None
-    """CPU cores of a job."""
+    """CPU cores per job."""
     memory: str | None = None
-    """Memory of a job, such as 64G."""
+    """Memory per job, such as 64G."""
     save_seconds: int = 120
     """Seconds before the time limit at which a job begins to save. Slurm may signal up to a minute earlier."""
     max_timeouts: int = 1000
@@ -52,7 +52,7 @@ class LaunchSettings:
     seeds: int | list[int] = 1
     """The number of seeds (3: seeds 0, 1 and 2), or a list of seeds. Every point is run with each."""
     launcher: Literal["local", "slurm"] = "local"
-    """local: worker processes on this machine; slurm: one Slurm job a trial."""
+    """local: worker processes on this machine; slurm: one Slurm job per trial."""
     jobs: int = 1
     """How many trials run at the same time."""
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
@@ -86,36 +86,36 @@ class LaunchSettings:
 
 @dataclass
 class SweepConfig(LaunchSettings):
-    """Vary settings of unlearning, run what that takes, and say what came out."""
+    """Run unlearning with varied settings (a grid, a bisection or a search), and report the results."""
 
     kind: Literal["grid", "boundary", "pareto"] = "grid"
     """grid: every combination; boundary: bisection along one axis; pareto: search for the best trade-offs by Optuna."""
     goal: str = ""
-    """The question that the sweep answers, in words. It stands above its tables."""
+    """The question that the sweep answers, in words. It is printed above the tables."""
     name: str = ""
     """A template for the names of runs, such as ret{retain_coef}_rm{remove_coef}; empty: the varied settings."""
     unlearn: dict[str, Any] = field(default_factory=dict)
-    """The recipe to vary: settings of `lethe unlearn`, over those of a file with recipe: FILE."""
+    """The recipe to vary: settings of `lethe unlearn`. With recipe: FILE they override that recipe."""
     tamper: dict[str, Any] | None = None
-    """An attack on every result: settings of `lethe tamper`, over those of a file with recipe: FILE; null: none."""
+    """An attack on every result: settings of `lethe tamper`. With recipe: FILE they override that recipe. null: no attack."""
     vary: dict[str, Any] = field(default_factory=dict)
-    """By setting: a list, or {low, high, log, steps}. when: {setting: value} limits it to there. A / B varies their ratio."""
+    """For each setting a list, or {low, high, log, steps}. when: {setting: value} restricts it. A / B varies a ratio."""
     find: Literal["boundary", "retained"] = "boundary"
-    """boundary: where one task falls and where both are at chance; retained: how far retain accuracy stays `within`."""
+    """boundary: where one task falls and where both are at chance; retained: the last value that loses at most `within`."""
     within: float | None = None
     """With find retained: the loss of retain accuracy that is allowed (0.01: one point)."""
     reference: str = "baseline"
-    """With find retained: the retain accuracy that losses are measured from: baseline, run:ID, or a number."""
+    """With find retained: the retain accuracy that the loss is measured from: baseline, run:ID, or a number."""
     width: float = 1.5
     """Bisection ends when the values on both sides of the boundary are within this factor of each other."""
     max_runs: int = 0
-    """The most runs. boundary: 0 stands for 10 a seed; pareto: needs this or hours."""
+    """Maximum number of runs. boundary: 0 means 10 per seed; pareto: give max_runs or hours."""
     hours: float = 0.0
-    """With pareto: start no run after so many hours (0: no limit)."""
+    """With pareto: hours after which no new run starts (0: no limit)."""
     stop_early: bool = True
     """With pareto and eval.every: stop a run if two finished runs had clearly better accuracies at the same step."""
     warm_start: list[str] = field(default_factory=list)
-    """With pareto: folders whose complete runs of the same recipe Optuna starts from."""
+    """With pareto: folders of earlier runs. Optuna starts from their complete runs of the same recipe."""
     sampler: Literal["gp", "tpe", "random"] = "gp"
     """With pareto: how Optuna chooses points. gp: Gaussian processes (tpe if an axis has a condition)."""
     forget_task: str = ""
@@ -142,7 +142,7 @@ class SweepConfig(LaunchSettings):
             )
         self._refuse_without_effect()
         if self.find == "retained" and self.within is None:
-            raise LetheError("within: find retained needs the loss that is allowed, such as within: 0.01 for one point")
+            raise LetheError("within: find retained needs the allowed loss, such as within: 0.01 for one point")
         if self.within is not None:
             at_least("within", self.within, 0)
         if self.kind == "pareto" and not self.max_runs and not self.hours:
@@ -174,7 +174,7 @@ class SuiteConfig(LaunchSettings):
     """Attack models with a suite of attacks, or with one attack and several seeds. The worst case is the score."""
 
     models: list[str] = field(default_factory=list)
-    """The models to attack: any references."""
+    """The models to attack: any model references."""
     suite: str = ""
     """The suite: one of Lethe's own (standard), or a file NAME.yaml."""
     goal: str = ""
@@ -184,11 +184,11 @@ class SuiteConfig(LaunchSettings):
     controls: list[str] | None = None
     """Models that never knew the topic, attacked for comparison; null: those that the suite names."""
     common: dict[str, Any] = field(default_factory=dict)
-    """Settings of every attack, such as forget=FILE.jsonl. They override the suite's; an attack's own override them."""
+    """Settings of every attack, such as forget=FILE.jsonl. They override the suite's; an attack's own override these."""
     general_bound: float | None = None
-    """General accuracy (a share of 1) that an attack may lose and still count; null: the suite's, or 0.05."""
+    """How much general accuracy an attack may cost and still count (0.05: five points); null: the suite's, or 0.05."""
     attacks: dict[str, Any] = field(default_factory=dict)
-    """Instead of a suite: settings of `lethe tamper` by name of the attack."""
+    """Attacks in place of a suite: for each name, settings of `lethe tamper`."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -215,7 +215,7 @@ class SweepStatusConfig:
     out: str = "runs"
     """The folder to look for it in."""
     trust_record: bool = False
-    """true: run the shell lines and open the database in its record, although you never started a sweep with them."""
+    """true: run the shell lines and open the database that the sweep's record names, even if you started no sweep with them."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -228,4 +228,4 @@ class SweepRetryConfig(SweepStatusConfig):
 
 @dataclass
 class SweepCancelConfig(SweepStatusConfig):
-    """Cancel a sweep: its waiting runs, its running ones and their jobs."""
+    """Cancel a sweep: its queued runs, its running runs and their jobs."""

@@ -11,7 +11,7 @@ from lethe.errors import LetheError
 OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
 LAYERS = [0, 1, 2, 3, 4]
 UNLEARNED, MAPPED = 2048, 100_000
-"""Documents, at most, that unlearning (of each kind) and a fit of affine maps take where no number is given."""
+"""How many documents unlearning (per kind) and a fit of affine maps use at most if no number is given."""
 
 
 @dataclass
@@ -23,7 +23,7 @@ class TextSource:
     column: str = "text"
     """The column that holds the document."""
     template: str | None = None
-    """A template over columns that makes the document, instead of one column, such as "{title}\\n\\n{abstract}\\n\\n{text}"."""
+    """A template that makes the document from several columns, such as "{title}\\n\\n{abstract}\\n\\n{text}"."""
     split: str = "train"
     """The split of a hub data set that is read."""
     weight: float = 1.0
@@ -51,14 +51,14 @@ def as_text_source(text: str | TextSource) -> TextSource:
 
 @dataclass
 class LoraSettings:
-    """Low-rank adapters on the linear layers of the blocks up to the last forget layer."""
+    """LoRA adapters on the linear layers of the model's blocks."""
 
     r: int = 16
     """Rank of the adapters. A higher rank can change the model in more directions, and takes more memory."""
     alpha: float = 16.0
     """The adapters' output is scaled by alpha / r."""
     dropout: float = 0.05
-    """Share of the adapters' inputs that is set to 0 in training."""
+    """Dropout rate on the adapters' inputs in training."""
     targets: Literal["all", "attention", "mlp"] = "all"
     """Which linear layers of a block get adapters: those of attention, those of the MLP, or all."""
 
@@ -76,9 +76,9 @@ class TrainingSettings:
     epochs: float = 1
     """Passes over the documents."""
     max_steps: int = -1
-    """Optimizer updates, instead of epochs; -1: as many as epochs has."""
+    """Number of optimizer updates; -1: train for `epochs` instead."""
     max_length: int = 64
-    """Tokens of a document, at most; what comes after is cut off. More tokens take more time and memory."""
+    """Maximum number of tokens per document; the rest is cut off. More tokens take more time and memory."""
     per_device_train_batch_size: int = 16
     """Documents (of each kind) in one forward pass on one device. More documents need more memory."""
     gradient_accumulation_steps: int = 1
@@ -94,25 +94,25 @@ class TrainingSettings:
     warmup_steps: int = 0
     """Updates in which the learning rate rises from 0 to its peak."""
     weight_decay: float = 0.0
-    """Weight decay of all weights but norms and biases. A higher value pulls weights more strongly towards 0."""
+    """Weight decay of all weights except norms and biases. A higher value pulls weights more strongly towards 0."""
     max_grad_norm: float = 1.0
     """Norm at which the gradient is clipped (0: no clipping)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of storing them: less memory, more time."""
     fast: bool = True
-    """Compute LoRA without dropout with one matmul, which gives the same result up to rounding; false: with PEFT's own code."""
+    """Compute LoRA without dropout with one matmul, which gives the same result up to rounding; false: use PEFT's code."""
     save_every: int = 100
     """Updates between two saves, from which an interrupted run is resumed (0: save at the end only)."""
     divergence_factor: float = 100.0
     """A run has diverged once its loss is above this many times the absolute mean of its first 20 (0: only if it is NaN)."""
     on_divergence: Literal["stop", "finish"] = "stop"
-    """stop: a diverged run ends with the weights of its last save; finish: it trains on. It stays `diverged` either way."""
+    """stop: a diverged run ends with the weights of its last save; finish: training continues. Both have status `diverged`."""
     time_limit: float = 0.0
     """Hours after which the run saves and stops (0: no limit)."""
     report_to: list[str] = field(default_factory=list)
     """Other loggers that get the metrics, by their names in transformers: wandb, trackio, mlflow, tensorboard."""
     seed: int = 0
-    """Seed of the order of documents, the first weights of adapters, and dropout."""
+    """Seed of the order of documents, the initial weights of adapters, and dropout."""
 
     def __post_init__(self) -> None:
         check_types(self)

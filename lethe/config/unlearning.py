@@ -19,21 +19,21 @@ class UnlearnSettings(TrainingSettings):
     """The target: the model to unlearn. It is also the frozen reference that losses compare with."""
     source: str = ""
     """The ignorant checkpoint, such as lab:global_step900; auto: the latest one, found by a sweep over the model's checkpoints
-    (auto:WHERE, if they are published elsewhere). Left out where neither the method nor rewind uses one."""
+    (auto:WHERE, if they are published elsewhere). Leave it out if neither the method nor rewind uses a source."""
     forget: str | TextSource = "lab:forget"
     """Text to unlearn."""
     retain: str | TextSource | list[TextSource] = "lab:retain"
-    """Text on which the model is to stay as it is. Several sources are mixed by their weight."""
+    """Text on which the model should stay as it is. A list of sources is a mixture, in proportion to their weights."""
     packing: Literal["none", "packed"] = "none"
     """none: one document a sequence, cut at max_length; packed: documents joined and split into sequences of max_length."""
     rewind: float = 0.0
     """Start from (1 - rewind) * model + rewind * source, weight by weight. 0: from the model, 1: from the source."""
     layers: list[int] | None = None
-    """Layer L is the residual stream after block L (from 0). Adapters sit on the blocks up to the last one; null: on all."""
+    """Layer L is the residual stream after block L (from 0). Adapters sit on blocks up to the last one; null: on all blocks."""
     num_train_examples: int | None = None
-    """Documents of each kind (0: all); null: as many as there are, up to 2,048."""
+    """Number of forget documents, and of retain documents (0: all); null: all, up to 2,048."""
     lora: LoraSettings | None = field(default_factory=LoraSettings)
-    """Adapters, saved apart from the model; null: train all weights."""
+    """Train LoRA adapters, which are saved without the model; null: train all weights."""
     merge: bool = False
     """Merge the adapters into the model at the end and save the whole model."""
     dtype: Dtype = "float32"
@@ -41,8 +41,8 @@ class UnlearnSettings(TrainingSettings):
     teacher_dtype: Dtype | None = None
     """Type of the teachers' weights; null: the model's."""
     teacher_cache: Literal["auto", "live", "cached"] = "auto"
-    """live: teachers run at every update; cached: once, and their outputs stay on disk; auto: cached where documents are
-    seen again."""
+    """live: the teachers run at every update; cached: they run once, and their outputs are cached on disk; auto: cached if
+    training uses documents more than once."""
     eval: EvalSettings = field(default_factory=EvalSettings)
     """Evaluation during and after the run."""
     out: str = "runs"

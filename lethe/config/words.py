@@ -1,4 +1,4 @@
-"""Words of a command line that are not settings: the command, consent to task code, and where attacks are launched."""
+"""Arguments of a command line that are not settings: the command, consent to task code, and where attacks are launched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUITE_WORDS = {"--suite", "--seeds", "--launcher", "--jobs"}
 
 
 def command_of(words: list[str], known: Collection[str]) -> tuple[str | None, list[str]]:
-    """The command's name and the words after it; None and the commands to list where help on several is asked for.
+    """The command's name and the arguments after it; None and the commands to list where the user requests help on several.
 
     Raises:
         LetheError: there is no such command.
@@ -49,12 +49,12 @@ def consent(words: list[str]) -> tuple[list[str], bool]:
 
 
 def is_suite(words: list[str]) -> bool:
-    """Whether the words of `lethe tamper` ask for several attacks, or for one that is launched several times."""
+    """Whether the arguments of `lethe tamper` request several attacks, or one attack that is launched several times."""
     return any(word.split("=")[0] in SUITE_WORDS for word in words)
 
 
 def as_suite(words: list[str], attack_of: Callable[[list[str]], Any]) -> list[str]:
-    """The words of an attack with --seeds, --jobs or --launcher, as the words of a suite that has this one attack.
+    """The arguments of an attack with --seeds, --jobs or --launcher, as those of a suite that has this one attack.
 
     `attack_of` makes the attack's config object from words.
     """

@@ -139,7 +139,7 @@ def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
         raise LetheError(f"checkpoints: '{where}' is not a folder; give one, a repository of the hub, or lab:final")
     if not names:
         wanted = "folders or branches global_step…, step… or checkpoint-…"
-        raise LetheError(f"checkpoints: '{where}' has none ({wanted}); name what has them: --checkpoints")
+        raise LetheError(f"checkpoints: '{where}' has no checkpoints ({wanted}); name where they are: --checkpoints")
     if Path(where).is_dir():  # files are checked later, so that a damaged checkpoint does not hide the others
         return {name: refs.ModelRef(f"{where}@{name}", str(Path(where) / name)) for name in names}
     return {name: refs.ModelRef(f"{where}@{name}", where, name) for name in names}

@@ -110,7 +110,7 @@ class Scorer(Encoder):
                 if len(batch) == 1:
                     raise LetheError(
                         f"evaluate: a question of {len(batch[0].tokens)} tokens does not fit into memory by itself; "
-                        f"free some, or use dtype bfloat16"
+                        f"free memory, or use dtype bfloat16"
                     ) from error
             if found is None:  # outside of the handler, where the error no longer holds the failed batch's tensors
                 gc.collect()
@@ -279,7 +279,7 @@ class Scorer(Encoder):
             for one in plain:  # each in a batch of its own, so that the comparison covers padding too
                 apart |= self._run([one], alone)
         except (LetheError, MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            logger.info("token trees: %s", (str(error).splitlines() or [type(error).__name__])[0])
+            logger.info("token trees failed: %s", (str(error).splitlines() or [type(error).__name__])[0])
             return False
         return self._equal([(apart[i][0], together[number][0]) for i, number in enumerate(numbers)])
 

@@ -72,16 +72,16 @@ class LocalLauncher:
 
     def _loss(self, owner: Owner, runs: Sequence[Run]) -> Loss | None:
         alive = lives(owner)
-        if alive is None:  # of a controller on another machine
+        if alive is None:  # a worker of a controller on another machine
             begun = any(run.record["status"] == "running" for run in runs)
             silent = _seconds_since_written(runs)
             if silent < (LOST_AFTER_SECONDS if begun else SECONDS_TO_BEGIN):
                 return None
-            return Loss(f"no sign of life from {owner['host']} for {silent:.0f} s")
+            return Loss(f"no heartbeat from {owner['host']} for {silent:.0f} s")
         if worker := next((worker for worker in self.workers if worker.process.pid == owner["pid"]), None):
             if worker.busy:
                 return None
-            return Loss(f"the worker (process {owner['pid']}) is done with it, and it is not complete")
+            return Loss(f"the worker (process {owner['pid']}) is done with it, but it is not complete")
         return None if alive else Loss(f"the worker (process {owner['pid']}) has ended")
 
     def wait(self, seconds: float) -> None:
@@ -149,7 +149,7 @@ class _Worker:
 
 
 class SlurmLauncher:
-    """One Slurm job a trial."""
+    """One Slurm job per trial."""
 
     def __init__(self, folder: Path, jobs: int, settings: SlurmSettings):
         self.folder, self.jobs, self.settings = folder / JOBS, jobs, settings

@@ -1,8 +1,8 @@
 """What a worker does with a trial: it resumes each of the trial's runs that is not complete, in order.
 
-The controller makes a trial's runs beforehand, `queued`, each in a folder with its configuration. `work(folders)` does what is
-left of them, whatever happened before (nothing, a kill, a preemption). Whoever works on a run holds it (`Run.hold`), so `work`
-leaves a run that another process works on alone. `serve` is a local worker process, `Work` the callable of a Slurm job.
+The controller makes a trial's runs beforehand, `queued`, each in a folder with its configuration. `work(folders)`
+completes them, whatever happened before (nothing, a kill, a preemption). A process that works on a run holds it (`Run.hold`),
+and `work` skips a run that another process holds. `serve` is a local worker process, `Work` the callable of a Slurm job.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _complete(run: Run, job_id: str | None) -> bool:
     """Resume a run that this process holds. Returns whether it is complete.
 
     Raises:
-        Terminated: this process, but not the run, was asked to stop.
+        Terminated: this process received a request to stop, but the run did not.
     """
     if job_id is not None and run.record["job_id"] != job_id:
         run.update(job_id=job_id)
@@ -115,7 +115,7 @@ class Work:
 
 @garbage.seldom()
 def serve() -> None:
-    """A local worker: reads one trial a line from standard input, and writes a line when it is done with it."""
+    """A local worker: reads one trial per line from standard input, and writes a line when it is done with it."""
     quiet()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     done, first = os.fdopen(os.dup(1), "w"), True

@@ -53,7 +53,7 @@ def find_maps(name: str, out: str | Path = "runs") -> Path:
 def check_maps(
     folder: Path, model: refs.ModelRef, source: refs.ModelRef, layers: list[int] | None = None, convention: str = "auto"
 ) -> list[str]:
-    """The possible conventions of the maps: the recorded one, or for maps without a record each by which they have the layers.
+    """The possible conventions of the maps: the recorded one. Without a record, every one under which the maps have the layers.
 
     Raises:
         LetheError: the maps were altered, belong to another pair of weights, have another width, or lack a layer by every

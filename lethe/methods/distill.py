@@ -24,11 +24,11 @@ class Distill(ForgetAndRetain):
     """
 
     layers: list[int] | None = field(default_factory=lambda: list(LAYERS))
-    """Adapters sit on the blocks up to the last of these layers; null: on all. Also the layers of retain_loss mse."""
+    """Adapters sit on the blocks up to the last of these layers; null: on all blocks. Also the layers of retain_loss mse."""
     remove_coef: float = 5.0
-    """Weight of the forget loss (0: without it). Higher values forget more."""
+    """Weight of the forget loss (0: no forget loss). Higher values forget more."""
     retain_coef: float = 5.0
-    """Weight of the retain loss (0: without it). Higher values keep more of the rest."""
+    """Weight of the retain loss (0: no retain loss). Higher values preserve more of the other knowledge."""
     schedule: Literal["ramp", "constant"] = "ramp"
     """ramp: over the first epoch retain_coef rises from 0, and remove_coef falls by a quarter; constant: neither changes."""
 

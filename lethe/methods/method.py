@@ -53,8 +53,8 @@ class Need:
 class Maps:
     """The affine maps of a recipe.
 
-    `given`: the folder, run or hub id of maps; None: they are fitted before training, on so many `documents` of the retain text
-    at most (0: all). `convention`: what a layer's number means in given maps that have no record.
+    `given`: the folder, run or hub id of maps; None: they are fitted before training, on at most `documents` documents of the
+    retain text (0: all). `convention`: what a layer's number means in given maps that have no record.
     """
 
     given: str | None = None
@@ -125,7 +125,7 @@ class Method(UnlearnSettings):
         return {}
 
     def warnings(self, plan: dict[str, Any]) -> list[str]:
-        """What may not be meant, for the plan of a run."""
+        """Warnings for the plan of a run, about settings that may be a mistake."""
         return []
 
     @property
@@ -150,7 +150,7 @@ class Method(UnlearnSettings):
 
     @property
     def reads_layers(self) -> bool:
-        """Whether `layers` means anything: to a loss on activations, or to where adapters sit."""
+        """Whether `layers` has an effect: on a loss on activations, or on where adapters sit."""
         return self.lora is not None or any(need.layers for need in self.needs().values())
 
     @property
@@ -229,9 +229,9 @@ class ForgetAndRetain(Method):
     """
 
     remove_coef: float = 1.0
-    """Weight of the forget loss (0: without it). Higher values forget more."""
+    """Weight of the forget loss (0: no forget loss). Higher values forget more."""
     retain_coef: float = 1.0
-    """Weight of the retain loss (0: without it). Higher values keep more of the rest."""
+    """Weight of the retain loss (0: no retain loss). Higher values preserve more of the other knowledge."""
     retain_loss: Literal["kl", "ce", "mse"] = "kl"
     """kl: KL(reference ‖ model) of next tokens; ce: cross-entropy on the retain text; mse: distance from the reference's
     activations at layers."""
@@ -304,5 +304,5 @@ class ForgetAndRetain(Method):
         end = self.weights(Progress(plan["steps"] - 1, plan["first_epoch_steps"], plan["steps"]))[1]
         return [
             f"schedule: the run ends within its first epoch, so that the ramp is cut short and "
-            f"retain_coef rises to {end:g} of {self.retain_coef:g}"
+            f"retain_coef only rises to {end:g} of {self.retain_coef:g}"
         ]

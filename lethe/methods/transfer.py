@@ -30,23 +30,24 @@ class Transfer(ForgetAndRetain):
     """
 
     layers: list[int] | None = field(default_factory=lambda: list(LAYERS))
-    """Layers whose activations are moved. Layer L is the residual stream after block L (from 0). Adapters sit on the blocks
-    up to the last one."""
+    """Layers whose activations the forget loss moves. Layer L is the residual stream after block L (from 0). Adapters
+    sit on the blocks up to the last of these layers."""
     affine: str = "fit"
-    """fit: fit the maps first, on retain text; none: compare activations without a map; or a folder, run or hub id of maps."""
+    """fit: fit maps on retain text before training; none: use no maps; else the folder, run or hub repository of maps."""
     affine_examples: int = MAPPED
-    """Documents of the retain text that affine fit uses, at most (0: all)."""
+    """Maximum number of retain documents to fit maps on (0: all)."""
     affine_convention: Literal["auto", "block_output", "hidden_states"] = "auto"
-    """What layer N of maps without a record means: output of block N, or hidden_states[N] (of block N - 1); auto: by score."""
+    """Layer numbers in maps without a record. block_output: N is the output of block N; hidden_states: of block N - 1;
+    auto: whichever scores better."""
     cb_scale: Literal["raw", "relative"] = "raw"
-    """raw: cb_loss as it is; relative: each layer's is divided by the variance of its target, so that coefficients carry over
-    from one model to another."""
+    """raw: cb_loss as it is; relative: each layer's distance is divided by the variance of its target, so that coefficients
+    carry over from one model to another."""
     forget_kl_coef: float = 0.0
-    """Weight of KL(source ‖ model) on forget text beside cb_loss (0: without it)."""
+    """Weight of KL(source ‖ model) on forget text, relative to cb_loss (0: no KL)."""
     remove_coef: float = 5.0
-    """Weight of the forget loss (0: without it). Higher values forget more."""
+    """Weight of the forget loss (0: no forget loss). Higher values forget more."""
     retain_coef: float = 5.0
-    """Weight of the retain loss (0: without it). Higher values keep more of the rest."""
+    """Weight of the retain loss (0: no retain loss). Higher values preserve more of the other knowledge."""
     schedule: Literal["ramp", "constant"] = "ramp"
     """ramp: over the first epoch retain_coef rises from 0, and remove_coef falls by a quarter; constant: neither changes."""
 

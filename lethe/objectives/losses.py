@@ -1,11 +1,10 @@
 """The losses that methods are made of: on activations, and on next-token distributions.
 
-Each loss is a plain function of activations or logits. Beside a loss on distributions stands its chunked form, which takes the
-final hidden states and the output head and never holds the logits of all tokens. Their values are the same. `tokens` is the
-number of tokens of the whole optimizer update that a loss is averaged over, where the batch is one of several that are
-accumulated. By default it is the batch's own.
+Each loss is a plain function of activations or logits. A loss on distributions also has a chunked form with the same value. It
+takes the final hidden states and the output head, and never holds the logits of all tokens. `tokens` is the number of tokens
+that a loss is averaged over: those of the whole optimizer update if batches are accumulated, by default the batch's own.
 
-The chunked forms work on so many tokens at a time:
+The chunked forms work on one chunk of tokens after the other:
 
     z = W h + b,   loss = Σ_t ℓ(z_t) / tokens,   g = ∂ℓ/∂z,   ∂loss/∂h_t = Wᵀ g_t / tokens,   ∂loss/∂W = Σ_t g_t h_tᵀ / tokens
 
@@ -32,7 +31,7 @@ CHUNK = 128
 PANEL = 2**20
 """Weights of the output head that one matmul takes: faster than all at once with few tokens, and in less memory."""
 PLAIN = 2**21
-"""Up to so many logits, the plain form of a loss is used, which is faster there."""
+"""Up to this many logits, the plain form of a loss is faster, and is used."""
 LEAST = 2**18
 """Logits that a chunk may have even if it is then more than `CHUNK` tokens."""
 SLICE = 2**17
@@ -90,8 +89,7 @@ def squared_distance(
 
     `target` holds a by layer: the source's mapped activation W c + b, or the reference's. With `variance`, each layer's
     distance is divided by the variance of its target. Computed in at least float32. `tokens` is the number of non-padding
-    tokens of the
-    whole optimizer update, where the batch is one of several that are accumulated; by default it is the batch's own.
+    tokens that the mean is over: those of the whole optimizer update if batches are accumulated, by default the batch's own.
     """
     count = mask.sum() if tokens is None else tokens
     layers = [((wide(student[layer]) - wide(target[layer])).square().mean(-1) * mask).sum() for layer in student]
@@ -213,8 +211,8 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaled in place and given away: a head's gradient is too large to be held twice. Another backward pass through
-        # the same graph, which is rare, computes them anew.
+        # Scaled in place and returned, because a head's gradient is too large for two copies. A second backward pass
+        # through the same graph, which is rare, computes them again.
         gradients = ctx.gradients or _walk(*ctx.saved_tensors, *ctx.rest)[1]
         ctx.gradients = None
         return *(g if g is None else g.mul_(factor) for g in gradients), None, None
@@ -248,7 +246,7 @@ def _walk(
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """W h + b of some tokens, one panel of W after the other."""
     logits = hidden.new_empty(len(hidden), len(weight))
-    bias = weight.new_zeros(len(weight)) if bias is None else bias  # with a bias, libraries spread few rows better over cores
+    bias = weight.new_zeros(len(weight)) if bias is None else bias  # with a bias, a matmul of few tokens uses the cores better
     for panel in slices(len(weight), PANEL // weight.shape[1]):
         torch.addmm(bias[panel], hidden, weight[panel].T, out=logits[:, panel])
     return logits

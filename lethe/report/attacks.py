@@ -21,7 +21,7 @@ MAX_STEPS = 5
 
 
 def worst_table(study: Study) -> Table:
-    """One row a model: its score, the attack that reached it and where, its cost, and what is not measured."""
+    """One row per model: its score, the attack that reached it and where, its cost, and what is not measured."""
     forget, general = attack_tasks(study.attacks)
     rows, notes = [], []
     for model, worst in study.worst_cases.items() if study.has_several_attacks else ():
@@ -58,7 +58,7 @@ def _above(excess: Excess | None) -> str:
 
 
 def tamper_table(study: Study) -> Table:
-    """One row an attack: forget at the start, after 10 steps, highest, at the end; retain at the end; lost updates."""
+    """One row per attack: forget at the start, after 10 steps, highest, at the end; retain at the end; lost updates."""
     attacks = study.attacks
     forget, retain = attack_tasks(attacks)
     lengths = {attack.curve[-1]["step"] for attack in attacks if attack.curve}
@@ -80,7 +80,7 @@ def tamper_table(study: Study) -> Table:
     notes = [f"Job IDs of the attacks, in the order of the rows: {', '.join(job(attack.run) for attack in attacks)}."]
     notes.append("Lost updates: share of weights with a gradient that an update left exactly as they were.")
     if any(attack.baseline for attack in attacks):
-        notes.append("Full recovery: the first evaluated step whose 95 % interval holds or exceeds the baseline.")
+        notes.append("Full recovery: the first evaluated step whose 95 % interval contains or exceeds the baseline.")
     return table_of("Tampering", rows, [*notes, *remarks([a.run for a in attacks], rows)])
 
 
@@ -111,7 +111,7 @@ def recovery_note(attack: Attack, task: str) -> str:
     if found is None:
         return "no baseline to compare with" if attack.results(task) else "not evaluated"
     if found.recovered is None:
-        return "no gap to recover: the start's interval holds the baseline"
+        return "no gap to recover: the start's interval contains the baseline"
     share = f"{percent(found.recovered, 0)} of the gap recovered"
     if not attack.trains:
         if found.full.step is not None:
@@ -176,16 +176,16 @@ def _spread(steps: list[int]) -> list[int]:
 
 
 def recovery_table(study: Study) -> Table:
-    """One row an attack on a model: share of the gap recovered, steps to half, nine tenths and full, area, above the twin."""
+    """One row per attack on a model: share of the gap recovered, steps to half, nine tenths and full, area, above the twin."""
     task = attack_tasks(study.attacks)[0]
     seeds = any(len(series.attacks) > 1 for series in study.series)
     twins = dict.fromkeys(series.model for series in study.series if series.control == FILTERED)
     notes = [
         "Recovered: share of the gap from the start to the baseline that the attack closed. Area: its mean over the attack."
     ]
-    notes.append("Above the twin: accuracy above that of the twin at equal tokens of the attack, with its 95 % interval.")
+    notes.append("Above the twin: accuracy minus that of the twin after equally many tokens of attack, with its 95 % interval.")
     if len(twins) > 1:
-        notes.append(f"Above none of several filtered twins ({'; '.join(twins)}): report them apart.")
+        notes.append(f"Above the twin is empty with several filtered twins ({'; '.join(twins)}): report them separately.")
     rows = []
     for series in study.series:
         curve = series.points_of(task) if task else []

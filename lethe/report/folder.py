@@ -68,7 +68,7 @@ def check_out(out: str | Path) -> Hashes:
     before = _written(out)
     for name in MAIN:
         if os.path.lexists(out / name) and not _is_ours(out, name, before):
-            why = "is not as a report has written it" if name in before else "this version of Lethe has not written"
+            why = "has changed since a report wrote it" if name in before else "this version of Lethe has not written"
             raise LetheError(f"out: '{out}' holds a file {name} that {why}; move it away, or choose another folder")
     charts = out / "charts"
     if charts.is_symlink() or (charts.exists() and not charts.is_dir()):
@@ -130,7 +130,7 @@ def _write(out: Path, files: dict[str, bytes], before: Hashes) -> None:
     own = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     left = [n for n in {**files, **before} if n not in MAIN and os.path.lexists(out / n) and not _is_ours(out, n, before)]
     for name in left:
-        logger.warning("%s is not as a report has written it; left alone", out / name)
+        logger.warning("%s has changed since a report wrote it; left alone", out / name)
     either = {name: [*own.get(name, []), *before.get(name, [])] for name in {**own, **before}}
     try:
         (out / "charts").mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ def headline(study: Study) -> list[str]:
     if study.apart:
         count = len({each.run.id for each in study.apart})
         runs = f"{count} run{'s' * (count != 1)}"
-        found.append(f"Numbers of {runs} were measured in another way, and stand in a table of their own.")
+        found.append(f"Numbers of {runs} were measured in another way, and are in a table of their own.")
     if study.imported:
         files = ", ".join(dict.fromkeys(run.record["imported"]["file"] for run in study.imported))
         found.append(f"{len(study.imported)} runs are imported from {files}, and stand in tables of their own.")

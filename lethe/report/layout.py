@@ -67,7 +67,7 @@ class Table:
         return template("table.html.j2").render(table=self, long=LONG)
 
     def text(self) -> str:
-        """The table in aligned columns, one line a row. For thousands of rows this is far faster than rich."""
+        """The table in aligned columns, one line per row. For thousands of rows this is far faster than rich."""
         lines = [self.columns, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         align = [str.rjust if number else str.ljust for number in self.numeric]

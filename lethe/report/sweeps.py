@@ -12,7 +12,7 @@ from lethe.runs.run import Run
 
 
 def sweep_table(run: Run) -> Table:
-    """One row a trial. A trial without numbers has its status, and a note with its reason and the end of its log."""
+    """One row per trial. A trial without numbers has its status, and a note with its reason and the end of its log."""
     trials: list[dict[str, Any]] = run.record.get("trials") or []
     varied = list(dict.fromkeys(name for trial in trials for name in trial["point"]))
     tasks = tasks_of(trial["evals"] for trial in trials)

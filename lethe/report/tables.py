@@ -62,7 +62,7 @@ def terminal(runs: list[Run]) -> list[Table]:
 
 
 def checkpoints_table(run: Run) -> Table:
-    """Checkpoint | a column a task | Notes."""
+    """Checkpoint | a column per task | Notes."""
     rows = run.record["checkpoints"]
     tasks = tasks_of(row["evals"] for row in rows)
     lines = [{"Checkpoint": row["name"], **_results(row["evals"]), "Notes": row.get("note") or ""} for row in rows]
@@ -100,7 +100,7 @@ def _results(evals: Evals) -> dict[str, str]:
 
 
 def unlearning_table(target: Target, name_target: bool) -> Table:
-    """Job ID | settings | losses | a column a task | regime and selectivity, if there is a baseline."""
+    """Job ID | settings | losses | a column per task | regime and selectivity, if there is a baseline."""
     tasks = tasks_of(row.evals for row in target.rows)
     losses = _loss_names(target.runs)
     settings = _settings_columns(target.runs)
@@ -238,7 +238,7 @@ def _missing_notes(missing: dict[str, str] | None) -> list[str]:
 
 
 def evaluations_table(runs: Sequence[Shown]) -> Table:
-    """Evaluation runs side by side: Model | Job ID | a column a task."""
+    """Evaluation runs side by side: Model | Job ID | a column per task."""
     tasks = tasks_of(run.record.get("evals") or {} for run in runs)
     rows = []
     for run in runs:

@@ -66,14 +66,14 @@ class Reached:
 
 @dataclass(frozen=True)
 class Recovery:
-    """The measures of one attack on one task. All but `full` are None if the start's interval holds the baseline: no gap."""
+    """The measures of one attack on one task. All but `full` are None if the start's interval contains the baseline: no gap."""
 
     recovered: float | None
     """Share of the gap at the last step."""
     half: Reached | None
     nine_tenths: Reached | None
     full: Reached
-    """The first step whose interval holds the baseline or lies above it."""
+    """The first step whose interval contains the baseline or lies above it."""
     area: float | None
     """Mean recovered share over the attack's steps or strengths, linear between evaluations."""
 

@@ -25,7 +25,7 @@ from lethe.runs.run import Run, find_run, find_runs
 
 __all__ = ["Study", "attack_tasks"]
 CONTROLS = {"source": "Control: source", "model": "Control: before unlearning"}
-"""What a model under attack is called that is a parent of an unlearning run."""
+"""The label of an attacked model that is the parent of an unlearning run."""
 
 
 class Study:

@@ -24,7 +24,7 @@ from lethe.runs.logbook_prose import Cell, unmatched
 from lethe.runs.logbook_records import Record, TableReader
 from lethe.runs.run import Run, find_runs, now
 
-NO_ROWS = "markdown sees no rows of a table here; a table needs a line with one group of dashes a column under its header"
+NO_ROWS = "markdown reads no table here; below its header a table needs a line with one group of dashes per column"
 
 
 @dataclass

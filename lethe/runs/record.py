@@ -37,7 +37,7 @@ def record_of(folder: Path) -> dict[str, Any]:
         LetheError: it cannot be read, or a field is not of its type.
     """
     file = folder / RUN
-    advice = "put back a copy of it, or move the folder away"
+    advice = "restore it from a backup, or move the folder away"
     try:
         if os.path.exists(file) and not os.path.isfile(file):  # a pipe would wait for somebody to write
             raise UnreadableError("not a file")

@@ -1,8 +1,8 @@
 """A run is a folder of plain files, which `Run` reads and writes. Other code reads results from these files only.
 
-    run.json        what the run is, its status, what came out; replaced whole, so that no reader sees half of it
-    metrics.jsonl   one line a logging step
-    curve.jsonl     one line an evaluation
+    run.json        what the run is, its status, its results; replaced whole, so that no reader sees half of it
+    metrics.jsonl   one line per logging step
+    curve.jsonl     one line per evaluation
     log.txt         messages
 
 So a run needs no server and no database, and works on a shared file system. Whoever works on a run holds the lock of its folder
@@ -225,7 +225,7 @@ class Run:
             return None
         path = self.path / facts["path"]
         if not path.resolve().is_relative_to(self.path.resolve()):
-            raise LetheError(f"'{self.path}': its {kind} is a link to '{path.resolve()}'; put the files there themselves")
+            raise LetheError(f"'{self.path}': its {kind} is a link to '{path.resolve()}'; copy the files into the run's folder")
         return path
 
     def keep_until(self, step: int) -> None:
@@ -304,7 +304,7 @@ class Run:
         write_atomically(self.path / STOP, reason)
 
     def asked_to_stop(self) -> str | None:
-        """The reason for which the run was asked to stop; None if it was not."""
+        """The reason in a request to stop the run; None if there is no request."""
         try:
             return printable((self.path / STOP).read_text(errors="replace"), 200)
         except OSError:
@@ -374,7 +374,7 @@ def find_run(run_id: str, out: str | Path = "runs") -> Run:
         return Run.open(found[0])
     if found:
         raise LetheError(
-            f"run:{run_id} fits {len(found)} runs ({', '.join(sorted(p.name for p in found)[:4])}); give the whole id"
+            f"run:{run_id} matches {len(found)} runs ({', '.join(sorted(p.name for p in found)[:4])}); give the whole id"
         )
     raise LetheError(f"run:{run_id} is not in '{out}', runs/ or */runs/; `lethe runs FOLDER` lists the runs of a folder")
 

@@ -79,7 +79,7 @@ def _from_slurmctld(ids: list[str]) -> dict[str, JobState] | None:
     if answer is not None:
         rows = [line.split("|", 2) for line in answer.splitlines() if line.count("|") >= 2]
         return {job.strip(): _state(state, "", reason) for job, state, reason in rows}
-    if "Invalid job id" in error:  # squeue was asked about one job alone, and does not know it
+    if "Invalid job id" in error:  # squeue was queried for one job alone, and does not know it
         return {}
     if "Unable to contact" in error:  # scontrol could not either
         return None

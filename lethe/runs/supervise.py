@@ -39,7 +39,7 @@ def now() -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to stop. The run can be resumed."""
+    """The process received a request to stop. The run can be resumed."""
 
 
 class _LogFile(logging.FileHandler):

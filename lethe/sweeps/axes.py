@@ -65,7 +65,7 @@ class Axis:
         """
         name = RATIO.join(part.strip() for part in name.split("/"))
         if name.count(RATIO) > 1:
-            raise LetheError(f"vary: {name} divides twice; a ratio is one setting divided by another")
+            raise LetheError(f"vary: {name} divides twice; a ratio divides one setting by another")
         given = numbers(given)
         if isinstance(given, list):
             given = {"values": given}
@@ -164,7 +164,7 @@ def parse(vary: Mapping[str, Any], attacked: bool = False) -> list[Axis]:
 
 
 def point_of(axes: list[Axis], values: Iterable[Any], recipe: Mapping[str, Any]) -> Point:
-    """The point with these values, one an axis, without the axes whose conditions do not hold there."""
+    """The point with these values, one per axis, without the axes whose conditions do not hold there."""
     point: Point = {}
     for axis, value in zip(axes, values, strict=True):
         if axis.applies(point, recipe):
@@ -279,11 +279,11 @@ def _known(name: str) -> dict[str, Any]:
 
 def _refuse_unknown(field: str, attacked: bool) -> None:
     if field.startswith(ATTACK) and not attacked:
-        raise LetheError(f"vary: {field} is a setting of an attack, and this sweep has none; give tamper a recipe")
+        raise LetheError(f"vary: {field} is a setting of an attack, and this sweep has no attack; add a section tamper")
     known = _known(field)
     bare = field.removeprefix(ATTACK)
     if bare in {"seed", "out", "name"}:
-        raise LetheError(f"vary: {bare} is not varied; {'seeds repeats every setting' if bare == 'seed' else 'leave it out'}")
+        raise LetheError(f"vary: {bare} is not varied; {'give seeds instead' if bare == 'seed' else 'leave it out'}")
     if bare == "eval" or bare.startswith("eval."):
         raise LetheError(f"vary: {field} changes how runs are measured, so that they could not be compared; leave it out")
     if bare not in known:

@@ -1,7 +1,7 @@
 """Bisection along an axis: where to measure next, and between which values the boundary lies.
 
 A boundary lies where the verdict on a run changes along one axis, for instance from "neither fell" to "one fell". There is one
-verdict a seed and value. `next_values` says what to measure next, `bracket` between which values the boundary lies. Where
+verdict per seed and value. `next_values` says what to measure next, `bracket` between which values the boundary lies. Where
 the seeds of a value disagree, the boundary is known no better than to the nearest values on which they agree.
 
 Pure functions over numbers. Nothing here imports torch or Optuna.
@@ -17,7 +17,7 @@ from typing import Literal
 from lethe.sweeps.axes import Axis
 
 Verdicts = Mapping[float, Sequence[bool] | None]
-"""By value on the axis: one verdict a seed; None where the value could not be measured."""
+"""By value on the axis: one verdict per seed; None where the value could not be measured."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ SENTENCES = {
     ("retained", True): "the largest value that retains {limit} is {below}; {above} does not",
     ("retained", False): "the smallest value that retains {limit} is {above}; {below} does not",
 }
-"""By boundary, and whether its verdict holds below it."""
+"""By boundary and by whether its verdict is true below it: the sentence."""
 
 
 class Boundary(Planner):
@@ -170,7 +170,7 @@ class Boundary(Planner):
         if bracket.status == "open":
             how += f", wider than the width {self.config.width:g}: max_runs was reached, or values in between failed"
         if bracket.disagreeing:
-            how += f"; seeds disagree at {', '.join(f'{value:g}' for value in bracket.disagreeing)}, so it is known no better"
+            how += f"; seeds disagree at {', '.join(f'{value:g}' for value in bracket.disagreeing)}, so no closer"
         if not bracket.monotone:
             how += "; the verdict changes again further up, so this is the first of several boundaries"
         return f"{sentence[0].upper()}{sentence[1:]} ({how})."
@@ -185,4 +185,4 @@ class Boundary(Planner):
         low, high = (forget.get(self.axis.at(share)) for share in (0, 1))
         level = rules_of_thumb.plateau(forget, retain, towards_high=low is None or high is None or high.value <= low.value)
         flat = f"; from {name} {level:g} on nothing changes beyond the intervals" if level is not None else ""
-        return [f"The axis does not reach both{flat}. Try another one: {rules_of_thumb.next_axis(name)}."]
+        return [f"No value on the axis brings both tasks to chance{flat}. Try another axis: {rules_of_thumb.next_axis(name)}."]

@@ -1,4 +1,4 @@
-"""The controller of a sweep: it adds what the planner proposes, hands it to the launcher, and records what came out.
+"""The controller of a sweep: it adds the trials that the planner proposes, starts them, and records their results.
 
 It works in rounds, each under the sweep's lock:
 
@@ -75,7 +75,7 @@ class Controller:
         sweep = self.sweep
         if sweep.run.record.get("trials") and not sweep.trials():
             where = sweep.config.storage or sweep.run.path / journal.JOURNAL
-            raise LetheError(f"sweep: the study of {sweep.run.path} is not in {where}; put it back, or start a new sweep")
+            raise LetheError(f"sweep: the Optuna study of {sweep.run.path} is not in {where}; restore it, or start a new sweep")
         sweep.claim_waiting()
         known = {name for trial in sweep.trials() for name in trial.get("runs", [])}
         for run in find_runs(sweep.out):  # made by a controller that was killed before it noted them in the study
@@ -121,7 +121,7 @@ class Controller:
         owned: list[Trial] = []
         for trial in sweep.unfinished():
             if not trial.get("stages"):
-                sweep.fail(trial, "failed", "its controller was killed before it was planned")
+                sweep.fail(trial, "failed", "its controller was killed before it had made the runs")
             elif trial.get("owner") and not sweep.has_ended(trial, runs := trial.runs(sweep.out)):
                 if len(runs) < len(trial.get("runs", [])):
                     sweep.fail(trial, "failed", "a folder of its runs is missing", runs)
@@ -215,7 +215,7 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
 
 
 def resume_sweep(run: Run, trusts: bool = False) -> Run:
-    """Do what is left of a sweep. `trusts`: the user agrees to what its record runs or opens."""
+    """Complete a sweep. `trusts`: the user agrees to what its record runs or opens."""
     config = settings_of(run, config_of(run))
     consented(config, trusts)
     return sweep(config, run)

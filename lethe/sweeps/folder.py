@@ -1,8 +1,8 @@
 """A sweep: its folder, its trials in an Optuna study, and how trials are added and ended.
 
 The Optuna study is a journal file in the sweep's folder, or a database. optuna-dashboard opens it, and several controllers on
-several machines can share it. It says what there is to do. What came out of a trial is read from the folders of its runs, which
-lie beside the sweep's.
+several machines can share it. It holds the trials. The results of a trial are read from the folders of its runs, which lie
+beside the sweep's folder.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class Sweep:
             self.fail(trial, "cancelled", CANCELLED, trial.runs(self.out))
 
     def record(self, trials: list[Trial]) -> None:
-        """Write the results so far, and what they say together, into the sweep's record."""
+        """Write the results so far, and the conclusions from them, into the sweep's record."""
         self.recorded = time.monotonic()
         rows, conclusions = [self.row(trial) for trial in trials if trial.is_shown], self.planner.conclusions(self)
         if (rows, conclusions) != (self.run.record.get("trials"), self.run.record.get("conclusions")):

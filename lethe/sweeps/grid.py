@@ -27,7 +27,7 @@ class Grid(Planner):
         """
         count = len(self.config.seed_list) * math.prod(len(axis.values) or axis.steps or 1 for axis in self.axes)
         if count > MOST_RUNS:
-            raise LetheError(f"vary: {count} runs, {MOST_RUNS} at most; take fewer values or steps, or kind pareto")
+            raise LetheError(f"vary: {count} runs, at most {MOST_RUNS} are allowed; give fewer values or steps, or kind pareto")
         return axes.points(self.axes, self.recipe)
 
     @property

@@ -21,7 +21,7 @@ from lethe.runs.record import TRIAL
 Direction = Literal["minimize", "maximize"]
 DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError)
 """What Optuna raises over records that do not fit together."""
-ADVICE = "put back a copy of it, or start a new sweep (it takes over the runs that are complete)"
+ADVICE = "restore it from a backup, or start a new sweep (which reuses the complete runs)"
 logger = logging.getLogger(__name__)
 
 

@@ -72,7 +72,7 @@ class Pareto(Planner):
         checked = super().checked()
         for folder in self.config.warm_start:
             if not any(self.known(folder)):
-                raise LetheError(f"warm_start: no run in '{folder}' is complete, of this recipe and on the axes; leave it out")
+                raise LetheError(f"warm_start: '{folder}' has no complete run of this recipe on these axes; leave it out")
         return checked
 
     def begin(self, sweep: Sweep) -> None:

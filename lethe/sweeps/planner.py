@@ -38,7 +38,7 @@ SHOWN = ("acc", "correct_prob", "low", "high", "n", "chance", "degenerate")
 
 @dataclass
 class Finding:
-    """What one complete trial says: its results, their retained shares, and its regime."""
+    """The finding of one complete trial: its results, their retained shares, and its regime."""
 
     trial: Trial
     forget: dict[str, Any]
@@ -93,7 +93,7 @@ class Planner:
             ("retain_task", self.config.retain_task, regimes.retain_task(evaluated)),
         ):
             if not (given or known):
-                raise LetheError(f"{name}: none of unlearn.eval.tasks ({', '.join(evaluated)}) is known as one; name it")
+                raise LetheError(f"{name}: none of unlearn.eval.tasks ({', '.join(evaluated)}) is known as a {name}; name it")
             if given and given not in evaluated:
                 raise LetheError(
                     f"{name}: '{given}' is not among unlearn.eval.tasks ({', '.join(evaluated)}){nearest(given, evaluated)}"
@@ -173,7 +173,7 @@ class Planner:
         return Plan(name, stages, point, seed, number=number, axes=self.axes)
 
     def plans(self, point: Point) -> list[Plan]:
-        """One plan a seed."""
+        """One plan per seed."""
         return [self.plan(point, seed) for seed in self.config.seed_list]
 
     def references(self) -> list[Plan]:
@@ -233,13 +233,13 @@ class Planner:
         return {}
 
     def findings(self, sweep: Sweep) -> list[Finding]:
-        """What every complete trial says."""
+        """The findings of all complete trials."""
         complete = [trial for trial in sweep.trials() if not trial.is_reference and trial.status == "complete"]
         found = [self.finding(sweep, trial, runs) for trial in complete if (runs := trial.runs(sweep.out))]
         return [finding for finding in found if finding]
 
     def finding(self, sweep: Sweep, trial: Trial, runs: list[Run]) -> Finding | None:
-        """What one trial says; None where its accuracies are missing."""
+        """The finding of a trial; None if its accuracies are missing."""
         evals = runs[0].record.get("evals") or {}
         forget, retain = (evals.get(name) for name in self.tasks)
         if forget is None or retain is None:
@@ -247,7 +247,7 @@ class Planner:
         return self.judge(sweep, trial, runs[0].record["config"]["model"], forget, retain)
 
     def judge(self, sweep: Sweep, trial: Trial, model: str, forget: dict[str, Any], retain: dict[str, Any]) -> Finding:
-        """What two results say relative to the baseline. Nothing, where that was measured in another way."""
+        """The retained shares and the regime of two results; none if the baseline was measured in another way."""
         before = self.baseline(sweep, model)
         shares = [
             regimes.retained_share(result, before[name])
@@ -277,7 +277,7 @@ class Planner:
         return shown
 
     def conclusions(self, sweep: Sweep) -> list[str]:
-        """What the results say together, in sentences."""
+        """The conclusions from all results, in sentences."""
         found = self.findings(sweep)
         if not found:
             return []

@@ -47,7 +47,7 @@ def is_clearly_worse(run: tuple[dict, dict], others: Iterable[tuple[dict, dict]]
 def advice(found: Sequence[regimes.Regime]) -> str:
     """The next step that rules of thumb suggest, from the regimes of a sweep's runs."""
     if not found:
-        return "nothing was measured: see the runs' reasons"
+        return "no run was measured: see the reasons of the failed runs"
     kinds = set(found)
     if "selective" in kinds:
         return "attack the selective runs, to see whether the topic is gone or only hidden (lethe tamper)"
@@ -58,5 +58,5 @@ def advice(found: Sequence[regimes.Regime]) -> str:
     if "inverted" in kinds and "partial" not in kinds:
         return "retain lost more than forget: raise retain_coef, or look at what the retain text covers"
     if kinds <= {"neither", "both"}:
-        return "no run lies between neither and both: take a little less lr with more remove_coef, or more retain_coef"
-    return "both fell partly: take a little less lr with more remove_coef, or more retain_coef"
+        return "no run lies between neither and both: lower lr a little and raise remove_coef, or raise retain_coef"
+    return "both fell partly: lower lr a little and raise remove_coef, or raise retain_coef"

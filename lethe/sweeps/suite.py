@@ -143,7 +143,7 @@ class Suite(Planner):
         self.config = spelled_out(self.config)
         seeds = [len(self.config.seed_list) if self.attack_named(name).draws else 1 for name in self.config.attacks]
         if (count := len(self.models) * sum(seeds)) > MOST_RUNS:
-            raise LetheError(f"attacks: {count} runs, {MOST_RUNS} at most; take fewer seeds, models or attacks")
+            raise LetheError(f"attacks: {count} runs, at most {MOST_RUNS} are allowed; give fewer seeds, models or attacks")
         self._refuse_unlike()
         for plan in self.plans_of_all():
             for _, settings in plan.stages:

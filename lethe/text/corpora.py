@@ -72,7 +72,7 @@ def _read(source: TextSource) -> list[Document]:
             key = hashlib.sha256(body.encode()).hexdigest()
             documents.setdefault(key, Document(body, key))
     if not documents:
-        raise LetheError(f"text '{source.source}' is empty: it has no document with text in it; give another")
+        raise LetheError(f"text '{source.source}' has no document with text in it; give another text")
     return [documents[key] for key in sorted(documents)]
 
 
@@ -87,7 +87,7 @@ def take(
     if count is None:
         count = min(most, len(documents))
     if count > len(documents):
-        raise LetheError(f"{what} has {len(documents)} documents, {count} are asked for; give a smaller number, or 0 for all")
+        raise LetheError(f"{what} has {len(documents)} documents, {count} are requested; give a smaller number, or 0 for all")
     if count == 0:
         return documents
     return documents[:count] if end == "front" else documents[-count:]
@@ -263,7 +263,7 @@ def _hub(source: TextSource) -> Iterator[tuple[str, dict[str, Any]]]:
         found = datasets.load_dataset(name, configuration or None, split=source.split)
     except Exception as error:  # load_dataset raises errors of many libraries
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LetheError(f"text '{source.source}' is not a file, nor a data set of the hub ({why}); give one") from error
+        raise LetheError(f"text '{source.source}' is neither a file nor a hub data set ({why}); give one of them") from error
     return ((f"row {number}", row) for number, row in enumerate(found, 1))
 
 

@@ -1,4 +1,4 @@
-"""What training cannot do, refused before it starts; and how long a run is."""
+"""Checks before training, and the length of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def plan(config: TrainingSettings, examples: int) -> dict[str, Any]:
     per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
     if config.warmup_steps >= steps:
-        raise LetheError(f"warmup_steps: {config.warmup_steps} of {steps} updates never reach lr {config.lr:g}; lower it")
+        raise LetheError(
+            f"warmup_steps: a run of {steps} updates never reaches lr {config.lr:g} with {config.warmup_steps}; lower it"
+        )
     whole, rest = divmod(steps, per_epoch)
     return {
         "unique_examples": examples,
@@ -40,7 +42,7 @@ def refuse_rank(config: UnlearnSettings | TamperConfig, model: refs.ModelRef) ->
     """Refuse adapters of a higher rank than the model's activations can have; a huge one would fail when it is made."""
     if config.lora is not None and config.lora.r > model.width:
         raise LetheError(
-            f"lora.r: {config.lora.r} is above the width of '{model.name}', {model.width}, which no rank exceeds; lower it"
+            f"lora.r: {config.lora.r} is above the width of '{model.name}', {model.width}, the highest useful rank; lower it"
         )
 
 
@@ -51,11 +53,11 @@ REPORTERS: dict[str, tuple[str, ...]] = {
 
 
 REPORTERS |= {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
-"""What transformers can log to, and the packages of which each needs one."""
+"""The loggers of transformers, and for each the packages of which it needs one."""
 
 
 def refuse_unavailable(config: TrainingSettings) -> None:
-    """Refuse what needs a library that is not installed."""
+    """Refuse settings that need a library that is not installed."""
 
     def missing(*packages: str) -> bool:
         return not any(map(importlib.util.find_spec, packages))
@@ -64,8 +66,6 @@ def refuse_unavailable(config: TrainingSettings) -> None:
         raise LetheError("optimizer: adamw_8bit needs torchao or bitsandbytes, and neither is installed; pip install torchao")
     for name in config.report_to:
         if name not in REPORTERS:
-            raise LetheError(
-                f"report_to: '{printable(name, 80)}' is nothing that transformers logs to{nearest(name, REPORTERS)}"
-            )
+            raise LetheError(f"report_to: '{printable(name, 80)}' is not a logger of transformers{nearest(name, REPORTERS)}")
         if missing(*REPORTERS[name]):
             raise LetheError(f"report_to: '{name}' is not installed; pip install {REPORTERS[name][0]}, or leave it out")

@@ -1,12 +1,14 @@
-"""Optimizers, with every parameter routed by what it is.
+"""Optimizers, and which one trains each parameter.
 
-`adamw` and `adamw_8bit` train all parameters; `muon` trains the hidden matrices (the linear layers inside the blocks,
-fused QKV and MLP too, and the two matrices of a LoRA adapter) and leaves embeddings, output head, norms, biases, routers and
-the three-dimensional tensors of experts to AdamW. The route is decided by the module that holds a parameter, never by its
-size: a threshold on size once sent QKV and MLP weights to AdamW unseen.
+`adamw` and `adamw_8bit` train all parameters. `muon` trains the hidden matrices: the linear layers inside the blocks, fused QKV
+and MLP too, and the two matrices of a LoRA adapter. Embeddings, output head, norms, biases, routers and the three-dimensional
+tensors of experts are then trained by AdamW. The module that holds a parameter decides its route. Its size does not, because
+fused QKV and MLP matrices are as large as some embeddings.
 
-All of it is one torch Optimizer whose groups are tagged `name` and `algorithm`, so that one scheduler moves them all
-and one saved state holds them all.
+model -> routes -> parameter groups -> one torch Optimizer
+
+The groups have the fields `name` and `algorithm`. With one Optimizer, one scheduler sets all learning rates, and one saved
+state holds everything.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ NS_STEPS = 5
 MOMENTUM = 0.95
 BETAS, EPS = (0.9, 0.999), 1e-8
 STATE_BYTES: dict[OptimizerName, int] = {"adamw": 8, "muon": 4, "adamw_8bit": 2}
-"""Bytes of state that each optimizer keeps for a trained number."""
+"""Bytes of state that each optimizer stores per trained parameter."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,16 @@ def make_optimizer(model: nn.Module, config: TrainingSettings) -> Optimizer:
         return Muon(listed, lr=config.lr, newton_schulz_dtype=newton_schulz_dtype(config.newton_schulz_dtype))
     if config.optimizer == "adamw_8bit":
         return eight_bit_adamw()(listed, lr=config.lr, betas=BETAS, eps=EPS)
-    return AdamW(listed, lr=config.lr, betas=BETAS, eps=EPS, fused=True)  # else a dozen calls for each adapter
+    return AdamW(listed, lr=config.lr, betas=BETAS, eps=EPS, fused=True)  # unfused: a dozen calls per adapter
 
 
 def needs_masters(model: nn.Module, optimizer: OptimizerName) -> bool:
-    """Whether weights are trained in less than float32, where an update of their own type would often change nothing."""
+    """Whether float32 master weights are needed: in a smaller type, rounding would often undo an update."""
     return optimizer != "adamw_8bit" and any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters())
 
 
 def newton_schulz_dtype(setting: str) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 products are far slower."""
+    """`auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 matmuls are far slower."""
     if setting == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return getattr(torch, setting)
@@ -133,12 +135,12 @@ def eight_bit_adamw() -> Callable[..., Optimizer]:
 class Muon(Optimizer):
     """Muon for groups whose `algorithm` is `muon`, AdamW for those whose `algorithm` is `adamw`.
 
-    Muon (https://kellerjordan.github.io/posts/muon/): momentum with Nesterov's look-ahead, then the update is replaced by
-    the nearest (semi-)orthogonal matrix, found by five Newton–Schulz steps, and scaled by √max(1, rows / columns) of the
-    matrix as it maps inputs to outputs (`transposed` groups hold it the other way round). As `torch.optim.Muon`.
+    Muon (https://kellerjordan.github.io/posts/muon/): the update is Nesterov momentum, orthogonalised by five
+    Newton–Schulz steps and scaled by √max(1, outputs / inputs) of the matrix. `transposed` groups have matrices of
+    [inputs, outputs]. The result is that of `torch.optim.Muon`.
 
-    Weights in a smaller type than float32 are stepped as float32 masters, kept in the state, and rounded from them: what
-    one update loses to rounding, the next ones still add up to.
+    Weights of a smaller type than float32 have float32 master weights in the state. An update changes the master weights,
+    and the weights are rounded from them. So small updates add up, where rounding would lose each of them.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, newton_schulz_dtype: torch.dtype = torch.float32):
@@ -163,7 +165,7 @@ class Muon(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state keeps its own type: torch would round float32 state to the type of the weights."""
+        """As torch's, but the state has the type that it was saved in: torch would round float32 state to the weights' type."""
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, state in state_dict["state"].items():
@@ -172,7 +174,7 @@ class Muon(Optimizer):
                 self.state[parameter][name] = value.to(parameter.device, copy=True) if name != "step" else value.clone()
 
     def _master(self, parameter: Tensor) -> Tensor:
-        """The float32 weight that is stepped: the parameter itself, or its master."""
+        """The float32 weight that an update changes: the parameter itself, or its master weight."""
         if parameter.dtype == torch.float32:
             return parameter
         state = self.state[parameter]

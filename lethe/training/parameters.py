@@ -1,4 +1,4 @@
-"""The parameters that training changes: by layer and role, by optimizer, and those that nothing reaches."""
+"""The parameters that training changes: by layer and role, by optimizer, and those without a gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lethe.models.adapters import left_out
 from lethe.training.optimizers import Route, left_to_adamw, routes, routing_table
 
 SHARE = 0.01
-"""The share of the blocks' weights from which on it is worth a warning that they are treated otherwise than the rest."""
+"""The plan has a warning if at least this share of the blocks' weights has no adapter, or is left to AdamW."""
 
 
 def layer_of(model: nn.Module) -> dict[str, str]:

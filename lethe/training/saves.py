@@ -1,13 +1,13 @@
-"""Saves of a run in training: whole or absent.
+"""Saves of a run in training: complete or absent.
 
     saves/begin.safetensors                 the trained parameters before the first update, until the first planned save
     saves/step-100/   weights.safetensors   those after it, under the names that they have in memory
                       optimizer.pt, scheduler.pt, random.pt, trainer_state.json
                       manifest.json         size and SHA-256 of each, written last
 
-A save is written into a folder of another name, synced and renamed; it counts only if every file is as its manifest says.
-So a kill, or a disk that fills up, leaves the saves before it as they were. Parameters are loaded by name, each of them:
-formats that rename weights on the way to disk have lost an output head on the way back.
+A save is written into a folder of another name, synced and renamed. It counts only if every file is as its manifest says. So
+a kill or a full disk leaves earlier saves intact. Every parameter is saved and loaded under its name in memory, because formats
+that rename weights can lose some of them, such as an output head.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FILES = ("weights.safetensors", "optimizer.pt", "scheduler.pt", "random.pt", "tr
 
 
 def begin(folder: Path, model: nn.Module) -> None:
-    """Keep the parameters that are trained as they are before the first update, for a training that diverges before it saves.
+    """Save the trained parameters before the first update, for a run that diverges before its first planned save.
 
     Raises:
         LetheError: they cannot be written.
@@ -62,7 +62,7 @@ def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: 
     All but the newest two saves, and the newest planned one (at a multiple of `every` updates), are removed afterwards.
 
     Raises:
-        LetheError: it cannot be written; the saves that were there are untouched.
+        LetheError: it cannot be written; earlier saves are intact.
     """
     final, temporary = folder / f"step-{step}", folder / f".step-{step}.{os.getpid()}.tmp"
     try:
@@ -82,8 +82,8 @@ def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: 
     except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise LetheError(
-            f"the save at step {step} could not be written ({str(error).splitlines()[0]}); earlier saves are whole: "
-            f"make room and go on with lethe resume"
+            f"the save at step {step} could not be written ({str(error).splitlines()[0]}); earlier saves are intact: "
+            f"make room and resume with lethe resume"
         ) from error
     planned = [kept for kept in steps(folder) if every and kept % every == 0]
     for old in set(steps(folder)[KEPT:]) - set(planned[:1]):
@@ -94,7 +94,7 @@ def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: 
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest save that is whole; None if there is none. What is left of interrupted ones is removed."""
+    """The newest complete save; None if there is none. Leftovers of interrupted saves are removed."""
     for rest in folder.glob(".*.tmp"):
         shutil.rmtree(rest, ignore_errors=True)
         rest.unlink(missing_ok=True)
@@ -102,15 +102,15 @@ def newest(folder: Path) -> Path | None:
 
 
 def before_divergence(folder: Path, every: int) -> tuple[Path, int]:
-    """What a training that diverged falls back on, and of which step: the newest whole save at a multiple of `every` updates,
-    or the weights before the first update. That it was stopped on the way, and saved for that, makes no difference.
+    """The weights that a diverged run ends with, and their step: the newest complete save at a multiple of `every` updates,
+    or else the weights before the first update. Saves that were made because the run was stopped do not count.
     """
     planned = [step for step in steps(folder) if every and step % every == 0]
     return next(((folder / f"step-{n}", n) for n in planned if is_whole(folder / f"step-{n}")), (folder / BEGIN, 0))
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the saves in `folder`, whole or not, newest first."""
+    """Steps of the saves in `folder`, complete or not, newest first."""
     found = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
     return sorted((int(step) for step in found if step.isdigit()), reverse=True)
 
@@ -133,13 +133,13 @@ def clear(folder: Path) -> None:
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that are trained, by name; a tied one once."""
+    """The trained parameters by name; a tied parameter is named once."""
     return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def load_weights(save: Path, model: nn.Module) -> None:
-    """Put a save's parameters (or those of `BEGIN`, a file) into the model, strictly.
+    """Load the parameters of a save, or of the file `BEGIN`, into the model. All names must match.
 
     Raises:
         LetheError: the save has other parameters than the model trains.
@@ -154,7 +154,7 @@ def load_weights(save: Path, model: nn.Module) -> None:
 
 
 def load_optimizer(save: Path, optimizer: Any, scheduler: Any) -> None:
-    """Put a save's optimizer and scheduler state into them."""
+    """Load a save's optimizer and scheduler state."""
     optimizer.load_state_dict(torch.load(save / "optimizer.pt", weights_only=True, map_location="cpu"))
     scheduler.load_state_dict(torch.load(save / "scheduler.pt", weights_only=True))
 

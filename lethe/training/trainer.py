@@ -130,7 +130,7 @@ class RunTrainer(HfTrainer):
         if not high and math.isfinite(loss):
             return
         if not self.run.diverged:
-            why = f"above {factor:g} times {mean:.4g}, the mean of the first" if high else "not a number"
+            why = f"above {factor:g} times {mean:.4g}, the mean of the first updates" if high else "not a number"
             first = self._first_losses[0]
             said = f"at step {step} the loss was {loss:.4g}, {why} (first loss {first:.4g}); lower lr"
             self.run.update(divergence={"step": step, "first_loss": first, "loss": loss, "reason": said})

@@ -17,7 +17,7 @@ from lethe.training.parameters import layer_of
 
 AGREEMENT_ROWS, AGREEMENT_BATCH = 128, 8
 LANCZOS_STEPS = 32
-"""Products with a matrix and its transpose for its largest singular value; as many as it takes where the largest lie close."""
+"""Matmuls with a matrix and its transpose to find the largest singular value, enough if others are nearly as large."""
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -28,7 +28,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 @torch.no_grad()
 def agreement(student: nn.Module, compared: dict[str, tuple[list[list[int]], nn.Module]], pad_id: int) -> dict[str, float]:
-    """By name, the share of the tokens of some sequences whose most likely next token is that of another model."""
+    """By name, the share of tokens at which the most likely next token is the same as the other model's."""
     was_training = student.training
     student.eval()
     shares = {}
@@ -50,8 +50,8 @@ def agreement(student: nn.Module, compared: dict[str, tuple[list[list[int]], nn.
 def update_by_layer(student: nn.Module, target: nn.Module) -> dict[str, dict[str, float]]:
     """Per block, `distance` ‖θ − θ₀‖ from the target's weights, and `stable_rank` of the update.
 
-    The stable rank of a matrix is ‖ΔW‖_F² / ‖ΔW‖₂², between 1 and its rank; a block's is the mean over its matrices that
-    have moved, each expert's by itself. Adapters count as the matrices that they add.
+    The stable rank of a matrix is ‖ΔW‖_F² / ‖ΔW‖₂², between 1 and its rank. That of a block is the mean over its
+    matrices that have changed, with one matrix per expert. Adapters count as the matrices that they add.
     """
     squares: dict[str, float] = defaultdict(float)
     ranks: dict[str, list[float]] = defaultdict(list)
@@ -77,11 +77,11 @@ def stable_ranks(matrices: Float[Tensor, "*matrices rows columns"]) -> list[floa
 def spectral_norm(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, " matrices"]:
     """‖W‖₂, the largest singular value of each matrix, to a thousandth; a full decomposition takes many times as long.
 
-    By the Lanczos method: power iteration on WᵀW that keeps all of its directions, and takes the best combination of them.
+    By the Lanczos method: power iteration on WᵀW that stores all its directions, and takes their best combination.
     The start is drawn from a fixed seed. (Golub and Van Loan, Matrix Computations, chapter 10.)
     """
     w = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
-    w = w / w.abs().amax((-2, -1), keepdim=True)  # squares of small numbers stay numbers
+    w = w / w.abs().amax((-2, -1), keepdim=True)  # squares of small numbers would underflow
     count, size = len(w), w.shape[-1]
     steps = min(size, LANCZOS_STEPS)
     v = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(w).expand(count, size)
@@ -94,7 +94,7 @@ def spectral_norm(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Ten
         basis[:, step] = v = torch.where(norm > 1e-6, v / norm, 0)
         v = (w.mT @ (w @ v[..., None]))[..., 0]
         tridiagonal[:, step, step] = (v * basis[:, step]).sum(-1).cpu()
-        for _ in range(2):  # once leaves what rounding adds
+        for _ in range(2):  # twice, since rounding leaves a rest the first time
             known = basis[:, : step + 1]
             v = v - (known.mT @ (known @ v[..., None]))[..., 0]
     scale = matrices.abs().amax((-2, -1))
@@ -102,10 +102,10 @@ def spectral_norm(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Ten
 
 
 def _updates(student: nn.Module, before: dict[str, nn.Parameter]) -> Iterator[tuple[str, float, list[float]]]:
-    """Of each parameter, by its name in the bare model: ‖ΔW‖_F² and the stable ranks of its matrices.
+    """For each parameter: its name in the model without adapters, ‖ΔW‖_F², and the stable ranks of its matrices.
 
-    An adapter's update s · B A is never formed where the weights below are those from before: with B = Q R and Aᵀ = Q' R' it
-    has the singular values of s · R R'ᵀ, a matrix of rank by rank.
+    If the weights under an adapter are unchanged, its update s · B A is never computed: with B = Q R and Aᵀ = Q' R', it has
+    the singular values of s · R R'ᵀ, which is only r × r.
     """
     base: nn.Module = student.get_base_model() if hasattr(student, "peft_config") else student  # type: ignore[operator]
     adapters: dict[str, Any] = {f"{name}.base_layer.weight": m for name, m in base.named_modules() if isinstance(m, LoraLayer)}

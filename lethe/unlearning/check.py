@@ -1,4 +1,4 @@
-"""What an unlearning recipe cannot do, refused before any compute is spent and before anything is written.
+"""Checks before unlearning: a recipe that cannot work is refused before anything is computed or written.
 
 `check` resolves the recipe's models, text, maps and tasks, and refuses what does not fit together. Most is refused without
 importing torch, in less than a second. Whether a model's configuration, weights and tokenizer fit together is tried last.
@@ -23,7 +23,7 @@ from lethe.training.check import plan, refuse_rank, refuse_unavailable
 
 @dataclass
 class Checked:
-    """A recipe's resolved parts. `source` is None where none is used, or it is yet to be found."""
+    """A recipe's resolved parts. `source` is None if none is used, or if it is still to be found."""
 
     model: refs.ModelRef
     source: refs.ModelRef | None
@@ -32,7 +32,7 @@ class Checked:
     affine: Path | None = None
     conventions: list[str] = field(default_factory=list)
     mapped: list[corpora.Document] = field(default_factory=list)
-    """Documents that maps are to be fitted on; none where they are given, or there are none."""
+    """Documents to fit maps on; none if the recipe names maps or uses none."""
 
 
 def check(config: Method) -> Checked:
@@ -46,7 +46,7 @@ def check(config: Method) -> Checked:
     model = refs.resolve(config.model, config.out)
     refs.refuse_layers(model, config.layers if config.layers and config.reads_layers else [0])
     if model.adapter:
-        raise LetheError(f"model: '{config.model}' is an adapter kept apart from its model; merge it into a model first")
+        raise LetheError(f"model: '{config.model}' is an adapter saved without its model; merge the two first")
     refs.refuse_length(config.max_length, model)
     checked = Checked(model, None, [], [])
     if config.needs_source and not config.finds_source:
@@ -58,7 +58,7 @@ def check(config: Method) -> Checked:
     checked.forget = corpora.select(config.forget, config.num_train_examples, "front", "forget text", UNLEARNED)
     checked.retain = corpora.select(config.retain, config.num_train_examples, "front", "retain text", UNLEARNED)
     if {d.id for d in checked.forget} & {d.id for d in checked.retain}:
-        raise LetheError("forget and retain text share documents; the retain loss would hold what the forget loss removes")
+        raise LetheError("forget and retain text share documents; remove these from one of the two")
     _refuse_types(config)
     refuse_unavailable(config)
     refuse_rank(config, model)
@@ -86,9 +86,7 @@ def check_source(config: Method, checked: Checked) -> None:
         source.adapter,
         source.random,
     ):
-        raise LetheError(
-            f"source: '{config.source}' is the model itself; the source is a checkpoint that never learned the topic"
-        )
+        raise LetheError(f"source: '{config.source}' is the model itself; name a checkpoint that has not learned the topic")
     refs.refuse_length(config.max_length, source)
     checked.source = source
     if config.maps and config.maps.given:
@@ -97,11 +95,11 @@ def check_source(config: Method, checked: Checked) -> None:
 
 
 def _refuse_types(config: Method) -> None:
-    """Refuse types of weights with which a loss would measure rounding, or an update would be lost to it."""
+    """Refuse types of weights if a loss would measure rounding, or rounding would undo updates."""
     if config.dtype == "bfloat16" and config.teacher_dtype == "float32":
-        raise LetheError("teacher_dtype: float32 teachers of a bfloat16 model measure the model's rounding; leave it at null")
+        raise LetheError("teacher_dtype: with float32 teachers, losses of a bfloat16 model measure rounding; set it to null")
     if config.dtype == "bfloat16" and config.optimizer == "adamw_8bit" and config.lora is None:
         raise LetheError(
-            "optimizer: adamw_8bit keeps no float32 weights, so full-rank updates in bfloat16 would be lost to rounding; "
+            "optimizer: adamw_8bit has no float32 weights, so full-rank updates in bfloat16 would be lost to rounding; "
             "use adamw or muon, which do, or dtype float32"
         )

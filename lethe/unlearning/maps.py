@@ -28,20 +28,21 @@ from lethe.unlearning.view import Teacher
 SCORED_DOCUMENTS = 64
 WORSE = 2.0
 BATCH = 8
-"""Documents of a forward pass while maps are tried."""
+"""Documents per forward pass while maps are scored."""
 VARIANCE_TOKENS = 4096
-"""Tokens of forget text from which the variance of a target is taken, at least, if there are so many."""
+"""The variance of a target is computed from at least this many tokens of forget text, if there are so many."""
 
 
 def given(
     run: Run, config: Method, checked: Checked, reference: nn.Module, source: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AffineMap, str, list[str]]:
-    """Maps that the recipe names, what the plan says of them, and warnings.
+    """The maps that the recipe names, their description for the plan, and warnings.
 
-    They are scored first, beside no map; those without a record by each convention of numbering layers that is possible.
+    The maps are scored first, beside the score without a map. Maps without a record are scored by each possible convention
+    of numbering layers.
 
     Raises:
-        LetheError: they do no better than no map: they belong to another pair or other layers, or are damaged.
+        LetheError: they are no better than no map: they belong to another pair or other layers, or are damaged.
     """
     assert checked.affine is not None and config.layers is not None and config.maps is not None
     name = str(config.maps.given)
@@ -83,7 +84,7 @@ def _refuse_useless(name: str, scores: LayerScores) -> None:
 def fitted(
     run: Run, config: Method, checked: Checked, reference: nn.Module, source: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> AffineMap:
-    """Maps fitted on retain text, kept as the run's `affine`; those that an interrupted run has fitted already."""
+    """Fit maps on retain text and save them as the run's artifact `affine`. A resumed run loads the maps that it has fitted."""
     weights, recorded = run.path / "affine" / WEIGHTS, run.record.get("artifacts", {}).get("affine")
     if recorded and weights.is_file() and sha256(weights) == recorded["sha256"]:
         return load_maps(run.path / "affine", config.layers).to(reference.device)  # type: ignore[arg-type]
@@ -110,7 +111,7 @@ def settings_of(config: Method) -> AffineConfig:
 def sketched(
     config: Method, checked: Checked, reference: nn.Module, source: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AffineMap, float]:
-    """Maps from no more documents than have four tokens a dimension, and the seconds that the whole fit is going to take."""
+    """Maps from a few documents (four tokens per dimension), and the estimated seconds of the whole fit."""
     width = reference.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
     documents = checked.mapped[: 4 * width]
     sequences = first(corpora.tokenise(documents, tokenizer, config.max_length), 4 * width)
@@ -155,13 +156,13 @@ def variances_of(teacher: Teacher, sequences: list[list[int]], pad_id: int) -> d
 
 
 def tokens_of(documents: list[corpora.Document], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    """About how many tokens documents have, from some of them."""
+    """The estimated number of tokens in documents, from the first of them."""
     some = documents[:SCORED_DOCUMENTS]
     return sum(map(len, corpora.tokenise(some, tokenizer, max_length))) * len(documents) // len(some) if some else 0
 
 
 def first(sequences: list[list[int]], tokens: int) -> list[list[int]]:
-    """The first sequences that have so many tokens together, or all."""
+    """The first sequences that together have this many tokens, or all."""
     count = total = 0
     while count < len(sequences) and total < tokens:
         total, count = total + len(sequences[count]), count + 1

@@ -1,4 +1,4 @@
-"""The memory that a run will take, by part, estimated from the loaded models before it trains."""
+"""The peak memory of a run by part, estimated from the loaded models before training."""
 
 from __future__ import annotations
 
@@ -18,21 +18,27 @@ if TYPE_CHECKING:
     from lethe.unlearning.prepare import Prepared
 
 RECOMPUTED = 4
-"""Times a block's activations that its second pass and its gradients take under gradient checkpointing; measured, at most."""
+"""Memory of one block's recomputation and gradients under gradient checkpointing, as a multiple of its activations.
+
+An upper bound of what was measured."""
 TOKEN = 40
-"""Bytes of a token id in a list of Python."""
+"""Bytes of a token id in a Python list."""
 BUFFERS, LATER = 0.08, 96 * 2**20
-"""What is set aside for all that the estimate does not list: a share of the rest, and what libraries take once they work."""
+"""Reserve for memory that the estimate does not list: a share of the sum, and the bytes that libraries allocate later."""
 
 
 def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: int) -> dict[str, int]:
-    """Estimated peak memory in bytes by part; their sum is the process's on a CPU, the device's on a GPU.
+    """Estimated peak memory in bytes by part. The sum is that of the process on a CPU, and that of the device on a GPU.
 
-    `document`: activations kept for the backward pass by the longest pair of documents, `width` tokens at most. `tokens`: of
-    the text that maps are fitted on. `libraries`: what the process took before it loaded a model. Logits are kept four times:
-    two models, and the float32 intermediates of the KL; of one chunk of tokens, where the output heads are known
-    (`objectives.losses`). `other` is by how much fitting maps, a save or what is recorded at the end take more than an update;
-    `buffers` is what is too small or too short to list.
+    Args:
+        width: tokens of the longest document.
+        document: bytes of activations that the longest pair of documents saves for the backward pass.
+        tokens: number of tokens in the text that maps are fitted on.
+        libraries: bytes that the process used before it loaded a model.
+
+    Logits are counted four times: those of two models, and the float32 intermediates of the KL. If the output heads are
+    known, these are the logits of one chunk of tokens (`objectives.losses`). `other` is what fitting maps, a save or the
+    records at the end need beyond an update. `buffers` is a reserve for everything that is not listed.
     """
     config, trainer = made.config, made.trainer
     student: Any = trainer.model
@@ -69,7 +75,7 @@ def available_memory() -> int:
 
 
 def taken() -> int:
-    """Memory in bytes that this process has now, on a CPU: libraries and text. On a GPU it is none of what is estimated."""
+    """Bytes that this process uses now for libraries and text; 0 on a GPU, whose memory these do not use."""
     return 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
@@ -78,10 +84,10 @@ def _bytes(model: nn.Module) -> int:
 
 
 def refuse_too_much(parts: dict[str, int]) -> None:
-    """Refuse what cannot fit into memory, the models being there already.
+    """Refuse a run that does not fit into memory. The models are already loaded.
 
     Raises:
-        LetheError: the estimate is more than there is.
+        LetheError: the estimate exceeds the free memory.
     """
     free, needed = available_memory(), sum(parts.values())
     if needed - parts["libraries"] - parts["weights"] - parts["teachers"] > free:

@@ -110,7 +110,7 @@ def _latest_ignorant(config: Method) -> str:
 
 
 def _finish(run: Run, made: Prepared) -> None:
-    """Artifact, records and evaluation of a run that has been trained; the artifact first, so that nothing loses it."""
+    """Save, describe and evaluate a trained run. The artifact is saved first, so that no later failure loses it."""
     from lethe.training.saves import save_artifact
     from lethe.training.trainer import weighted_means
     from lethe.unlearning import changes

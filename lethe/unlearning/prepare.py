@@ -37,7 +37,7 @@ from lethe.unlearning.view import Teacher
 
 @dataclass
 class Prepared:
-    """A run that is ready to train. `reference` is the model as it was; `source` is None where the run uses none."""
+    """A run that is ready to train. `reference` is the model before training; `source` is None where the run uses none."""
 
     config: Method
     checked: Checked
@@ -155,7 +155,7 @@ def _teacher_models(config: Method, checked: Checked) -> tuple[nn.Module, nn.Mod
             model.eval().requires_grad_(False)
     if source is not None and changes.same_weights(source, reference):
         raise LetheError(
-            f"source: '{config.source}' holds the very weights of '{config.model}'; the source never learned the topic"
+            f"source: '{config.source}' has the weights of '{config.model}'; name a checkpoint that has not learned the topic"
         )
     return reference, source
 
@@ -181,7 +181,7 @@ def _student(
 
 
 def adapted_layers(config: Method, model: nn.Module) -> list[int]:
-    """The layers up to the last of which blocks get adapters."""
+    """The layers that decide where adapters sit: on all blocks up to the last of them."""
     return list(range(len(blocks(model)))) if config.layers is None else config.layers
 
 
@@ -235,7 +235,7 @@ def _probed(made: Prepared, passes: int) -> dict[str, Any]:
 
 
 def teachers_plan(made: Prepared, epochs: float) -> dict[str, str]:
-    """By text, whether its teacher's states are computed live or come from a cache, and why."""
+    """By text, whether its teacher's outputs are computed live or come from a cache, and why."""
     plan = {}
     for text, teacher in made.trainer.teachers.items():
         dataset: Any = made.trainer.train_dataset
@@ -258,16 +258,16 @@ def cache_teachers(run: Run, made: Prepared) -> None:
 
 
 def _warnings(config: Method, plan: dict[str, Any]) -> list[str]:
-    """What may not be meant."""
+    """Warnings about settings that may be a mistake."""
     found = []
     if unreached := plan["no_gradient"]:
         found.append(
             f"{len(unreached)} trainable tensors get no gradient from any loss ({unreached[0]}, …): they will not be trained"
         )
     if config.teacher_dtype not in {None, config.dtype}:
-        found.append(f"teachers in {config.teacher_dtype} beside a {config.dtype} model: the losses measure rounding, too")
+        found.append(f"teachers in {config.teacher_dtype} beside a {config.dtype} model: the losses also measure rounding")
     if config.optimizer == "muon" and config.lora:
-        found.append("muon orthogonalises the updates of A and B, the two matrices of an adapter, each by itself")
+        found.append("muon orthogonalises the updates of A and B, the two matrices of an adapter, separately")
     if newton_schulz_dtype(config.newton_schulz_dtype) == torch.bfloat16 and not torch.cuda.is_available():
         found.append("newton_schulz_dtype: bfloat16 matmuls are about a hundred times slower than float32 on a CPU")
     return found + warning(plan["scale"], config) + config.warnings(plan)

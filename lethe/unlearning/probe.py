@@ -1,10 +1,11 @@
 """One batch before training: the time of an update, parameters without a gradient, and how the forget and retain loss compare.
 
 The value of a loss says little about its weight: cb_loss is as large as the model's activations, squared, and the retain loss
-is 0 at the start. So gradients are compared, where both exist. The forget loss's is taken at the start. The retain loss's is
-taken where the forget loss is a tenth lower, to first order: all weights are moved by one distance against the sign of the
-gradient, as AdamW's first update does. Nothing is compared without a forget loss, where a rewound model starts away from the
-reference, and where weights are of a type that would round the move away. The model is left as it was.
+is 0 at the start. So Lethe compares the norms of their gradients. The gradient of the forget loss is that at the start. The
+gradient of the retain loss is that at the point where the forget loss is a tenth lower, to first order. To get there, every
+weight moves by the same distance against the sign of its gradient, as in AdamW's first update. There is no comparison without
+both losses, for a rewound model (which starts away from the reference), and for weights of a type that would round the move
+away. The model's weights are restored.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def probe(trainer: UnlearnTrainer) -> Probe:
 def document_bytes(trainer: UnlearnTrainer) -> int:
     """Bytes of activations that the longest sequences, one of each text, save for the backward pass.
 
-    Measured as those of two less those of one, which leaves out what is saved once for all, such as weights.
+    Measured as the bytes for two documents minus those for one, which leaves out what is saved once, such as weights.
     """
     model: nn.Module = trainer.model  # type: ignore[assignment]
     texts: Any = trainer.train_dataset.texts  # type: ignore[union-attr]
@@ -82,7 +83,7 @@ def document_bytes(trainer: UnlearnTrainer) -> int:
 
         def keep(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor.detach()  # a tensor with its graph would be held by that graph, for ever
+            return tensor.detach()  # with its graph, the tensor would never be freed
 
         with torch.random.fork_rng(), fast_passes(model, trainer.config.fast):
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -93,8 +94,8 @@ def document_bytes(trainer: UnlearnTrainer) -> int:
 
 
 def measured(trainer: UnlearnTrainer, batch: Batch) -> dict[str, Any]:
-    """The losses, the norms of the gradients of the weighted forget and retain loss, their ratio, and the setting of the forget
-    loss's weight that makes the ratio the lab's. `_after`: where the weights have been moved.
+    """The losses, the norms of the gradients of the weighted forget and retain loss, their ratio, and the weight of the forget
+    loss that would give the lab's ratio. A name that ends in `_after` is a value after the weights were moved.
     """
     model, config = trainer.model, trainer.config
     wide = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)  # type: ignore[union-attr]
@@ -113,7 +114,7 @@ def measured(trainer: UnlearnTrainer, batch: Batch) -> dict[str, Any]:
     if compared:
         retain = found["retain_gradient_after"]
         ratio = found["forget_gradient"] / retain if retain else math.inf
-        near = BALANCE / FAR <= ratio <= BALANCE * FAR  # a ratio that is no number is not
+        near = BALANCE / FAR <= ratio <= BALANCE * FAR  # False for NaN and infinity
         found |= {"ratio": ratio, "dominates": "neither" if near else f"{'retain' if ratio < BALANCE else 'forget'} loss"}
         if config.scale:
             proposed = float(f"{getattr(config, config.scale) * BALANCE / ratio:.2g}") if ratio else math.inf
@@ -125,7 +126,7 @@ def measured(trainer: UnlearnTrainer, batch: Batch) -> dict[str, Any]:
 
 
 def warning(scale: dict[str, Any], config: Method) -> list[str]:
-    """What to say of coefficients that leave one loss without effect."""
+    """A warning for the plan if the coefficients leave one loss without effect."""
     if scale.get("dominates", "neither") == "neither":
         return []
     ratio, proposed = scale["ratio"], scale.get(f"proposed_{config.scale}")

@@ -5,8 +5,8 @@
                                   manifest.json    all that the values depend on; size and SHA-256 of each file
 
 The key is a hash of weights, configuration, maps, layers, types and token ids, so that a cache is never stale. One process
-builds it, under a file lock and in a folder of another name, while others wait. A cache is whole or absent. A damaged one is
-built again, and the caches that were not used for longest are evicted when all take too much disk (`lethe.home`).
+builds it, under a file lock and in a folder of another name, while others wait. A cache is complete or absent. A
+damaged cache is built again. The least recently used caches are evicted when all together use too much disk (`lethe.home`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TOKENS = 2048
 
 
 class Cache:
-    """A teacher's outputs on the sequences of a text, read from a whole cache."""
+    """A teacher's outputs on the sequences of a text, read from a complete cache."""
 
     def __init__(self, folder: Path, sequences: list[list[int]]):
         self.folder = folder
@@ -87,7 +87,7 @@ def key_of(teacher: Teacher, sequences: list[list[int]]) -> dict[str, Any]:
 
 
 def folder_of(key: dict[str, Any]) -> Path:
-    """Where the cache of this key is, or would be."""
+    """The folder of this key's cache, which may not exist."""
     return lethe_home() / "teachers" / _hash(json.dumps(key, sort_keys=True).encode())[:24]
 
 
@@ -122,7 +122,7 @@ def choose(setting: str, teacher: Teacher, sequences: list[list[int]], seen: flo
         return f"{setting}: as set"
     key = key_of(teacher, sequences)
     if not to_be_fitted and is_whole(folder_of(key), key, content=False):
-        return "cached: a whole cache is there"
+        return "cached: a complete cache exists"
     if seen <= 1:
         return "live: no document is seen twice"
     size, memory = size_of(teacher, sequences), psutil.virtual_memory().available
@@ -143,7 +143,7 @@ def open_or_build(teacher: Teacher, text: str, sequences: list[list[int]]) -> Ca
         with building(folder):
             if not is_whole(folder, key):
                 if folder.exists():
-                    logger.warning("the teacher cache %s is damaged and built again", folder)
+                    logger.warning("the teacher cache %s is damaged; building it again", folder)
                 for rest in (folder, partial):  # left by a process that was killed: the lock is ours
                     shutil.rmtree(rest, ignore_errors=True)
                 evict(folder.parent, size_of(teacher, sequences))
@@ -164,7 +164,7 @@ def _build(teacher: Teacher, text: str, sequences: list[list[int]], folder: Path
     facts: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
-        advance = stack.enter_context(bar(f"Computing the teacher of the {text} text", len(sequences), "documents"))
+        advance = stack.enter_context(bar(f"Computing the teacher's outputs on the {text} text", len(sequences), "documents"))
         for start in range(0, len(sequences), count):
             ids, mask = (t.to(device) for t in corpora.pad(sequences[start : start + count], 0))
             states = teacher.live(ids)

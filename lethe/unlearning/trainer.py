@@ -21,8 +21,8 @@ Batch = dict[str, dict[str, Tensor]]
 class UnlearnTrainer(RunTrainer):
     """A transformers Trainer whose loss is the method's.
 
-    `teachers` are by text, and so is `target_variance`: of each layer, the variance of the forget text's target (None: no loss
-    is relative to it).
+    `teachers`: the teacher of each text. `target_variance`: by layer, the variance of the forget text's target; None if no loss
+    is divided by it.
     """
 
     config: Method
@@ -33,7 +33,7 @@ class UnlearnTrainer(RunTrainer):
         self.target_variance: dict[int, float] | None = None
         self.needs = self.config.needs()
         heads = [head_of(model) for model in (self.model, *(teacher.model for teacher in teachers.values()))]  # type: ignore[arg-type]
-        if None not in heads:  # one that is unknown needs full logits, and the others are compared with them
+        if None not in heads:  # with one unknown head, all compare full logits
             self.head, *others = heads
             for teacher, head in zip(teachers.values(), others, strict=True):
                 teacher.head = head

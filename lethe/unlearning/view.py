@@ -1,14 +1,14 @@
-"""One text in one batch, as the loss of a method sees it: the model's pass beside its teacher's.
+"""One text in one batch, as the loss of a method sees it: the model's outputs and the teacher's.
 
-A `Teacher` is the frozen model that the loss compares the model with on one text. The source never knew the topic; the
-reference is the model as it was. Both are loaded for themselves, apart from the model that is trained: a reference that shared
-its weights would compare the model with itself, and the retain loss would be 0 for a whole run.
+A `Teacher` is the frozen model that the loss compares the model with on one text. The source never knew the topic.
+The reference is the model before unlearning. Both are loaded separately from the model that is trained. A reference that shared
+the trained weights would compare the model with itself, and the retain loss would always be 0.
 
 A `View` owns the mask, the counts of the whole optimizer update that means are taken over, and the choice between the plain
 and the chunked form of a loss (`lethe.objectives.losses`). The teacher runs, or its cache is read, when a loss first needs it.
 
 A method's loss uses only the public functions of `View`, because `Silent`, which measures a loss without one text, has no
-states. Each function says which fields of `Need` it reads.
+activations and no outputs. Each function says which fields of `Need` it reads.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from lethe.unlearning.teacher_cache import Cache
 
 VECTOR = 16
-"""Numbers of a vector register: sums over a row whose length is no multiple of it end in another order."""
+"""Numbers per vector register. If a dimension is not a multiple of it, sums over that dimension add in another order."""
 
 
 @dataclass
 class Teacher:
     """The teacher on one text: `model`, whose activations go through `maps` if there are any.
 
-    With `head`, the teacher's output head, distributions are final hidden states that the head turns into logits; without
-    one they are logits. `weights` is the hash of its weights. A `cache` takes the place of forward passes.
+    With `head`, the teacher's output head, its outputs are final hidden states that the head turns into logits. Without `head`,
+    they are logits. `weights` is the hash of its weights. A `cache` replaces forward passes.
     """
 
     need: Need
@@ -50,17 +50,17 @@ class Teacher:
     cache: Cache | None = None
 
     def states(self, input_ids: Int[Tensor, "batch seq"], index: Int[Tensor, " batch"]) -> States:
-        """The teacher's states on documents `index`, from the cache if there is one."""
+        """The teacher's activations and outputs on documents `index`, from the cache if there is one."""
         if self.cache is not None:
             return self.cache.states(index, input_ids.shape[1], input_ids.device)
         return self.live(input_ids)
 
     @torch.no_grad()
     def live(self, input_ids: Int[Tensor, "batch seq"]) -> States:
-        """The teacher's states from a forward pass; activations are mapped, W c + b.
+        """The teacher's activations and outputs from a forward pass. Activations go through the affine maps, W c + b.
 
-        In float32, padded to whole vectors, so that a document's values do not depend, to the last bit, on the batch it comes
-        in. In smaller types they do, so they are rounded as the model's own: on the same batch.
+        float32 inputs are padded to whole vectors, so that a document's values are bit-identical in every batch. In smaller
+        types they differ between batches. Teacher and model then see the same batch, so both have the same rounding.
         """
         model: Any = self.model
         width = input_ids.shape[1]
@@ -77,7 +77,7 @@ class Teacher:
 
 @dataclass
 class View:
-    """`states` are the model's on this text; `tokens` and `documents` those of the whole update.
+    """`states`: the model's activations and outputs on this text. `tokens`, `documents`: their numbers in the whole update.
 
     `head` is the model's output head, where the logits are its output for the final hidden states and nothing else.
     """
@@ -94,7 +94,7 @@ class View:
 
     @cached_property
     def target(self) -> States:
-        """The teacher's states."""
+        """The teacher's activations and outputs."""
         assert self.teacher is not None
         return self.teacher.states(self.input_ids, self.index)
 
@@ -146,7 +146,7 @@ class View:
 
 
 class Silent(View):
-    """A text that a loss is measured without: each of its parts is 0, and it has no gradient."""
+    """A text that is left out of a loss: each of its loss terms is 0 and has no gradient."""
 
     def distance(self) -> Tensor:
         return torch.zeros((), device=self.mask.device)

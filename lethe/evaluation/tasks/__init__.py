@@ -108,7 +108,7 @@ def leaves(name: str, known: dict[str, dict[str, Any]], above: tuple[str, ...] =
         LetheError: a group contains itself, or something that is not a task.
     """
     if name in above or len(above) > MOST_NESTED:
-        raise LetheError(f"tasks: a group contains itself ({' > '.join([*above[:5], name])}); take it out of its own tasks")
+        raise LetheError(f"tasks: a group contains itself ({' > '.join([*above[:5], name])}); remove it from its own tasks")
     definition = known.get(name)
     if definition is None:
         return sorted(task for task, other in known.items() if name in _tags({task: other}))

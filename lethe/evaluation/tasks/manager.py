@@ -1,4 +1,4 @@
-"""lm-eval's index of a task folder, with local files in place of data sets; and its errors in words for a user."""
+"""lm-eval's index of a task folder, with local files in place of data sets; and its errors as messages for a user."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _leave_out_empty(name: str, folder: Path, local: dict[str, data.LocalData], 
 
 
 def data_sets(definitions: list[dict[str, Any]]) -> str:
-    """The data sets of tasks and their files, in words."""
+    """The data sets of tasks and their files, for a message."""
     paths = sorted({str(one["dataset_path"]) for one in definitions if one.get("dataset_path")})
     options = [one.get("dataset_kwargs") for one in definitions]
     files = sorted({text for given in options if isinstance(given, dict) for text in texts_in(given.get("data_files"))})
@@ -89,7 +89,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of a library's error, in words for a user."""
+    """The first line of a library's error, as a message for a user."""
     if isinstance(error, KeyError) and " " not in str(error):
         return f"there is no {error}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
