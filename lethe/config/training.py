@@ -104,7 +104,7 @@ class TrainingSettings:
     save_every: int = 100
     """Updates between two saves, from which an interrupted run is resumed (0: save at the end only)."""
     divergence_factor: float = 100.0
-    """A run has diverged once its loss is above this many times the absolute mean of its first 20 (0: only if it is NaN)."""
+    """A run has diverged once its loss exceeds this many times |mean of its first 20 losses| (0: only if it is NaN)."""
     on_divergence: Literal["stop", "finish"] = "stop"
     """stop: a diverged run ends with the weights of its last save; finish: training continues. Both have status `diverged`."""
     time_limit: float = 0.0
