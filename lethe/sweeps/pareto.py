@@ -190,7 +190,7 @@ class Pareto(Planner):
         """
         if not self.config.stop_early or not self.recipe["eval"]["every"] or self.config.tamper is not None:
             return
-        trials = [trial for trial in sweep.trials() if not trial.is_reference and trial.get("runs")]
+        trials = [trial for trial in sweep.trials() if not trial.is_reference]
         done = [run for trial in trials if trial.status == "complete" for run in trial.runs(sweep.out)[:1]]
         curves = [(_steps(run), {row["step"]: row["evals"] for row in run.rows("curve.jsonl")}) for run in done]
         running = [run for trial in trials if trial.status == "running" for run in trial.runs(sweep.out)]
