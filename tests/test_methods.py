@@ -165,6 +165,8 @@ def test_help_shows_the_settings_of_one_method(name, capsys):
         main(["unlearn", "--method", name, "--help"])
     shown = capsys.readouterr().out
     assert all(f"--{field}" in shown for field in own)
+    formulas = [line.strip() for line in (named(name).__doc__ or "").splitlines() if " = " in line]
+    assert formulas and all(formula in shown for formula in formulas)
     others = {field.name for other in names() for field in dataclasses.fields(named(other))} - own
     assert others and not any(f"--{field} " in shown for field in others)
 

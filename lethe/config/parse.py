@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import inspect
 import itertools
 import json
 import re
@@ -304,8 +305,13 @@ def _advice(name: str, known: dict[str, Any], config: Any) -> str:
 
 
 def _help(command: str, config: type, example: str, about: str) -> str:
+    if hasattr(config, "variant"):  # a method has formulas to show
+        about = f"{about}\n\nmethod {config.__module__.rpartition('.')[2]}: {inspect.cleandoc(config.__doc__ or '')}"
     parser = argparse.ArgumentParser(
-        usage=f"lethe {command} [--config RECIPE] [--name value ...]", description=about, epilog=f"example: {example}"
+        usage=f"lethe {command} [--config RECIPE] [--name value ...]",
+        description=about,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     recipe = "A recipe: a YAML file, or a name that `lethe recipes` lists. Later settings override it."
     parser.add_argument("--config", metavar="RECIPE", help=recipe)
