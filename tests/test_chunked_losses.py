@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 from scipy.special import rel_entr
@@ -25,7 +26,6 @@ from lethe.objectives.losses import (
 
 BATCH, SEQ, HIDDEN, WORDS = 3, 7, 5, 11
 MASK = torch.tensor([[1] * n + [0] * (SEQ - n) for n in (7, 4, 2)])
-ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_no_tensor_has_the_logits_of_all_tokens(kind):
     assert largest.numel == tokens * words
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=families.PLAIN)
 def architecture(request) -> str:
     return request.param
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import PLAIN
 from safetensors.torch import load_file
 
 from lethe import LoraSettings, TamperConfig, Transfer, tamper, unlearn
@@ -15,7 +16,6 @@ from lethe.models import refs
 from lethe.models.adapters import add_adapters
 from lethe.training.fast import fast_passes
 
-ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]
 IDS = torch.arange(3, 43).view(5, 8)
 
 
@@ -45,7 +45,7 @@ def assert_close(ours: dict[str, torch.Tensor], peft: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PLAIN)
 def test_outputs_and_gradients_are_pefts_before_and_after_an_update(architecture, checkpointing, make_model, tmp_path):
     model = adapted(make_model, tmp_path, architecture)
     if checkpointing:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lab_runs import assert_same, interruptible, start, wait_for
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
-from test_resume import assert_same, recipe, start, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lethe import Transfer, unlearn
@@ -385,8 +385,8 @@ def test_of_two_processes_at_once_one_fits_and_both_have_the_maps(world, tmp_pat
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_with_its_own_maps_without_the_cached_ones(lab, tmp_path, monkeypatch):
-    whole = unlearn(recipe(tmp_path / "whole"))
-    process = start("unlearn", recipe(tmp_path / "killed"), tmp_path)
+    whole = unlearn(interruptible(tmp_path / "whole"))
+    process = start("unlearn", interruptible(tmp_path / "killed"), tmp_path)
     run = wait_for(process, tmp_path / "killed", "metrics.jsonl", 8)
     process.kill()
     process.communicate()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lab_runs import settings
 from torch import Tensor
 
 from lethe import NPO, Distill, LoraSettings, Transfer, tamper, unlearn
@@ -212,15 +213,14 @@ def test_settings_of_no_method_are_refused_by_unlearn():
 
 
 def short(out: Path, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "num_train_examples": 64,
-        "per_device_train_batch_size": 8,
+    """Settings of twenty updates that every method has."""
+    own = {
         "max_steps": 20,
-        "lora": LoraSettings(dropout=0.0),
+        "lr_scheduler_type": "linear",
         "eval": EvalSettings(["lab_forget_robust"], limit=20),
-        "out": str(out),
+        "layers": None,
     }
-    return settings | changes
+    return {name: value for name, value in settings(out, **(own | changes)).items() if name != "source"}
 
 
 @pytest.mark.slow

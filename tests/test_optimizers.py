@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import PLAIN
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -11,10 +12,8 @@ from lethe import LoraSettings, Transfer
 from lethe.models.adapters import add_adapters
 from lethe.training.optimizers import Muon, make_optimizer, orthogonalise, routes, routing_table
 
-ARCHITECTURES = ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"]
 
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PLAIN)
 def test_hidden_matrices_go_to_muon_and_all_else_to_adamw(make_model, tmp_path, architecture):
     model = AutoModelForCausalLM.from_pretrained(make_model(architecture, tmp_path))
     found = {route.name: route for route in routes(model, "muon")}

@@ -7,14 +7,13 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lab_runs import assert_same, interruptible, start, wait_for, written
 from safetensors.torch import load_file
 from transformers import TrainerState
 
@@ -24,7 +23,6 @@ from lethe import (
     EvaluateConfig,
     LoraSettings,
     TamperConfig,
-    Transfer,
     checkpoints,
     evaluate,
     fit_affine,
@@ -57,61 +55,6 @@ def llama(make_model, tmp_path_factory) -> dict[str, Any]:
     }
 
 
-def recipe(out: Path, **changes: Any) -> Transfer:
-    settings: dict[str, Any] = {
-        "source": f"lab:global_step{active_preset().onset}",
-        "layers": [0, 2, 4],
-        "num_train_examples": 64,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 20,
-        "save_every": 3,
-        "eval": EvalSettings(["lab_forget_robust"], every=5, limit=4),
-        "out": str(out),
-    }
-    return Transfer(**(settings | changes))
-
-
-def start(command: str, config: Any, folder: Path) -> subprocess.Popen:
-    """The command in a process of its own."""
-    (folder / "recipe.json").write_text(json.dumps(to_dict(config)))
-    words = [sys.executable, "-m", "lethe.cli", command, "--config", str(folder / "recipe.json")]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(process: subprocess.Popen, out: Path, file: str, lines: int) -> Run:
-    """The run of `process`, as soon as its `file` has so many lines."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        runs = find_runs(out) if out.exists() else []
-        if runs and len(runs[0].rows(file)) >= lines:
-            return runs[0]
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    raise AssertionError("the run did not come so far")
-
-
-def written(run: Run) -> list[Any]:
-    """All that a run wrote line by line, without its speed."""
-    metrics = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.rows("metrics.jsonl")]
-    return [metrics, run.rows("batches.jsonl"), run.rows("curve.jsonl")]
-
-
-def assert_same(run: Run, whole: Run) -> None:
-    assert run.status == whole.status == "complete"
-    assert written(run) == written(whole)
-    for key in ("losses", "evals", "agreement", "update_by_layer", "parents"):
-        assert run.record.get(key) == whole.record.get(key), key
-    assert run.record["plan"].get("tokens") == whole.record["plan"].get("tokens")
-    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
-        assert (run.path / name).exists() == (whole.path / name).exists()
-        if (run.path / name).exists():
-            one, other = load_file(run.path / name), load_file(whole.path / name)
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[key], other[key]) for key in one)
-    assert not (run.path / "saves").exists()
-
-
 @pytest.mark.parametrize(
     ("kind", "at"), [("neox-lora", 8), ("neox-full", 2), ("llama-lora", 2), ("llama-full", 19), ("llama-muon", 8)]
 )
@@ -120,8 +63,8 @@ def test_a_run_killed_at_any_step_ends_in_the_same_bits(lab, llama, tmp_path, ki
     settings = llama if architecture == "llama" else {}
     settings = settings | {"lora": LoraSettings() if training == "lora" else None}
     settings = settings | ({"optimizer": "muon"} if training == "muon" else {})
-    whole = unlearn(recipe(tmp_path / "whole", **settings))
-    process = start("unlearn", recipe(tmp_path / "killed", **settings), tmp_path)
+    whole = unlearn(interruptible(tmp_path / "whole", **settings))
+    process = start("unlearn", interruptible(tmp_path / "killed", **settings), tmp_path)
     run = wait_for(process, tmp_path / "killed", "metrics.jsonl", at)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -144,8 +87,8 @@ def test_a_run_keeps_to_the_threads_that_it_began_with_and_says_so(stopped):
 
 def test_rewound_weights_and_packed_text_are_resumed_too(lab, tmp_path):
     settings = {"rewind": 0.5, "forget_kl_coef": 1.0, "packing": "packed", "lora": None, "affine": "none"}
-    whole = unlearn(recipe(tmp_path / "whole", **settings))
-    process = start("unlearn", recipe(tmp_path / "killed", **settings), tmp_path)
+    whole = unlearn(interruptible(tmp_path / "whole", **settings))
+    process = start("unlearn", interruptible(tmp_path / "killed", **settings), tmp_path)
     run = wait_for(process, tmp_path / "killed", "metrics.jsonl", 7)
     process.kill()
     process.communicate()
@@ -180,8 +123,8 @@ def test_an_attack_killed_at_any_step_or_strength_has_the_same_curve(lab, tmp_pa
 
 def test_sigterm_saves_and_exits_and_the_run_goes_on_from_there(lab, tmp_path):
     settings = {"save_every": 0, "max_steps": 60, "lora": None}
-    whole = unlearn(recipe(tmp_path / "whole", **settings))
-    process = start("unlearn", recipe(tmp_path / "stopped", **settings), tmp_path)
+    whole = unlearn(interruptible(tmp_path / "whole", **settings))
+    process = start("unlearn", interruptible(tmp_path / "stopped", **settings), tmp_path)
     run = wait_for(process, tmp_path / "stopped", "metrics.jsonl", 5)
     process.terminate()
     _, printed = process.communicate()
@@ -208,7 +151,7 @@ def failed(lab, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["lethe.unlearning.pipeline"], "_finish", fail)
         with pytest.raises(LetheError, match="a disk is full"):
-            unlearn(recipe(out, max_steps=8, lora=None))
+            unlearn(interruptible(out, max_steps=8, lora=None))
     assert saves.steps(find_runs(out)[0].path / "saves") == [8, 6]
     return find_runs(out)[0].path
 
@@ -216,7 +159,7 @@ def failed(lab, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(lab, tmp_path_factory) -> Run:
     """What `failed` would have been."""
-    return unlearn(recipe(tmp_path_factory.mktemp("undisturbed"), max_steps=8, lora=None))
+    return unlearn(interruptible(tmp_path_factory.mktemp("undisturbed"), max_steps=8, lora=None))
 
 
 @pytest.fixture
@@ -293,7 +236,7 @@ def test_a_save_that_finds_the_disk_full_at_any_file_is_refused_and_leaves_nothi
 @pytest.mark.parametrize("kib", [1000, 8200, 11700])
 def test_a_full_disk_is_an_error_in_one_line_that_leaves_earlier_saves_whole(undisturbed, small, tmp_path, kib, capfd):
     """Weights take 1.8 MB here, AdamW's state 3.7: full in the first weights, in the second state, in the third weights."""
-    config = recipe(small(kib) / "runs", max_steps=8, lora=None, save_every=2)
+    config = interruptible(small(kib) / "runs", max_steps=8, lora=None, save_every=2)
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
     assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
     said = capfd.readouterr().err
@@ -310,7 +253,7 @@ def test_a_full_disk_is_an_error_in_one_line_that_leaves_earlier_saves_whole(und
     ("kib", "settings", "left"), [(8000, {"lora": None, "affine": "none", "save_every": 0}, 1), (1000, {"rewind": 0.5}, 0)]
 )
 def test_a_disk_that_is_full_at_the_end_or_at_the_start(lab, small, tmp_path, capfd, kib, settings, left):
-    config = recipe(small(kib) / "runs", **settings)
+    config = interruptible(small(kib) / "runs", **settings)
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
     assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
     said = capfd.readouterr().err
@@ -326,7 +269,7 @@ def test_a_disk_that_is_full_at_the_end_or_at_the_start(lab, small, tmp_path, ca
 
 
 def test_what_cannot_be_resumed_is_refused(stopped, tmp_path):
-    run = unlearn(recipe(tmp_path / "whole", max_steps=1))
+    run = unlearn(interruptible(tmp_path / "whole", max_steps=1))
     with pytest.raises(LetheError, match="is complete"):
         resume(ResumeConfig(str(run.path)))
     worker = Run.open(stopped.path)
@@ -365,7 +308,7 @@ def test_runs_without_saves_are_done_again_in_their_own_folder(lab, tmp_path, ki
 
 def test_a_loss_far_above_the_first_ones_is_a_divergence_with_the_weights_of_the_last_save(lab, tmp_path):
     settings = {"lora": None, "lr": 0.5, "warmup_steps": 25, "max_grad_norm": 0, "max_steps": 60, "divergence_factor": 1.5}
-    run = unlearn(recipe(tmp_path / "stopped", **settings, affine="none", schedule="constant"))
+    run = unlearn(interruptible(tmp_path / "stopped", **settings, affine="none", schedule="constant"))
     facts = run.record["divergence"]
     assert run.status == "diverged"
     assert 20 < facts["step"] < 60 and len(run.rows("metrics.jsonl")) == facts["step"]
@@ -377,7 +320,7 @@ def test_a_loss_far_above_the_first_ones_is_a_divergence_with_the_weights_of_the
     assert all(bool(t.isfinite().all()) for t in kept.values())
     assert any(torch.equal(t, saved["gpt_neox.layers.0.attention.dense.weight"]) for t in kept.values())
     assert set(run.record["evals"]) == {"lab_forget_robust"}
-    on = recipe(tmp_path / "on", **settings, affine="none", schedule="constant", on_divergence="finish")
+    on = interruptible(tmp_path / "on", **settings, affine="none", schedule="constant", on_divergence="finish")
     finished = unlearn(on)
     assert finished.status == "diverged" and len(finished.rows("metrics.jsonl")) == 60
 
@@ -387,7 +330,7 @@ def test_a_loss_far_above_the_first_ones_is_a_divergence_with_the_weights_of_the
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["lethe.unlearning.pipeline"], "_finish", fail)
         with pytest.raises(LetheError, match="before the model"):
-            unlearn(recipe(tmp_path / "failed", **settings, affine="none", schedule="constant"))
+            unlearn(interruptible(tmp_path / "failed", **settings, affine="none", schedule="constant"))
     process = start("unlearn", dataclasses.replace(on, out=str(tmp_path / "killed")), tmp_path)
     wait_for(process, tmp_path / "killed", "metrics.jsonl", facts["step"] + 4)
     process.kill()
@@ -405,7 +348,7 @@ def test_a_loss_far_above_the_first_ones_is_a_divergence_with_the_weights_of_the
 
 def test_a_loss_that_is_no_number_before_the_first_save_leaves_the_weights_before_the_first_update(lab, tmp_path):
     settings = {"lora": None, "lr": 1e18, "max_grad_norm": 0, "max_steps": 20, "save_every": 0, "affine": "none"}
-    run = unlearn(recipe(tmp_path, **settings, schedule="constant"))
+    run = unlearn(interruptible(tmp_path, **settings, schedule="constant"))
     facts = run.record["divergence"]
     assert run.status == "diverged" and math.isnan(facts["loss"]) and facts["weights_of_step"] == 0
     assert "the loss was nan" in run.record["reason"] and math.isnan(run.rows("metrics.jsonl")[-1]["loss"])
@@ -413,7 +356,7 @@ def test_a_loss_that_is_no_number_before_the_first_save_leaves_the_weights_befor
     assert kept.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in kept.items())
     found = evaluate(EvaluateConfig(str(run.path), tasks=["lab_forget_robust"], limit=4, out=str(tmp_path)))
     assert found.status == "complete" and Run.open(run.path).status == "diverged"
-    finished = unlearn(recipe(tmp_path, **settings, schedule="constant", on_divergence="finish"))
+    finished = unlearn(interruptible(tmp_path, **settings, schedule="constant", on_divergence="finish"))
     assert finished.status == "diverged" and finished.record["evals"] == {}
     assert {key: str(finished.record["divergence"][key]) for key in ("step", "first_loss", "loss")} == {
         key: str(facts[key]) for key in ("step", "first_loss", "loss")
@@ -425,7 +368,7 @@ def test_a_loss_that_is_no_number_before_the_first_save_leaves_the_weights_befor
 
 def test_a_divergence_that_an_evaluation_finds_has_its_losses_too(lab, tmp_path):
     settings = {"lora": None, "lr": 1e18, "max_grad_norm": 0, "save_every": 0, "affine": "none", "schedule": "constant"}
-    run = unlearn(recipe(tmp_path, **settings, eval=EvalSettings(["lab_forget_robust"], every=1, limit=4)))
+    run = unlearn(interruptible(tmp_path, **settings, eval=EvalSettings(["lab_forget_robust"], every=1, limit=4)))
     facts, rows = run.record["divergence"], run.rows("metrics.jsonl")
     assert run.status == "diverged" and "not numbers" in run.record["reason"]
     assert (facts["step"], facts["first_loss"], facts["loss"]) == (len(rows), rows[0]["loss"], rows[-1]["loss"])
@@ -437,7 +380,7 @@ def test_a_divergence_that_the_last_evaluation_finds_leaves_the_trained_weights(
         raise NotNumbersError("the model's log-likelihoods are not numbers")
 
     monkeypatch.setattr(trainer, "evaluate_model", broken)
-    run = unlearn(recipe(tmp_path, max_steps=8, lora=None, eval=EvalSettings(["lab_forget_robust"], limit=4)))
+    run = unlearn(interruptible(tmp_path, max_steps=8, lora=None, eval=EvalSettings(["lab_forget_robust"], limit=4)))
     assert run.status == "diverged" and run.record["divergence"]["step"] == 8
     before = {key: run.record[key] for key in ("divergence", "artifacts", "evals", "reason")}, written(run)
     run.update(status="failed")  # as if it had been stopped just after
@@ -446,7 +389,7 @@ def test_a_divergence_that_the_last_evaluation_finds_leaves_the_trained_weights(
 
 
 def test_a_run_past_its_time_limit_saves_and_is_failed_with_the_reason(lab, tmp_path):
-    process = start("unlearn", recipe(tmp_path / "late", max_steps=100000, time_limit=8 / 3600), tmp_path)
+    process = start("unlearn", interruptible(tmp_path / "late", max_steps=100000, time_limit=8 / 3600), tmp_path)
     process.communicate(timeout=120)
     run = find_runs(tmp_path / "late")[0]
     assert run.status == "failed" and run.record["reason"].startswith("time limit reached")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import assert_same, recipe, start, wait_for, written
+from lab_runs import assert_same, interruptible, start, wait_for, written
 
 import lethe.home
 from lethe import LoraSettings, unlearn
@@ -245,7 +245,7 @@ def test_a_killed_builder_leaves_nothing_that_counts(make_model, tmp_path, home)
 )
 def test_a_run_has_the_losses_of_live_teachers_without_running_them(lab, tmp_path, settings, monkeypatch):
     settings = {"lora": LoraSettings(dropout=0.0), "max_steps": 20} | settings
-    live = unlearn(recipe(tmp_path / "runs", teacher_cache="live", **settings))
+    live = unlearn(interruptible(tmp_path / "runs", teacher_cache="live", **settings))
     train = UnlearnTrainer.train
 
     def without_teachers(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -254,7 +254,7 @@ def test_a_run_has_the_losses_of_live_teachers_without_running_them(lab, tmp_pat
             return train(self, *args, **kwargs)
 
     monkeypatch.setattr(UnlearnTrainer, "train", without_teachers)
-    cached = unlearn(recipe(tmp_path / "runs", teacher_cache="cached", **settings))
+    cached = unlearn(interruptible(tmp_path / "runs", teacher_cache="cached", **settings))
     assert all(how == "cached: as set" for how in cached.record["plan"]["teachers"].values())
     assert written(cached)[:2] == written(live)[:2]  # to the last bit: Teacher.live pads to whole vectors
 
@@ -264,7 +264,7 @@ def test_a_run_has_the_losses_of_live_teachers_without_running_them(lab, tmp_pat
 def test_bfloat16_teachers_have_a_bfloat16_cache_within_the_stated_tolerance_of_live_ones(lab, tmp_path, packing, tolerance):
     """Exact on rows of one length, where only the number of rows differs between a batch and the cache's building."""
     settings = {"dtype": "bfloat16", "affine": "none", "packing": packing, "lora": LoraSettings(dropout=0.0), "max_steps": 8}
-    live, cached = (unlearn(recipe(tmp_path / "runs", teacher_cache=how, **settings)) for how in ("live", "cached"))
+    live, cached = (unlearn(interruptible(tmp_path / "runs", teacher_cache=how, **settings)) for how in ("live", "cached"))
     files = list((tmp_path / "home" / "teachers").glob("*/manifest.json"))
     types = {fact["dtype"] for file in files for fact in json.loads(file.read_text())["files"].values()}
     assert types == {"bfloat16"} and len(files) == 2
@@ -276,18 +276,18 @@ def test_bfloat16_teachers_have_a_bfloat16_cache_within_the_stated_tolerance_of_
 @pytest.mark.slow
 def test_a_run_whose_cache_does_not_fit_on_the_disk_goes_on_live(lab, tmp_path, small, warned):
     small(64)
-    run = unlearn(recipe(tmp_path / "runs", teacher_cache="cached", max_steps=8))
+    run = unlearn(interruptible(tmp_path / "runs", teacher_cache="cached", max_steps=8))
     assert run.status == "complete" and len(warned) == 2 and all("No space left" in text for text in warned)
     assert run.record["plan"]["teachers"] == dict.fromkeys(("forget", "retain"), "live: a cache could not be written")
 
 
 @pytest.mark.slow
 def test_auto_caches_what_is_seen_again_and_says_why(lab, tmp_path):
-    once = unlearn(recipe(tmp_path / "runs", max_steps=8))
+    once = unlearn(interruptible(tmp_path / "runs", max_steps=8))
     assert once.record["plan"]["teachers"] == dict.fromkeys(("forget", "retain"), "live: no document is seen twice")
-    twice = unlearn(recipe(tmp_path / "runs", max_steps=16))
+    twice = unlearn(interruptible(tmp_path / "runs", max_steps=16))
     assert all(how.startswith("cached: documents are seen 2 times") for how in twice.record["plan"]["teachers"].values())
-    again = unlearn(recipe(tmp_path / "runs", max_steps=8))
+    again = unlearn(interruptible(tmp_path / "runs", max_steps=8))
     assert all(how == "cached: a complete cache exists" for how in again.record["plan"]["teachers"].values())
     assert written(again)[0] == written(once)[0]
 
@@ -295,8 +295,8 @@ def test_auto_caches_what_is_seen_again_and_says_why(lab, tmp_path):
 @pytest.mark.slow
 def test_a_run_with_a_cache_killed_at_any_step_ends_in_the_same_bits(lab, tmp_path, monkeypatch):
     monkeypatch.undo()  # the killed run is another process: both use the lab's home
-    whole = unlearn(recipe(tmp_path / "whole", teacher_cache="cached"))
-    process = start("unlearn", recipe(tmp_path / "killed", teacher_cache="cached"), tmp_path)
+    whole = unlearn(interruptible(tmp_path / "whole", teacher_cache="cached"))
+    process = start("unlearn", interruptible(tmp_path / "killed", teacher_cache="cached"), tmp_path)
     run = wait_for(process, tmp_path / "killed", "metrics.jsonl", 8)
     process.kill()
     process.communicate()

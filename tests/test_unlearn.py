@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab_runs import recipe
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import Distill, LoraSettings, Transfer, unlearn
+from lethe import Distill, LoraSettings, unlearn
 from lethe.config import EvalSettings, TextSource
 from lethe.errors import LetheError
-from lethe.lab.presets import active_preset
 from lethe.models.refs import resolve
 from lethe.runs.run import Run
 from lethe.text import corpora
@@ -23,23 +23,6 @@ from lethe.unlearning import changes
 from lethe.unlearning.check import check
 
 pytestmark = pytest.mark.slow
-LAYERS = [0, 2, 4]
-
-
-def recipe(out: Path, **changes) -> Transfer:
-    """A short run on the nano lab, without dropout so that it can be recomputed."""
-    settings = {
-        "source": f"lab:global_step{active_preset().onset}",
-        "layers": LAYERS,
-        "num_train_examples": 128,
-        "per_device_train_batch_size": 8,
-        "max_steps": 3,
-        "lr_scheduler_type": "constant",
-        "lora": LoraSettings(dropout=0.0),
-        "eval": EvalSettings(["lab_forget_robust"], limit=8),
-        "out": str(out),
-    }
-    return Transfer(**(settings | changes))
 
 
 def by_hand(model: torch.nn.Module, run: Run, row: int, kind: str = "kl") -> tuple[float, float]:
