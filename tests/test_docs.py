@@ -176,3 +176,8 @@ def test_the_site_builds_without_a_broken_link_and_loads_nothing_from_elsewhere(
     for sheet in (tmp_path / "site").rglob("*.css"):
         assert not re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet.name
     assert (tmp_path / "site" / "search" / "search_index.json").exists()
+
+
+def test_the_method_that_the_guide_shows_is_the_one_in_the_package():
+    source = (ROOT / "lethe" / "methods" / "npo.py").read_text()
+    assert all(line in source for line in blocks("docs/extending.md", "python")[0].splitlines())

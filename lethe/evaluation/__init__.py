@@ -1,0 +1,1 @@
+"""Tasks, prompts, scoring, comparing two models, the checkpoint sweep."""

@@ -1,0 +1,1 @@
+"""The built-in world: its text, questions and pretraining."""

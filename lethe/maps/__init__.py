@@ -1,0 +1,1 @@
+"""Affine maps: fitting and scoring."""

@@ -1,0 +1,1 @@
+"""Naming, loading, checking and saving models; what layer L is."""

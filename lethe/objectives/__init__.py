@@ -1,0 +1,1 @@
+"""Losses, each in a plain and a memory-saving form."""

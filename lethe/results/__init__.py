@@ -1,0 +1,1 @@
+"""Lists of runs, and what numbers mean: intervals, regimes, recovery."""

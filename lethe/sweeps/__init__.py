@@ -1,0 +1,1 @@
+"""Grid, boundary, Pareto, suites of attacks."""

@@ -1,0 +1,1 @@
+"""Forget and retain text: reading, selecting, tokenising."""

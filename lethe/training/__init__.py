@@ -1,0 +1,1 @@
+"""The trainer that unlearning and attacks share, optimizers, saves."""

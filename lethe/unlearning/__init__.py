@@ -1,0 +1,1 @@
+"""One run of unlearning: check, prepare, train, record."""
