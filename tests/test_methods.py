@@ -22,7 +22,7 @@ from lethe.errors import LetheError
 from lethe.files import sha256
 from lethe.lab.presets import active_preset
 from lethe.maps.affine import AffineMap
-from lethe.methods.method import Method, Progress, named, names
+from lethe.methods.method import Method, Need, Progress, named, names
 from lethe.models import refs
 from lethe.models.activations import read
 from lethe.objectives import losses
@@ -143,6 +143,24 @@ def test_the_loss_and_its_gradient_are_the_formula(models, monkeypatch, name, he
     assert results[1][0].item() == pytest.approx(results[0][0].item(), rel=1e-9)
     for expected, found in zip(results[0][1:], results[1][1:], strict=True):
         assert (found - expected).abs().max() <= 1e-9 * largest
+
+
+@pytest.mark.parametrize(
+    ("need", "loss", "what"),
+    [
+        (Need(logits=True), View.kl, "teacher"),
+        (Need("reference", layers=(0,)), View.cross_entropy, "logits"),
+        (Need("reference", layers=(0,)), View.log_likelihood, "logits"),
+        (Need(layers=(0,)), View.distance, "teacher"),
+    ],
+)
+def test_a_loss_that_reads_what_its_method_does_not_declare_is_refused(models, need, loss, what):
+    ids, mask = corpora.pad(DOCUMENTS["retain"], 0)
+    states = read(models["model"], ids, list(need.layers), need.logits)
+    teacher = Teacher(need, models[need.teacher], "") if need.teacher else None
+    view = View(ids, mask, torch.arange(len(ids)), states, int(mask.sum()), len(ids), None, teacher)
+    with pytest.raises(LetheError, match=rf"reads {what} of a text for which needs\(\) declares none"):
+        loss(view)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lethe.errors import LetheError
 from lethe.maps.affine import AffineMap
 from lethe.methods.method import Need
 from lethe.models.activations import States, read
@@ -30,6 +31,7 @@ from lethe.objectives import losses
 if TYPE_CHECKING:
     from lethe.unlearning.teacher_cache import Cache
 
+T = TypeVar("T")
 VECTOR = 16
 """Numbers per vector register. If a dimension is not a multiple of it, sums over that dimension add in another order."""
 
@@ -75,6 +77,17 @@ class Teacher:
         return States({n: values[:, :width] for n, values in states.activations.items()}, output)
 
 
+def declared(value: T | None, what: str) -> T:
+    """What a loss reads of a text.
+
+    Raises:
+        LetheError: the method's `needs()` does not declare it, so that it was not computed.
+    """
+    if value is None:
+        raise LetheError(f"method: the loss reads {what} of a text for which needs() declares none; add it to the text's Need")
+    return value
+
+
 @dataclass
 class View:
     """`states`: the model's activations and outputs on this text. `tokens`, `documents`: their numbers in the whole update.
@@ -95,8 +108,7 @@ class View:
     @cached_property
     def target(self) -> States:
         """The teacher's activations and outputs."""
-        assert self.teacher is not None
-        return self.teacher.states(self.input_ids, self.index)
+        return declared(self.teacher, "teacher").states(self.input_ids, self.index)
 
     def distance(self) -> Tensor:
         """Mean over layers, tokens and dimensions of (h − a)², a the teacher's activation; over a's variance if it is known.
@@ -107,11 +119,10 @@ class View:
 
     def kl(self) -> Tensor:
         """KL(teacher ‖ model) of next-token distributions, a mean over tokens. Needs `teacher` and `logits`."""
-        ours, theirs = self._output, self.target.output
-        assert self.teacher is not None and theirs is not None
-        if self.head is None or self.teacher.head is None:
+        ours, theirs, head = self._output, declared(self.target.output, "logits"), declared(self.teacher, "teacher").head
+        if self.head is None or head is None:
             return losses.kl(ours, theirs, self.mask, self.tokens)
-        return losses.chunked_kl(ours, self.head, theirs, self.teacher.head, self.mask, self.tokens)
+        return losses.chunked_kl(ours, self.head, theirs, head, self.mask, self.tokens)
 
     def cross_entropy(self) -> Tensor:
         """Cross-entropy of the text's own next tokens, a mean over the tokens that have one before them. Needs `logits`."""
@@ -127,8 +138,7 @@ class View:
     @torch.no_grad()
     def teacher_log_likelihood(self) -> Float[Tensor, " batch"]:
         """The teacher's log-likelihood of each document; it has no gradient. Needs `teacher` and `logits`."""
-        assert self.teacher is not None and self.target.output is not None
-        return self._log_likelihood(self.target.output, self.teacher.head)
+        return self._log_likelihood(declared(self.target.output, "logits"), declared(self.teacher, "teacher").head)
 
     def mean_over_documents(self, values: Float[Tensor, " batch"]) -> Tensor:
         """The batch's part of the mean over all documents of the update."""
@@ -136,8 +146,7 @@ class View:
 
     @property
     def _output(self) -> Tensor:
-        assert self.states.output is not None
-        return self.states.output
+        return declared(self.states.output, "logits")
 
     def _log_likelihood(self, output: Tensor, head: nn.Linear | None) -> Tensor:
         if head is None:
