@@ -146,8 +146,8 @@ def _backward(trainer: UnlearnTrainer, batch: Batch, text: str, done: int) -> tu
     loss, losses = trainer.losses(model, batch, trainer.progress(done), silent=other)
     loss.backward()
     norms = [p.grad.norm(dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-    values = {name: float(value) for name, value in losses.items()}
-    return values, float(loss), float(torch.stack(norms).norm()) if norms else 0.0
+    values = {name: float(value.detach()) for name, value in losses.items()}
+    return values, float(loss.detach()), float(torch.stack(norms).norm()) if norms else 0.0
 
 
 @contextlib.contextmanager
