@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lethe.config.checks import at_least, check_types
+from lethe.config.checks import Count, RunName
 from lethe.config.evaluation import EvalSettings
 from lethe.config.training import LoraSettings, TextSource, TrainingSettings, refuse_weight
 from lethe.errors import LetheError
@@ -32,7 +32,7 @@ class TamperConfig(TrainingSettings):
     quantize: bits, 8 or 4; prune: share of the weights that is set to 0; prompt: documents in the prompt."""
     forget: str | TextSource = "lab:forget"
     """The attacker's text. Documents are ordered by their hash: unlearning uses the first ones, attacks the last ones."""
-    num_train_examples: int | None = None
+    num_train_examples: Count | None = None
     """Documents that the attacker has (0: all); null: all, up to 512. A prompt's documents are drawn from these."""
     overlap: Literal["refuse", "allow"] = "refuse"
     """Whether the attacker may have documents that the model was unlearned with. The run records their number."""
@@ -52,20 +52,18 @@ class TamperConfig(TrainingSettings):
     """Evaluation before the first update, every `eval.every` updates and at the end. Without training: at each strength."""
     out: str = "runs"
     """Folder of runs."""
-    name: str = "attack"
+    name: RunName = "attack"
     """Name of the run."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         if self.attack != "finetune":
             self._refuse_training()
-        super().__post_init__()
         refuse_weight("forget", self.forget)
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
         if self.adapter == "train" and self.lora is not None:
             raise LetheError("lora: has no effect with adapter train, which trains the adapter that is there; leave one out")
-        at_least("num_train_examples", self.num_train_examples or 0, 0)
         if self.attack == "finetune":
             if self.strengths:
                 raise LetheError(f"strengths: {self.strengths} has no effect with attack finetune; leave it out")

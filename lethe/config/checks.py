@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import types
 import typing
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from lethe.config.renamed import advice
 from lethe.errors import UNSEEN, LetheError, printable
 from lethe.files import refuse_name
 
+Rule = Callable[[str, Any], None]
+"""Refuses a value of the setting of that name. A field's type carries it: `r: Annotated[int, at_least(1)]`."""
 Dtype = Literal["float32", "bfloat16"]
 """Types of weights."""
 LARGEST, LARGEST_WHOLE = 3.4e38, 10**15
@@ -26,28 +30,39 @@ FREE = {"goal", "title", "template", "setup", "extra", "storage", "where"}
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
-def check_types(config: Any, prefix: str = "") -> None:
-    """Refuse a field whose value does not have its declared type. It is the same rule for Python and recipes."""
-    for name, kind in types_of(type(config)).items():
-        value = getattr(config, name)
-        if name == "name" and isinstance(value, str) and value != getattr(type(config), name, None):
-            refuse_name(value)
-        refuse_unusable(f"{prefix}{name}", value)
-        refuse_misfit(f"{prefix}{name}", value, kind)
+class Settings:
+    """Settings. The types of fields and their rules are checked when the object is made, in Python as in a recipe."""
+
+    def __post_init__(self) -> None:
+        own: Any = type(self)
+        rules = _rules_of(own)
+        for name, kind in types_of(own).items():
+            value = getattr(self, name)
+            refuse_unusable(name, value)
+            if not _fits(value, kind):
+                given = printable(value if isinstance(value, str) and value else repr(value), 80)
+                new = advice(name, value)
+                raise LetheError(f"{name}: expected {spoken(kind)}, got {given}" + (f"; {new}" if new else ""))
+            for rule in () if value is None else rules[name]:
+                rule(name, value)
 
 
-def refuse_misfit(name: str, value: Any, kind: Any) -> None:
-    """Refuse a value that is not of this type."""
-    if not _fits(value, kind):
-        given = printable(value if isinstance(value, str) and value else repr(value), 80)
-        new = advice(name, value)
-        raise LetheError(f"{name}: expected {spoken(kind)}, got {given}" + (f"; {new}" if new else ""))
-
-
+@functools.cache
 def types_of(kind: type) -> dict[str, Any]:
     """The type of each setting of a dataclass, by name."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+@functools.cache
+def _rules_of(kind: type) -> dict[str, set[Rule]]:
+    """The rules that each setting's type is annotated with. A class that declares a setting again inherits its rules."""
+    found: dict[str, set[Rule]] = {}
+    for each in kind.__mro__:
+        for name, hint in typing.get_type_hints(each, include_extras=True).items():
+            rules = (rule for option in options(hint) for rule in getattr(option, "__metadata__", ()))
+            found.setdefault(name, set()).update(rules)
+    return found
 
 
 def refuse_unusable(name: str, value: Any) -> None:
@@ -93,49 +108,53 @@ def refuse_text(name: str, text: str, free: bool) -> None:
         raise LetheError(f"{name}: a part of it has {longest} bytes; a file system allows {LONGEST_PART} for one name")
 
 
-def at_least(name: str, value: float, least: float) -> None:
-    """Refuse a value below `least`, and NaN."""
-    if not value >= least:
-        raise LetheError(f"{name}: must be at least {least}, got {value}")
+def must_be(what: str, fits: Callable[[Any], bool]) -> Rule:
+    """The rule that a value fits; `what` says in words what it must be."""
+
+    def refuse(name: str, value: Any) -> None:
+        if not fits(value):
+            raise LetheError(f"{name}: must be {what}, got {value}")
+
+    return refuse
 
 
-def check_seed(seed: int, name: str = "seed") -> None:
-    """Refuse a seed that libraries do not accept."""
-    at_least(name, seed, 0)
-    if seed >= 2**32:
-        raise LetheError(f"{name}: must be below 2**32, the limit of NumPy's seeds, got {seed}")
+def at_least(least: float) -> Rule:
+    return must_be(f"at least {least}", lambda value: value >= least)
 
 
-def above(name: str, value: float, bound: float) -> None:
-    """Refuse a value that is not above `bound`."""
-    if not value > bound:
-        raise LetheError(f"{name}: must be above {bound}, got {value}")
+def above(bound: float) -> Rule:
+    return must_be(f"above {bound}", lambda value: value > bound)
 
 
-def fraction(name: str, value: float) -> None:
-    """Refuse a value outside [0, 1)."""
-    if not 0 <= value < 1:
-        raise LetheError(f"{name}: must be at least 0 and below 1, got {value}")
-
-
-def check_layers(layers: list[int]) -> None:
-    """Refuse an empty list of layers, negative layers, and a layer that is named twice."""
+def _refuse_layers(name: str, layers: list[int]) -> None:
     if not layers:
-        raise LetheError("layers: name at least one layer, such as [0, 1, 2]")
+        raise LetheError(f"{name}: name at least one layer, such as [0, 1, 2]")
     if min(layers) < 0:
-        raise LetheError(f"layers: {min(layers)} is negative; layer L is the residual stream after block L, from 0")
+        raise LetheError(f"{name}: {min(layers)} is negative; layer L is the residual stream after block L, from 0")
     if len(set(layers)) < len(layers):
-        raise LetheError(f"layers: {layers} names a layer twice; name each once")
+        raise LetheError(f"{name}: {layers} names a layer twice; name each once")
 
 
-def minutes(time: str | int) -> int:
+Count = Annotated[int, at_least(0)]
+Positive = Annotated[int, at_least(1)]
+Length = Annotated[int, at_least(2)]
+Amount = Annotated[float, at_least(0)]
+Fraction = Annotated[float, must_be("at least 0 and below 1", lambda value: 0 <= value < 1)]
+Seed = Annotated[int, at_least(0), must_be("below 2**32, the limit of NumPy's seeds", lambda seed: seed < 2**32)]
+Layers = Annotated[list[int], _refuse_layers]
+RunName = Annotated[str, lambda _, name: refuse_name(name)]
+NameTemplate = Annotated[str, lambda _, name: name and refuse_name(name)]
+Duration = Annotated[str | int, lambda _, time: minutes(time)]
+
+
+def minutes(time: str | int, name: str = "time") -> int:
     """A Slurm time in whole minutes, rounded up: 90, "90", "90:00", "1:30:00", "1-12", "1-12:00", "1-12:00:00".
 
     Raises:
         LetheError: it has none of these forms, or is 0.
     """
     if isinstance(time, int) and time > 1440:  # YAML reads 12:00:00 without quotes as the number 43200
-        raise LetheError(f'time: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
+        raise LetheError(f'{name}: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
     parts = _TIME.fullmatch(str(time).strip())
     if parts:
         days, first, second, third = (int(part) if part else 0 for part in parts.groups())
@@ -143,7 +162,7 @@ def minutes(time: str | int) -> int:
         seconds = 86400 * days + 3600 * first + 60 * second + third if with_hours else 60 * first + second
         if seconds:
             return -(-seconds // 60)
-    raise LetheError(f'slurm.time: expected minutes, or a time such as "12:00:00" or "2-00:00:00", got {time!r}')
+    raise LetheError(f'{name}: expected minutes, or a time such as "12:00:00" or "2-00:00:00", got {time!r}')
 
 
 def options(kind: Any) -> tuple[Any, ...]:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from lethe.config.checks import Dtype, at_least, check_layers, check_seed, check_types
+from lethe.config.checks import Amount, Count, Dtype, Layers, Length, Positive, RunName, Seed, Settings, must_be
 from lethe.config.training import LAYERS, TextSource, refuse_weight
 from lethe.errors import LetheError
-
-
-class Settings:
-    """Settings that need no check but that of their types."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass
@@ -31,38 +25,30 @@ class AffineConfig(Settings):
     """The ignorant checkpoint whose activations are mapped."""
     text: str | TextSource = "lab:retain"
     """Text to fit on. Never forget text: the maps would carry the topic."""
-    layers: list[int] = field(default_factory=lambda: list(LAYERS))
+    layers: Layers = field(default_factory=lambda: list(LAYERS))
     """Layers that get a map. Layer L is the residual stream after block L, from 0."""
-    alpha: float = 0.01
+    alpha: Amount = 0.01
     """Ridge penalty, added to the Gram matrix's diagonal as in scikit-learn's Ridge. A higher value gives smaller maps."""
-    num_examples: int | None = None
+    num_examples: Count | None = None
     """Documents to use (0: all); null: all, up to 100,000."""
-    held_out: float = 0.1
+    held_out: Annotated[float, must_be("between 0 and 1 (both excluded)", lambda share: 0 < share < 1)] = 0.1
     """Share of the documents that is used for the scores instead of the fit."""
-    max_length: int = 64
+    max_length: Length = 64
     """Maximum number of tokens per document; the rest is cut off."""
-    batch_size: int = 32
+    batch_size: Positive = 32
     """Documents in one forward pass. More documents need more memory."""
     dtype: Dtype = "float32"
     """Type of both models' weights."""
-    time_limit: float = 0.0
+    time_limit: Amount = 0.0
     """Hours after which the run stops with status failed (0: no limit)."""
     out: str = "runs"
     """Folder of runs."""
-    name: str = "maps"
+    name: RunName = "maps"
     """Name of the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("time_limit", self.time_limit, 0)
-        check_layers(self.layers)
         refuse_weight("text", self.text)
-        at_least("num_examples", self.num_examples or 0, 0)
-        at_least("max_length", self.max_length, 2)
-        at_least("batch_size", self.batch_size, 1)
-        at_least("alpha", self.alpha, 0)
-        if not 0 < self.held_out < 1:
-            raise LetheError(f"held_out: must lie between 0 and 1 (both excluded), got {self.held_out}")
 
 
 @dataclass
@@ -77,11 +63,11 @@ class AffineScoreConfig(Settings):
     """The checkpoint whose activations are mapped."""
     text: str | TextSource = "lab:retain"
     """Text to score on."""
-    num_examples: int = 0
+    num_examples: Count = 0
     """How many of the documents that the maps were not fitted on to score on (0: all)."""
-    max_length: int = 64
+    max_length: Length = 64
     """Maximum number of tokens per document; the rest is cut off."""
-    batch_size: int = 32
+    batch_size: Positive = 32
     """Documents in one forward pass. More documents need more memory."""
     dtype: Dtype = "float32"
     """Type of both models' weights."""
@@ -89,9 +75,6 @@ class AffineScoreConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_weight("text", self.text)
-        at_least("num_examples", self.num_examples, 0)
-        at_least("max_length", self.max_length, 2)
-        at_least("batch_size", self.batch_size, 1)
 
 
 @dataclass
@@ -122,13 +105,11 @@ class RunsConfig(Settings):
     """Fields of run.json to show: status, age, eta, lr, config.lora.r, evals.lab_retain.acc, losses.cb_loss, …"""
     watch: bool = False
     """Show the list again and again, until Ctrl-C."""
-    every: float = 5.0
+    every: Annotated[float, must_be("above 0 and at most a day (86400 seconds)", lambda every: 0 < every <= 86400)] = 5.0
     """Seconds between two lists, with watch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.every <= 86400:
-            raise LetheError(f"every: must be above 0 and at most a day (86400 seconds), got {self.every:g}")
         if self.every != 5.0 and not self.watch:
             raise LetheError(f"every: {self.every} has no effect without watch; leave it out")
 
@@ -171,9 +152,5 @@ class DemoConfig(Settings):
 
     out: str = "demo"
     """Folder for runs/ and report/. If you start an interrupted demo again, it continues with the interrupted step."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the unlearning runs and of the attacks."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed(self.seed)

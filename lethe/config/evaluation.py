@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from lethe.config.checks import Dtype, at_least, check_types
+from lethe.config.checks import Amount, Count, Dtype, RunName, Settings
 from lethe.errors import LetheError
 
 LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
 
 
 @dataclass(kw_only=True)
-class TaskSettings:
+class TaskSettings(Settings):
     """The settings of every command that evaluates on tasks."""
 
-    limit: int = 0
+    limit: Count = 0
     """Number of questions per task, from the first one (0: all). More questions give narrower intervals."""
     task_data: dict[str, str] = field(default_factory=dict)
     """Local files (.jsonl) to read instead of a task's data set on the hub, such as wmdp_bio_robust=FILE.jsonl."""
-    num_fewshot: int | None = None
+    num_fewshot: Count | None = None
     """Solved examples in each prompt; null: the number that each task names."""
     suites: dict[str, list[str]] = field(default_factory=dict)
     """Your own names for lists of tasks, which you can then use in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
 
-    def _spelled_out(self, tasks: list[str], prefix: str = "") -> list[str]:
-        """Task names without commas, and the tasks of a suite in its place; each name once.
-
-        Raises:
-            LetheError: a setting is out of range.
-        """
-        at_least(f"{prefix}limit", self.limit, 0)
-        at_least(f"{prefix}num_fewshot", self.num_fewshot or 0, 0)
-        names = [name.strip() for word in tasks for name in word.split(",") if name.strip()]
-        return list(dict.fromkeys(task for name in names for task in self.suites.get(name, [name])))
+    def __post_init__(self) -> None:
+        """Task names without commas, and the tasks of a suite in its place; each name once."""
+        super().__post_init__()
+        this: Any = self  # `tasks` is declared below, each with its own default
+        names = [name.strip() for word in this.tasks for name in word.split(",") if name.strip()]
+        this.tasks = list(dict.fromkeys(task for name in names for task in self.suites.get(name, [name])))
 
 
 @dataclass
@@ -42,13 +38,8 @@ class EvalSettings(TaskSettings):
 
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
     """Tasks or groups of lm-eval, folders of task files, or suites."""
-    every: int = 0
+    every: Count = 0
     """Updates between two evaluations (0: evaluate at the end only). A smaller number gives a finer curve and takes longer."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "eval.")
-        at_least("eval.every", self.every, 0)
-        self.tasks = self._spelled_out(self.tasks, "eval.")
 
 
 @dataclass
@@ -67,17 +58,12 @@ class CheckpointsConfig(TaskSettings):
     """The checkpoint that you use as the source now (name or model reference). The table marks it."""
     dtype: Dtype = "float32"
     """Type of the weights."""
-    time_limit: float = 0.0
+    time_limit: Amount = 0.0
     """Hours after which the run stops with status failed (0: no limit)."""
     out: str = "runs"
     """Folder of runs."""
-    name: str = "checkpoints"
+    name: RunName = "checkpoints"
     """Name of the run."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        at_least("time_limit", self.time_limit, 0)
-        self.tasks = self._spelled_out(self.tasks)
 
 
 @dataclass
@@ -92,17 +78,12 @@ class EvaluateConfig(TaskSettings):
     """Write the log-likelihoods of every question to samples.jsonl, so that `lethe compare` can read them."""
     dtype: Dtype = "float32"
     """Type of the weights."""
-    time_limit: float = 0.0
+    time_limit: Amount = 0.0
     """Hours after which the run stops with status failed (0: no limit)."""
     out: str = "runs"
     """Folder of runs."""
-    name: str = "eval"
+    name: RunName = "eval"
     """Name of the run."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        at_least("time_limit", self.time_limit, 0)
-        self.tasks = self._spelled_out(self.tasks)
 
 
 @dataclass
@@ -119,7 +100,6 @@ class CompareConfig(TaskSettings):
     """Folder in which runs are looked up."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        self.tasks = self._spelled_out(self.tasks)
+        super().__post_init__()
         if len(self.models) != 2:
             raise LetheError(f"models: expected two references or runs, got {len(self.models)}")

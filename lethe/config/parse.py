@@ -27,7 +27,7 @@ import yaml
 
 from lethe import files
 from lethe.config import options, recipes, renamed, spoken, to_dict
-from lethe.config.checks import DEEPEST, refuse_misfit, refuse_text, refuse_unusable, types_of
+from lethe.config.checks import DEEPEST, refuse_text, refuse_unusable, types_of
 from lethe.errors import LetheError, nearest, printable
 
 ANSWERED = {"config", "help", "print_config"}
@@ -100,20 +100,21 @@ def build(kind: Any, value: Any) -> Any:
     return _object(kind, value)
 
 
-def _object(kind: Any, value: Any, prefix: str = "") -> Any:
+def _object(kind: Any, value: Any) -> Any:
     for option in options(kind):
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
             hints, made = types_of(option), {}  # type: ignore[arg-type]
             for f in dataclasses.fields(option):
-                name = f"{prefix}{f.name}"
                 if f.name in value:
-                    made[f.name] = _object(hints[f.name], value[f.name], f"{name}.")
-                    refuse_misfit(name, made[f.name], hints[f.name])
+                    try:
+                        made[f.name] = _object(hints[f.name], value[f.name])
+                    except LetheError as error:  # it names a setting of this one
+                        raise LetheError(f"{f.name}.{error}") from error
                 elif f.default is f.default_factory is dataclasses.MISSING:
-                    raise LetheError(f"{name}: this setting is required")
+                    raise LetheError(f"{f.name}: this setting is required")
             return option(**made)  # type: ignore[operator]
         if typing.get_origin(option) is list and isinstance(value, list):
-            return [_object(typing.get_args(option)[0], item, prefix) for item in value]
+            return [_object(typing.get_args(option)[0], item) for item in value]
     whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if kind is float and whole and abs(value) < 2**53 else value
 

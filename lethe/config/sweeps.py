@@ -3,61 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lethe.config.checks import above, at_least, check_seed, check_types, fraction, minutes
+from lethe.config.checks import Amount, Count, Duration, Fraction, NameTemplate, Positive, Settings, above, must_be
 from lethe.errors import LetheError
 
 MOST_SEEDS = 1000
+SEEDS = f"a number from 1 to {MOST_SEEDS}, or a list of different seeds from 0 up to 2**32 - 1"
+
+
+def _are_seeds(seeds: int | list[int]) -> bool:
+    if isinstance(seeds, int):
+        return 1 <= seeds <= MOST_SEEDS
+    return 0 < len(seeds) == len(set(seeds)) and all(0 <= seed < 2**32 for seed in seeds)
 
 
 @dataclass
-class SlurmSettings:
+class SlurmSettings(Settings):
     """What each Slurm job requests."""
 
     partition: str | None = None
     """The partition; null: the cluster's default."""
     account: str | None = None
     """The account that is charged; null: your default."""
-    time: str | int = "12:00:00"
+    time: Duration = "12:00:00"
     """Time limit: minutes, or in quotes "12:00:00" or "2-00:00:00". A job that reaches it saves, is requeued and resumes."""
-    devices: int = 0
+    devices: Count = 0
     """GPUs per job. A run uses one GPU."""
-    cpus: int | None = None
+    cpus: Positive | None = None
     """CPU cores per job."""
     memory: str | None = None
     """Memory per job, such as 64G."""
-    save_seconds: int = 120
+    save_seconds: Count = 120
     """Seconds before the time limit at which a job begins to save. Slurm may signal up to a minute earlier."""
-    max_timeouts: int = 1000
+    max_timeouts: Count = 1000
     """How often a job may reach its time limit before it counts as failed."""
     setup: list[str] = field(default_factory=list)
     """Shell lines to run first, such as module load cuda."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further options of sbatch by their long names, such as {qos: long}; true for one without a value."""
 
-    def __post_init__(self) -> None:
-        check_types(self, "slurm.")
-        minutes(self.time)
-        at_least("slurm.devices", self.devices, 0)
-        at_least("slurm.cpus", 1 if self.cpus is None else self.cpus, 1)
-        at_least("slurm.save_seconds", self.save_seconds, 0)
-        at_least("slurm.max_timeouts", self.max_timeouts, 0)
-
 
 @dataclass
-class LaunchSettings:
+class LaunchSettings(Settings):
     """How often the runs of a sweep or suite are repeated, and where they execute."""
 
-    seeds: int | list[int] = 1
+    seeds: Annotated[int | list[int], must_be(SEEDS, _are_seeds)] = 1
     """The number of seeds (3: seeds 0, 1 and 2), or a list of seeds. Every point is run with each."""
     launcher: Literal["local", "slurm"] = "local"
     """local: worker processes on this machine; slurm: one Slurm job per trial."""
-    jobs: int = 1
+    jobs: Positive = 1
     """How many trials run at the same time."""
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
     """What each Slurm job requests."""
-    retries: int = 2
+    retries: Count = 2
     """How often to restart a run whose worker or Slurm job disappeared. Runs that end with an error are not restarted."""
     storage: str | None = None
     """The URL of a database for the Optuna study, such as postgresql://…; null: a journal file in the sweep's folder."""
@@ -65,16 +64,7 @@ class LaunchSettings:
     """The folder of runs."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        at_least("jobs", self.jobs, 1)
-        at_least("retries", self.retries, 0)
-        if isinstance(self.seeds, int) and self.seeds > MOST_SEEDS:
-            raise LetheError(f"seeds: {self.seeds} is more than {MOST_SEEDS}; give fewer")
-        if self.seeds == [] or (isinstance(self.seeds, int) and self.seeds < 1):
-            raise LetheError(f"seeds: give a number of at least 1, or a list of seeds, got {self.seeds}")
-        if isinstance(self.seeds, list) and (len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0):
-            raise LetheError(f"seeds: list each seed once, from 0 up, got {self.seeds}")
-        check_seed(max(self.seed_list), "seeds")
+        super().__post_init__()
         if self.launcher == "local" and self.slurm != SlurmSettings():
             raise LetheError("slurm: has no effect with launcher local; leave it out, or set launcher to slurm")
 
@@ -92,7 +82,7 @@ class SweepConfig(LaunchSettings):
     """grid: every combination; boundary: bisection along one axis; pareto: search for the best trade-offs by Optuna."""
     goal: str = ""
     """The question that the sweep answers, in words. It is printed above the tables."""
-    name: str = ""
+    name: NameTemplate = ""
     """A template for the names of runs, such as ret{retain_coef}_rm{remove_coef}; empty: the varied settings."""
     unlearn: dict[str, Any] = field(default_factory=dict)
     """The recipe to vary: settings of `lethe unlearn`. With recipe: FILE they override that recipe."""
@@ -102,15 +92,15 @@ class SweepConfig(LaunchSettings):
     """For each setting a list, or {low, high, log, steps}. when: {setting: value} restricts it. A / B varies a ratio."""
     find: Literal["boundary", "retained"] = "boundary"
     """boundary: where one task falls and where both are at chance; retained: the last value that loses at most `within`."""
-    within: float | None = None
+    within: Amount | None = None
     """With find retained: the loss of retain accuracy that is allowed (0.01: one point)."""
     reference: str = "baseline"
     """With find retained: the retain accuracy that the loss is measured from: baseline, run:ID, or a number."""
-    width: float = 1.5
+    width: Annotated[float, above(1)] = 1.5
     """Bisection ends when the values on both sides of the boundary are within this factor of each other."""
-    max_runs: int = 0
+    max_runs: Count = 0
     """Maximum number of runs. boundary: 0 means 10 per seed; pareto: give max_runs or hours."""
-    hours: float = 0.0
+    hours: Amount = 0.0
     """With pareto: hours after which no new run starts (0: no limit)."""
     stop_early: bool = True
     """With pareto and eval.every: stop a run if two finished runs had clearly better accuracies at the same step."""
@@ -128,13 +118,9 @@ class SweepConfig(LaunchSettings):
     """A task counts as at chance if the 95 % interval of its retained share reaches down to this value."""
 
     def __post_init__(self) -> None:
-        check_types(self)
         super().__post_init__()
         if not self.vary:
             raise LetheError("vary: name at least one setting to vary, such as vary: {retain_coef: [1, 5, 20]}")
-        above("width", self.width, 1)
-        at_least("max_runs", self.max_runs, 0)
-        at_least("hours", self.hours, 0)
         if not 0 <= self.chance_threshold < self.retained_threshold <= 1:
             raise LetheError(
                 f"chance_threshold: must be at least 0 and below retained_threshold, which is at most 1, "
@@ -143,8 +129,6 @@ class SweepConfig(LaunchSettings):
         self._refuse_without_effect()
         if self.find == "retained" and self.within is None:
             raise LetheError("within: find retained needs the allowed loss, such as within: 0.01 for one point")
-        if self.within is not None:
-            at_least("within", self.within, 0)
         if self.kind == "pareto" and not self.max_runs and not self.hours:
             raise LetheError("max_runs: a pareto sweep needs a budget; give max_runs or hours")
 
@@ -185,13 +169,12 @@ class SuiteConfig(LaunchSettings):
     """Models that never knew the topic, attacked for comparison; null: those that the suite names."""
     common: dict[str, Any] = field(default_factory=dict)
     """Settings of every attack, such as forget=FILE.jsonl. They override the suite's; an attack's own override these."""
-    general_bound: float | None = None
+    general_bound: Fraction | None = None
     """How much general accuracy an attack may cost and still count (0.05: five points); null: the suite's, or 0.05."""
     attacks: dict[str, Any] = field(default_factory=dict)
     """Attacks in place of a suite: for each name, settings of `lethe tamper`."""
 
     def __post_init__(self) -> None:
-        check_types(self)
         super().__post_init__()
         if not self.models:
             raise LetheError("models: name the models to attack, such as run:ID or lab:filtered")
@@ -202,12 +185,10 @@ class SuiteConfig(LaunchSettings):
             raise LetheError(f"models: {self.models} names a model twice; name each once")
         if not self.suite and not self.attacks:
             raise LetheError("suite: name a suite, such as standard, or a file")
-        if self.general_bound is not None:
-            fraction("general_bound", self.general_bound)
 
 
 @dataclass
-class SweepStatusConfig:
+class SweepStatusConfig(Settings):
     """Show every run of a sweep with its job, status and results."""
 
     sweep: str
@@ -216,9 +197,6 @@ class SweepStatusConfig:
     """The folder to look for it in."""
     trust_record: bool = False
     """true: run the shell lines and open the database that the sweep's record names, even if you started no sweep with them."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass

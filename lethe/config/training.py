@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from lethe.config.checks import above, at_least, check_seed, check_types, fraction
+from lethe.config.checks import Amount, Count, Fraction, Length, Positive, Seed, Settings, above, must_be
 from lethe.errors import LetheError
 
 OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
@@ -15,7 +15,7 @@ UNLEARNED, MAPPED = 2048, 100_000
 
 
 @dataclass
-class TextSource:
+class TextSource(Settings):
     """Text to train on: where it is and how a record becomes a document."""
 
     source: str
@@ -26,12 +26,11 @@ class TextSource:
     """A template that makes the document from several columns, such as "{title}\\n\\n{abstract}\\n\\n{text}"."""
     split: str = "train"
     """The split of a hub data set that is read."""
-    weight: float = 1.0
+    weight: Annotated[float, above(0)] = 1.0
     """How many documents come from this source, relative to the weights of the other sources of a mixture."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        above("weight", self.weight, 0)
+        super().__post_init__()
         if self.template is not None and self.column != "text":
             raise LetheError(f"column: {self.column} has no effect beside a template; leave one of them out")
         if self.split != "train" and (self.source.startswith("lab:") or self.source.endswith((".jsonl", ".parquet", ".txt"))):
@@ -50,40 +49,34 @@ def as_text_source(text: str | TextSource) -> TextSource:
 
 
 @dataclass
-class LoraSettings:
+class LoraSettings(Settings):
     """LoRA adapters on the linear layers of the model's blocks."""
 
-    r: int = 16
+    r: Positive = 16
     """Rank of the adapters. A higher rank can change the model in more directions, and takes more memory."""
-    alpha: float = 16.0
+    alpha: Annotated[float, above(0)] = 16.0
     """The adapters' output is scaled by alpha / r."""
-    dropout: float = 0.05
+    dropout: Fraction = 0.05
     """Dropout rate on the adapters' inputs in training."""
     targets: Literal["all", "attention", "mlp"] = "all"
     """Which linear layers of a block get adapters: those of attention, those of the MLP, or all."""
 
-    def __post_init__(self) -> None:
-        check_types(self, "lora.")
-        at_least("lora.r", self.r, 1)
-        above("lora.alpha", self.alpha, 0)
-        fraction("lora.dropout", self.dropout)
-
 
 @dataclass
-class TrainingSettings:
+class TrainingSettings(Settings):
     """What unlearning and attacks have in common: length, batches, optimizer. Names are those of transformers."""
 
-    epochs: float = 1
+    epochs: Annotated[float, above(0)] = 1
     """Passes over the documents."""
-    max_steps: int = -1
+    max_steps: Annotated[int, must_be("at least 1, or -1 for epochs", lambda steps: steps >= 1 or steps == -1)] = -1
     """Number of optimizer updates; -1: train for `epochs` instead."""
-    max_length: int = 64
+    max_length: Length = 64
     """Maximum number of tokens per document; the rest is cut off. More tokens take more time and memory."""
-    per_device_train_batch_size: int = 16
+    per_device_train_batch_size: Positive = 16
     """Documents (of each kind) in one forward pass on one device. More documents need more memory."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Positive = 1
     """Forward passes in one optimizer update. The update has this many times more documents, at the same memory."""
-    lr: float = 1e-3
+    lr: Annotated[float, above(0)] = 1e-3
     """Peak learning rate."""
     optimizer: OptimizerName = "adamw"
     """muon: Muon for hidden matrices, AdamW for the rest; adamw_8bit: AdamW with 8-bit state (torchao or bitsandbytes)."""
@@ -91,46 +84,31 @@ class TrainingSettings:
     """Type of the matmuls in Muon's Newton-Schulz iteration; auto: bfloat16 on a GPU, float32 on a CPU."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the learning rate after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: Count = 0
     """Updates in which the learning rate rises from 0 to its peak."""
-    weight_decay: float = 0.0
+    weight_decay: Amount = 0.0
     """Weight decay of all weights except norms and biases. A higher value pulls weights more strongly towards 0."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Amount = 1.0
     """Norm at which the gradient is clipped (0: no clipping)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of storing them: less memory, more time."""
     fast: bool = True
     """Compute LoRA without dropout with one matmul, which gives the same result up to rounding; false: use PEFT's code."""
-    save_every: int = 100
+    save_every: Count = 100
     """Updates between two saves, from which an interrupted run is resumed (0: save at the end only)."""
-    divergence_factor: float = 100.0
+    divergence_factor: Annotated[float, must_be("above 1, or 0", lambda factor: factor > 1 or factor == 0)] = 100.0
     """A run has diverged once its loss exceeds this many times |mean of its first 20 losses| (0: only if it is NaN)."""
     on_divergence: Literal["stop", "finish"] = "stop"
     """stop: a diverged run ends with the weights of its last save; finish: training continues. Both have status `diverged`."""
-    time_limit: float = 0.0
+    time_limit: Amount = 0.0
     """Hours after which the run saves and stops (0: no limit)."""
     report_to: list[str] = field(default_factory=list)
     """Other loggers that get the metrics, by their names in transformers: wandb, trackio, mlflow, tensorboard."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of documents, the initial weights of adapters, and dropout."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        above("epochs", self.epochs, 0)
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise LetheError(f"max_steps: must be at least 1, or -1 for epochs, got {self.max_steps}")
-        at_least("max_length", self.max_length, 2)
-        at_least("per_device_train_batch_size", self.per_device_train_batch_size, 1)
-        at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
-        above("lr", self.lr, 0)
-        at_least("warmup_steps", self.warmup_steps, 0)
-        at_least("weight_decay", self.weight_decay, 0)
-        at_least("max_grad_norm", self.max_grad_norm, 0)
-        at_least("save_every", self.save_every, 0)
-        at_least("time_limit", self.time_limit, 0)
-        if self.divergence_factor != 0 and not self.divergence_factor > 1:
-            raise LetheError(f"divergence_factor: must be above 1, or 0, got {self.divergence_factor}")
-        check_seed(self.seed)
+        super().__post_init__()
         if self.max_steps > 0 and self.epochs != 1:
             raise LetheError(f"epochs: {self.epochs} has no effect while max_steps is {self.max_steps}; set max_steps to -1")
         if self.optimizer != "muon" and self.newton_schulz_dtype != "auto":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Dtype, at_least, check_layers, check_types
+from lethe.config.checks import Count, Dtype, Layers, RunName, must_be
 from lethe.config.evaluation import EvalSettings
 from lethe.config.training import LoraSettings, TextSource, TrainingSettings, refuse_weight
 from lethe.errors import LetheError
@@ -26,11 +26,11 @@ class UnlearnSettings(TrainingSettings):
     """Text on which the model should stay as it is. A list of sources is a mixture, in proportion to their weights."""
     packing: Literal["none", "packed"] = "none"
     """none: one document a sequence, cut at max_length; packed: documents joined and split into sequences of max_length."""
-    rewind: float = 0.0
+    rewind: Annotated[float, must_be("between 0 (the model) and 1 (the source)", lambda share: 0 <= share <= 1)] = 0.0
     """Start from (1 - rewind) * model + rewind * source, weight by weight. 0: from the model, 1: from the source."""
-    layers: list[int] | None = None
+    layers: Layers | None = None
     """Layer L is the residual stream after block L (from 0). Adapters sit on blocks up to the last one; null: on all blocks."""
-    num_train_examples: int | None = None
+    num_train_examples: Count | None = None
     """Number of forget documents, and of retain documents (0: all); null: all, up to 2,048."""
     lora: LoraSettings | None = field(default_factory=LoraSettings)
     """Train LoRA adapters, which are saved without the model; null: train all weights."""
@@ -47,21 +47,15 @@ class UnlearnSettings(TrainingSettings):
     """Evaluation during and after the run."""
     out: str = "runs"
     """Folder of runs."""
-    name: str = "unlearn"
+    name: RunName = "unlearn"
     """Name of the run."""
 
     def __post_init__(self) -> None:
-        check_types(self)
         super().__post_init__()
-        if self.layers is not None:
-            check_layers(self.layers)
         if self.retain == []:
             raise LetheError("retain: name at least one text")
-        if not 0 <= self.rewind <= 1:
-            raise LetheError(f"rewind: must lie between 0 (the model) and 1 (the source), got {self.rewind}")
         for name in ("forget", "retain"):
             refuse_weight(name, getattr(self, name))
-        at_least("num_train_examples", self.num_train_examples or 0, 0)
         self.refuse_idle(
             merge=self.merge and self.lora is None and "in full-rank training (lora: null), where there is no adapter"
         )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lethe.methods
-from lethe.config.checks import at_least
+from lethe.config.checks import Amount
 from lethe.config.parse import fields_of
 from lethe.config.unlearning import UnlearnSettings
 from lethe.errors import LetheError, nearest, printable
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lethe.unlearning.view import View
 
 Losses = dict[str, "Tensor"]
+DEFAULT = "transfer"
+"""The method of a recipe that names none."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Progress:
 class Method(UnlearnSettings):
     """Unlearn a topic. `--method NAME --help` lists the settings of one method."""
 
-    method: str = ""
+    method: str = DEFAULT
     """The unlearning method: the name of a file in lethe/methods."""
 
     scale: ClassVar[str | None] = None
@@ -88,7 +90,7 @@ class Method(UnlearnSettings):
 
     def __post_init__(self) -> None:
         own = type(self).__module__.rsplit(".", 1)[-1]
-        if self.method not in {"", own}:
+        if self.method not in (DEFAULT, own):
             raise LetheError(f"method: these are settings of {own}, not of {printable(self.method, 80)}")
         self.method = own
         super().__post_init__()
@@ -187,9 +189,6 @@ class Method(UnlearnSettings):
         return settings
 
 
-DEFAULT = "transfer"
-
-
 def names() -> list[str]:
     """The methods that there are, by name."""
     return sorted(module.name for module in pkgutil.iter_modules(lethe.methods.__path__) if module.name != "method")
@@ -228,9 +227,9 @@ class ForgetAndRetain(Method):
     Subclasses write `forget_need` and `forget_loss`.
     """
 
-    remove_coef: float = 1.0
+    remove_coef: Amount = 1.0
     """Weight of the forget loss (0: no forget loss). Higher values forget more."""
-    retain_coef: float = 1.0
+    retain_coef: Amount = 1.0
     """Weight of the retain loss (0: no retain loss). Higher values preserve more of the other knowledge."""
     retain_loss: Literal["kl", "ce", "mse"] = "kl"
     """kl: KL(reference ‖ model) of next tokens; ce: cross-entropy on the retain text; mse: distance from the reference's
@@ -242,8 +241,6 @@ class ForgetAndRetain(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("remove_coef", self.remove_coef, 0)
-        at_least("retain_coef", self.retain_coef, 0)
         if self.remove_coef == 0 and self.retain_coef == 0:
             raise LetheError("remove_coef and retain_coef are both 0, so nothing would be trained; raise one of them")
         self.refuse_idle(retain_loss=self.retain_coef == 0 and self.retain_loss != "kl" and "while retain_coef is 0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from lethe.config.checks import above
 from lethe.methods.method import ForgetAndRetain, Losses, Need
@@ -24,14 +24,10 @@ class NPO(ForgetAndRetain):
     log p(x) is the log-likelihood of a forget document: the sum over its tokens. β is beta. No source checkpoint is used.
     """
 
-    beta: float = 0.1
+    beta: Annotated[float, above(0)] = 0.1
     """Inverse temperature. Smaller values come closer to gradient ascent."""
 
     by_document: ClassVar[tuple[str, ...]] = ("npo_loss",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        above("beta", self.beta, 0)
 
     def forget_need(self) -> Need:
         return Need("reference", logits=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from lethe.config import LAYERS, MAPPED
-from lethe.config.checks import at_least
+from lethe.config.checks import Amount, Count
 from lethe.errors import LetheError
 from lethe.methods.method import ForgetAndRetain, Losses, Maps, Need
 
@@ -34,7 +34,7 @@ class Transfer(ForgetAndRetain):
     sit on the blocks up to the last of these layers."""
     affine: str = "fit"
     """fit: fit maps on retain text before training; none: use no maps; else the folder, run or hub repository of maps."""
-    affine_examples: int = MAPPED
+    affine_examples: Count = MAPPED
     """Maximum number of retain documents to fit maps on (0: all)."""
     affine_convention: Literal["auto", "block_output", "hidden_states"] = "auto"
     """Layer numbers in maps without a record. block_output: N is the output of block N; hidden_states: of block N - 1;
@@ -42,7 +42,7 @@ class Transfer(ForgetAndRetain):
     cb_scale: Literal["raw", "relative"] = "raw"
     """raw: cb_loss as it is; relative: each layer's distance is divided by the variance of its target, so that coefficients
     carry over from one model to another."""
-    forget_kl_coef: float = 0.0
+    forget_kl_coef: Amount = 0.0
     """Weight of KL(source ‖ model) on forget text, relative to cb_loss (0: no KL)."""
     remove_coef: float = 5.0
     """Weight of the forget loss (0: no forget loss). Higher values forget more."""
@@ -55,8 +55,6 @@ class Transfer(ForgetAndRetain):
         super().__post_init__()
         if self.layers is None:
             raise LetheError("layers: name at least one layer whose activations are moved, such as [0, 1, 2]")
-        at_least("forget_kl_coef", self.forget_kl_coef, 0)
-        at_least("affine_examples", self.affine_examples, 0)
         self.refuse_idle(
             affine_examples=self.affine != "fit" and self.affine_examples != MAPPED and "where no maps are fitted",
             affine_convention=self.affine in {"fit", "none"}
