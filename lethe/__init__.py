@@ -1,6 +1,6 @@
 """Lethe: make a language model forget a topic, and prove how well that worked.
 
-The public names are loaded when they are first used: importing lethe imports neither torch nor transformers.
+The functions, which need torch, are loaded when they are first used: importing lethe imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -8,72 +8,54 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lethe.config import (
+    AffineConfig,
+    AffineScoreConfig,
+    CheckpointsConfig,
+    CompareConfig,
+    EvalSettings,
+    EvaluateConfig,
+    LoraSettings,
+    SuiteConfig,
+    SweepConfig,
+    TamperConfig,
+    TextSource,
+)
+from lethe.errors import LetheError
+from lethe.evaluation.tasks.consent import trust_task_code
+from lethe.methods.distill import Distill
+from lethe.methods.npo import NPO
+from lethe.methods.transfer import Transfer
+from lethe.runs.run import Run, find_runs
+
 if TYPE_CHECKING:
     from lethe.attacks.tampering import tamper
-    from lethe.config import (
-        AffineConfig,
-        AffineScoreConfig,
-        CheckpointsConfig,
-        CompareConfig,
-        EvalSettings,
-        EvaluateConfig,
-        LoraSettings,
-        SuiteConfig,
-        SweepConfig,
-        TamperConfig,
-        TextSource,
-    )
-    from lethe.errors import LetheError
     from lethe.evaluation.accuracy import evaluate, evaluate_model
     from lethe.evaluation.checkpoint_sweep import checkpoints
     from lethe.evaluation.comparison import compare
-    from lethe.evaluation.tasks.consent import trust_task_code
     from lethe.maps.affine import AffineMap, fit_affine, score_affine
-    from lethe.methods.distill import Distill
-    from lethe.methods.npo import NPO
-    from lethe.methods.transfer import Transfer
-    from lethe.runs.run import Run, find_runs
     from lethe.sweeps.controller import sweep
     from lethe.unlearning.pipeline import unlearn
 
-_HOME = {
-    "maps.affine": ["AffineMap", "fit_affine", "score_affine"],
-    "evaluation.checkpoint_sweep": ["checkpoints"],
-    "evaluation.comparison": ["compare"],
-    "config": [
-        "AffineConfig",
-        "AffineScoreConfig",
-        "CheckpointsConfig",
-        "CompareConfig",
-        "EvalSettings",
-        "EvaluateConfig",
-        "LoraSettings",
-        "SuiteConfig",
-        "SweepConfig",
-        "TamperConfig",
-        "TextSource",
-    ],
-    "errors": ["LetheError"],
-    "methods.distill": ["Distill"],
-    "methods.npo": ["NPO"],
-    "methods.transfer": ["Transfer"],
-    "evaluation.accuracy": ["evaluate", "evaluate_model"],
-    "runs.run": ["Run", "find_runs"],
-    "sweeps.controller": ["sweep"],
-    "attacks.tampering": ["tamper"],
-    "evaluation.tasks.consent": ["trust_task_code"],
-    "unlearning.pipeline": ["unlearn"],
+_LATER = {
+    "AffineMap": "maps.affine",
+    "checkpoints": "evaluation.checkpoint_sweep",
+    "compare": "evaluation.comparison",
+    "evaluate": "evaluation.accuracy",
+    "evaluate_model": "evaluation.accuracy",
+    "fit_affine": "maps.affine",
+    "score_affine": "maps.affine",
+    "sweep": "sweeps.controller",
+    "tamper": "attacks.tampering",
+    "unlearn": "unlearning.pipeline",
 }
-_MODULE = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = sorted(_MODULE)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE:
+    if name not in _LATER:
         raise AttributeError(f"module 'lethe' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"lethe.{_MODULE[name]}"), name)
+    return getattr(importlib.import_module(f"lethe.{_LATER[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *_LATER})

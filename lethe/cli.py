@@ -21,8 +21,8 @@ from typing import Any
 
 from lethe import config as c
 from lethe.config import recipes
+from lethe.config.arguments import TRUST, as_suite, command_of, consent, is_suite
 from lethe.config.parse import parse
-from lethe.config.words import TRUST, as_suite, command_of, consent, is_suite
 from lethe.errors import LONGEST, LetheError, full_disk, printable
 from lethe.evaluation.tasks.consent import trust_task_code
 from lethe.methods.method import Method

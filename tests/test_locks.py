@@ -20,8 +20,7 @@ from lethe.cli import main
 from lethe.config import DemoConfig, EvaluateConfig, ResumeConfig, to_dict
 from lethe.demo import demo
 from lethe.errors import LetheError
-from lethe.launching.work import work
-from lethe.runs import locks
+from lethe.launching.worker import work
 from lethe.runs.locks import FolderLock, HeldError, identity, lives, seconds_since_written
 from lethe.runs.run import Run, now
 from lethe.sweeps.resuming import resume
@@ -157,7 +156,6 @@ def test_the_age_of_a_file_is_measured_by_its_file_systems_clock(tmp_path, monke
     file = tmp_path / "f"
     file.touch()
     os.utime(file, (time.time() - age,) * 2)
-    monkeypatch.setattr(locks, "_clocks", {})
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert seconds_since_written(file) == pytest.approx(age, abs=2)
     assert seconds_since_written(tmp_path / "none") == float("inf")

@@ -240,7 +240,7 @@ def test_settings_of_watching_that_have_no_effect_are_refused(folder: Path, caps
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """slurm(squeue=text, scontrol=text): programs on PATH, which print the text, or fail for None. sacct fails."""
+    """slurm(squeue=text): programs on PATH, which print the text, or fail for None. sacct fails."""
     folder = tmp_path / "programs"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
@@ -306,19 +306,7 @@ def test_squeue_is_asked_once_and_only_if_a_run_is_slurms(tmp_path: Path, slurm)
     assert (programs / "squeue.calls").read_text().count("\n") == 1
 
 
-def test_scontrol_answers_where_squeue_does_not(tmp_path: Path, slurm) -> None:
-    shown = (
-        "JobId=12 ArrayJobId=9 ArrayTaskId=2 JobName=x JobState=PENDING Reason=Priority\nJobId=7 JobState=FAILED Reason=None\n"
-    )
-    slurm(squeue=None, scontrol=shown)
-    assert submitted(tmp_path / "runs", "9_2", "queued").status == "queued"
-    assert submitted(tmp_path / "runs", "7", "queued").status == "failed"
-
-
 def test_without_an_answer_from_slurm_the_heartbeat_decides(tmp_path: Path, slurm) -> None:
-    slurm(squeue=None, scontrol=None)
+    slurm(squeue=None)
     assert submitted(tmp_path / "runs", "7", "queued").status == "queued"
     assert submitted(tmp_path / "runs", "8", "running", OLD).status == "lost"
-
-
-# --- the boundary -----------------------------------------------------------------------------------------------------

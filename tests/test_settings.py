@@ -436,6 +436,26 @@ def loaded_by(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+def test_a_command_collects_garbage_rarely_until_a_run_begins_and_not_at_its_end():
+    code = """
+import gc
+from lethe import cli
+from lethe.runs import garbage
+full = []
+gc.callbacks.append(lambda phase, info: full.append(info["generation"]) if phase == "start" else None)
+def main():
+    import torch
+    rare = gc.get_threshold()
+    garbage.as_usual()
+    return rare > gc.get_threshold()
+cli.main = main
+code = cli.console()
+print(code, len(full) < 10, gc.get_freeze_count() > 100_000)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["True"] * 3
+
+
 RUN = """
 from lethe.cli import main
 for words in {words!r}:

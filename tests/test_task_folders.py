@@ -213,8 +213,8 @@ def test_jobs_have_the_consent_of_the_command_that_submits_them(tmp_path, monkey
         with lethe.trust_task_code(given):
             launcher.start("trial", [])
     seen: list[bool] = []
-    monkeypatch.setattr("lethe.launching.work.work", lambda folders, job_id: seen.append(consent.trusts_task_code()))
-    monkeypatch.setattr("lethe.launching.work.SECONDS_TO_NAME_JOB", 0)
+    monkeypatch.setattr("lethe.launching.worker.work", lambda folders, job_id: seen.append(consent.trusts_task_code()))
+    monkeypatch.setattr("lethe.launching.worker.SECONDS_TO_NAME_JOB", 0)
     run = Run.create("evaluate", "job", {}, str(tmp_path / "runs"))
     for work in submitted:
         work.folders.append(str(run.path))

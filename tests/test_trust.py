@@ -9,7 +9,7 @@ import pytest
 from lethe.cli import main
 from lethe.config import SweepConfig, to_dict
 from lethe.launching import slurm
-from lethe.launching.work import work
+from lethe.launching.worker import work
 from lethe.runs.run import Run
 from lethe.sweeps.trust import trust
 

@@ -24,7 +24,7 @@ from lethe.config import SlurmSettings
 from lethe.errors import printable
 from lethe.evaluation.tasks.consent import trusts_task_code
 from lethe.launching import slurm
-from lethe.launching.work import SECONDS_TO_NAME_JOB, Work
+from lethe.launching.worker import SECONDS_TO_NAME_JOB, Work
 from lethe.runs import slurm_jobs
 from lethe.runs.locks import identity, lives
 from lethe.runs.run import Run
@@ -128,7 +128,7 @@ class _Worker:
         self.number, self.busy = number, False
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lethe.launching.work"],
+                [sys.executable, "-m", "lethe.launching.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -28,10 +28,7 @@ import psutil
 from lethe.errors import LetheError
 
 LOCK = "work.lock"
-CLOCK_SECONDS = 60
-"""How long a measured difference between a file system's clock and this machine's is used."""
 logger = logging.getLogger(__name__)
-_clocks: dict[int, tuple[float, float]] = {}
 
 
 class HeldError(LetheError):
@@ -147,21 +144,11 @@ def seconds_since_written(file: Path) -> float:
     A time in the future counts as one in the past: the clock was set since, and a process at work would have written again.
     """
     try:
-        facts = file.stat()
+        written = file.stat().st_mtime
     except OSError:
         return float("inf")
-    return abs(time.monotonic() + _offset(facts.st_dev, file.parent) - facts.st_mtime)
-
-
-def _offset(device: int, folder: Path) -> float:
-    """A file system's clock minus `time.monotonic()`, measured with a new file."""
-    offset, measured = _clocks.get(device, (0.0, float("-inf")))
-    if time.monotonic() - measured > CLOCK_SECONDS:
-        measured = time.monotonic()
-        try:
-            with tempfile.TemporaryFile(dir=folder) as probe:
-                offset = os.fstat(probe.fileno()).st_mtime - measured
-        except OSError:  # nothing can be written there: use this machine's clock
-            offset = time.time() - measured
-        _clocks[device] = offset, measured
-    return offset
+    try:
+        with tempfile.TemporaryFile(dir=file.parent) as probe:
+            return abs(os.fstat(probe.fileno()).st_mtime - written)
+    except OSError:  # nothing can be written there: use this machine's clock
+        return abs(time.time() - written)

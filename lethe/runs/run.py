@@ -251,8 +251,8 @@ class Run:
             with terminable(self), self._recorded(), logged(self.path / "log.txt"), heartbeat(self):
                 facts = {"started": self.record.get("started") or now(), "finished": None, "heartbeat": now()}
                 self.update(status="running", reason=None, environment=environment(), **facts)
-                with garbage.frozen():
-                    yield self
+                garbage.as_usual()
+                yield self
         finally:
             self.lock.release()
 

@@ -1,4 +1,4 @@
-"""What Slurm says about jobs, and cancelling them. `states` asks sacct and squeue (or scontrol) once for all jobs.
+"""What Slurm says about jobs, and cancelling them. `states` asks sacct and squeue once for all jobs.
 
 Nothing here imports torch.
 """
@@ -46,7 +46,7 @@ def current_job_id() -> str | None:
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
     """The states of the jobs.
 
-    Accounting (sacct) knows old jobs, but is seconds behind, and takes a requeued job for ended. slurmctld (squeue, scontrol)
+    Accounting (sacct) knows old jobs, but is seconds behind, and takes a requeued job for ended. slurmctld (squeue)
     is right about the jobs that it remembers: those alive, and those that ended some minutes ago. Without accounting, there is
     a warning, and older jobs are UNKNOWN.
     """
@@ -54,11 +54,11 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
     if not ids:
         return {}
     known = _from_sacct(ids)
-    listed = _from_slurmctld(ids)
+    listed = _from_squeue(ids)
     for job in ids:
         accounted = known.get(job, NEVER_SEEN)
         if listed is None and accounted.word in MAY_RETURN:
-            known[job] = JobState(accounted.word, "squeue and scontrol do not answer", None)
+            known[job] = JobState(accounted.word, "squeue does not answer", None)
         elif listed and job in listed and (accounted.word != listed[job].word or listed[job].alive):
             known[job] = listed[job]  # where both know of the same end, accounting has the exit code
     return {job: known.get(job, NEVER_SEEN) for job in ids}
@@ -73,26 +73,13 @@ def _from_sacct(ids: list[str]) -> dict[str, JobState]:
     return {job: _state(state, code, "None") for job, state, code in rows if job in ids}
 
 
-def _from_slurmctld(ids: list[str]) -> dict[str, JobState] | None:
-    """What slurmctld knows, through squeue or else scontrol; None if neither answers."""
+def _from_squeue(ids: list[str]) -> dict[str, JobState] | None:
+    """What slurmctld knows; None if it does not answer."""
     answer, error = _output("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", "-j", ",".join(ids))
-    if answer is not None:
-        rows = [line.split("|", 2) for line in answer.splitlines() if line.count("|") >= 2]
-        return {job.strip(): _state(state, "", reason) for job, state, reason in rows}
-    if "Invalid job id" in error:  # squeue was queried for one job alone, and does not know it
-        return {}
-    if "Unable to contact" in error:  # scontrol could not either
-        return None
-    answer, _ = _output("scontrol", "show", "job", "--oneliner")
     if answer is None:
-        return None
-    jobs = {}
-    for facts in map(_facts, answer.splitlines()):
-        if "JobId" in facts and "JobState" in facts:
-            array = f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}" if "ArrayTaskId" in facts else facts["JobId"]
-            state = _state(facts["JobState"], facts.get("ExitCode", ""), facts.get("Reason", ""))
-            jobs[facts["JobId"]] = jobs[array] = state
-    return jobs
+        return {} if "Invalid job id" in error else None  # of one job alone that slurmctld does not know
+    rows = [line.split("|", 2) for line in answer.splitlines() if line.count("|") >= 2]
+    return {job.strip(): _state(state, "", reason) for job, state, reason in rows}
 
 
 def _state(state: str, code: str, reason: str) -> JobState:
@@ -110,9 +97,7 @@ def _state(state: str, code: str, reason: str) -> JobState:
 @functools.cache
 def _warn_without_accounting(error: str) -> None:
     """Warn once for each error."""
-    logger.warning(
-        "Slurm's accounting does not answer (%s); using squeue and scontrol, which forget jobs soon after their end", error
-    )
+    logger.warning("Slurm's accounting does not answer (%s); using squeue, which forgets jobs soon after their end", error)
 
 
 def cancel(job_ids: Iterable[str]) -> None:
@@ -130,11 +115,7 @@ def cancel(job_ids: Iterable[str]) -> None:
 
 def facts_of(job_id: str) -> dict[str, str]:
     """What scontrol shows of one job; nothing if it does not answer."""
-    return _facts(_output("scontrol", "show", "job", "--oneliner", job_id)[0] or "")
-
-
-def _facts(line: str) -> dict[str, str]:
-    return dict(re.findall(r"(\w+)=(\S*)", line))
+    return dict(re.findall(r"(\w+)=(\S*)", _output("scontrol", "show", "job", "--oneliner", job_id)[0] or ""))
 
 
 def _output(*command: str) -> tuple[str | None, str]:

@@ -18,7 +18,7 @@ from lethe import config as c
 from lethe.errors import LetheError
 from lethe.files import refuse_run_folder
 from lethe.launching import launchers
-from lethe.launching.work import settings_of
+from lethe.launching.worker import settings_of
 from lethe.progress import bar
 from lethe.runs.run import STOP, Run, find_runs
 from lethe.sweeps import journal

@@ -23,7 +23,7 @@ from lethe.errors import LetheError
 from lethe.files import refuse_links
 from lethe.launching import launchers
 from lethe.launching.slurm import log_file
-from lethe.launching.work import settings_of
+from lethe.launching.worker import settings_of
 from lethe.runs import slurm_jobs
 from lethe.runs.run import Run, find_run
 from lethe.sweeps import journal

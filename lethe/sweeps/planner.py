@@ -18,7 +18,7 @@ import optuna
 from lethe import config as c
 from lethe.config.parse import from_settings
 from lethe.errors import LetheError, nearest, printable
-from lethe.launching.work import SETTINGS
+from lethe.launching.worker import SETTINGS
 from lethe.results import regimes
 from lethe.results.listing import is_imported, number
 from lethe.runs.run import Run, find_runs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lethe import config as c
 from lethe.errors import LetheError
-from lethe.launching.work import resume_run
+from lethe.launching.worker import resume_run
 from lethe.results.listing import is_imported
 from lethe.runs.machine import refuse_several_processes
 from lethe.runs.run import STOP, Run, find_run

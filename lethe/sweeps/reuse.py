@@ -9,7 +9,7 @@ from lethe import config as c
 from lethe.config.parse import build
 from lethe.errors import LetheError
 from lethe.files import sha256
-from lethe.launching.work import SETTINGS
+from lethe.launching.worker import SETTINGS
 from lethe.maps.folder import WEIGHTS, find_maps
 from lethe.models import refs
 from lethe.runs.run import Run

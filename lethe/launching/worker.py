@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lethe
 from lethe import config as c
 from lethe.config.parse import build, fields_of
 from lethe.config.renamed import current
@@ -118,7 +119,7 @@ def serve() -> None:
     """A local worker: reads one trial per line from standard input, and writes a line when it is done with it."""
     quiet()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    done, first = os.fdopen(os.dup(1), "w"), True
+    done = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print must not reach the controller
     for line in sys.stdin:
         order = json.loads(line)
@@ -128,9 +129,6 @@ def serve() -> None:
                 work(order["folders"])
         except Terminated:
             sys.exit(143)
-        if first:
-            garbage.freeze()
-            first = False
         try:
             done.write(f"{order['name']}\n")
             done.flush()
@@ -149,17 +147,7 @@ def resume_run(run: Run) -> Run:
     kind = run.record["kind"]
     if kind not in SETTINGS:
         raise LetheError(f"run: '{run.path}' is of kind {kind}; you can resume: {', '.join(SETTINGS)}, sweep")
-    function: Any
-    if kind == "unlearn":
-        from lethe.unlearning.pipeline import unlearn as function
-    elif kind == "tamper":
-        from lethe.attacks.tampering import tamper as function
-    elif kind == "evaluate":
-        from lethe.evaluation.accuracy import evaluate as function
-    elif kind == "checkpoints":
-        from lethe.evaluation.checkpoint_sweep import checkpoints as function
-    else:
-        from lethe.maps.affine import fit_affine as function
+    function = getattr(lethe, "fit_affine" if kind == "affine" else kind)
     return function(settings_of(run, SETTINGS[kind]), run)
 
 
