@@ -27,7 +27,7 @@ import yaml
 
 from lethe import files
 from lethe.config import options, recipes, renamed, spoken, to_dict
-from lethe.config.checks import DEEPEST, refuse_text, refuse_unusable, types_of
+from lethe.config.checks import refuse_text, refuse_unusable, types_of
 from lethe.errors import LetheError, nearest, printable
 
 ANSWERED = {"config", "help", "print_config"}
@@ -74,7 +74,6 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
         LetheError: as `parse`.
     """
     parts = [*([] if recipe is None else [_read([str(recipe)])]), (None, overrides)]
-    refuse_unusable("", overrides)
     return _combined(_variant(config, *(content for _, content in parts)), parts)
 
 
@@ -174,9 +173,6 @@ def _value(name: str, kind: Any, words: list[str]) -> Any:
 
 def _word(name: str, kind: Any, word: str) -> Any:
     """One word: text as it is written where the setting may be text, and YAML elsewhere."""
-    depths = itertools.accumulate((char in "[{") - (char in "]}") for char in word)
-    if max(depths, default=0) > DEEPEST:
-        raise LetheError(f"{name}: nested too deeply; a setting has {DEEPEST} levels at most")
     choices = options(kind)
     if word == "null" and type(None) in choices:
         return None
@@ -240,23 +236,29 @@ def _combined(config: type, parts: Iterable[Part]) -> Any:
     """
     known, made = fields_of(config), _defaults(config)
     for recipe, content in parts:
-        for name in _dotted(content, known):
-            if name not in known:
-                what = f"config: '{recipe}' has an unknown field '{name}'" if recipe else f"there is no setting '{name}'"
-                raise LetheError(f"{what}{_advice(name, known, config)}")
-        _merge(made, content, known)
+        try:
+            made = _merged(made, content, known)
+        except KeyError as error:
+            what = f"config: '{recipe}' has an unknown field" if recipe else "there is no setting"
+            raise LetheError(f"{what} '{error.args[0]}'{_advice(error.args[0], known, config)}") from None
     return _object(config, made)
 
 
-def _dotted(content: Mapping[Any, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of all settings in plain data, those in lists of settings too."""
-    names = []
-    for key, value in content.items():
-        names.append(f"{prefix}{key}")
-        if any(map(dataclasses.is_dataclass, options(known.get(f"{prefix}{key}")))):
-            inner = value if isinstance(value, list) else [value]
-            names += [name for each in inner if isinstance(each, dict) for name in _dotted(each, known, f"{prefix}{key}.")]
-    return names
+def _merged(old: Any, new: Any, known: dict[str, Any], prefix: str = "") -> Any:
+    """Plain data with new values over old ones; of nested settings, those that are not named stay.
+
+    Raises:
+        KeyError: the dotted name of a setting that is not known.
+    """
+    if isinstance(new, list):
+        return [_merged(None, each, known, prefix) for each in new]
+    if not isinstance(new, Mapping):
+        return new
+    made = dict(old) if isinstance(old, dict) else {}
+    for key, value in new.items():
+        nested = any(map(dataclasses.is_dataclass, options(known[f"{prefix}{key}"])))
+        made[key] = _merged(made.get(key), value, known, f"{prefix}{key}.") if nested else value
+    return made
 
 
 def _variant(config: type, *given: Mapping[Any, Any]) -> type:
@@ -269,18 +271,6 @@ def _defaults(config: type) -> dict[str, Any]:
     """Default values of nested settings as plain data, so that a recipe may change one setting of them."""
     made = [(f.name, f.default_factory()) for f in dataclasses.fields(config) if f.default_factory is not dataclasses.MISSING]
     return {name: to_dict(value) for name, value in made if dataclasses.is_dataclass(value)}
-
-
-def _merge(into: dict[str, Any], new: Mapping[str, Any], known: dict[str, Any], prefix: str = "") -> None:
-    """Put new values over old ones; of nested settings, those that are not named stay."""
-    for key, value in new.items():
-        nested = any(map(dataclasses.is_dataclass, options(known.get(f"{prefix}{key}"))))
-        if nested and isinstance(value, dict):
-            before = into.get(key)
-            into[key] = dict(before) if isinstance(before, dict) else {}
-            _merge(into[key], value, known, f"{prefix}{key}.")
-        else:
-            into[key] = value
 
 
 def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
