@@ -57,7 +57,6 @@ def test_recipes_are_listed_and_printed_by_name(capsys):
     ("given", "expected"),
     [
         ("labb", "config: there is no file and no recipe 'labb'; did you mean 'lab'?"),
-        ("recipes/lab/lora.yaml", "config: there is no file 'recipes/lab/lora.yaml'; Lethe's own recipe is called 'lab/lora'"),
         ("mine.yaml", "config: 'mine.yaml' cannot be read (there is no such file)"),
     ],
 )

@@ -23,6 +23,7 @@ from lethe import (
     EvaluateConfig,
     LoraSettings,
     TamperConfig,
+    Transfer,
     checkpoints,
     evaluate,
     fit_affine,
@@ -55,14 +56,18 @@ def llama(make_model, tmp_path_factory) -> dict[str, Any]:
     }
 
 
+REWOUND = {"rewind": 0.5, "forget_kl_coef": 1.0, "packing": "packed", "affine": "none"}
+
+
 @pytest.mark.parametrize(
-    ("kind", "at"), [("neox-lora", 8), ("neox-full", 2), ("llama-lora", 2), ("llama-full", 19), ("llama-muon", 8)]
+    ("kind", "at"),
+    [("neox-lora", 8), ("neox-full", 2), ("llama-lora", 2), ("llama-full", 19), ("llama-muon", 8), ("neox-rewound", 7)],
 )
 def test_a_run_killed_at_any_step_ends_in_the_same_bits(lab, llama, tmp_path, kind, at):
     architecture, training = kind.split("-")
     settings = llama if architecture == "llama" else {}
     settings = settings | {"lora": LoraSettings() if training == "lora" else None}
-    settings = settings | ({"optimizer": "muon"} if training == "muon" else {})
+    settings = settings | ({"optimizer": "muon"} if training == "muon" else REWOUND if training == "rewound" else {})
     whole = unlearn(interruptible(tmp_path / "whole", **settings))
     process = start("unlearn", interruptible(tmp_path / "killed", **settings), tmp_path)
     run = wait_for(process, tmp_path / "killed", "metrics.jsonl", at)
@@ -83,16 +88,6 @@ def test_a_run_keeps_to_the_threads_that_it_began_with_and_says_so(stopped):
         torch.set_num_threads(began)
     said = f"using {began + 1} threads, as the run did before, not {began}"
     assert resumed.status == "complete" and said in (resumed.path / "log.txt").read_text()
-
-
-def test_rewound_weights_and_packed_text_are_resumed_too(lab, tmp_path):
-    settings = {"rewind": 0.5, "forget_kl_coef": 1.0, "packing": "packed", "lora": None, "affine": "none"}
-    whole = unlearn(interruptible(tmp_path / "whole", **settings))
-    process = start("unlearn", interruptible(tmp_path / "killed", **settings), tmp_path)
-    run = wait_for(process, tmp_path / "killed", "metrics.jsonl", 7)
-    process.kill()
-    process.communicate()
-    assert_same(resume(ResumeConfig(str(run.path))), whole)
 
 
 def finetuning(out: Path) -> TamperConfig:
@@ -214,34 +209,20 @@ def test_a_divergence_falls_back_on_planned_saves_wherever_the_run_was_stopped_o
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-8"]
 
 
-@pytest.mark.parametrize("kib", [300, 500, 900])
-def test_a_save_that_finds_the_disk_full_at_any_file_is_refused_and_leaves_nothing(small, kib):
-    """Weights of 256 KiB, AdamW's state of 512: the disk is full within a save's weights, at once or almost, or its state."""
-    folder = small(kib) / "saves"
-    model = torch.nn.Linear(256, 256, bias=False)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 256)).sum().backward()
-    optimizer.step()
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    saves.begin(folder, model)
-    with pytest.raises(LetheError, match=r"save at step 1 could not be written.*make room"):
-        saves.write(folder, 1, model, optimizer, scheduler, TrainerState())
-    assert [p.name for p in folder.iterdir()] == [saves.BEGIN]
-    if kib < 500:
-        with pytest.raises(LetheError, match=r"before the first update could not be written.*make room"):
-            saves.begin(folder, model)
-        assert [p.name for p in folder.iterdir()] == [saves.BEGIN]
+def full(config: Transfer, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> tuple[list[Run], str]:
+    """The runs that a command leaves that meets a full disk, and its one line."""
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
+    assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and "make room" in said
+    return find_runs(config.out), said
 
 
 @pytest.mark.parametrize("kib", [1000, 8200, 11700])
 def test_a_full_disk_is_an_error_in_one_line_that_leaves_earlier_saves_whole(undisturbed, small, tmp_path, kib, capfd):
     """Weights take 1.8 MB here, AdamW's state 3.7: full in the first weights, in the second state, in the third weights."""
-    config = interruptible(small(kib) / "runs", max_steps=8, lora=None, save_every=2)
-    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
-    assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
-    said = capfd.readouterr().err
-    assert "Traceback" not in said and "could not be written" in said and "make room" in said
-    run = find_runs(config.out)[0]
+    (run,), said = full(interruptible(small(kib) / "runs", max_steps=8, lora=None, save_every=2), tmp_path, capfd)
+    assert "could not be written" in said
     assert run.status == "failed" and "could not be written" in run.record["reason"]
     assert (saves.newest(run.path / "saves") is None) == (kib == 1000)
     assert not list((run.path / "saves").glob(".*"))
@@ -249,34 +230,20 @@ def test_a_full_disk_is_an_error_in_one_line_that_leaves_earlier_saves_whole(und
     assert_same(resume(ResumeConfig(str(home))), undisturbed)
 
 
-@pytest.mark.parametrize(
-    ("kib", "settings", "left"), [(8000, {"lora": None, "affine": "none", "save_every": 0}, 1), (1000, {"rewind": 0.5}, 0)]
-)
-def test_a_disk_that_is_full_at_the_end_or_at_the_start(lab, small, tmp_path, capfd, kib, settings, left):
-    config = interruptible(small(kib) / "runs", **settings)
-    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(config)))
-    assert main(["unlearn", "--config", str(tmp_path / "recipe.json")]) == 2
-    said = capfd.readouterr().err
-    assert "Traceback" not in said and "lethe: a disk is full" in said
-    runs = find_runs(config.out)
-    assert len(runs) == left and Path(config.out).exists() == bool(left)
-    if left:
-        assert "make room and resume: lethe resume" in said
-        assert runs[0].status == "failed" and "a disk is full" in runs[0].record["reason"]
+def test_a_disk_that_is_full_at_the_end_leaves_a_run_to_resume_and_at_the_start_nothing(lab, small, tmp_path, capfd):
+    out = small(8000) / "runs"
+    (run,), said = full(interruptible(out, lora=None, affine="none", save_every=0), tmp_path, capfd)
+    assert "make room and resume: lethe resume" in said
+    assert run.status == "failed" and "a disk is full" in run.record["reason"]
+    shutil.rmtree(out)
+    (out.parent / "ballast").write_bytes(bytes(7_000 * 1024))
+    assert full(interruptible(out, rewind=0.5), tmp_path, capfd)[0] == [] and not out.exists()
 
 
 # --- what cannot be resumed ------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_resumed_is_refused(stopped, tmp_path):
-    run = unlearn(interruptible(tmp_path / "whole", max_steps=1))
-    with pytest.raises(LetheError, match="is complete"):
-        resume(ResumeConfig(str(run.path)))
-    worker = Run.open(stopped.path)
-    worker.hold()
-    with pytest.raises(LetheError, match="is in use"):
-        resume(ResumeConfig(str(stopped.path)))
-    worker.lock.release()
+def test_a_run_whose_text_has_changed_is_not_resumed(stopped):
     stopped.update(status="failed", parents={"forget": stopped.record["parents"]["forget"] | {"sha256": "other"}})
     before = sorted(stopped.path.rglob("*"))
     with pytest.raises(LetheError, match="has changed since the run began"):

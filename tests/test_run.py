@@ -230,13 +230,6 @@ def test_find_run_refuses_what_fits_several_or_none(tmp_path):
             find_run(name, tmp_path)
 
 
-@pytest.mark.parametrize("folder", ["runs[1]", "run*s", "a?b"])
-def test_folders_with_signs_of_patterns_in_their_name(tmp_path, folder):
-    run = Run.create("unlearn", "first", {}, tmp_path / folder)
-    assert find_run(run.id, tmp_path / folder).id == run.id
-    assert [r.id for r in find_runs(tmp_path / folder)] == [run.id]
-
-
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(LetheError, match=r"cannot be read .there is no such file."):
         Run.open(tmp_path)

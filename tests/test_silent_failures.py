@@ -18,10 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from lethe import AffineConfig, LoraSettings, TamperConfig, Transfer, fit_affine, tamper, unlearn
-from lethe.config import AffineScoreConfig, EvalSettings, TextSource
+from lethe import AffineConfig, LoraSettings, Transfer, fit_affine, unlearn
+from lethe.config import EvalSettings, TextSource
 from lethe.errors import LetheError
-from lethe.maps.affine import score_affine
 from lethe.maps.folder import HASH, METADATA, WEIGHTS
 from lethe.models import refs
 from lethe.models.refs import resolve
@@ -91,50 +90,32 @@ DAMAGE: dict[str, Any] = {
 }
 
 
-def damaged(maps: Path, folder: Path, how: str, hashed: bool) -> Path:
-    """Maps whose values were changed, their record intact, with the hash or without it, as older ones are."""
+def damaged(maps: Path, folder: Path, how: str) -> Path:
+    """Maps whose values were changed, and whose record has no hash, as older ones have none."""
     shutil.copytree(maps, folder)
     save_file({name: DAMAGE[how](name, tensor) for name, tensor in load_file(maps / WEIGHTS).items()}, folder / WEIGHTS)
     facts = json.loads((folder / METADATA).read_text())
     assert facts.pop(HASH)
-    if not hashed:
-        (folder / METADATA).write_text(json.dumps(facts))
+    (folder / METADATA).write_text(json.dumps(facts))
     return folder
 
 
 @pytest.mark.parametrize("how", [how for how in DAMAGE if how != "nothing"])
-def test_maps_that_were_changed_are_refused_though_their_record_is_intact(maps, tmp_path, how):
-    folder = damaged(maps, tmp_path / "maps", how, hashed=True)
-    config = recipe(tmp_path / "runs", affine=str(folder))
-    for use in (lambda: unlearn(config), lambda: score_affine(AffineScoreConfig(str(folder), config.model, config.source))):
-        with pytest.raises(LetheError, match="was altered after it was written"):
-            use()
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("how", [how for how in DAMAGE if how != "nothing"])
 def test_maps_without_a_hash_are_scored_first(maps, tmp_path, how):
-    folder = damaged(maps, tmp_path / "maps", how, hashed=False)
+    folder = damaged(maps, tmp_path / "maps", how)
     with pytest.raises(LetheError, match="not finite" if how == "not numbers" else "no better than no map"):
         unlearn(recipe(tmp_path / "runs", affine=str(folder)))
     assert not (tmp_path / "runs").exists()
 
 
 def test_maps_without_a_hash_that_predict_better_than_none_are_used(maps, tmp_path):
-    old = damaged(maps, tmp_path / "maps", "nothing", hashed=False)
+    old = damaged(maps, tmp_path / "maps", "nothing")
     runs = [unlearn(recipe(tmp_path, affine=str(folder), max_steps=1)) for folder in (maps, old)]
     assert runs[0].rows("metrics.jsonl")[0]["cb_loss"] == runs[1].rows("metrics.jsonl")[0]["cb_loss"]
     assert all("recorded for this pair; mean R²" in run.record["plan"]["maps"] for run in runs)
 
 
 # --- teachers --------------------------------------------------------------------------------------------------------
-
-
-def test_the_reference_of_full_rank_training_is_the_model_as_it_was(lab, tmp_path):
-    run = unlearn(recipe(tmp_path, lora=None))
-    losses = [row["retain_kl_loss"] for row in run.rows("metrics.jsonl")]
-    assert losses[0] == pytest.approx(0, abs=1e-6)
-    assert all(loss > 1e-5 for loss in losses[1:])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -189,21 +170,6 @@ def test_small_updates_of_bfloat16_weights_add_up(lab, tmp_path):
     assert torch.dot(one, other) / one.square().sum() > 0.8
 
 
-def test_an_attack_keeps_float32_weights_whatever_the_models_type(lab, tmp_path):
-    run = unlearn(recipe(tmp_path, lora=None, dtype="bfloat16", max_steps=1))
-    attack = tamper(
-        TamperConfig(
-            model=str(run.path),
-            num_train_examples=16,
-            max_steps=3,
-            lr=2e-5,
-            eval=EvalSettings(["lab_forget_robust"], limit=4),
-            out=str(tmp_path),
-        )
-    )
-    assert attack.record["losses"]["lost_updates"] < 0.01
-
-
 # --- settings --------------------------------------------------------------------------------------------------------
 
 CHANGES: dict[str, Any] = {
@@ -252,7 +218,7 @@ def test_every_setting_changes_something_or_is_refused(lab, tmp_path, field, bas
     monkeypatch.setattr(teacher_cache, "lethe_home", lambda: tmp_path / "home")  # no test finds another's teacher cache
     (tmp_path / "extra.jsonl").write_text("".join(json.dumps({"text": f"Other text, number {i}."}) + "\n" for i in range(20)))
     default = getattr(recipe(tmp_path), field)
-    changed = CHANGES.get(field, default * 2 + 1 if isinstance(default, int | float) else None)
+    changed = CHANGES[field] if field in CHANGES else default * 2 + 1
     if field == "retain":
         changed = [dataclasses.replace(text, source=text.source.format(home=tmp_path)) for text in changed]
     if field == "out":
@@ -307,12 +273,6 @@ def test_the_source_is_found_by_a_sweep(lab, tmp_path):
 def test_adapters_sit_on_the_layers_of_the_given_role(lab, tmp_path, targets, tensors):
     plan = inspect(recipe(tmp_path, lora=LoraSettings(targets=targets)))
     assert [row["tensors"] for row in plan["routing"]] == [tensors * 5]
-
-
-def test_every_kind_of_setting_has_a_change_in_this_test(tmp_path, lab):
-    for field in dataclasses.fields(Transfer):
-        default = getattr(recipe(tmp_path), field.name)
-        assert field.name in CHANGES.keys() | FAULTS or isinstance(default, int | float), field.name
 
 
 def test_the_plan_says_before_training_what_the_run_does(lab, tmp_path):

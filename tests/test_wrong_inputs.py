@@ -1,6 +1,6 @@
 """Hundreds of wrong inputs, made from the settings themselves: each is refused in one line that names it, with nothing written.
 
-Every field of every command's settings meets `VALUES`; files of all kinds meet `NO_TEXT` and the lines of `data/wrong/`. A new
+Every field of every command meets `NEVER` and `VALUES`; files of all kinds meet `NO_TEXT` and the lines of `data/wrong/`. A new
 setting is covered by being a field, a new kind of wrong value by a line in one of these. Each input goes through the program's
 own `main`; what is not refused stops where a run's folder would be made. LETHE_ALL_WRONG_INPUTS=1 tries every value on every
 field instead of a part of them, in minutes.
@@ -25,13 +25,13 @@ from wrong_inputs import (
     DEEP,
     DEEP_LISTS,
     LONG,
+    NEVER,
     NO_TEXT,
     VALUES,
     Case,
     check,
     echoes,
     file_of,
-    fits,
     lines_of,
     odd_places,
     shown,
@@ -45,8 +45,6 @@ from lethe.models.refs import lab_folder
 from lethe.runs.run import Run
 
 pytestmark = pytest.mark.slow
-PROSE = ("goal", "title", "template", "setup")
-"""Settings that are free text: of several lines, and as long as one likes."""
 TEXTS = ("forget", "retain", "text")
 
 
@@ -125,8 +123,8 @@ def wrong_settings(folder: Path, command: str) -> Iterator[Case]:
     """Every field of a command with wrong values, in a recipe."""
     file = folder / "recipe.yaml"
     words = ["tamper", "--suite", "standard"] if command == "tamper --suite" else command.split()
-    for place, (name, kind) in enumerate(fields_of(COMMANDS[command].config).items()):
-        for turn, value in enumerate(VALUES):
+    for place, name in enumerate(fields_of(COMMANDS[command].config)):
+        for turn, value in enumerate([*NEVER, *VALUES]):
             if (turn + place) % 7 and "LETHE_ALL_WRONG_INPUTS" not in os.environ:
                 continue
             *way, last = name.split(".")
@@ -138,9 +136,8 @@ def wrong_settings(folder: Path, command: str) -> Iterator[Case]:
                 inner = inner[part]
             inner[last] = value
             file.write_text(yaml.safe_dump(settings))
-            must = not fits(value, kind, last in PROSE)
-            known_by = [last] if must else [*name.split("."), *echoes(value), "run:"]
-            yield Case(f"{command}: {name}: {shown(value)}", [*words, "--config", str(file)], known_by, must)
+            known_by = [*name.split("."), *echoes(value), "run:"]
+            yield Case(f"{command}: {name}: {shown(value)}", [*words, "--config", str(file)], known_by, turn < len(NEVER))
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -261,7 +258,7 @@ def wrong_records(folder: Path) -> Iterator[Case]:
     contents: dict[str, Any] = dict(NO_TEXT)
     for turn, name in enumerate(right):
         contents[f"without {name}"] = json.dumps({key: value for key, value in right.items() if key != name})
-        contents |= {f"{name}: {shown(value)}": json.dumps(right | {name: value}) for value in VALUES[turn % 3 :: 3]}
+        contents |= {f"{name}: {shown(value)}": json.dumps(right | {name: value}) for value in [*NEVER, *VALUES][turn % 3 :: 3]}
     (run := folder / "evaluate-baseline-650ba64f").mkdir()
     for title, content in contents.items():
         file_of(run / "run.json", content)
@@ -296,7 +293,7 @@ def wrong_suites(folder: Path) -> Iterator[Case]:
 
 WORDS = ["", " ", "-", "--", "--=", "--=1", "--nothing", "nothing", "-x", "a\0b", "a\nb", "half \udcff", "--\udcff"]
 WORDS += [LONG, f"--{LONG}"]
-VALUES_OF_WORDS = ["a\0b", "\x1b[31m", LONG, "9" * 5000, "[" * DEEP, "[" * 40 + "]" * 40, "half \udcff", "n" * 300 + "."]
+VALUES_OF_WORDS = ["a\0b", "\x1b[31m", LONG, "9" * 5000, "[" * DEEP, "half \udcff", "n" * 300 + "."]
 VARIED = ['{"lr": [1], "lr": [2]}', "", "{", "lr", "lr=", "=1", "lr=[", "lr=*a", "lr=!!python/none", f"lr={'[' * DEEP}", "[1]"]
 VARIED += [f"lr={'[' * 30}1{']' * 30}"]
 NAMES = ["", " ", ".", "/", "run:", "run:x", "*", "[", "a\0b", "a\nb", "\udcff", LONG, "n" * 300, "../" * 50, "gone"]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
-
-from lethe.config import options
+from typing import Any
 
 DATA = Path(__file__).parent / "data"
 LONG = "x" * 100_000
@@ -17,12 +14,16 @@ HUGE = 10**400
 DEEP = 5_000
 DEEP_LISTS = "[" * 100_000 + "]" * 100_000
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 12\n"
-VALUES: list[Any] = [
-    *(-1, 0, 1.5, 2**64, HUGE, -HUGE, 1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf),
-    *(None, True, [], [None], [[]], [1, "a"], [0, 0], [-1], [math.nan], [""], {}, {"a": 1}, {"a": None}, {1: "b"}, {"": ""}),
-    *("", " ", "nonsense", "a\0b", "a\nb", "a\x1b[31mb", "half \ud800", LONG, "/".join(["y" * 300] * 3), "../..", "-", "{"),
-    *(["a\0b"], [LONG], {"a": "b\0"}, {"a\0": "b"}, ["x"] * 2),
+NEVER: list[Any] = [
+    *(2**64, HUGE, -HUGE, 1e308, -1e308, math.nan, math.inf, -math.inf, [math.nan], {1: "b"}),
+    *("a\0b", "a\x1b[31mb", "half \ud800", LONG, ["a\0b"], [LONG], {"a": "b\0"}, {"a\0": "b"}),
 ]
+"""Values that no setting may have."""
+VALUES: list[Any] = [
+    *(-1, 0, 1.5, 1e-320, None, True, [], [None], [[]], [1, "a"], [0, 0], [-1], [""], {}, {"a": 1}, {"a": None}, {"": ""}),
+    *("", " ", "nonsense", "a\nb", "/".join(["y" * 300] * 3), "../..", "-", "{", ["x"] * 2),
+]
+"""Values that are wrong for many settings, and right for some."""
 NO_TEXT: dict[str, bytes | None] = {
     "empty": b"",
     "binary": bytes(range(256)),
@@ -78,33 +79,6 @@ def file_of(path: Path, content: str | bytes | None) -> Path:
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-def fits(value: Any, kind: Any, prose: bool = False) -> bool:
-    """Whether a value is of a type, and such that any setting of that type may hold it."""
-    if len(options(kind)) > 1:
-        return any(fits(value, option, prose) for option in options(kind))
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return not isinstance(value, str) or fits(value, str, True)
-    if origin is Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, inner[0], prose) for item in value)
-    if origin is dict:
-        pairs = value.items() if isinstance(value, dict) else []
-        return isinstance(value, dict) and all(fits(key, str) and fits(item, inner[1], prose) for key, item in pairs)
-    if dataclasses.is_dataclass(kind):
-        return value == {}
-    if kind in {int, float}:
-        number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        return number and abs(value) < (2**53 if kind is int else 1e100)
-    if kind is str:
-        whole = isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
-        if prose:
-            return whole and not set(value) & {"\0", "\x1b"}
-        return whole and value.isprintable() and all(len(part.encode()) < 256 for part in value.split("/"))
-    return type(value) is (type(None) if kind is None else kind)
 
 
 def odd_places(folder: Path, suffix: str) -> Iterator[Path]:

@@ -11,7 +11,6 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from lethe.config.renamed import advice
 from lethe.errors import UNSEEN, LetheError, printable
 from lethe.files import refuse_name
 
@@ -41,8 +40,7 @@ class Settings:
             refuse_unusable(name, value)
             if not _fits(value, kind):
                 given = printable(value if isinstance(value, str) and value else repr(value), 80)
-                new = advice(name, value)
-                raise LetheError(f"{name}: expected {spoken(kind)}, got {given}" + (f"; {new}" if new else ""))
+                raise LetheError(f"{name}: expected {spoken(kind)}, got {given}")
             for rule in () if value is None else rules[name]:
                 rule(name, value)
 

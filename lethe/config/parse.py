@@ -26,7 +26,7 @@ import docstring_parser
 import yaml
 
 from lethe import files
-from lethe.config import options, recipes, renamed, spoken, to_dict
+from lethe.config import options, recipes, spoken, to_dict
 from lethe.config.checks import refuse_text, refuse_unusable, types_of
 from lethe.errors import LetheError, nearest, printable
 
@@ -69,20 +69,13 @@ def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> An
     """The config object of a recipe (a file, or the name of a recipe that comes with Lethe; None: all defaults).
 
     `overrides` are settings that replace those of the recipe, as they would on the command line.
-
-    Raises:
-        LetheError: as `parse`.
     """
     parts = [*([] if recipe is None else [_read([str(recipe)])]), (None, overrides)]
     return _combined(_variant(config, *(content for _, content in parts)), parts)
 
 
 def from_settings(config: type, given: Mapping[str, Any]) -> Any:
-    """The config object of a section of a recipe: settings, with `recipe` as the recipe to start from.
-
-    Raises:
-        LetheError: as `parse`.
-    """
+    """The config object of a section of a recipe: settings, with `recipe` as the recipe to start from."""
     overrides = {name: numbers(value) for name, value in given.items() if name != "recipe"}
     return from_recipe(config, given.get("recipe"), **overrides)
 
@@ -284,9 +277,7 @@ def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _advice(name: str, known: dict[str, Any], config: Any) -> str:
-    """What to write instead of an unknown setting: its new name, the method that has it, or the nearest setting."""
-    if new := renamed.advice(name):
-        return f"; {new}"
+    """What to write instead of an unknown setting: the method that has it, or the nearest setting."""
     if hasattr(config, "elsewhere") and (owner := config.elsewhere(name)):
         return f"; it is a setting of method {owner}"
     for full in known:

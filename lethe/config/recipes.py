@@ -57,9 +57,6 @@ def text_of(recipe: str | Path) -> str:
     try:
         return files.text_of(given)
     except files.UnreadableError as error:
-        former = given.removeprefix("recipes/").removesuffix(".yaml")
-        if former in names():
-            raise LetheError(f"config: there is no file '{given}'; Lethe's own recipe is called '{former}'") from error
         if os.path.lexists(given) or given.endswith((".yaml", ".yml")):
             raise LetheError(f"config: '{given}' cannot be read ({error})") from error
         advice = f"{nearest(given, names())}; `lethe recipes` lists the recipes"

@@ -28,7 +28,6 @@ from lethe.config import EvalSettings, EvaluateConfig, to_dict
 from lethe.evaluation.requests import Leaf, Question, load_tasks, tokenizer_hash
 from lethe.evaluation.scoring import Encoded, NotNumbersError, Scorer
 from lethe.models import refs
-from lethe.runs.machine import say_if_busy
 from lethe.runs.run import Run
 
 __all__ = ["NotNumbersError", "Scorer", "evaluate", "evaluate_model", "load_tasks", "measure", "value_of"]
@@ -190,7 +189,6 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
     with run.running():
         run.set_parents(model=refs.record(ref))
         (run.path / "samples.jsonl").unlink(missing_ok=True)
-        say_if_busy()
         samples: dict[str, list[dict[str, Any]]] = {}
         missing: dict[str, str] = {}
         title, data, shots = f"Evaluating {config.model}", config.task_data, config.num_fewshot

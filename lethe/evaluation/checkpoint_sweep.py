@@ -26,7 +26,6 @@ from lethe.models import refs
 from lethe.models.checkpoint_folders import checkpoint_folders, step_of
 from lethe.progress import bar
 from lethe.results.regimes import at_chance
-from lethe.runs.machine import say_if_busy
 from lethe.runs.run import Run
 
 if TYPE_CHECKING:
@@ -62,7 +61,6 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
         raise LetheError(f"tasks: '{first}' has no chance level, so it cannot show ignorance; name another task first")
     run = run or Run.create("checkpoints", config.name, to_dict(config), config.out)
     with run.running(), bar("Evaluating checkpoints", _most(len(rows), config.search), "checkpoints") as advance:
-        say_if_busy()
         counts = {"done": 0, "kept": 0}
 
         def ignorant(i: int) -> bool | None:

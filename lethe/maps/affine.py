@@ -41,7 +41,6 @@ from lethe.models.activations import CONVENTION, blocks, residuals
 from lethe.models.architecture_check import refuse_unreadable
 from lethe.progress import bar
 from lethe.runs.locks import building
-from lethe.runs.machine import say_if_busy
 from lethe.runs.run import Run
 from lethe.text import corpora
 
@@ -165,7 +164,6 @@ def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
     refuse_unreadable(source, config.source, config.max_length)
     run = run or Run.create("affine", config.name, to_dict(config), config.out)
     with run.running():
-        say_if_busy()
         maps = fit_on_text(model, source, tokenizer, documents, config, config.text)
         maps.record |= {"model": refs.record(model_ref), "source": refs.record(source_ref)}
         maps.save(run.path / "affine")

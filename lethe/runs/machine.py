@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,12 @@ def _git_commit() -> str | None:
 def say_if_busy() -> None:
     """Warn, once a process, if other programs leave fewer free cores than torch has threads.
 
-    Call it while this process itself is idle.
+    Call it while this process itself is idle. Work without torch, such as a sweep's controller, has no threads.
     """
-    import torch  # not above: this module is imported where torch must not be
-
-    threads, cores = torch.get_num_threads(), psutil.cpu_count() or 1
-    if threads == 1 or torch.cuda.is_available():
+    torch: Any = sys.modules.get("torch")
+    if torch is None or torch.get_num_threads() == 1 or torch.cuda.is_available():
         return
+    threads, cores = torch.get_num_threads(), psutil.cpu_count() or 1
     if warning := crowded(threads, cores, cores * psutil.cpu_percent(SECONDS) / 100):
         logger.info(warning)  # into the run's log
         console.print(f"lethe: {warning}", soft_wrap=True, markup=False)
@@ -91,7 +91,7 @@ def say_if_busy() -> None:
 
 def crowded(threads: int, cores: int, used: float) -> str | None:
     """The warning if other processes use so many of the cores; None if there is room for all threads."""
-    if threads == 1 or threads <= cores - used + 0.5:
+    if threads <= max(1, cores - used + 0.5):
         return None
     free = max(1, int(cores - used + 0.5))
     return (

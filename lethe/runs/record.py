@@ -15,14 +15,15 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lethe.errors import LetheError, printable
 from lethe.files import RUN, UnreadableError, is_folder_name, json_of, text_of
 
 Check = Callable[[Any], str | None]
 """Takes a value; returns what is wrong and where in it (".evals.mmlu.acc: expected a number, …"), or None."""
-STATUSES = ("queued", "running", "complete", "failed", "diverged", "cancelled", "lost")
+Status = Literal["queued", "running", "complete", "failed", "diverged", "cancelled", "lost"]
+STATUSES = get_args(Status)
 ABSENT = {"reason": None, "job_id": None, "started": None, "created": None}
 """Fields that records of earlier versions may lack."""
 LARGEST = 2**63
@@ -70,24 +71,17 @@ def rows_of(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def last_row_of(file: Path) -> dict[str, Any] | None:
-    """The last valid line, read from the end of the file; None if there is none."""
-    if not os.path.isfile(file):
+    """The last valid line, read from the end of the file where that has a whole line; None if there is none."""
+    if not os.path.isfile(file):  # a pipe would wait for somebody to write
         return None
     try:
         with file.open("rb") as lines:
-            end = lines.seek(0, os.SEEK_END)
-            size = TAIL_BYTES
-            while True:
-                lines.seek(max(0, end - size))
-                tail = lines.read(size).split(b"\n")
-                for line in reversed(tail if size >= end else tail[1:]):  # the first of them may be cut
-                    if (row := row_of(file.name, line)) is not None:
-                        return row
-                if size >= end:
-                    return None
-                size *= 8
+            lines.seek(max(0, os.fstat(lines.fileno()).st_size - TAIL_BYTES))
+            tail = lines.read().split(b"\n")[1:]  # the first line may be cut
     except OSError:
         return None
+    whole = (row for line in reversed(tail) if (row := row_of(file.name, line)) is not None)
+    return next(whole, None) or next(reversed(rows_of(file)[0]), None)
 
 
 def row_of(name: str, line: bytes) -> dict[str, Any] | None:

@@ -23,17 +23,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lethe.errors import LetheError, full_disk, printable
 from lethe.files import RUN, refuse_links, refuse_name, refuse_run_folder, slug, write_atomically
 from lethe.runs import garbage
 from lethe.runs.locks import FolderLock, HeldError, in_words, lives, seconds_since_written
-from lethe.runs.machine import environment, peak_memory, refuse_several_processes
-from lethe.runs.record import last_row_of, record_of, rows_of
+from lethe.runs.machine import environment, peak_memory, refuse_several_processes, say_if_busy
+from lethe.runs.record import Status, last_row_of, record_of, rows_of
 from lethe.runs.supervise import LOST_AFTER_SECONDS, TIME_LIMIT, Terminated, heartbeat, logged, now, terminable
 
-Status = Literal["queued", "running", "complete", "failed", "diverged", "cancelled", "lost"]
 STOP = "stop"
 logger = logging.getLogger(__name__)
 
@@ -252,6 +251,7 @@ class Run:
                 facts = {"started": self.record.get("started") or now(), "finished": None, "heartbeat": now()}
                 self.update(status="running", reason=None, environment=environment(), **facts)
                 garbage.as_usual()
+                say_if_busy()
                 yield self
         finally:
             self.lock.release()

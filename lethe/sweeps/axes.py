@@ -26,7 +26,6 @@ from typing import Any
 from lethe.config import MAPPED, LoraSettings, TamperConfig
 from lethe.config.checks import options
 from lethe.config.parse import fields_of, numbers
-from lethe.config.renamed import advice
 from lethe.errors import LetheError, nearest, printable
 from lethe.methods.method import Method, all_fields
 
@@ -92,9 +91,6 @@ class Axis:
             raise LetheError(f"vary: {name} takes either a list of values, or low and high, got {printable(repr(given), 80)}")
         if len({json.dumps(_as_floats(value), sort_keys=True) for value in values}) < len(values):
             raise LetheError(f"vary: {name} has a value twice in {printable(values, 80)}; name each once")
-        for value in values:
-            if now := advice(name, value):
-                raise LetheError(f"vary: {name} {value}: {now}")
         return cls(name, tuple(values), when=when)
 
     @classmethod
@@ -287,5 +283,4 @@ def _refuse_unknown(field: str, attacked: bool) -> None:
     if bare == "eval" or bare.startswith("eval."):
         raise LetheError(f"vary: {field} changes how runs are measured, so that they could not be compared; leave it out")
     if bare not in known:
-        now = advice(bare)
-        raise LetheError(f"vary: there is no setting '{field}'{f'; {now}' if now else nearest(bare, known)}")
+        raise LetheError(f"vary: there is no setting '{field}'{nearest(bare, known)}")

@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from lethe.config import EvalSettings, TrainingSettings
 from lethe.evaluation.accuracy import NotNumbersError, evaluate_model, value_of
 from lethe.progress import Advance, bar
-from lethe.runs.machine import say_if_busy
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import saves
@@ -197,7 +196,6 @@ class RunTrainer(HfTrainer):
 
 def keep_threads(run: Run) -> None:
     """Use the number of threads that the run started with. With another number, results differ in their last bits."""
-    say_if_busy()
     recorded, given = run.record["environment"].get("threads"), torch.get_num_threads()
     if recorded is None:
         run.update(environment={"threads": given})
