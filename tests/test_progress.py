@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from lethe import progress
 from lethe.runs import machine
 
 WORK = """
@@ -30,13 +29,6 @@ def test_without_a_terminal_there_is_a_line_every_so_often():
     assert [line.split(" Working: ")[1].split(" in ")[0] for line in lines] == [f"{n} of 4 steps" for n in (2, 3, 4, 4)]
     assert all(f"loss {i} [not markup] x" in line for i, line in enumerate(lines[:3]))
     assert "left" in lines[0] and "left" not in lines[3]
-
-
-def test_short_work_is_one_line(capsys):
-    with progress.bar("Working", 100) as advance:
-        for _ in range(100):
-            advance()
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -148,11 +148,6 @@ def test_runs_of_the_study_have_its_steps(name, changes, passes, updates):
         assert config.lora is not None and (config.lora.r, config.lora.alpha) == (64, 16)
 
 
-def test_the_one_off_of_the_later_runs_can_be_repeated():
-    overrides = {"layers": [5, 10, 15, 20, 25, 30], "affine_convention": "block_output"}
-    assert from_recipe(Transfer, "deep-ignorance-7b/lora", **overrides).layers[0] == 5
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in NAMES if name.startswith("lab")])
 def test_a_lab_recipe_runs(lab, tmp_path, recipe):

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +64,17 @@ def ended(cluster: Cluster, job: str) -> slurm_jobs.JobState:
         ("1-00:00:01", 1441),
     ],
 )
-def test_times_in_slurms_forms(time: str | int, expected: int) -> None:
+def test_times_in_slurms_forms(time, expected):
     assert slurm.minutes(time) == expected
 
 
 @pytest.mark.parametrize("time", ["", "soon", "0", 0, "1:2:3:4", "1h", -5, 43200])
-def test_what_is_no_time_is_refused(time: str | int) -> None:
+def test_what_is_no_time_is_refused(time):
     with pytest.raises(LetheError, match="time: "):
         slurm.SlurmSettings(time=time)
 
 
-def test_without_slurm_a_submission_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_slurm_a_submission_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LetheError, match="there is no sbatch"):
         slurm.submit(Steps(tmp_path, 1), tmp_path, slurm.SlurmSettings(), "steps")
@@ -84,7 +83,7 @@ def test_without_slurm_a_submission_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.slurm
-def test_sbatchs_refusal_in_its_own_words(cluster: Cluster, tmp_path: Path) -> None:
+def test_sbatchs_refusal_in_its_own_words(cluster, tmp_path):
     with pytest.raises(LetheError, match="invalid partition specified: nowhere") as caught:
         slurm.submit(Steps(tmp_path, 1), tmp_path / "jobs", slurm.SlurmSettings(partition="nowhere"), "steps")
     assert "\n" not in str(caught.value)
@@ -93,9 +92,7 @@ def test_sbatchs_refusal_in_its_own_words(cluster: Cluster, tmp_path: Path) -> N
 
 
 @pytest.mark.slurm
-def test_states_with_and_without_accounting(
-    cluster: Cluster, submit: Callable[..., tuple[str, Run]], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_states_with_and_without_accounting(cluster, submit, caplog):
     """Accounting and slurmctld each answer alone, too. A job that neither knows is never taken for a completed one."""
     job, run = submit(3)
     assert ended(cluster, job) == slurm_jobs.JobState("COMPLETED", "None", False)
@@ -122,7 +119,7 @@ def test_states_with_and_without_accounting(
 
 
 @pytest.mark.slurm
-def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, submit: Callable[..., tuple[str, Run]]) -> None:
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster, submit):
     job, run = submit(LONG)
     slurm_jobs.cancel([job])
     assert ended(cluster, job).word == "CANCELLED"
@@ -151,9 +148,7 @@ def is_requeued(job: str) -> None:
     ("happens", "reason"),
     [(runs_out_of_time, "out of time"), (is_preempted, "preempted"), (is_requeued, "requeued by Slurm")],
 )
-def test_a_job_that_must_stop_saves_and_is_resumed_under_its_id(
-    cluster: Cluster, submit: Callable[..., tuple[str, Run]], happens: Callable[[str], None], reason: str
-) -> None:
+def test_a_job_that_must_stop_saves_and_is_resumed_under_its_id(cluster, submit, happens, reason):
     job, run = submit(40)
     happens(job)
     cluster.until(lambda: "requeue" in Run.open(run.path).record)
@@ -166,9 +161,7 @@ def test_a_job_that_must_stop_saves_and_is_resumed_under_its_id(
 
 
 @pytest.mark.slurm
-def test_a_job_out_of_time_too_often_or_killed_has_failed_and_its_log_says_why(
-    cluster: Cluster, submit: Callable[..., tuple[str, Run]], tmp_path: Path
-) -> None:
+def test_a_job_out_of_time_too_often_or_killed_has_failed_and_its_log_says_why(cluster, submit, tmp_path):
     job, run = submit(LONG, max_timeouts=0)
     runs_out_of_time(job)
     assert ended(cluster, job).word == "FAILED"
@@ -186,7 +179,7 @@ def test_a_job_out_of_time_too_often_or_killed_has_failed_and_its_log_says_why(
 
 
 @pytest.mark.slurm
-def test_a_job_whose_node_is_lost_is_resumed_under_its_id(cluster: Cluster, submit: Callable[..., tuple[str, Run]]) -> None:
+def test_a_job_whose_node_is_lost_is_resumed_under_its_id(cluster, submit):
     """slurmd, slurmstepd and all of the job are gone at once, as when a machine loses its power; the node comes back."""
     job, run = submit(140)
     cluster.until(lambda: len(run.rows("metrics.jsonl")) > 110)  # Slurm misses a job only some time after its start
@@ -201,7 +194,7 @@ def test_a_job_whose_node_is_lost_is_resumed_under_its_id(cluster: Cluster, subm
 
 
 @pytest.mark.slurm
-def test_a_job_may_submit_another(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_may_submit_another(cluster, tmp_path):
     outer = slurm.submit(Submits(tmp_path), tmp_path / "jobs", slurm.SlurmSettings(time=5, cpus=2), "outer")
     assert ended(cluster, outer).word == "COMPLETED"
     inner = (tmp_path / "inner").read_text()
@@ -236,7 +229,7 @@ def unlearned(out: Path) -> list[Run]:
 
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_a_sweep_of_four_jobs_outlives_a_killed_one_and_a_requeued_one(cluster: Cluster, swept: Any) -> None:
+def test_a_sweep_of_four_jobs_outlives_a_killed_one_and_a_requeued_one(cluster, swept):
     controller, out = swept(150)
     killed = at_work(out)[0]
     for process in cluster.processes(f"{killed.record['job_id']}.0"):
@@ -264,7 +257,7 @@ def test_a_sweep_of_four_jobs_outlives_a_killed_one_and_a_requeued_one(cluster: 
 
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_a_cancelled_job_is_a_cancelled_run_and_a_cancelled_sweep_cancels_its_jobs(cluster: Cluster, swept: Any) -> None:
+def test_a_cancelled_job_is_a_cancelled_run_and_a_cancelled_sweep_cancels_its_jobs(cluster, swept):
     controller, out = swept(2000)
     first = at_work(out)[0]
     (made,) = out.glob("sweep-*")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ import huggingface_hub
 import pytest
 import yaml
 from wrong_inputs import (
-    DATA,
     DEEP,
     DEEP_LISTS,
     LONG,
@@ -41,7 +39,6 @@ from wrong_inputs import (
 from lethe.cli import COMMANDS, main
 from lethe.config.parse import fields_of
 from lethe.lab.presets import active_preset
-from lethe.models.refs import lab_folder
 from lethe.runs.run import Run
 
 pytestmark = pytest.mark.slow
@@ -180,21 +177,20 @@ TEXTS_OF_LINES: dict[str, str | bytes | None] = NO_TEXT | {
 }
 
 
-def wrong_texts(folder: Path, name_of_command: str, setting: str) -> Iterator[Case]:
-    recipe = file_of(folder / "recipe.yaml", yaml.safe_dump(right(name_of_command)))
-    command = [name_of_command, "--config", str(recipe)]
+def wrong_texts(folder: Path) -> Iterator[Case]:
+    command = ["unlearn", "--config", str(file_of(folder / "recipe.yaml", yaml.safe_dump(right("unlearn"))))]
     contents = TEXTS_OF_LINES | {line: f"{GOOD}{line}\n" for line in lines_of("texts")}
     places = [(f"jsonl: {title}", "text.jsonl", content) for title, content in contents.items()]
     places += [(f"txt: {title}", "text.txt", content) for title, content in NO_TEXT.items() if title != "gzip"]
     for title, name, content in places:
         path = file_of(folder / name, content)
-        yield Case(f"{setting}: {title}", [*command, f"--{setting}", str(path)], [name])
+        yield Case(title, [*command, "--forget", str(path)], [name])
     for title, path in [*tables(folder), *((path.stem, path) for path in odd_places(folder, ".jsonl"))]:
-        yield Case(f"{setting}: {path.suffix}: {title}", [*command, f"--{setting}", str(path)], [path.name])
+        yield Case(f"{path.suffix}: {title}", [*command, "--forget", str(path)], [path.name])
     good = str(file_of(folder / "good.jsonl", GOOD))
     for template in [*lines_of("templates"), "{text\n}"]:
-        words = [f"--{setting}.source", good, f"--{setting}.template", template]
-        yield Case(f"{setting}: template {template!r}", [*command, *words], ["template", "good.jsonl"])
+        words = ["--forget.source", good, "--forget.template", template]
+        yield Case(f"template {template!r}", [*command, *words], ["template", "good.jsonl"])
 
 
 QUESTION = {"question": "Q?", "choices": ["a", "b", "c", "d"], "answer": 1, "meta": {"a": 1}}
@@ -222,48 +218,6 @@ def wrong_tasks(folder: Path) -> Iterator[Case]:
         file_of(where / "mine.yaml", content)
         yield Case(f"task: {title}", ["evaluate", "lab:final", "--tasks", str(where)], ["tasks: ", "num_fewshot: "])
     assert not (folder / "ran").exists()
-
-
-def wrong_rows(folder: Path) -> Iterator[Case]:
-    contents = NO_TEXT | {line: f"{ROWS}{line}\n" for line in lines_of("rows")}
-    contents |= {"deep": f'{ROWS}{{"question": {DEEP_LISTS}}}', "twice": ROWS + ROWS}
-    for title, content in contents.items():
-        path = file_of(folder / "given.jsonl", content)
-        words = ["evaluate", "lab:final", "--tasks", "wmdp_bio", "--task_data", f"wmdp_bio={path}"]
-        yield Case(f"task_data: {title}", words, ["given.jsonl"])
-
-
-LOADED = ("config.json", "tokenizer.json", "model.safetensors")
-
-
-def wrong_models(folder: Path) -> Iterator[Case]:
-    final = lab_folder() / "checkpoints" / onset().removeprefix("lab:")
-    contents = [(file, title, content) for file in LOADED for title, content in NO_TEXT.items()]
-    for line in lines_of("models"):
-        file, value = line.split(" ", 1)
-        if not value.startswith(("[", "{")) and "=" in value:  # one setting of a file that is right
-            name, given = value.split("=", 1)
-            value = json.dumps(json.loads((final / file).read_text()) | {name: json.loads(given)})
-        contents.append((file, line, value.encode()))
-    model = folder / "model"
-    for file, title, content in contents:
-        shutil.rmtree(model, ignore_errors=True)
-        shutil.copytree(final, model)
-        file_of(model / file, content)
-        yield Case(f"model: {file}: {title}", ["evaluate", str(model), "--tasks", "lab_retain"], [str(model)])
-
-
-def wrong_records(folder: Path) -> Iterator[Case]:
-    right = json.loads((DATA / "records" / "evaluate.json").read_text()) | {"status": "failed"}
-    contents: dict[str, Any] = dict(NO_TEXT)
-    for turn, name in enumerate(right):
-        contents[f"without {name}"] = json.dumps({key: value for key, value in right.items() if key != name})
-        contents |= {f"{name}: {shown(value)}": json.dumps(right | {name: value}) for value in [*NEVER, *VALUES][turn % 3 :: 3]}
-    (run := folder / "evaluate-baseline-650ba64f").mkdir()
-    for title, content in contents.items():
-        file_of(run / "run.json", content)
-        yield Case(f"resume: {title}", ["resume", str(run)], ["run:", "run.json"], must=title in NO_TEXT)
-        yield Case(f"runs: {title}", ["runs", str(folder)], [], must=False)
 
 
 def wrong_sweeps(folder: Path) -> Iterator[Case]:
@@ -329,13 +283,8 @@ SAME = {"lab build", "lab show", "check", "sweep retry", "sweep cancel"}
 KINDS: dict[str, Callable[[Path], Iterator[Case]]] = {
     **{f"settings of {name}": partial(wrong_settings, command=name) for name in COMMANDS if name not in SAME},
     "recipes and suites": wrong_recipes,
-    "forget text": partial(wrong_texts, name_of_command="unlearn", setting="forget"),
-    "retain text": partial(wrong_texts, name_of_command="unlearn", setting="retain"),
-    "an attacker's text": partial(wrong_texts, name_of_command="tamper", setting="forget"),
+    "text": wrong_texts,
     "tasks": wrong_tasks,
-    "rows of tasks": wrong_rows,
-    "models": wrong_models,
-    "records": wrong_records,
     "sweeps": wrong_sweeps,
     "suites": wrong_suites,
     "command lines": wrong_lines,
