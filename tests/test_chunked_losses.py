@@ -12,7 +12,7 @@ from scipy.special import rel_entr
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lethe.models.activations import capture, final_hidden, input_of
+from lethe.models.activations import read
 from lethe.objectives import losses
 from lethe.objectives.losses import (
     chunked_cross_entropy,
@@ -285,6 +285,10 @@ def load(folder):
 IDS = torch.randint(3, 250, (BATCH, SEQ), generator=torch.Generator().manual_seed(3))
 
 
+def final_hidden(model, head) -> Tensor:
+    return read(model, IDS, [], True, head).output
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_training_gradients_are_those_of_the_models_own_logits(architecture, lora, make_model, tmp_path, monkeypatch):
     """Full-rank (GPT-2's head is tied to its embedding) and with adapters, against full forward passes of both models."""
@@ -304,9 +308,9 @@ def test_training_gradients_are_those_of_the_models_own_logits(architecture, lor
     assert lora or any(p is head.weight for p in trained.values())
 
     with torch.no_grad():
-        logits, hidden = reference(input_ids=IDS).logits, final_hidden(reference, reference_head, IDS)
+        logits, hidden = reference(input_ids=IDS).logits, final_hidden(reference, reference_head)
     plain = kl(model(input_ids=IDS, use_cache=False).logits, logits, MASK)
-    ours = chunked_kl(final_hidden(model, head, IDS), head, hidden, reference_head, MASK)
+    ours = chunked_kl(final_hidden(model, head), head, hidden, reference_head, MASK)
     assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
     pairs = [torch.autograd.grad(loss, list(trained.values()), allow_unused=True) for loss in (plain, ours)]
     for name, expected, found in zip(trained, *pairs, strict=True):
@@ -320,7 +324,7 @@ def test_forget_kl_and_cross_entropy_are_those_of_the_models_own_logits(architec
     monkeypatch.setattr(losses, "LEAST", 1)
     model, source = (load(make_model(architecture, tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     head, source_head = head_of(model), head_of(source)
-    hidden, source_hidden = final_hidden(model, head, IDS), final_hidden(source, source_head, IDS)
+    hidden, source_hidden = final_hidden(model, head), final_hidden(source, source_head)
     logits, source_logits = model(input_ids=IDS).logits, source(input_ids=IDS).logits
     found = chunked_kl(hidden, head, source_hidden, source_head, MASK)
     assert found.item() == pytest.approx(kl(logits, source_logits, MASK).item(), rel=1e-5)
@@ -335,12 +339,11 @@ def test_the_head_does_not_run_and_layers_can_be_captured_on_the_way(architectur
     whole = model(input_ids=IDS, output_hidden_states=True)
     ran = []
     head.register_forward_hook(lambda *args: ran.append(1))
-    with capture(model, [1, 3]) as activations, input_of(head) as found:
-        model(input_ids=IDS, use_cache=False)
+    states = read(model, IDS, [1, 3], True, head)
     assert not ran
-    assert torch.equal(found[0], whole.hidden_states[-1])
-    assert torch.equal(activations[1], whole.hidden_states[2])
-    assert set(activations) == {1, 3}
+    assert torch.equal(states.output, whole.hidden_states[-1])
+    assert torch.equal(states.activations[1], whole.hidden_states[2])
+    assert set(states.activations) == {1, 3}
     assert torch.equal(model(input_ids=IDS).logits, whole.logits)  # no hook is left behind
     assert ran
 

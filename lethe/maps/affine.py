@@ -37,7 +37,7 @@ from lethe.maps.check import check_affine, check_affine_score, split
 from lethe.maps.folder import CONVENTIONS, HASH, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention, refuse_altered
 from lethe.maps.ridge import RidgeSums, Score
 from lethe.models import refs
-from lethe.models.activations import CONVENTION, blocks, residuals
+from lethe.models.activations import CONVENTION, blocks, read
 from lethe.models.architecture_check import refuse_unreadable
 from lethe.progress import bar
 from lethe.runs.locks import building
@@ -147,7 +147,7 @@ def activation_pairs(
         ids, mask = (t.to(device) for t in corpora.pad(ordered[start : start + batch_size], pad_id))
         is_token = mask.bool()
         with torch.inference_mode():
-            x, y = residuals(source, ids, layers), residuals(model, ids, layers)
+            x, y = (read(each, ids, layers).activations for each in (source, model))
         yield {layer: (x[layer][is_token], y[layer][is_token]) for layer in layers}
         done(len(ids))
 
