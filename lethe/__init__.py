@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from lethe.evaluation.checkpoint_sweep import checkpoints
     from lethe.evaluation.comparison import compare
     from lethe.evaluation.tasks.consent import trust_task_code
-    from lethe.maps.affine import AffineMap, fit_affine, score_affine
+    from lethe.maps.affine import AffineMap
+    from lethe.maps.pipeline import fit_affine, score_affine
     from lethe.methods.distill import Distill
     from lethe.methods.npo import NPO
     from lethe.methods.transfer import Transfer
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from lethe.unlearning.pipeline import unlearn
 
 _HOME = {
-    "maps.affine": ["AffineMap", "fit_affine", "score_affine"],
+    "maps.affine": ["AffineMap"],
+    "maps.pipeline": ["fit_affine", "score_affine"],
     "evaluation.checkpoint_sweep": ["checkpoints"],
     "evaluation.comparison": ["compare"],
     "config": [

@@ -258,14 +258,6 @@ def test_a_long_value_leaves_the_advice_readable():
     assert message.startswith("lr: expected a number, got 999") and len(message) < 150
 
 
-def test_loggers_are_those_that_transformers_has():
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    from lethe.training.check import REPORTERS
-
-    assert REPORTERS.keys() == INTEGRATION_TO_CALLBACK.keys() - {"kubeflow"}  # which is a cluster's own
-
-
 def test_a_required_setting_is_named():
     assert "model" in refusal(kind=c.EvaluateConfig)
     assert "source" in refusal(kind=Transfer)

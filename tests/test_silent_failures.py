@@ -21,8 +21,8 @@ from transformers import AutoConfig
 from lethe import AffineConfig, LoraSettings, TamperConfig, Transfer, fit_affine, tamper, unlearn
 from lethe.config import AffineScoreConfig, EvalSettings, TextSource
 from lethe.errors import LetheError
-from lethe.maps.affine import score_affine
 from lethe.maps.folder import HASH, METADATA, WEIGHTS
+from lethe.maps.pipeline import score_affine
 from lethe.models import refs
 from lethe.models.refs import resolve
 from lethe.runs.run import Run, find_runs

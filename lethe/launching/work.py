@@ -159,7 +159,7 @@ def resume_run(run: Run) -> Run:
     elif kind == "checkpoints":
         from lethe.evaluation.checkpoint_sweep import checkpoints as function
     else:
-        from lethe.maps.affine import fit_affine as function
+        from lethe.maps.pipeline import fit_affine as function
     return function(settings_of(run, SETTINGS[kind]), run)
 
 
