@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from lethe.evaluation.accuracy import evaluate, evaluate_model
     from lethe.evaluation.checkpoint_sweep import checkpoints
     from lethe.evaluation.comparison import compare
-    from lethe.maps.affine import AffineMap, fit_affine, score_affine
+    from lethe.maps.affine import AffineMap
+    from lethe.maps.pipeline import fit_affine, score_affine
     from lethe.sweeps.controller import sweep
     from lethe.unlearning.pipeline import unlearn
 
@@ -43,8 +44,8 @@ _LATER = {
     "compare": "evaluation.comparison",
     "evaluate": "evaluation.accuracy",
     "evaluate_model": "evaluation.accuracy",
-    "fit_affine": "maps.affine",
-    "score_affine": "maps.affine",
+    "fit_affine": "maps.pipeline",
+    "score_affine": "maps.pipeline",
     "sweep": "sweeps.controller",
     "tamper": "attacks.tampering",
     "unlearn": "unlearning.pipeline",

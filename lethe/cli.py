@@ -221,10 +221,7 @@ def _checkpoints(settings: c.CheckpointsConfig, as_json: bool) -> None:
 
 @command("affine fit", "lethe affine fit --model lab:final --source lab:global_step900")
 def _affine_fit(settings: c.AffineConfig, as_json: bool) -> None:
-    from lethe.maps.check import check_affine
-
-    check_affine(settings)
-    from lethe.maps.affine import fit_affine
+    from lethe.maps.pipeline import fit_affine
     from lethe.report.tables import affine_table
 
     run = fit_affine(settings)
@@ -233,10 +230,7 @@ def _affine_fit(settings: c.AffineConfig, as_json: bool) -> None:
 
 @command("affine score", "lethe affine score run:ID --model lab:final --source lab:global_step900", "affine")
 def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
-    from lethe.maps.check import check_affine_score
-
-    check_affine_score(settings)
-    from lethe.maps.affine import score_affine
+    from lethe.maps.pipeline import score_affine
     from lethe.report.tables import affine_table
 
     scored = score_affine(settings)

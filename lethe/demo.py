@@ -68,7 +68,7 @@ def _demo(config: DemoConfig) -> dict[str, Path]:
     from lethe.attacks.tampering import tamper
     from lethe.evaluation.accuracy import evaluate
     from lethe.evaluation.checkpoint_sweep import checkpoints
-    from lethe.maps.affine import fit_affine
+    from lethe.maps.pipeline import fit_affine
     from lethe.unlearning.pipeline import unlearn
 
     sweep = steps.do(

@@ -288,9 +288,9 @@ def test_a_row_that_sees_what_comes_after_it_is_refused(pair):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
-def test_a_routers_noise_is_found_and_named(make_model, tmp_path, noise):
+def test_a_routers_noise_is_found(make_model, tmp_path, noise):
     model = refs.load(refs.resolve(str(make_model("mixtral", tmp_path / "m", router_jitter_noise=noise))))[0]
-    with pytest.raises(LetheError, match=r"router_jitter_noise: 0.05") if noise else nullcontext():
+    with pytest.raises(LetheError, match="MixtralForCausalLM draws random numbers in training") if noise else nullcontext():
         refuse_untrainable(model, "noisy", LENGTH)
     assert not model.training
 

@@ -107,9 +107,8 @@ def same(one, other) -> None:
     assert apart < 1e-4 * size
 
 
-@pytest.mark.parametrize("lora", [LoraSettings(dropout=0.0), None])
-def test_an_unlearning_run_has_the_same_losses_and_weights_with_fast_on_and_off(lora, lab, tmp_path):
-    fast, plain = (unlearned(tmp_path, lora=lora, fast=on) for on in (True, False))
+def test_an_unlearning_run_has_the_same_losses_and_weights_with_fast_on_and_off(lab, tmp_path):
+    fast, plain = (unlearned(tmp_path, lora=LoraSettings(dropout=0.0), fast=on) for on in (True, False))
     same(fast, plain)
 
 
@@ -123,13 +122,3 @@ def test_an_attack_has_the_same_losses_and_weights_with_fast_on_and_off(lab, tmp
         for on in (True, False)
     )
     same(fast, plain)
-
-
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_a_run_on_another_architecture_has_the_same_losses_and_weights(architecture, lab, make_model, tmp_path):
-    model, source = (str(make_model(architecture, tmp_path / f"model{seed}", seed=seed)) for seed in (3, 4))
-    both = [
-        unlearned(tmp_path, model=model, source=source, layers=[0, 2], lora=LoraSettings(r=4, dropout=0.0), fast=on)
-        for on in (True, False)
-    ]
-    same(*both)

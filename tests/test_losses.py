@@ -62,15 +62,6 @@ def slow_kl(logits: Tensor, reference: Tensor, lengths: list[int]) -> float:
     return math.fsum(tokens) / len(tokens)
 
 
-def slow_ce(logits: Tensor, ids: Tensor, lengths: list[int]) -> float:
-    tokens = []
-    for row, length in enumerate(lengths):
-        for t in range(1, length):
-            x = logits[row, t - 1].double().tolist()
-            tokens.append(math.log(math.fsum(map(math.exp, x))) - x[ids[row, t]])
-    return math.fsum(tokens) / len(tokens)
-
-
 def test_squared_distance_is_the_mean_over_tokens_then_layers(activations, mask):
     student, teacher = activations
     assert squared_distance(student, teacher, mask).item() == pytest.approx(slow_cb(student, teacher, LENGTHS), rel=1e-5)
@@ -100,11 +91,6 @@ def test_kl_is_that_of_scipy_and_of_torch_distributions(logits, mask):
     assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_kl_has_a_direction(logits, mask):
-    model, reference = logits
-    assert kl(model, reference, mask).item() != pytest.approx(kl(reference, model, mask).item(), rel=1e-2)
-
-
 def test_kl_is_zero_for_equal_distributions_and_positive_for_others(logits, mask):
     model, reference = logits
     assert kl(model, model.clone(), mask).item() == 0
@@ -116,11 +102,6 @@ def test_kl_of_distributions_far_apart_is_finite(mask):
     model, reference = torch.zeros(BATCH, SEQ, VOCAB), torch.zeros(BATCH, SEQ, VOCAB)
     reference[..., 0], model[..., 1] = 200.0, 200.0
     assert kl(model, reference, mask).item() == pytest.approx(200, rel=1e-5)
-
-
-def test_ce_predicts_the_next_token(logits, mask):
-    ids = torch.randint(VOCAB, (BATCH, SEQ), generator=torch.Generator().manual_seed(3))
-    assert cross_entropy(logits[0], ids, mask).item() == pytest.approx(slow_ce(logits[0], ids, LENGTHS), rel=1e-5)
 
 
 def test_ce_is_that_of_transformers(logits, mask, make_model, tmp_path):

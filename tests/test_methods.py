@@ -130,7 +130,6 @@ def by_views(method: Any, models: dict[str, Any], progress: Progress, heads: boo
 def test_the_loss_and_its_gradient_are_the_formula(models, monkeypatch, name, heads, retain_loss):
     monkeypatch.setattr(losses, "LEAST", 1)
     monkeypatch.setattr(losses, "CHUNK", 3)
-    monkeypatch.setattr(losses, "CHUNK", 3)
     monkeypatch.setattr(losses, "PLAIN", 1)
     method = METHODS[name](remove_coef=2.0, retain_coef=3.0, retain_loss=retain_loss, schedule="ramp")
     progress, parameters = Progress(3, 10, 20), list(models["model"].requires_grad_(True).parameters())
@@ -202,6 +201,7 @@ def test_help_shows_the_settings_of_one_method(name, capsys):
         ("--method npo --source lab:final", "source: lab:final has no effect with method npo"),
         ("--method npo --remove_coef 0 --retain_coef 0", "remove_coef and retain_coef are both 0"),
         ("--method npo --beta 0", "beta: must be above 0"),
+        ("--source s --cb_scale relative --remove_coef 0", "cb_scale: relative has no effect"),
         ("--method npo --retain_loss mse", "layers: retain_loss mse compares activations"),
         ("--method npo --retain_loss ce --remove_coef 0 --teacher_cache live", "teacher_cache: live has no effect"),
         ("--method npo --lora null --layers 1", "layers: [1] has no effect without adapters"),

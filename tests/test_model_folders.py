@@ -81,21 +81,20 @@ COMMANDS = {
     "sweep": ("sweep", "--config", "sweep.yaml"),
     "compare": ("compare", "{plain}", "{}", "--tasks", "lab_forget_robust", "--limit", 4),
 }
-KINDS = {name: REFUSED[name] for name in ("an adapter beside", "fewer blocks", "tokenizer cut")} | {
+KINDS = {"fewer blocks": REFUSED["fewer blocks"]} | {
     "not finite": (
         tensors(lambda found: found["model.layers.1.mlp.up_proj.weight"][3, 4].fill_(torch.nan)),
         "its weights or activations are not finite numbers",
     )
 }
-READING = {"unlearn", "source", "tamper", "maps", "source of maps"}
+READING = ("unlearn", "source", "tamper", "maps", "source of maps")
 """Commands that read the weights before they begin."""
 
 
-@pytest.mark.parametrize("case", KINDS)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "case"), [(command, "fewer blocks") for command in COMMANDS] + [(command, "not finite") for command in READING]
+)
 def test_every_command_refuses_a_broken_folder_before_it_begins(folder, plain, lab, capsys, command, case):
-    if case == "not finite" and command not in READING:
-        return
     change, cause = KINDS[case]
     change(folder)
     Path("suite.yaml").write_text('{"attacks": {"noise": {"attack": "noise"}}}')
@@ -195,8 +194,8 @@ def test_repositories_of_the_hub_are_looked_at_as_folders_are(plain, tmp_path):
     good, fewer, adapter, pickled = done.stdout.splitlines()
     assert good == "loaded", done.stderr
     assert "model 'org/fewer': the weights hold tensors that config.json (3 blocks) does not describe" in fewer
-    assert "model 'org/adapter' holds whole weights and an adapter beside them" in adapter
-    assert "model 'org/pickled': there is no model.safetensors" in pickled
+    assert "model 'org/adapter' holds model.safetensors and adapter_config.json" in adapter
+    assert "model 'org/pickled': has no model.safetensors and no" in pickled
 
 
 # --- tokens that begin and end a text --------------------------------------------------------------------------------

@@ -130,12 +130,6 @@ def test_a_target_that_does_not_vary_is_refused(world, tmp_path):
         maps.variances_of(trainer.teachers["forget"], [[5]], 0)
 
 
-@pytest.mark.parametrize("changes", [{"remove_coef": 0.0}])
-def test_cb_scale_without_cb_loss_is_refused(world, tmp_path, changes):
-    with pytest.raises(LetheError, match="cb_scale: relative has no effect"):
-        recipe(world, tmp_path, cb_scale="relative", **changes)
-
-
 # --- what check measures ---------------------------------------------------------------------------------------------
 
 

@@ -88,7 +88,7 @@ def test_checkpoints_by_the_names_that_pythia_and_trainer_use(home, tmp_path, mo
     for given in (name, "step600", "global_step600", "checkpoint-600"):
         assert resolve(f"all@{given}").path == str(Path("all", name))
     assert list(checkpoint_folders(Path("all"))) == [name, "step1000"]
-    with pytest.raises(LetheError, match=r"no config\.json, but checkpoints; name one of them: 'all@step1000'"):
+    with pytest.raises(LetheError, match=r"no config\.json.*name one of its checkpoints, such as 'all@step1000'"):
         resolve("all")
     shutil.copytree(home / "plain", tmp_path / "all" / "checkpoint-1000")
     assert resolve("all@step1000").path == str(Path("all", "step1000"))

@@ -234,14 +234,6 @@ def test_many_tasks_may_be_named_in_one_text(recipe):
         assert made("--model", "x", *words, kind=c.EvaluateConfig).tasks == many
 
 
-def test_loggers_are_those_that_transformers_has():
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    from lethe.training.check import REPORTERS
-
-    assert REPORTERS.keys() == INTEGRATION_TO_CALLBACK.keys() - {"kubeflow"}  # which is a cluster's own
-
-
 def test_a_required_setting_is_named():
     assert "model" in refusal(kind=c.EvaluateConfig)
     assert "source" in refusal(kind=Transfer)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +25,7 @@ from lethe.maps.affine import AffineMap
 from lethe.methods.method import Need
 from lethe.models import refs
 from lethe.objectives.losses import head_of
+from lethe.runs import locks
 from lethe.sweeps.resuming import resume
 from lethe.text import corpora
 from lethe.unlearning import teacher_cache as caching
@@ -50,7 +50,8 @@ def home(tmp_path, monkeypatch, request) -> Path:
 def warned(monkeypatch) -> list[str]:
     """Warnings of the cache; not caplog, since the command line, run by other tests, turns handlers off."""
     found: list[str] = []
-    monkeypatch.setattr(caching.logger, "warning", lambda text, *args: found.append(text % args))
+    for module in (caching, locks):
+        monkeypatch.setattr(module.logger, "warning", lambda text, *args: found.append(text % args))
     return found
 
 
@@ -138,27 +139,6 @@ def test_a_full_disk_leaves_the_teacher_live_and_nothing_behind(teacher, home, m
     assert caching.open_or_build(teacher, "forget", ROWS) is None
     assert "No space left" in warned[0]
     assert [p.suffix for p in (home / "teachers").iterdir()] == [".lock"]
-
-
-@pytest.fixture
-def small(small, monkeypatch) -> Callable[[int], Path]:
-    """small(KIB): a file system of its own, of this size, as the folder of caches."""
-
-    def mount(kib: int) -> Path:
-        folder = small(kib)
-        monkeypatch.setattr(caching, "lethe_home", lambda: folder)
-        return folder
-
-    return mount
-
-
-def test_a_disk_that_fills_up_leaves_the_teacher_live_and_nothing_behind(teacher, small, warned):
-    rows = [list(range(3, 33))] * 200  # 200 · 30 tokens · 3 · 32 numbers: 2.2 MiB
-    folder = small(1024)
-    assert caching.open_or_build(teacher, "forget", rows) is None
-    assert len(warned) == 1 and "No space left" in warned[0]
-    assert [p.suffix for p in (folder / "teachers").iterdir()] == [".lock"]
-    assert caching.open_or_build(teacher, "forget", ROWS) is not None  # there is room for this one
 
 
 def test_caches_not_used_for_longest_make_room_and_those_in_use_stay(teacher, monkeypatch):
@@ -274,8 +254,9 @@ def test_bfloat16_teachers_have_a_bfloat16_cache_within_the_stated_tolerance_of_
 
 
 @pytest.mark.slow
-def test_a_run_whose_cache_does_not_fit_on_the_disk_goes_on_live(lab, tmp_path, small, warned):
-    small(64)
+def test_a_run_whose_cache_does_not_fit_on_the_disk_goes_on_live(lab, tmp_path, small, warned, monkeypatch):
+    folder = small(64)
+    monkeypatch.setattr(caching, "lethe_home", lambda: folder)
     run = unlearn(interruptible(tmp_path / "runs", teacher_cache="cached", max_steps=8))
     assert run.status == "complete" and len(warned) == 2 and all("No space left" in text for text in warned)
     assert run.record["plan"]["teachers"] == dict.fromkeys(("forget", "retain"), "live: a cache could not be written")

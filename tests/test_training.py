@@ -1,32 +1,17 @@
-"""The list of blocks of a changed model, and a run where several GPUs are visible."""
+"""A run where several GPUs are visible, and the losses at which a run diverges."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from lethe import Transfer
 from lethe.config import EvalSettings, TamperConfig
 from lethe.lab.presets import active_preset
-from lethe.models.activations import blocks
 from lethe.runs.run import Run
 from lethe.training import hf_trainer, trainer
 from lethe.unlearning.pipeline import unlearn
-
-
-def test_a_list_of_blocks_that_was_replaced_is_found_again(make_model, tmp_path):
-    model: Any = AutoModelForCausalLM.from_pretrained(make_model("llama", tmp_path / "model"))
-    first = blocks(model)
-    assert blocks(model) is first
-    model.model.layers = torch.nn.ModuleList(reversed(first))
-    assert blocks(model) is model.model.layers
-    model.model.stack = model.model.layers
-    del model.model.layers
-    assert blocks(model) is model.model.stack
 
 
 def test_a_run_keeps_to_one_device_where_several_are_in_sight(lab, tmp_path, monkeypatch):

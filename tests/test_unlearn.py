@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import Distill, LoraSettings, unlearn
-from lethe.config import EvalSettings, TextSource
+from lethe import LoraSettings, unlearn
+from lethe.config import EvalSettings
 from lethe.errors import LetheError
 from lethe.models.refs import resolve
 from lethe.runs.run import Run
@@ -25,8 +24,8 @@ from lethe.unlearning.check import check
 pytestmark = pytest.mark.slow
 
 
-def by_hand(model: torch.nn.Module, run: Run, row: int, kind: str = "kl") -> tuple[float, float]:
-    """cb_loss and the retain loss of a batch, from hidden_states and the saved maps, document by document."""
+def by_hand(model: torch.nn.Module, run: Run, row: int) -> tuple[float, float]:
+    """cb_loss and the retain KL of a batch, from hidden_states and the saved maps, document by document."""
     config, batch = run.record["config"], run.rows("batches.jsonl")[row]
     source = AutoModelForCausalLM.from_pretrained(resolve(config["source"]).path)
     target = AutoModelForCausalLM.from_pretrained(resolve(config["model"]).path)
@@ -46,16 +45,9 @@ def by_hand(model: torch.nn.Module, run: Run, row: int, kind: str = "kl") -> tup
         for i in batch["retain"]:
             ids = torch.tensor([tokenizer(texts["retain"][i].text)["input_ids"][: config["max_length"]]])
             theirs, ours = (which(ids, output_hidden_states=True) for which in (target, model))
-            if kind == "kl":
-                p, q = theirs.logits.softmax(-1), ours.logits.softmax(-1)
-                retain += (p * (p / q).log()).sum().item()
-            elif kind == "ce":
-                log_q = ours.logits[0].log_softmax(-1)
-                retain -= sum(log_q[t - 1, ids[0, t]].item() for t in range(1, ids.numel()))
-            else:
-                pairs = [(ours.hidden_states[n + 1], theirs.hidden_states[n + 1]) for n in config["layers"]]
-                retain += sum(((h - a) ** 2).mean(-1).sum().item() for h, a in pairs) / len(pairs)
-            retain_tokens += ids.numel() - (kind == "ce")
+            p, q = theirs.logits.softmax(-1), ours.logits.softmax(-1)
+            retain += (p * (p / q).log()).sum().item()
+            retain_tokens += ids.numel()
     return cb / forget_tokens, retain / retain_tokens
 
 
@@ -109,42 +101,11 @@ def test_adapters_sit_on_blocks_up_to_the_last_forget_layer_alone(lab, tmp_path)
     assert sum(".layers.0." in name for name in names) == 8  # A and B of QKV, attention output and the two of the MLP
 
 
-def test_full_rank_changes_weights_and_keeps_the_target_as_it_was(lab, tmp_path):
-    before = resolve("lab:final").path
-    run = unlearn(recipe(tmp_path, lora=None, max_steps=2))
-    old, new = load_file(Path(before) / "model.safetensors"), load_file(run.path / "model" / "model.safetensors")
-    assert old.keys() == new.keys()
-    assert any(not torch.equal(old[name], new[name]) for name in old)
-    assert (
-        run.record["parents"]["model"]["sha256"] == unlearn(recipe(tmp_path, max_steps=1)).record["parents"]["model"]["sha256"]
-    )
-
-
 def test_equal_seeds_give_equal_weights_and_other_seeds_other_ones(lab, tmp_path):
     hashes = [
         unlearn(recipe(tmp_path, seed=s, lora=LoraSettings())).record["artifacts"]["adapter"]["sha256"] for s in (1, 1, 2)
     ]
     assert hashes[0] == hashes[1] != hashes[2]
-
-
-@pytest.mark.parametrize("kind", ["ce", "mse"])
-def test_other_retain_losses_are_their_formulas_and_recorded_by_name(lab, tmp_path, kind):
-    shorter = unlearn(recipe(tmp_path, lora=None, retain_loss=kind, schedule="constant", max_steps=3))
-    longer = unlearn(recipe(tmp_path, lora=None, retain_loss=kind, schedule="constant", max_steps=4))
-    name, row = f"retain_{kind}_loss", longer.rows("metrics.jsonl")[3]
-    model = AutoModelForCausalLM.from_pretrained(shorter.path / "model")
-    cb, retain = by_hand(model, longer, 3, kind)
-    assert row["cb_loss"] == pytest.approx(cb, rel=1e-3)
-    assert row[name] == pytest.approx(retain, rel=1e-3) and retain > 1e-4
-    assert row["loss"] == pytest.approx(5 * row["cb_loss"] + 5 * row[name], rel=1e-5)
-    assert longer.record["losses"][name] == pytest.approx(row[name])
-
-
-def test_without_retain_term_the_model_is_free(lab, tmp_path):
-    run = unlearn(recipe(tmp_path, retain_coef=0))
-    assert all(
-        row["loss"] == pytest.approx(row["remove_coef_t"] * row["cb_loss"], rel=1e-5) for row in run.rows("metrics.jsonl")
-    )
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_as_diverged(lab, tmp_path):
@@ -180,34 +141,6 @@ def test_record_holds_what_the_design_promises(lab, tmp_path):
     assert (run.path / "log.txt").exists()
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "olmo2", "gpt_neox", "gpt_neox_sequential"])
-def test_every_architecture_is_unlearned_end_to_end(make_model, tmp_path, lab, architecture):
-    for name in ("forget", "retain"):
-        lines = [f"{name} document number {i} speaks of {name} things." for i in range(40)]
-        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
-    target = make_model(architecture, tmp_path / "target", seed=1)
-    source = make_model(architecture, tmp_path / "source", seed=2)
-    for lora in (LoraSettings(r=2), None):
-        run = unlearn(
-            recipe(
-                tmp_path / "runs",
-                model=str(target),
-                source=str(source),
-                forget=str(tmp_path / "forget.txt"),
-                retain=TextSource(str(tmp_path / "retain.txt")),
-                num_train_examples=0,
-                layers=[0, 1],
-                lora=lora,
-                max_steps=4,
-                schedule="constant",
-                lr=1e-2,
-            )
-        )
-        rows = run.rows("metrics.jsonl")
-        assert rows[-1]["cb_loss"] < rows[0]["cb_loss"]
-        assert run.record["evals"]["lab_forget_robust"]["n"] == 8
-
-
 def test_maps_of_another_pair_and_the_model_as_its_own_source_are_refused(lab, tmp_path):
     run = unlearn(recipe(tmp_path, max_steps=1))
     with pytest.raises(LetheError, match="fitted for source"):
@@ -241,27 +174,6 @@ def test_rewinding_half_way_is_the_mean_of_the_weights(lab, tmp_path):
     ours = load_file(run.path / "base" / "model.safetensors")
     for name, weight in ours.items():
         torch.testing.assert_close(weight, (ends[0][name] + ends[1][name]) / 2)
-
-
-@pytest.mark.parametrize("kind", ["distill", "both"])
-def test_distillation_is_the_kl_to_the_source_on_forget_text(lab, tmp_path, kind):
-    coef = 0.5 if kind == "both" else 1.0
-    made = recipe(tmp_path, forget_kl_coef=coef, max_steps=1)
-    names = {field.name for field in dataclasses.fields(Distill)} - {"method"}
-    own = {name: value for name, value in vars(made).items() if name in names}
-    run = unlearn(made if kind == "both" else Distill(**own))
-    row, config = run.rows("metrics.jsonl")[0], run.record["config"]
-    model, source = (AutoModelForCausalLM.from_pretrained(resolve(config[role]).path) for role in ("model", "source"))
-    tokenizer = AutoTokenizer.from_pretrained(resolve(config["model"]).path)
-    documents, total, count = corpora.read("lab:forget")[:128], 0.0, 0
-    with torch.no_grad():
-        for i in run.rows("batches.jsonl")[0]["forget"]:
-            ids = torch.tensor([tokenizer(documents[i].text)["input_ids"][:64]])
-            p, q = source(ids).logits.softmax(-1), model(ids).logits.softmax(-1)
-            total, count = total + (p * (p / q).log()).sum().item(), count + ids.numel()
-    assert row["forget_kl_loss"] == pytest.approx(total / count, rel=1e-4)
-    assert row["loss"] == pytest.approx(row["remove_coef_t"] * (row.get("cb_loss", 0) + coef * row["forget_kl_loss"]), rel=1e-5)
-    assert ("cb_loss" in row) == (kind == "both")
 
 
 def test_muon_trains_and_each_groups_rate_is_logged(lab, tmp_path):

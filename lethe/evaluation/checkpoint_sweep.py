@@ -24,6 +24,7 @@ from lethe.files import refuse_run_folder
 from lethe.home import cache_key, lethe_home, store, stored
 from lethe.models import refs
 from lethe.models.checkpoint_folders import checkpoint_folders, step_of
+from lethe.models.hub import hub
 from lethe.progress import bar
 from lethe.results.regimes import at_chance
 from lethe.runs.run import Run
@@ -241,7 +242,7 @@ def _most(count: int, search: str) -> int:
 def _branches(repository: str) -> list[str]:
     from huggingface_hub import list_repo_refs
 
-    with refs.hub(f"checkpoints: the repository '{repository}' of the hub cannot be read"):
+    with hub(f"checkpoints: the repository '{repository}' of the hub cannot be read"):
         branches = [branch.name for branch in list_repo_refs(repository).branches]
     steps = [name for name in branches if step_of(name) is not None]
     return sorted(steps, key=lambda name: step_of(name) or 0)

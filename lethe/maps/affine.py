@@ -11,12 +11,9 @@ pair of weights, and the metadata records which.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,24 +21,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lethe.config import AffineConfig, AffineScoreConfig, to_dict
+from lethe.config import AffineConfig
 from lethe.errors import LetheError
 from lethe.evaluation.requests import tokenizer_hash
 from lethe.files import sha256
-from lethe.home import cache_key, evict, lethe_home
-from lethe.maps.check import check_affine, check_affine_score, split
+from lethe.home import cache_key, lethe_home, use
+from lethe.maps.check import split
 from lethe.maps.folder import CONVENTIONS, HASH, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention, refuse_altered
 from lethe.maps.ridge import RidgeSums, Score
-from lethe.models import refs
-from lethe.models.activations import CONVENTION, blocks, residuals
-from lethe.models.architecture_check import refuse_unreadable
+from lethe.models.activations import CONVENTION, blocks, read
 from lethe.progress import bar
-from lethe.runs.locks import building
-from lethe.runs.run import Run
 from lethe.text import corpora
 
 logger = logging.getLogger(__name__)
@@ -84,22 +76,19 @@ def load_maps(folder: Path, layers: list[int] | None = None, convention: str = C
     """The maps in `folder` for `layers` (None: for all its layers); `convention` says how layers are numbered there.
 
     Raises:
-        LetheError: the file is damaged, was altered, lacks a layer, or has values that are not finite.
+        LetheError: the maps cannot be read, were altered, lacks a layer, or has values that are not finite.
     """
-    facts = facts_of(folder)
-    refuse_altered(folder, facts.get(HASH))
-    offset = CONVENTIONS[convention]
-    wanted = layers_of(facts, convention, max(facts["layer_indices"]) + 1) if layers is None else layers
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise LetheError(f"affine: '{folder / WEIGHTS}' cannot be read ({error}); fit the maps again") from error
-    names = {f"layer_{layer + offset}.{part}" for layer in wanted for part in ("weight", "bias")}
-    if missing := sorted(names - tensors.keys()):
-        raise LetheError(f"affine: '{folder / WEIGHTS}' lacks {', '.join(missing)}; fit the maps again")
-    if broken := sorted(name for name in names if not tensors[name].isfinite().all()):
-        raise LetheError(f"affine: {broken[0]} in '{folder / WEIGHTS}' holds values that are not finite; fit the maps again")
-    weight, bias = ({n: tensors[f"layer_{n + offset}.{part}"].float() for n in wanted} for part in ("weight", "bias"))
+    facts, offset = facts_of(folder), CONVENTIONS[convention]
+    have = layers_of(refuse_altered(folder, facts.get(HASH)), convention)
+    wanted = have if layers is None else layers
+    if missing := sorted(set(wanted) - set(have)):
+        raise LetheError(f"affine: '{folder / WEIGHTS}' lacks layers {missing}; fit the maps again")
+    tensors = load_file(folder / WEIGHTS)
+    weight, bias = (
+        {n: tensors[f"layer_{n + offset}.{part}"].to(torch.float32, copy=True) for n in wanted} for part in ("weight", "bias")
+    )
+    if broken := [n for n in wanted if not (weight[n].isfinite().all() and bias[n].isfinite().all())]:
+        raise LetheError(f"affine: layer {broken[0]} in '{folder}' holds values that are not finite; fit the maps again")
     return AffineMap(weight, bias, facts)
 
 
@@ -146,33 +135,9 @@ def activation_pairs(
         ids, mask = (t.to(device) for t in corpora.pad(ordered[start : start + batch_size], pad_id))
         is_token = mask.bool()
         with torch.inference_mode():
-            x, y = residuals(source, ids, layers), residuals(model, ids, layers)
+            x, y = (read(each, ids, layers).activations for each in (source, model))
         yield {layer: (x[layer][is_token], y[layer][is_token]) for layer in layers}
         done(len(ids))
-
-
-def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
-    """Fit maps for a pair of models, as a run with the artifact `affine`. `run`: an interrupted run, which starts again.
-
-    Raises:
-        LetheError: the models do not fit together, or the text cannot be used; raised before anything is written.
-    """
-    model_ref, source_ref, documents = check_affine(config)
-    model, tokenizer = refs.load(model_ref, config.dtype)
-    refuse_unreadable(model, config.model, config.max_length)
-    source, _ = refs.load(source_ref, config.dtype)
-    refuse_unreadable(source, config.source, config.max_length)
-    run = run or Run.create("affine", config.name, to_dict(config), config.out)
-    with run.running():
-        maps = fit_on_text(model, source, tokenizer, documents, config, config.text)
-        maps.record |= {"model": refs.record(model_ref), "source": refs.record(source_ref)}
-        maps.save(run.path / "affine")
-        run.update(
-            scores=maps.record["scores"],
-            parents={"model": maps.record["model"], "source": maps.record["source"], "text": maps.record["text"]},
-            artifacts={"affine": {"path": "affine", "sha256": sha256(run.path / "affine" / WEIGHTS)}},
-        )
-    return run
 
 
 def fit_on_text(
@@ -212,41 +177,33 @@ def fit_once(
 ) -> AffineMap:
     """As `fit_on_text`, but maps of the same weights (`parents`), text and settings are cached in $LETHE_HOME/maps.
 
-    Of several processes one fits and the others wait for it. Damaged maps are fitted again. If the cache cannot be written,
-    each process fits.
+    If the cache cannot be written, each process fits.
     """
     settings = (config.layers, config.alpha, config.held_out, config.max_length, config.batch_size, config.dtype, CONVENTION)
     weights = {role: parent["sha256"] for role, parent in parents.items()}
     key = cache_key(settings, weights, corpora.fingerprint(documents), tokenizer_hash(tokenizer))
     folder = lethe_home() / "maps" / key
+
+    def fitted() -> AffineMap:
+        return fit_on_text(model, source, tokenizer, documents, config, text)
+
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with building(folder):
-            if (maps := _cached(folder, config.layers)) is None:
-                maps = fit_on_text(model, source, tokenizer, documents, config, text)
-                partial = folder.with_name(f".{key}.partial")
-                for rest in (folder, partial):
-                    shutil.rmtree(rest, ignore_errors=True)
-                maps.save(partial)
-                partial.rename(folder)
-                evict(folder.parent)
-            else:
-                with contextlib.suppress(OSError):  # another user's folder: it counts as used less recently
-                    os.utime(folder)
+        build_once(folder, lambda: _is_whole(folder), lambda partial: fitted().save(partial))
+        maps = load_maps(folder, config.layers)
+        use(folder, maps)
     except OSError as error:
         logger.warning("fitted maps cannot be cached in %s (%s)", folder.parent, error.strerror or error)
-        maps = fit_on_text(model, source, tokenizer, documents, config, text)
-    device = next(model.parameters()).device
+        maps = fitted()
     maps.record |= parents
-    return maps.to(device)
+    return maps.to(next(model.parameters()).device)
 
 
-def _cached(folder: Path, layers: list[int]) -> AffineMap | None:
-    """Maps of an earlier fit; None if there are none or they are damaged."""
+def _is_whole(folder: Path) -> bool:
+    """Whether the maps of an earlier fit are there, as they were written."""
     try:
-        return load_maps(folder, layers) if HASH in facts_of(folder) else None
-    except LetheError:
-        return None
+        return bool(refuse_altered(folder, facts_of(folder)[HASH]))
+    except (LetheError, KeyError):
+        return False
 
 
 LayerScores = dict[str, dict[str, float]]
@@ -274,19 +231,6 @@ def mean_r2(scores: LayerScores, key: str = "r2") -> float:
     return math.fsum(layer[key] for layer in scores.values()) / len(scores)
 
 
-def score_affine(config: AffineScoreConfig) -> MapScores:
-    """Score maps on text, for each layer, beside no map. Maps that do not record their convention are scored by both.
-
-    Raises:
-        LetheError: there are no maps, they belong to another pair, or the models or the text cannot be used.
-    """
-    checked = check_affine_score(config)
-    model, tokenizer = refs.load(checked.model, config.dtype)
-    source, _ = refs.load(checked.source, config.dtype)
-    sequences = corpora.tokenise(checked.documents, tokenizer, config.max_length)
-    return score_maps(checked.folder, checked.conventions, model, source, sequences, tokenizer.pad_token_id, config.batch_size)
-
-
 def score_maps(
     folder: Path,
     conventions: list[str],
@@ -298,11 +242,11 @@ def score_maps(
     layers: list[int] | None = None,
 ) -> MapScores:
     """Score the maps in `folder` by each of `conventions`, at `layers` (None: at all their layers)."""
-    facts = facts_of(folder)
+    tensors = refuse_altered(folder, None)
     found: dict[str, LayerScores] = {}
     with bar("Scoring maps", len(sequences) * len(conventions), "documents") as advance:
         for convention in conventions:
-            maps = load_maps(folder, layers or layers_of(facts, convention, len(blocks(model))), convention).to(model.device)
+            maps = load_maps(folder, layers or layers_of(tensors, convention, len(blocks(model))), convention).to(model.device)
             pairs = activation_pairs(model, source, sequences, maps.layers, batch_size, pad_id, advance)
             found[convention] = score(pairs, maps)
-    return MapScores(recorded_convention(facts) is not None, found)
+    return MapScores(recorded_convention(facts_of(folder)) is not None, found)

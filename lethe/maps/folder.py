@@ -1,26 +1,29 @@
 """Folders of maps: where they are and which weights they belong to. Nothing here loads a map or imports torch.
 
-A folder has `affine_transforms.safetensors` and `metadata.json`. The metadata lists the layers. For maps that Lethe fitted it
-also has the weights, the convention of numbering layers, the text, the scores and the SHA-256 of the maps.
+A folder has `affine_transforms.safetensors` and `metadata.json`. For maps that Lethe fitted, the metadata has the weights, the
+convention of numbering layers, the text, the scores and the SHA-256 of the maps.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from lethe.errors import LetheError, printable
 from lethe.files import UnreadableError, json_of, sha256, text_of
 from lethe.models import refs
-from lethe.models.files import advice, require_content
+from lethe.models.folder import Shapes, advice, shapes
+from lethe.models.hub import snapshot
 from lethe.runs.run import find_run
 
 WEIGHTS = "affine_transforms.safetensors"
 METADATA = "metadata.json"
 HASH = "weights_sha256"
 """Key of the metadata: SHA-256 of the maps."""
+WEIGHT_NAME = re.compile(r"layer_([0-9]+)\.weight")
 CONVENTIONS = {"block_output": 0, "hidden_states": 1}
 """By convention, what to subtract from the N of `layer_N` to get the block whose output is mapped. Lethe's: `block_output`."""
 
@@ -44,10 +47,7 @@ def find_maps(name: str, out: str | Path = "runs") -> Path:
         return Path(name)
     if name.count("/") != 1:
         raise LetheError(f"affine: '{name}' is not a folder of maps; give one, run:ID, a repository of the hub, fit or none")
-    from huggingface_hub import snapshot_download
-
-    with refs.hub(f"affine: there is no folder '{name}', and the repository of that name cannot be read"):
-        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, METADATA]))
+    return snapshot(name, "main", [WEIGHTS, METADATA], "affine")
 
 
 def check_maps(
@@ -57,14 +57,12 @@ def check_maps(
 
     Raises:
         LetheError: the maps were altered, belong to another pair of weights, have another width, or lack a layer by every
-            convention.
+            convention, or by the one that is named.
     """
     facts = facts_of(folder)
-    if (width := facts.get("hidden_dim")) is not None and width != model.width:
-        raise LetheError(f"affine: the maps in '{folder}' are for width {width}, '{model.name}' has {model.width}")
-    refuse_altered(folder, facts.get(HASH))
-    for name, shape in _shapes(folder).items():
-        if shape != [model.width] * (2 if name.endswith(".weight") else 1):
+    tensors = refuse_altered(folder, facts.get(HASH))
+    for name, (_, shape) in tensors.items():
+        if name.startswith("layer_") and shape != [model.width] * (2 if name.endswith(".weight") else 1):
             wrong = f"{name} in '{folder}' is {shape}, '{model.name}' has width {model.width}"
             raise LetheError(f"affine: {wrong}; fit maps for it")
     if recorded := recorded_convention(facts):
@@ -76,35 +74,23 @@ def check_maps(
                     f"affine: the maps in '{folder}' were fitted for {role} '{facts[role]['ref']}', "
                     f"whose weights are not those of '{ref.name}'; fit maps for this pair: lethe affine fit"
                 )
-    wanted = [recorded] if recorded else [convention] if convention != "auto" else list(CONVENTIONS)
-    lacking = {name: sorted(set(layers or []) - set(layers_of(facts, name, model.depth))) for name in wanted}
-    if all(lacking.values()):
-        have = " or ".join(f"{layers_of(facts, name, model.depth)} as {name}" for name in wanted)
-        raise LetheError(f"affine: the maps in '{folder}' lack layers {lacking[wanted[0]]}; they have {have}")
-    return [name for name in wanted if not lacking[name]]
+    have = {name: layers_of(tensors, name, model.depth) for name in ([recorded] if recorded else CONVENTIONS)}
+    possible = [name for name, layers_there in have.items() if layers_there and set(layers or []) <= set(layers_there)]
+    if not possible or convention not in {"auto", *possible}:
+        found = " or ".join(f"{layers_there} as {name}" for name, layers_there in have.items())
+        raise LetheError(f"affine: the maps in '{folder}' lack some of the layers {sorted(layers or [])}; they have {found}")
+    return possible
 
 
-def refuse_altered(folder: Path, recorded: str | None) -> None:
-    """Refuse maps that cannot be read, or whose hash differs from the recorded one (None: no hash was recorded)."""
+def refuse_altered(folder: Path, recorded: str | None) -> Shapes:
+    """The type and shape of each tensor. Refuses maps that cannot be read, or with another hash than `recorded` (None: any)."""
     try:
-        require_content(folder / WEIGHTS)
+        found = shapes(folder / WEIGHTS)
     except UnreadableError as error:
-        raise _unreadable(folder, error) from error
+        raise LetheError(f"affine: '{folder / WEIGHTS}' cannot be read ({printable(error, 80)}){advice(error)}") from error
     if recorded is not None and sha256(folder / WEIGHTS) != recorded:
         raise LetheError(f"affine: '{folder / WEIGHTS}' was altered after it was written; fit the maps again")
-
-
-def _unreadable(folder: Path, why: object) -> LetheError:
-    return LetheError(f"affine: '{folder / WEIGHTS}' cannot be read ({printable(why, 80)}){advice(why)}")
-
-
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of each map's weight and bias."""
-    try:
-        with safe_open(folder / WEIGHTS, framework="numpy") as maps:
-            return {name: maps.get_slice(name).get_shape() for name in maps.keys() if name.startswith("layer_")}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(folder, error) from error
+    return found
 
 
 def recorded_convention(facts: dict[str, Any]) -> str | None:
@@ -122,25 +108,25 @@ def recorded_convention(facts: dict[str, Any]) -> str | None:
     return facts["convention"]
 
 
-def layers_of(facts: dict[str, Any], convention: str, depth: int) -> list[int]:
-    """The layers (blocks, from 0) of the maps, if their indices follow this convention."""
-    blocks = [index - CONVENTIONS[convention] for index in facts["layer_indices"]]
-    return sorted(block for block in blocks if 0 <= block < depth)
+def layers_of(tensors: Collection[str], convention: str, depth: float = math.inf) -> list[int]:
+    """The layers (blocks, from 0) that have a weight and a bias among these names, if their numbers follow this convention."""
+    numbers = {
+        int(found[1]) for name in tensors if (found := WEIGHT_NAME.fullmatch(name)) and f"layer_{found[1]}.bias" in tensors
+    }
+    return sorted(block for number in numbers if 0 <= (block := number - CONVENTIONS[convention]) < depth)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """The metadata of the maps in `folder`.
 
     Raises:
-        LetheError: it cannot be read, or its lists of layers or of fitted documents are malformed.
+        LetheError: it cannot be read, or its list of fitted documents is malformed.
     """
     try:
         facts = json_of(text_of(folder / METADATA))
     except UnreadableError as error:
         raise LetheError(f"affine: '{folder}' has no readable {METADATA} ({error})") from error
-    indices, fitted = (facts.get("layer_indices"), facts.get("fitted_ids", [])) if isinstance(facts, dict) else (None, [])
-    if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
-        raise LetheError(f"affine: {METADATA} in '{folder}' does not say which layers the maps are for (layer_indices)")
+    fitted = facts.get("fitted_ids", []) if isinstance(facts, dict) else None
     if not isinstance(fitted, list) or not all(isinstance(name, str) for name in fitted):
         raise LetheError(f"affine: {METADATA} in '{folder}' does not say which documents the maps were fitted on (fitted_ids)")
     return facts

@@ -8,7 +8,6 @@ output of the final norm.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,67 +46,6 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return outermost[0]
 
 
-@contextlib.contextmanager
-def capture(model: nn.Module, layers: list[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside, each forward pass puts the activations of `layers`, [batch, seq, hidden], into the yielded dict."""
-    activations: dict[int, Tensor] = {}
-    with contextlib.ExitStack() as hooks:
-        for layer, block in _needed(model, layers).items():
-            handle = block.register_forward_hook(_store(activations, layer))
-            hooks.callback(handle.remove)
-        yield activations
-
-
-def residuals(
-    model: nn.Module, input_ids: Int[Tensor, "batch seq"], layers: list[int]
-) -> dict[int, Float[Tensor, "batch seq hidden"]]:
-    """Activations of `layers` on `input_ids`. Blocks after the last of them, and the output head, do not run.
-
-    Padding must be on the right: see `corpora.pad`.
-
-    Raises:
-        LetheError: the model has no such layer.
-    """
-    last = _needed(model, layers)[max(layers)]
-    with capture(model, layers) as activations:
-        handle = last.register_forward_hook(_stop)
-        try:
-            model(input_ids=input_ids, use_cache=False)
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
-    return activations
-
-
-@contextlib.contextmanager
-def input_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, a forward pass ends before `module` runs, and puts its first input into the yielded list."""
-    found: list[Tensor] = []
-
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(args[0])
-        raise _Enough
-
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        yield found
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-
-
-def final_hidden(model: nn.Module, head: nn.Module, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
-    """The input of the output `head`: the hidden states after the final norm. The head does not run.
-
-    Padding must be on the right: see `corpora.pad`.
-    """
-    with input_of(head) as found:
-        model(input_ids=input_ids, use_cache=False)
-    return found[0]
-
-
 @dataclass
 class States:
     """Results of a forward pass: activations by layer, and the final hidden states or the logits, if requested."""
@@ -125,15 +63,30 @@ def read(
 ) -> States:
     """One forward pass for the activations of `layers` and, with `output`, the input of `head` (None: the logits).
 
-    It ends as soon as all of these are computed.
+    It ends as soon as all of these are computed: later blocks, and `head`, do not run. Padding must be on the right
+    (`corpora.pad`).
+
+    Raises:
+        LetheError: the model has no such layer.
     """
-    if not output:
-        return States(residuals(model, input_ids, layers))
-    with contextlib.ExitStack() as stack:
-        activations = stack.enter_context(capture(model, layers)) if layers else {}
-        if head is None:
-            return States(activations, model(input_ids=input_ids, use_cache=False).logits)
-        return States(activations, final_hidden(model, head, input_ids))
+    found = blocks(model) if layers or not output else nn.ModuleList()
+    if (not layers and not output) or any(not 0 <= layer < len(found) for layer in layers):
+        raise LetheError(f"layers: {layers} is out of range; the model has {len(found)} blocks, layers 0 to {len(found) - 1}")
+    states = States()
+
+    def before_head(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        states.output = args[0]
+        raise _Enough
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            last = not output and layer == max(layers)
+            hooks.callback(found[layer].register_forward_hook(_store(states, layer, last)).remove)
+        if output and head is not None:
+            hooks.callback(head.register_forward_pre_hook(before_head).remove)
+        with contextlib.suppress(_Enough):
+            states.output = model(input_ids=input_ids, use_cache=False).logits
+    return states
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
@@ -142,23 +95,14 @@ def alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).norm() <= close * b.norm())
 
 
-def _needed(model: nn.Module, layers: list[int]) -> dict[int, nn.Module]:
-    found = blocks(model)
-    if not layers or min(layers) < 0 or max(layers) >= len(found):
-        raise LetheError(f"layers: {layers} is out of range; the model has {len(found)} blocks, layers 0 to {len(found) - 1}")
-    return {layer: found[layer] for layer in sorted(layers)}
-
-
-def _store(activations: dict[int, Tensor], layer: int):  # type: ignore[no-untyped-def]
+def _store(states: States, layer: int, last: bool):  # type: ignore[no-untyped-def]
     def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         stream = output if isinstance(output, Tensor) else output[0]
         if stream.ndim != 3:
             wrong = f"layer {layer} returns {stream.ndim} dimensions ({type(module).__name__}), expected [batch, seq, hidden]"
             raise LetheError(f"{wrong}; without a single residual stream the architecture is not supported")
-        activations[layer] = stream
+        states.activations[layer] = stream
+        if last:
+            raise _Enough
 
     return hook
-
-
-def _stop(module: nn.Module, args: object, output: object) -> None:
-    raise _Enough

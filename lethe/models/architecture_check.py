@@ -8,9 +8,6 @@ measure random routing, for instance, as a difference.
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -59,21 +56,14 @@ def refuse_untrainable(model: nn.Module, name: str, width: int) -> None:
                 found = _states(model, name, ids)
                 drawn = not torch.equal(before, _random_state(ids.device))
             if not all(alike(a, b) for a, b in zip(_tensors(found), _tensors(plain), strict=True)):
-                raise LetheError(_unlike(model, name, drawn))
+                how = "draws random numbers" if drawn else "computes something else"
+                why = f"{how} in training, with dropout off"
+                todo = "the losses would measure that, so choose another model, or set its noise or jitter in config.json to 0"
+                raise LetheError(f"model '{name}': {type(model).__name__} {why}; {todo}")
             if not drawn:
                 break
     finally:
         model.train(was_training)
-
-
-def _unlike(model: nn.Module, name: str, drawn: bool) -> str:
-    why = "draws random numbers in training, beside dropout, which is off" if drawn else "computes something else in training"
-    config: Any = model.config
-    parts = [config.to_dict(), *(part for part in config.to_dict().values() if isinstance(part, dict))]
-    rates = [(str(key), value) for part in parts for key, value in part.items() if type(value) in {int, float} and value]
-    noise = ", ".join(f"{key}: {value:g}" for key, value in rates if re.search("jitter|noise|drop", key))
-    has = f" (its configuration has {noise})" if noise else ""
-    return f"model '{name}': {type(model).__name__} {why}{has}; the losses would measure that, so choose another model"
 
 
 def _ids(model: nn.Module, batch: int, seq: int) -> Int[Tensor, "batch seq"]:

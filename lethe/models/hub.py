@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, downloaded into its cache. Failures of the hub are refusals with a reason."""
+"""Snapshots of repositories of the Hugging Face hub, in its cache. Failures of the hub are refusals with a reason."""
 
 from __future__ import annotations
 
@@ -28,25 +28,15 @@ def hub(problem: str) -> Iterator[None]:
         raise LetheError(f"{problem} ({why})") from error
 
 
-def fetch(repository: str, revision: str, name: str) -> Path:
-    """A file of a repository.
+def snapshot(repository: str, revision: str, patterns: list[str], what: str = "model reference") -> Path:
+    """The folder of a repository at one commit, with the files that these patterns match. Its name is the commit.
+
+    `what`: what the repository was named as, for the error.
 
     Raises:
         LetheError: it cannot be read.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
 
-    with hub(f"model reference '{repository}@{revision}': there is no such folder, and the repository cannot be read"):
-        return Path(hf_hub_download(repository, name, revision=revision))
-
-
-def fetch_optional(repository: str, revision: str, name: str) -> Path | None:
-    """As `fetch`; None if the repository has no such file."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return fetch(repository, revision, name)
-    except LetheError as error:
-        if isinstance(error.__cause__, EntryNotFoundError):
-            return None
-        raise
+    with hub(f"{what} '{repository}@{revision}': there is no such folder, and the repository cannot be read"):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))

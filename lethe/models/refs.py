@@ -10,32 +10,36 @@
     name -> resolve -> ModelRef -> verify -> load -> model, tokenizer
 
 `resolve` looks a reference up and refuses what cannot be loaded, without importing torch. `verify` checks that configuration,
-weights and tokenizer match, without reading the weights. `load` loads a verified model. Weights are read from safetensors only,
-since a pickle can run code, and no code of a repository runs.
+weights and tokenizer match, without reading the weights. `load` loads a verified model. A repository of the hub is a folder
+too, its snapshot of one commit; `verify` downloads the weights. Weights are read from safetensors only, since a pickle can run
+code, and no code of a repository runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lethe.errors import LetheError, nearest
+from lethe.errors import LetheError, nearest, printable
 from lethe.files import sha256
 from lethe.lab import presets
-from lethe.models import files as model_files
+from lethe.models import folder as model_folder
 from lethe.models.checkpoint_folders import checkpoint_folders, checkpoint_of
-from lethe.models.files import DEPTH_KEYS, WIDTH_KEYS, WINDOW_KEYS
-from lethe.models.hub import fetch, fetch_optional, hub
+from lethe.models.folder import ADAPTER, OWN_CONFIG, WEIGHTS, blamed
+from lethe.models.hub import snapshot
 from lethe.runs.run import Run, find_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RANDOM_SEED = 0
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+TOKENIZER = "tokenizer.json"
+WINDOW_KEYS = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,23 @@ class ModelRef:
         return self.revision is None
 
     @functools.cached_property
+    def folder(self) -> Path:
+        """The folder of the model; of a repository of the hub, the snapshot with all its files but the weights."""
+        return snapshot(self.path, self.revision, ["*.json", "*.model", "*.txt"]) if self.revision else Path(self.path)
+
+    @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
-        return model_files.part(self.name, _file(self, "config.json"))
+        return model_folder.part(self.name, self.folder / "config.json")
 
     def _size(self, *keys: str) -> int | None:
         """The first of these settings that config.json has; None if it has none."""
-        settings = model_files.text_settings(self.config)
-        return next((model_files.whole(self.name, settings, key) for key in keys if settings.get(key) is not None), None)
+        settings = model_folder.text_settings(self.config)
+        key = next((key for key in keys if settings.get(key) is not None), None)
+        if key is not None and (type(settings[key]) is not int or settings[key] < 1):
+            wrong = f"{key} is {printable(repr(settings[key]), 60)} in config.json, not a whole number above 0"
+            raise LetheError(f"model '{self.name}': {wrong}; {OWN_CONFIG}")
+        return None if key is None else settings[key]
 
     def _required(self, keys: tuple[str, ...]) -> int:
         if found := self._size(*keys):
@@ -134,10 +147,8 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lethe.models.folder_check import blamed, depth_of, refuse_report
-
     verify(ref)
-    with _readable(ref), blamed(ref.name, "it cannot be loaded", "copy or download it again", ref.config):
+    with blamed(ref.name, "it cannot be loaded", "copy or download it again"):
         config, dropouts = _config(ref)
         kind = getattr(torch, dtype)
         if ref.random:
@@ -146,10 +157,10 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
                 model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                ref.path, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **_where(ref)
+                ref.folder, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, trust_remote_code=False
             )
             model, report = loaded
-            refuse_report(ref.name, report, depth_of(config))
+            model_folder.refuse_report(ref.name, report, model_folder.depth_of(config))
         for name, value in dropouts.items():
             setattr(model.config, name, value)
         if ref.adapter:
@@ -164,21 +175,12 @@ def _config(ref: ModelRef) -> tuple[Any, dict[str, float]]:
     """The configuration with dropouts at 0, and their rates in config.json."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(ref.path, **_where(ref))
+    config = AutoConfig.from_pretrained(ref.folder, trust_remote_code=False)
     config.return_dict = True
     dropouts = {name: rate for name, rate in vars(config).items() if "drop" in name and type(rate) in {int, float}}
     for name in dropouts:
         setattr(config, name, 0.0)
     return config, dropouts
-
-
-def _where(ref: ModelRef) -> dict[str, Any]:
-    """Arguments of every `from_pretrained`. Without `trust_remote_code`, transformers would prompt on stdin."""
-    return {"trust_remote_code": False} | ({"revision": ref.revision} if ref.revision else {})
-
-
-def _readable(ref: ModelRef) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if ref.local else hub(f"model '{ref.name}' cannot be read from the hub")
 
 
 def verify(*refs: ModelRef) -> None:
@@ -188,27 +190,31 @@ def verify(*refs: ModelRef) -> None:
         LetheError: the model cannot be loaded, or only without some of its weights.
     """
     for ref in refs:
-        files = Path(ref.path).iterdir() if ref.local else () if ref.random else _weight_files(ref)
-        states = ((path.name, path.stat()) for path in sorted(files) if path.exists())
+        _download_weights(ref)
+        states = ((path.name, path.stat()) for path in sorted(ref.folder.iterdir()) if path.exists())
         _verified(ref, tuple((name, state.st_size, state.st_mtime_ns) for name, state in states))
+
+
+def _download_weights(ref: ModelRef) -> None:
+    """Download the weights of a repository of the hub: the whole file, or else the shards that its index lists."""
+    if ref.revision and not ref.random:
+        commit = ref.folder.name
+        snapshot(ref.path, commit, [WEIGHTS])
+        if shards := [file.name for file in model_folder.weight_files(ref.name, ref.folder) if file.name != WEIGHTS]:
+            snapshot(ref.path, commit, shards)
 
 
 @functools.lru_cache(maxsize=64)
 def _verified(ref: ModelRef, files: tuple[tuple[str, int, int], ...]) -> None:
     """`verify`, cached for the same names, sizes and times of files."""
-    from lethe.models.folder_check import blamed, refuse_misfit, refuse_tokens
-
-    if not (ref.local or ref.random):
-        model_files.refuse_adapter(ref.name, [name for name in model_files.ADAPTER[:1] if _optional(ref, name)])
-    with _readable(ref), blamed(ref.name, "config.json cannot be used", "take the model's own config.json", ref.config):
+    with blamed(ref.name, "config.json cannot be used", OWN_CONFIG):
         config, _ = _config(ref)
-    refuse_misfit(ref.name, config, ref.config, None if ref.random else model_files.shapes(ref.name, _weight_files(ref)))
-    _part(ref, "tokenizer.json")  # if it is damaged, transformers would read other files instead
-    settings = _part(ref, "tokenizer_config.json") or {}
-    todo = "save it again: tokenizer.save_pretrained(FOLDER)"
-    with _readable(ref), blamed(ref.name, "its tokenizer cannot be loaded", todo, settings):
+    model_folder.refuse_misfit(ref.name, config, None if ref.random else model_folder.refuse_weights(ref.name, ref.folder))
+    if (ref.folder / TOKENIZER).exists():
+        model_folder.part(ref.name, ref.folder / TOKENIZER)  # if it is damaged, transformers would read other files instead
+    with blamed(ref.name, "its tokenizer cannot be loaded", "save it again: tokenizer.save_pretrained(FOLDER)"):
         found = tokenizer(ref)
-    refuse_tokens(ref.name, found, ref.vocabulary)
+    model_folder.refuse_tokens(ref.name, found, ref.vocabulary)
 
 
 def tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
@@ -219,7 +225,7 @@ def tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(ref.path, **_where(ref))
+    found = AutoTokenizer.from_pretrained(ref.folder, trust_remote_code=False)
     found.padding_side = "right"
     size = ref.vocabulary or len(found)
     ids = (found.pad_token_id, found.eos_token_id, found.bos_token_id, found.unk_token_id, 0)
@@ -232,13 +238,11 @@ def tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
 def weight_hash(ref: ModelRef) -> str:
     """An identifier of the weights: SHA-256 of the safetensors files, or the commit of a repository of the hub."""
     if ref.random:
-        return f"random:seed{RANDOM_SEED}:{sha256(_file(ref, 'config.json'))}"
+        return f"random:seed{RANDOM_SEED}:{sha256(ref.folder / 'config.json')}"
     if ref.revision:
-        return f"commit:{_file(ref, 'config.json').parent.name}"
-    files = _weight_files(ref)
-    if ref.adapter:
-        files = [*files, Path(ref.adapter) / model_files.ADAPTER[1]]
-    return sha256(*files)
+        return f"commit:{ref.folder.name}"
+    adapter = [Path(ref.adapter) / ADAPTER[1]] if ref.adapter else []
+    return sha256(*model_folder.weight_files(ref.name, ref.folder), *adapter)
 
 
 def record(ref: ModelRef) -> dict[str, str]:
@@ -324,65 +328,37 @@ def _of_run(name: str, run: Run) -> ModelRef:
 
 def _adapter(name: str, run: Run) -> str:
     folder = run.artifact("adapter")
-    if folder is None:
-        raise LetheError(f"'{name}' has a base and no adapter on it (artifacts.adapter); run it again")
-    weights = folder / model_files.ADAPTER[1]
-    if not weights.is_file():
-        raise LetheError(f"'{name}': its adapter is gone, there is no {weights.name} in '{folder}'; run it again")
-    if sha256(weights) != run.record["artifacts"]["adapter"].get("sha256"):
-        raise LetheError(f"'{name}': its adapter in '{folder}' has changed since it was saved; run it again")
+    weights = folder / ADAPTER[1] if folder else None
+    if weights is None or not weights.is_file() or sha256(weights) != run.record["artifacts"]["adapter"].get("sha256"):
+        raise LetheError(f"'{name}': its adapter in '{folder}' is gone or has changed since it was saved; run it again")
     return str(folder)
 
 
 def checked(ref: ModelRef) -> ModelRef:
-    """`ref`, after a look at its files: all files of a folder, config.json of a repository of the hub.
+    """`ref`, after a look at its files; not at the weights of a repository of the hub, which are not downloaded yet.
 
     Raises:
         LetheError: a file shows that the model cannot be loaded.
     """
-    folder = Path(ref.path)
-    if ref.local and not os.path.lexists(folder / "config.json"):
-        model_files.refuse_no_config(ref.name, folder, list(checkpoint_folders(folder)))
-    model_files.refuse_config(ref.name, ref.config)
-    if ref.local and not ref.random:
-        model_files.refuse_weights(ref.name, folder)
-        model_files.refuse_tokenizer(ref.name, folder)
-    return ref
-
-
-def _weight_files(ref: ModelRef) -> list[Path]:
-    """The files of a model's weights, downloaded if it is not local."""
+    folder = ref.folder
+    if not os.path.lexists(folder / "config.json"):
+        if (folder / ADAPTER[0]).exists():
+            raise model_folder.adapter_alone(ref.name, folder)
+        found = "".join(
+            f"; name one of its checkpoints, such as '{ref.name}@{step}'" for step in list(checkpoint_folders(folder))[-1:]
+        )
+        raise LetheError(f"model '{ref.name}' has no config.json, so it is not the folder of a model{found}")
+    model_folder.refuse_config(ref.name, ref.config)
+    for keys in (WIDTH_KEYS, DEPTH_KEYS, WINDOW_KEYS, ("vocab_size",)):
+        ref._size(*keys)
     if ref.local:
-        return model_files.weight_files(ref.name, Path(ref.path))
-    if whole := _optional(ref, model_files.WEIGHTS):
-        return [whole]
-    if index := _optional(ref, model_files.INDEX):
-        return [_file(ref, shard) for shard in sorted(model_files.shards(ref.name, index))]
-    found = f"there is no {model_files.WEIGHTS} and no {model_files.INDEX}, and pickled weights are not read"
-    raise LetheError(f"model '{ref.name}': {found}; {model_files.SAVE}")
-
-
-def _file(ref: ModelRef, name: str) -> Path:
-    """A file of the model, downloaded if it is not local."""
-    return fetch(ref.path, ref.revision, name) if ref.revision else Path(ref.path) / name
-
-
-def _optional(ref: ModelRef, name: str) -> Path | None:
-    """As `_file`; None if the model has no such file."""
-    if ref.revision:
-        return fetch_optional(ref.path, ref.revision, name)
-    return Path(ref.path) / name if os.path.lexists(Path(ref.path) / name) else None
-
-
-def _part(ref: ModelRef, name: str) -> dict[str, Any] | None:
-    """The content of a JSON file; None if the model has no such file."""
-    file = _optional(ref, name)
-    return model_files.part(ref.name, file) if file else None
+        model_folder.refuse_weights(ref.name, folder)
+    return ref
 
 
 def _vocabulary(ref: ModelRef) -> Any:
     """What determines the tokens of a text: vocabulary, merges and normalisation."""
-    found = _part(ref, "tokenizer.json")
-    if found is None:
+    if not (ref.folder / TOKENIZER).exists():
         return tokenizer(ref).get_vocab()
+    found = model_folder.part(ref.name, ref.folder / TOKENIZER)
     return found.get("model"), found.get("added_tokens"), found.get("pre_tokenizer"), found.get("normalizer")

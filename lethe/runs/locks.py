@@ -15,10 +15,11 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,7 @@ from typing import IO, Any
 import psutil
 
 from lethe.errors import LetheError
+from lethe.home import evict
 
 LOCK = "work.lock"
 logger = logging.getLogger(__name__)
@@ -94,6 +96,32 @@ def building(folder: Path) -> Iterator[None]:
             logger.warning("another process is building %s; waiting for it", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def build_once(folder: Path, is_whole: Callable[[], bool], build: Callable[[Path], None], room: int = 0) -> None:
+    """Build what is cached in `folder`, unless it is whole: by one process, in a folder of another name, while others wait.
+
+    A damaged folder is built again. The least recently used folders beside it are evicted, to make `room` in bytes.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with building(folder):
+        if is_whole():
+            return
+        if folder.exists():
+            logger.warning("the cache %s is damaged; building it again", folder)
+        for rest in (folder, partial):  # left by a process that was killed: the lock is ours
+            shutil.rmtree(rest, ignore_errors=True)
+        evict(folder.parent, room)
+        try:
+            build(partial)
+            partial.rename(folder)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def identity(pid: int | None = None) -> dict[str, Any]:

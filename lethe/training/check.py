@@ -6,12 +6,8 @@ import importlib.util
 import math
 from typing import Any
 
-from lethe.config import (
-    TamperConfig,
-    TrainingSettings,
-    UnlearnSettings,
-)
-from lethe.errors import LetheError, nearest, printable
+from lethe.config import TamperConfig, TrainingSettings, UnlearnSettings
+from lethe.errors import LetheError, printable
 from lethe.models import refs
 
 
@@ -46,26 +42,15 @@ def refuse_rank(config: UnlearnSettings | TamperConfig, model: refs.ModelRef) ->
         )
 
 
-REPORTERS: dict[str, tuple[str, ...]] = {
-    name: (name,)
-    for name in ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab", "trackio", "wandb")
-}
-
-
-REPORTERS |= {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
-"""The loggers of transformers, and for each the packages of which it needs one."""
-
-
 def refuse_unavailable(config: TrainingSettings) -> None:
-    """Refuse settings that need a library that is not installed."""
-
-    def missing(*packages: str) -> bool:
-        return not any(map(importlib.util.find_spec, packages))
-
-    if config.optimizer == "adamw_8bit" and missing("torchao", "bitsandbytes"):
+    """Refuse settings that need a library that is not installed, or a logger that transformers does not have."""
+    if config.optimizer == "adamw_8bit" and not any(map(importlib.util.find_spec, ("torchao", "bitsandbytes"))):
         raise LetheError("optimizer: adamw_8bit needs torchao or bitsandbytes, and neither is installed; pip install torchao")
-    for name in config.report_to:
-        if name not in REPORTERS:
-            raise LetheError(f"report_to: '{printable(name, 80)}' is not a logger of transformers{nearest(name, REPORTERS)}")
-        if missing(*REPORTERS[name]):
-            raise LetheError(f"report_to: '{name}' is not installed; pip install {REPORTERS[name][0]}, or leave it out")
+    if config.report_to:
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        try:
+            for callback in get_reporting_integration_callbacks(config.report_to):
+                callback()  # raises where its library is missing
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise LetheError(f"report_to: {printable(error, 400)}") from error

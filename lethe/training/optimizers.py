@@ -27,7 +27,6 @@ from torch.optim import AdamW, Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lethe.config import OptimizerName, TrainingSettings
-from lethe.errors import LetheError
 from lethe.models.activations import blocks
 from lethe.models.experts import fused, plain_linear, routers
 
@@ -83,9 +82,6 @@ def make_optimizer(model: nn.Module, config: TrainingSettings) -> Optimizer:
     """The optimizer of a run, over the parameters that are trained.
 
     Weight decay is not applied to norms and biases.
-
-    Raises:
-        LetheError: `adamw_8bit` without a library that offers it.
     """
     parameters = dict(model.named_parameters())
     groups: dict[str, dict[str, Any]] = {}
@@ -118,18 +114,9 @@ def newton_schulz_dtype(setting: str) -> torch.dtype:
 
 
 def eight_bit_adamw() -> Callable[..., Optimizer]:
-    """AdamW with 8-bit state, from torchao or bitsandbytes.
-
-    Raises:
-        LetheError: neither is installed.
-    """
-    for package, module, name in (
-        ("torchao", "torchao.optim", "AdamW8bit"),
-        ("bitsandbytes", "bitsandbytes.optim", "AdamW8bit"),
-    ):
-        if importlib.util.find_spec(package):
-            return getattr(importlib.import_module(module), name)
-    raise LetheError("optimizer: adamw_8bit needs torchao or bitsandbytes, and neither is installed; pip install torchao")
+    """AdamW with 8-bit state, from torchao or bitsandbytes. `refuse_unavailable` has made sure that one is installed."""
+    package = next(filter(importlib.util.find_spec, ("torchao", "bitsandbytes")))
+    return importlib.import_module(f"{package}.optim").AdamW8bit
 
 
 class Muon(Optimizer):

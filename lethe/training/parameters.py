@@ -10,7 +10,7 @@ from torch import nn
 
 from lethe.models.activations import blocks
 from lethe.models.adapters import left_out
-from lethe.training.optimizers import Route, left_to_adamw, routes, routing_table
+from lethe.training.optimizers import left_to_adamw, routes, routing_table
 
 SHARE = 0.01
 """The plan has a warning if at least this share of the blocks' weights has no adapter, or is left to AdamW."""
@@ -22,21 +22,15 @@ def layer_of(model: nn.Module) -> dict[str, str]:
     return {name: owner.get(id(p), "outside") for name, p in model.named_parameters()}
 
 
-def trainable_by_layer(model: nn.Module, found: list[Route]) -> dict[str, dict[str, int]]:
-    """Trainable parameters by layer and role."""
-    layers = layer_of(model)
-    table: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for route in found:
-        table[layers[route.name]][route.role] += math.prod(route.shape)
-    return {layer: dict(roles) for layer, roles in table.items()}
-
-
 def describe(student: nn.Module, config: Any) -> dict[str, Any]:
     """Trainable parameters by layer and role, and the optimizer's routing, for the plan."""
-    found = routes(student, config.optimizer)
+    found, layers = routes(student, config.optimizer), layer_of(student)
+    by_layer: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for route in found:
+        by_layer[layers[route.name]][route.role] += math.prod(route.shape)
     return {
         "trainable_parameters": sum(math.prod(route.shape) for route in found),
-        "trainable_by_layer": trainable_by_layer(student, found),
+        "trainable_by_layer": {layer: dict(roles) for layer, roles in by_layer.items()},
         "routing": routing_table(found),
     }
 

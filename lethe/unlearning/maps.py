@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +16,7 @@ from lethe.config import AffineConfig
 from lethe.errors import LetheError
 from lethe.files import sha256
 from lethe.maps.affine import AffineMap, LayerScores, activation_pairs, fit, fit_once, load_maps, mean_r2, score_maps
-from lethe.maps.folder import CONVENTIONS, WEIGHTS, facts_of, layers_of, recorded_convention
+from lethe.maps.folder import WEIGHTS
 from lethe.maps.ridge import Score
 from lethe.methods.method import Method
 from lethe.runs.run import Run
@@ -44,25 +43,20 @@ def given(
     Raises:
         LetheError: they are no better than no map: they belong to another pair or other layers, or are damaged.
     """
-    assert checked.affine is not None and config.layers is not None and config.maps is not None
-    name = str(config.maps.given)
+    assert checked.affine is not None and config.maps is not None
+    name, asked = str(config.maps.given), config.maps.convention
     run.set_parents(affine={"ref": name, "sha256": sha256(checked.affine / WEIGHTS)})
-    device: Any = reference.device
-    recorded = recorded_convention(facts_of(checked.affine))
-    asked = config.maps.convention if recorded is None else "auto"
-    wanted = list(CONVENTIONS) if asked != "auto" else checked.conventions
-    possible = [name for name in wanted if set(config.layers) <= set(layers_of(facts_of(checked.affine), name, 10**9))]
     sequences = corpora.tokenise(checked.retain[-SCORED_DOCUMENTS:], tokenizer, config.max_length)
     models = reference, source
-    scored = score_maps(checked.affine, possible, *models, sequences, tokenizer.pad_token_id, BATCH, config.layers)
+    scored = score_maps(checked.affine, checked.conventions, *models, sequences, tokenizer.pad_token_id, BATCH, config.layers)
     convention = scored.convention if asked == "auto" else asked
     scores = scored.by_convention[convention]
     _refuse_useless(name, scores)
     found = ", ".join(f"{way} {mean_r2(s):.3f}" for way, s in scored.by_convention.items())
-    how = "recorded for this pair" if recorded else f"without a record, read as {convention}"
+    how = "recorded for this pair" if scored.recorded else f"without a record, read as {convention}"
     better = [f"affine_convention: {convention} as set, but the maps fit better as {scored.convention} ({found})"]
     run.update(scores=scores)
-    maps = load_maps(checked.affine, config.layers, convention).to(device)
+    maps = load_maps(checked.affine, config.layers, convention).to(next(reference.parameters()).device)
     said = f"{name} ({how}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"
     return maps, said, better if convention != scored.convention else []
 
@@ -153,12 +147,6 @@ def variances_of(teacher: Teacher, sequences: list[list[int]], pad_id: int) -> d
         if not (math.isfinite(value) and value > 0):
             raise LetheError(f"cb_scale: the target of layer {layer} has variance {value:g}; use cb_scale raw")
     return found
-
-
-def tokens_of(documents: list[corpora.Document], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    """The estimated number of tokens in documents, from the first of them."""
-    some = documents[:SCORED_DOCUMENTS]
-    return sum(map(len, corpora.tokenise(some, tokenizer, max_length))) * len(documents) // len(some) if some else 0
 
 
 def first(sequences: list[list[int]], tokens: int) -> list[list[int]]:

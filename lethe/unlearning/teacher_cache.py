@@ -27,10 +27,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lethe.files import sha256
-from lethe.home import evict, lethe_home, use
+from lethe.home import lethe_home, use
 from lethe.models.activations import States
 from lethe.progress import bar
-from lethe.runs.locks import building
+from lethe.runs.locks import build_once
 from lethe.text import corpora
 from lethe.unlearning.view import Teacher
 
@@ -137,21 +137,15 @@ def open_or_build(teacher: Teacher, text: str, sequences: list[list[int]]) -> Ca
     """The cache of a teacher's outputs on `sequences`, built if need be. None, with a warning, where it cannot be written."""
     key = key_of(teacher, sequences)
     folder = folder_of(key)
-    partial = folder.with_name(f".{folder.name}.partial")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with building(folder):
-            if not is_whole(folder, key):
-                if folder.exists():
-                    logger.warning("the teacher cache %s is damaged; building it again", folder)
-                for rest in (folder, partial):  # left by a process that was killed: the lock is ours
-                    shutil.rmtree(rest, ignore_errors=True)
-                evict(folder.parent, size_of(teacher, sequences))
-                _build(teacher, text, sequences, partial, key)
-                partial.rename(folder)
-            return Cache(folder, sequences)
+        build_once(
+            folder,
+            lambda: is_whole(folder, key),
+            lambda partial: _build(teacher, text, sequences, partial, key),
+            size_of(teacher, sequences),
+        )
+        return Cache(folder, sequences)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         logger.warning("no teacher cache for the %s text (%s); its teacher runs live", text, error.strerror or error)
         return None
 

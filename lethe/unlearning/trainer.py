@@ -60,19 +60,16 @@ class UnlearnTrainer(RunTrainer):
     def view(self, model: nn.Module, name: str, text: dict[str, Tensor]) -> View:
         """The model's pass over one text of a batch, and what the loss compares it with."""
         need = self.needs[name]
-        states = read(model, text["input_ids"], list(need.layers), need.logits, self.head)
-        counts = self.tokens[name], self.documents_in_update[name]
-        variance = self.target_variance if name == "forget" else None
         return View(
             text["input_ids"],
             text["mask"],
             text["index"],
-            states=states,
+            states=read(model, text["input_ids"], list(need.layers), need.logits, self.head),
             head=self.head,
             teacher=self.teachers.get(name),
-            variance=variance,
-            tokens=counts[0],
-            documents=counts[1],
+            variance=self.target_variance if name == "forget" else None,
+            tokens=self.tokens[name],
+            documents=self.documents_in_update[name],
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
