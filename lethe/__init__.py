@@ -24,9 +24,10 @@ if TYPE_CHECKING:
         TextSource,
     )
     from lethe.errors import LetheError
-    from lethe.evaluation.accuracy import evaluate, evaluate_model
+    from lethe.evaluation.accuracy import evaluate_model
     from lethe.evaluation.checkpoint_sweep import checkpoints
     from lethe.evaluation.comparison import compare
+    from lethe.evaluation.evaluating import evaluate
     from lethe.evaluation.tasks.consent import trust_task_code
     from lethe.maps.affine import AffineMap, fit_affine, score_affine
     from lethe.methods.distill import Distill
@@ -57,7 +58,8 @@ _HOME = {
     "methods.distill": ["Distill"],
     "methods.npo": ["NPO"],
     "methods.transfer": ["Transfer"],
-    "evaluation.accuracy": ["evaluate", "evaluate_model"],
+    "evaluation.accuracy": ["evaluate_model"],
+    "evaluation.evaluating": ["evaluate"],
     "runs.run": ["Run", "find_runs"],
     "sweeps.controller": ["sweep"],
     "attacks.tampering": ["tamper"],

@@ -155,7 +155,7 @@ def resume_run(run: Run) -> Run:
     elif kind == "tamper":
         from lethe.attacks.tampering import tamper as function
     elif kind == "evaluate":
-        from lethe.evaluation.accuracy import evaluate as function
+        from lethe.evaluation.evaluating import evaluate as function
     elif kind == "checkpoints":
         from lethe.evaluation.checkpoint_sweep import checkpoints as function
     else:
