@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lethe.config.checks import Dtype, at_least, check_types
 from lethe.errors import LetheError
@@ -15,6 +15,9 @@ LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain"
 class TaskSettings:
     """The settings of every command that evaluates on tasks."""
 
+    prefix: ClassVar[str] = ""
+    """What the names of these settings begin with, for messages."""
+
     limit: int = 0
     """Number of questions per task, from the first one (0: all). More questions give narrower intervals."""
     task_data: dict[str, str] = field(default_factory=dict)
@@ -24,31 +27,30 @@ class TaskSettings:
     suites: dict[str, list[str]] = field(default_factory=dict)
     """Your own names for lists of tasks, which you can then use in tasks: {biothreat: [wmdp_bio_robust, wmdp_bio_cloze]}."""
 
-    def _spelled_out(self, tasks: list[str], prefix: str = "") -> list[str]:
-        """Task names without commas, and the tasks of a suite in its place; each name once.
+    def __post_init__(self) -> None:
+        """Split task names at commas, and write the tasks of a suite in its place; each name once.
 
         Raises:
             LetheError: a setting is out of range.
         """
-        at_least(f"{prefix}limit", self.limit, 0)
-        at_least(f"{prefix}num_fewshot", self.num_fewshot or 0, 0)
-        names = [name.strip() for word in tasks for name in word.split(",") if name.strip()]
-        return list(dict.fromkeys(task for name in names for task in self.suites.get(name, [name])))
+        check_types(self, self.prefix)
+        for name in ("limit", "num_fewshot", "every", "time_limit"):
+            at_least(f"{self.prefix}{name}", getattr(self, name, 0) or 0, 0)
+        given: list[str] = vars(self)["tasks"]  # a setting of each command, with its own default
+        names = [name.strip() for word in given for name in word.split(",") if name.strip()]
+        self.tasks = list(dict.fromkeys(task for name in names for task in self.suites.get(name, [name])))
 
 
 @dataclass
 class EvalSettings(TaskSettings):
     """Evaluation during and after a run."""
 
+    prefix: ClassVar[str] = "eval."
+
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
     """Tasks or groups of lm-eval, folders of task files, or suites."""
     every: int = 0
     """Updates between two evaluations (0: evaluate at the end only). A smaller number gives a finer curve and takes longer."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "eval.")
-        at_least("eval.every", self.every, 0)
-        self.tasks = self._spelled_out(self.tasks, "eval.")
 
 
 @dataclass
@@ -74,11 +76,6 @@ class CheckpointsConfig(TaskSettings):
     name: str = "checkpoints"
     """Name of the run."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        at_least("time_limit", self.time_limit, 0)
-        self.tasks = self._spelled_out(self.tasks)
-
 
 @dataclass
 class EvaluateConfig(TaskSettings):
@@ -99,11 +96,6 @@ class EvaluateConfig(TaskSettings):
     name: str = "eval"
     """Name of the run."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        at_least("time_limit", self.time_limit, 0)
-        self.tasks = self._spelled_out(self.tasks)
-
 
 @dataclass
 class CompareConfig(TaskSettings):
@@ -119,7 +111,6 @@ class CompareConfig(TaskSettings):
     """Folder in which runs are looked up."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        self.tasks = self._spelled_out(self.tasks)
+        super().__post_init__()
         if len(self.models) != 2:
             raise LetheError(f"models: expected two references or runs, got {len(self.models)}")
