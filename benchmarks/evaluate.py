@@ -147,7 +147,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lethe import cli
-    from lethe.evaluation import requests, scoring, token_trees
+    from lethe.evaluation import requests, scoring
     from lethe.evaluation.accuracy import evaluate_model
 
     cli.quiet()
@@ -177,8 +177,8 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         hflm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=max(1, args.tokens // longest))
 
         def ours(instances: list = instances) -> list:
-            token_trees._last.clear()
-            return scoring.Scorer(model, tokenizer).loglikelihood(instances)
+            scorer = scoring.Scorer(model, tokenizer)
+            return scorer.score(scorer.encode([one.args for one in instances]))
 
         def theirs(instances: list = instances, hflm: HFLM = hflm) -> list:
             return hflm.loglikelihood(instances, disable_tqdm=True)

@@ -30,9 +30,10 @@ from lethe.runs.run import Run, find_runs
 
 if TYPE_CHECKING:
     from lethe.attacks.tampering import tamper
-    from lethe.evaluation.accuracy import evaluate, evaluate_model
+    from lethe.evaluation.accuracy import evaluate_model
     from lethe.evaluation.checkpoint_sweep import checkpoints
     from lethe.evaluation.comparison import compare
+    from lethe.evaluation.evaluating import evaluate
     from lethe.maps.affine import AffineMap
     from lethe.maps.pipeline import fit_affine, score_affine
     from lethe.sweeps.controller import sweep
@@ -42,7 +43,7 @@ _LATER = {
     "AffineMap": "maps.affine",
     "checkpoints": "evaluation.checkpoint_sweep",
     "compare": "evaluation.comparison",
-    "evaluate": "evaluation.accuracy",
+    "evaluate": "evaluation.evaluating",
     "evaluate_model": "evaluation.accuracy",
     "fit_affine": "maps.pipeline",
     "score_affine": "maps.pipeline",

@@ -262,10 +262,7 @@ def _unlearn(settings: Method, as_json: bool) -> None:
 
 @command("evaluate", "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model", runs_tasks=True)
 def _evaluate(settings: c.EvaluateConfig, as_json: bool) -> None:
-    from lethe.evaluation.check import check_model
-
-    check_model(settings)
-    from lethe.evaluation.accuracy import evaluate
+    from lethe.evaluation.evaluating import evaluate
     from lethe.report.tables import evals_table
 
     run = evaluate(settings)

@@ -66,8 +66,8 @@ def _demo(config: DemoConfig) -> dict[str, Path]:
     steps = _Steps(Path(config.out) / "runs")
 
     from lethe.attacks.tampering import tamper
-    from lethe.evaluation.accuracy import evaluate
     from lethe.evaluation.checkpoint_sweep import checkpoints
+    from lethe.evaluation.evaluating import evaluate
     from lethe.maps.pipeline import fit_affine
     from lethe.unlearning.pipeline import unlearn
 

@@ -1,4 +1,4 @@
-"""$LETHE_HOME: the lab, and caches that save time, such as the requests of tasks, results of checkpoints and fitted maps.
+"""$LETHE_HOME: the lab, and caches that save time, such as results of checkpoints and fitted maps.
 
 `cache_key` names a cached result, `store` and `stored` write and read it as text, `use` and `evict` bound the folders of a
 cache. You can delete any cache at any time. If $LETHE_HOME cannot be written, work is repeated and nothing else happens. A

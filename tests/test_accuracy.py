@@ -1,8 +1,7 @@
-"""Results are those of lm-eval, their requests are built once, and an evaluation changes nothing about the model."""
+"""Results are those of lm-eval, their questions are built once, and an evaluation changes nothing about the model."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
 from collections import Counter
@@ -49,68 +48,30 @@ def test_accuracy_stderr_and_facts_are_those_of_simple_evaluate(gpt2, known, tmp
     assert ours["chance"] == pytest.approx(np.mean([1 / len(q["choices"]) for q in QUESTIONS]))
 
 
-# --- requests are built once -----------------------------------------------------------------------------------------
+# --- questions are built once -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def building(monkeypatch):
-    """How many questions were built, in a list that grows; `forget()` is what a new process is."""
+def test_questions_are_built_once_a_process_and_again_when_what_they_depend_on_has_changed(gpt2, known, tmp_path, monkeypatch):
     from lm_eval.api.task import ConfigurableTask
 
-    built: list[int] = []
-    construct = ConfigurableTask.construct_requests
+    construct, built = ConfigurableTask.construct_requests, []
+    monkeypatch.setattr(
+        ConfigurableTask, "construct_requests", lambda self, *some, **more: built.append(1) or construct(self, *some, **more)
+    )
 
-    def counting(self, doc, ctx, **given):
-        built.append(given["metadata"][1])
-        return construct(self, doc, ctx, **given)
-
-    monkeypatch.setattr(ConfigurableTask, "construct_requests", counting)
-    return built, importlib.import_module("lethe.evaluation.requests")._loaded.clear
-
-
-@pytest.mark.parametrize(
-    "damage", [None, lambda text: text[:100], lambda text: text[:-9] + "[]", lambda text: "[]", lambda text: ""]
-)
-def test_requests_are_built_once_a_process_and_once_a_disk_unless_their_file_is_damaged(gpt2, known, building, home, damage):
-    (built, forget), name = building, known()
-    first: dict[str, list] = {}
-    results = evaluate_model(*gpt2, [name], samples=first)
-    assert built == list(range(len(QUESTIONS)))
-    for new_process in (False, True):
-        if new_process:
-            forget()
-            (file,) = (home / "requests").glob("*.json")
-            file.write_text(damage(file.read_text()) if damage else file.read_text())
-        samples: dict[str, list] = {}
-        assert evaluate_model(*gpt2, [name], samples=samples) == results
-        assert samples == first
-    assert len(built) == len(QUESTIONS) * (2 if damage else 1)
-
-
-def test_requests_are_built_again_when_what_they_depend_on_has_changed(gpt2, known, building, make_tokenizer, tmp_path):
-    model, tokenizer = gpt2
-    (built, forget), name = building, known()
-
-    def count(questions: list[dict] = QUESTIONS, words: Any = tokenizer, **asked: Any) -> int:
-        known(questions)
-        forget()
-        before = len(built)
-        evaluate_model(model, words, [name], **asked)
-        return len(built) - before
+    def count(**asked: Any) -> int:
+        built.clear()
+        evaluate_model(*gpt2, ["made_up"], **asked)
+        return len(built)
 
     n = len(QUESTIONS)
+    known()
+    assert [count(), count(), count(limit=3), count(limit=n), count(num_fewshot=1)] == [n, 0, 3, 0, n]
+    known([QUESTIONS[0] | {"answer": 3}, *QUESTIONS[1:]])
     assert [count(), count()] == [n, 0]
-    assert count([QUESTIONS[0] | {"answer": 3}, *QUESTIONS[1:]]) == n
-    assert count(limit=3) == 3
-    assert count(limit=n) == 0
-    assert count(num_fewshot=1) == n
-    assert count(words=make_tokenizer(True)) == n
-    assert count(words=make_tokenizer(False)) == 0
     yaml = tmp_path / "task" / "made_up.yaml"
-    before = len(built)
     yaml.write_text(yaml.read_text().replace("{{prompt}}", "Say: {{prompt}}"))
-    evaluate_model(model, tokenizer, [name])  # in the same process
-    assert len(built) - before == n
+    assert count() == n
 
 
 def test_a_tokenizers_hash_is_of_what_it_does(make_tokenizer, tmp_path):

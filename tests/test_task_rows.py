@@ -56,10 +56,10 @@ def accepted(file: str, name: str = "wmdp_bio") -> dict[str, int]:
         ('{"question": ' + "[" * 5000 + "]" * 5000 + "}", "line 4 (nested too deeply)"),
         ('{"question": "Q?", "question": "R?"}', "line 4 ('question' is written twice)"),
         ('{"question": "Q?", "number": ' + "9" * 5000 + "}", "line 4 (is not JSON)"),
-        (GOOD[1] | {"question": "Q?", "id": 2**63}, "line 4 (id is larger than 64 bits; write it as text)"),
-        (GOOD[1] | {"question": "Q?", "meta": {"ids": [-(2**64)]}}, "line 4 (meta.ids[] is larger than 64 bits"),
-        (GOOD[1] | {"question": "Q?", "meta": [{"a": 1}, {"a": "x"}]}, "line 4 (meta[].a is text here and a number there)"),
-        (GOOD[1] | {"question": math.nan}, "line 4 (question is a number, in lines before text)"),
+        (GOOD[1] | {"question": "Q?", "id": 2**63}, "line 4 (has a number beyond 64 bits; write it as text)"),
+        (GOOD[1] | {"question": "Q?", "meta": {"ids": [-(2**64)]}}, "line 4 (has a number beyond 64 bits"),
+        (GOOD[1] | {"question": "Q?", "meta": [{"a": 1}, {"a": "x"}]}, "line 4 (Could not convert 'x'"),
+        (GOOD[1] | {"question": math.nan}, "line 4 (Field question has incompatible types"),
         (GOOD[1] | {"question": "Q?", "answer": math.nan}, "line 4 (answer nan is not the number of a choice"),
         (GOOD[1] | {"question": "Q?", "answer": []}, "line 4 (answer [] is not the number of a choice"),
         (GOOD[1] | {"question": "Q?", "answer": [1, 4]}, "line 4 (answer 4 is out of range"),
@@ -67,9 +67,9 @@ def accepted(file: str, name: str = "wmdp_bio") -> dict[str, int]:
         (GOOD[1] | {"question": "Q?", "split": ["test"]}, "line 4 (split ['test'] is not text)"),
         (GOOD[1] | {"answer": 0}, "line 4 (has the question of line 2)"),
         (GOOD[1] | {"choices": GOOD[1]["choices"][::-1]}, "line 4 (has the question of line 2)"),
-        (rows(4)[3] | {"answer": "C"}, "line 4 (answer is text, in lines before a number)"),
-        (rows(4)[3] | {"source": 7}, "line 4 (source is a number, in lines before text)"),
-        (rows(4)[3] | {"meta": {"a": ["x"]}}, "line 4 (meta.a[] is text, in lines before a number)"),
+        (rows(4)[3] | {"answer": "C"}, "line 4 (Field answer has incompatible types: int64 vs string"),
+        (rows(4)[3] | {"source": 7}, "line 4 (Field source has incompatible types"),
+        (rows(4)[3] | {"meta": {"a": ["x"]}}, "line 4 (Field meta has incompatible types"),
     ],
 )
 def test_a_broken_row_is_named_by_its_line(tmp_path, line, says):
@@ -82,7 +82,7 @@ def test_every_broken_row_is_named_at_once_and_blank_lines_count(tmp_path):
     says = "line 3 (is not JSON), line 4 (has the question of line 1), line 5 (answer 9"
     assert says in refused(file, "wmdp_bio_robust")
     some = ["nonsense"] * 10 + [GOOD[0]] + ["nonsense"] + [GOOD[1]] + ["nonsense"] * 2
-    assert refused(write(tmp_path / "d.jsonl", some)).endswith("line 8 (is not JSON), lines 9-10, 12, 14-15")
+    assert refused(write(tmp_path / "d.jsonl", some)).endswith("line 8 (is not JSON), and 5 more")
 
 
 def test_rows_of_another_split_alone_are_refused(tmp_path):

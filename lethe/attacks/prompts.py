@@ -39,8 +39,8 @@ def refuse_too_long(
     """
     scorer = Scorer(model, tokenizer)
     loaded = load_tasks(settings.tasks, settings.task_data, settings.num_fewshot)
-    questions = [q for leaves in loaded.values() for leaf in leaves for q in leaf.questions(scorer, settings.limit)]
-    longest = max(len(context) + len(answer) for q in questions for context, answer in q.encoded)
+    questions = [q for leaves in loaded.values() for leaf in leaves for q in leaf.encoded(scorer, settings.limit)]
+    longest = max(len(context) + len(answer) for requests in questions for context, answer in requests)
     for count, text in before.items():
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         if tokens + longest > scorer.max_length + 1:

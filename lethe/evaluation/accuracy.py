@@ -3,8 +3,7 @@
     task names -> load_tasks -> questions -> Scorer -> log-likelihoods -> measure -> result
 
 lm-eval defines tasks, prompts and tokenisation (`requests.py`), so numbers are comparable with published ones. Lethe's own
-scoring (`scoring.py`) works on a model in memory, also during training. `evaluate_model` evaluates a model and restores its
-state. `evaluate` evaluates a model reference and saves the result as a run.
+scoring (`scoring.py`) works on a model in memory, also during training.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ from scipy.stats import binomtest
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lethe.config import EvalSettings, EvaluateConfig, to_dict
+from lethe.config import EvalSettings, EvaluateConfig
 from lethe.evaluation.requests import Leaf, Question, load_tasks, tokenizer_hash
-from lethe.evaluation.scoring import Encoded, NotNumbersError, Scorer
-from lethe.models import refs
-from lethe.runs.run import Run
+from lethe.evaluation.scoring import NotNumbersError, Scorer
+from lethe.progress import bar
 
-__all__ = ["NotNumbersError", "Scorer", "evaluate", "evaluate_model", "load_tasks", "measure", "value_of"]
+__all__ = ["NotNumbersError", "Scorer", "evaluate_model", "load_tasks", "measure", "value_of"]
 SAMPLED = ("doc_id", "doc_hash", "target", "choices", "right")
 DEGENERATE_SHARE = 0.9
 
@@ -72,14 +70,8 @@ def evaluate_model(
     """
     with _evaluation_mode(model):
         loaded = load_tasks(task_names, task_data, num_fewshot)
-        scorer = Scorer(model, tokenizer, description)
         leaves = {leaf.definition: leaf for leaves in loaded.values() for leaf in leaves}  # groups may share tasks
-        prompted = {key: leaf.questions(scorer, limit) for key, leaf in leaves.items()}
-        pairs = [(i, pair) for i, some in enumerate(prompted.values()) for pair in _encoded(some, scorer, before)]
-        found = iter(scorer.score([pair for _, pair in pairs], [i for i, _ in pairs]))
-        answered = {
-            key: [_answered(leaves[key], q, [next(found) for _ in q.encoded]) for q in some] for key, some in prompted.items()
-        }
+        answered = _answered(leaves, Scorer(model, tokenizer), limit, before, description)
     results = {}
     for name, own in loaded.items():
         questions = [question for leaf in own for question in answered[leaf.definition]]
@@ -97,7 +89,7 @@ def evaluate_model(
 
 
 def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: EvalSettings | EvaluateConfig) -> None:
-    """Build the requests of a later evaluation, so that their faults appear before training. They are cached.
+    """Tokenise the requests of a later evaluation, so that their faults appear before training.
 
     Raises:
         LetheError: this model cannot score an answer.
@@ -106,17 +98,26 @@ def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sett
         scorer = Scorer(model, tokenizer)
         for leaves in load_tasks(settings.tasks, settings.task_data, settings.num_fewshot).values():
             for leaf in leaves:
-                scorer.refuse_unscorable([pair for q in leaf.questions(scorer, settings.limit) for pair in q.encoded])
+                scorer.refuse_unscorable([pair for some in leaf.encoded(scorer, settings.limit) for pair in some])
 
 
-def _encoded(questions: list[Question], scorer: Scorer, before: str) -> list[Encoded]:
-    """The tokens of all requests of the questions, with the text `before` each context."""
-    if not before:
-        return [pair for q in questions for pair in q.encoded]
-    return scorer.encode([(before + context if context else "", answer) for q in questions for context, answer in q.arguments])
+def _answered(
+    leaves: dict[str, Leaf], scorer: Scorer, limit: int, before: str, description: str | None
+) -> dict[str, list[dict[str, Any]]]:
+    """The questions of each task with the model's answers and the task's metrics."""
+    encoded = {key: leaf.encoded(scorer, limit, before) for key, leaf in leaves.items()}
+    total = sum(len(requests) for some in encoded.values() for requests in some)
+    answered = {}
+    with bar(description, total, "answers") if description else contextlib.nullcontext(lambda _: None) as advance:
+        for key, some in encoded.items():
+            found = iter(scorer.score([pair for requests in some for pair in requests], advance))
+            responses = [[next(found) for _ in requests] for requests in some]
+            pairs = zip(leaves[key].questions(limit), responses, strict=True)
+            answered[key] = [_answer(leaves[key], question, each) for question, each in pairs]
+    return answered
 
 
-def _answered(leaf: Leaf, question: Question, responses: list[tuple[float, bool]]) -> dict[str, Any]:
+def _answer(leaf: Leaf, question: Question, responses: list[tuple[float, bool]]) -> dict[str, Any]:
     """A question with the model's answers and the task's metrics, in the form of lm-eval's samples."""
     choices = len(responses) // leaf.requests_a_choice
     broken = any(math.isnan(value) for value, _ in responses)
@@ -173,35 +174,6 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
 def value_of(result: dict[str, Any]) -> float:
     """The main number of a result: its accuracy, or the mean probability of the right answer."""
     return result["acc"] if "acc" in result else result["correct_prob"]
-
-
-def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
-    """Evaluate a model reference on tasks, as a run. `run`: an interrupted run, which starts again.
-
-    Raises:
-        LetheError: the model or a task is unknown; raised before anything is written.
-    """
-    ref = refs.resolve(config.model, config.out)
-    load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
-    model, tokenizer = refs.load(ref, config.dtype)
-    refuse_unscorable(model, tokenizer, config)
-    run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
-    with run.running():
-        run.set_parents(model=refs.record(ref))
-        (run.path / "samples.jsonl").unlink(missing_ok=True)
-        samples: dict[str, list[dict[str, Any]]] = {}
-        missing: dict[str, str] = {}
-        title, data, shots = f"Evaluating {config.model}", config.task_data, config.num_fewshot
-        evals = evaluate_model(model, tokenizer, config.tasks, config.limit, title, samples, data, shots, missing)
-        for task, some in samples.items() if config.samples else ():
-            for sample in some:
-                run.append("samples.jsonl", {"task": task} | sample)
-        run.update(evals=evals)
-        if missing:
-            run.update(evals_missing=missing)
-        if not evals:
-            raise NotNumbersError(next(iter(missing.values())))
-    return run
 
 
 def _likelihoods(question: dict[str, Any]) -> list[float]:

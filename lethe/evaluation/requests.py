@@ -1,11 +1,9 @@
-"""Tasks and their requests: lm-eval's task objects, and the prompts of their questions, built and tokenised once.
+"""Tasks and their requests: lm-eval's task objects, and the prompts of their questions, built and tokenised once a process.
 
-    load_tasks -> Leaf (a task with questions) -> Leaf.prompts (text) -> Leaf.questions (tokens)
+    load_tasks -> Leaf (a task with questions) -> Leaf.questions (text) -> Leaf.encoded (tokens)
 
-Building requests takes longer than scoring a small model, and all models with one tokenizer have the same requests. So they are
-cached in $LETHE_HOME, under a hash of everything that they depend on: the task's definition and documents, shots, limit,
-tokenizer and versions. A process also caches task objects until one of their files changes. Commands that train build the
-prompts before training, so that a faulty task is refused at once.
+A process caches task objects until one of their files changes. Commands that train build the prompts before training, so that
+a faulty task is refused at once.
 """
 
 from __future__ import annotations
@@ -13,11 +11,9 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import os
-import re
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +28,9 @@ from lethe.evaluation import tasks
 from lethe.evaluation.lm_eval_api import handle_non_serializable, hash_string
 from lethe.evaluation.scoring import Encoded, Scorer
 from lethe.evaluation.tasks import data
-from lethe.evaluation.tasks.manager import data_sets, manager_of, reason, texts_in
-from lethe.home import cache_key, lethe_home, store, stored
+from lethe.evaluation.tasks.manager import data_sets, load, reason, texts_in
 from lethe.lab.presets import active_preset
 
-FORMAT = 2
 SEED = 1234
 MEASURED = ("acc", "correct_prob")
 SURE = 1000.0
@@ -46,7 +40,7 @@ _tokenizers: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Question:
     """One question as text. `arguments`: context and answer of each request. `right`: positions of right choices, if any."""
 
     doc_id: int
@@ -56,27 +50,20 @@ class Prompt:
     right: list[int] | None
 
 
-@dataclass(frozen=True)
-class Question(Prompt):
-    """One question as text and as tokens."""
-
-    encoded: list[Encoded]
-
-
 @dataclass(eq=False)
 class Leaf:
-    """A task with questions of its own (no group), its documents, and the prompts and requests built so far."""
+    """A task with questions of its own (no group), its documents, and the questions and tokens built so far."""
 
     task: Any
     version: Any
     shots: int
     definition: str
-    """Hash of the task's definition."""
+    """Hash of everything that the questions depend on, except their number."""
     docs: list[dict[str, Any]]
-    source: str = ""
+    source: str
     """Where its documents come from, for messages."""
-    prompted: dict[int, list[Prompt]] = field(default_factory=dict)
-    built: dict[str, list[Question]] = field(default_factory=dict)
+    _questions: dict[int, list[Question]] = field(default_factory=dict)
+    _encoded: dict[tuple[Any, ...], list[list[Encoded]]] = field(default_factory=dict)
 
     @property
     def multiple_choice(self) -> bool:
@@ -87,43 +74,35 @@ class Leaf:
         """2 for mutual information, which also scores each choice without the question."""
         return 2 if "acc_mutual_info" in self.task._metric_fn_list else 1
 
-    def questions(self, scorer: Scorer, limit: int) -> list[Question]:
-        """The first `limit` questions (0: all), tokenised; from memory or disk if they are cached."""
-        limit = self._known(limit)
-        tokens = tokenizer_hash(scorer.tokenizer)
-        key = cache_key(self.definition, limit, tokens, scorer.prefix_token_id, scorer.add_bos_token)
-        if key not in self.built:
-            name = re.sub(r"[^\w.-]+", "-", self.task.config.task)[:80]
-            file = lethe_home() / "requests" / f"{name}-{key}.json"
-            text = stored(file)
-            if text is None:
-                self.built[key] = self._encoded(scorer, limit)
-                store(file, _written(self.built[key]))
-            else:
-                self.built[key] = _read(text)
-        return self.built[key]
+    def encoded(self, scorer: Scorer, limit: int, before: str = "") -> list[list[Encoded]]:
+        """The tokens of the first `limit` questions' requests (0: all), with the text `before` each context."""
+        questions = self.questions(limit)
+        if before:
+            encoded = iter(scorer.encode([(before + c if c else "", answer) for q in questions for c, answer in q.arguments]))
+            return [[next(encoded) for _ in q.arguments] for q in questions]
+        key = len(questions), tokenizer_hash(scorer.tokenizer), scorer.prefix_token_id, scorer.add_bos_token
+        if key not in self._encoded:
+            encoded = iter(scorer.encode([pair for q in questions for pair in q.arguments]))
+            self._encoded[key] = [[next(encoded) for _ in q.arguments] for q in questions]
+        return self._encoded[key]
 
-    def prompts(self, limit: int) -> list[Prompt]:
+    def questions(self, limit: int) -> list[Question]:
         """The first `limit` questions (0: all) as text.
 
         Raises:
             LetheError: a question has no prompt or too few examples, or no question has a right answer.
         """
-        limit = self._known(limit)
-        if limit not in self.prompted:
+        docs = self.docs[:limit] if limit else self.docs
+        if len(docs) not in self._questions:
             self.task.set_fewshot_seed(seed=SEED)  # lm-eval draws examples question by question
-            docs = self.docs[:limit] if limit else self.docs
-            found = [self._prompt(i, doc) for i, doc in enumerate(docs)]
+            found = [self._question(i, doc) for i, doc in enumerate(docs)]
             if self.multiple_choice and not callable(self.task.config.process_results) and not any(one.right for one in found):
                 wrong = f"has no right answer among the choices of any row of {self.source}"
                 raise LetheError(f"tasks: '{self.task.config.task}' {wrong}; correct its doc_to_target, or the rows")
-            self.prompted[limit] = found
-        return self.prompted[limit]
+            self._questions[len(docs)] = found
+        return self._questions[len(docs)]
 
-    def _known(self, limit: int) -> int:
-        return limit if limit < len(self.docs) else 0
-
-    def _prompt(self, i: int, doc: dict[str, Any]) -> Prompt:
+    def _question(self, i: int, doc: dict[str, Any]) -> Question:
         task, context = self.task, None
         try:
             context = task.fewshot_context(doc, num_fewshot=self.shots, gen_prefix=task.doc_to_prefix(doc))
@@ -133,7 +112,7 @@ class Leaf:
                 raise TypeError("a prompt or an answer is not text")
             if not all(pair[-1] for pair in pairs):
                 raise ValueError("an answer is empty")
-            return Prompt(i, _doc_hash(doc), task.doc_to_target(doc), pairs, self._right(doc, len(pairs)))
+            return Question(i, _doc_hash(doc), task.doc_to_target(doc), pairs, self._right(doc, len(pairs)))
         except Exception as error:  # rows and functions fail in many ways
             name = task.config.task
             if self.shots and context is None and self._has_prompt_without_examples(doc):
@@ -177,11 +156,6 @@ class Leaf:
             raise ValueError(f"it gives {', '.join(results) or 'nothing'}, and neither acc nor correct_prob")
         return float(results[key])
 
-    def _encoded(self, scorer: Scorer, limit: int) -> list[Question]:
-        prompts = self.prompts(limit)
-        encoded = iter(scorer.encode([pair for one in prompts for pair in one.arguments]))
-        return [Question(**vars(one), encoded=[next(encoded) for _ in one.arguments]) for one in prompts]
-
 
 def load_tasks(
     task_names: list[str],
@@ -219,7 +193,7 @@ def load_tasks(
         _loaded[key] = _contents(files + _data_files(found)), found
     if limit is not None:
         for leaf in (leaf for leaves in found.values() for leaf in leaves):
-            leaf.prompts(limit)
+            leaf.questions(limit)
     return found
 
 
@@ -245,9 +219,9 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
     files = sorted({f"'{one.file}'" for task, one in local.items() if task in members})
     source = ", ".join(files) or data_sets([known[task] for task in members if task in known])
     try:
-        manager = manager_of(name, folder, local, num_fewshot)
-        loaded: Any = manager.load([name])
-        leaves = [_leaf(task, loaded["groups"].get(name), num_fewshot, source) for task in loaded["tasks"].values()]
+        group = known[name] if "group" in known.get(name, {}) else {}
+        version = (group.get("metadata") or {}).get("version")
+        leaves = [_leaf(task, version, num_fewshot, source) for task in load(name, folder, local, num_fewshot)]
         if not leaves:
             raise LetheError(f"tasks: the group '{name}' has no tasks; list some under task")
         if len({"correct_prob" in leaf.task._metric_fn_list for leaf in leaves}) > 1:
@@ -269,7 +243,7 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
         raise LetheError(f"tasks: {wrong}; correct the file in '{folder}' that defines it") from error
 
 
-def _leaf(task: Any, group: Any, num_fewshot: int | None, source: str) -> Leaf:
+def _leaf(task: Any, version: Any, num_fewshot: int | None, source: str) -> Leaf:
     name, config = task.config.task, task.config
     if task.OUTPUT_TYPE not in {"multiple_choice", "loglikelihood"}:
         raise LetheError(f"tasks: '{name}' is of type {task.OUTPUT_TYPE}; give a task of type multiple_choice or loglikelihood")
@@ -278,21 +252,18 @@ def _leaf(task: Any, group: Any, num_fewshot: int | None, source: str) -> Leaf:
         raise LetheError(f"tasks: '{name}' measures neither acc nor correct_prob; add one of them to its metric_list")
     shots = config.num_fewshot or 0 if num_fewshot is None else num_fewshot
     task.set_config(key="num_fewshot", value=shots)
-    version = task.VERSION if group is None or not group.metadata else group.metadata.get("version", task.VERSION)
     docs = [doc for _, doc in task.doc_iterator()]
     if not docs:
         raise LetheError(f"tasks: '{name}' has no questions; name another task")
-    return Leaf(task, version, shots, _definition_hash(task, docs, shots), docs, source)
+    return Leaf(task, task.VERSION if version is None else version, shots, _definition_hash(task, docs, shots), docs, source)
 
 
 def _definition_hash(task: Any, docs: list[dict[str, Any]], shots: int) -> str:
-    """Hash of everything that requests depend on, except tokenizer and limit."""
     config = {k: v for k, v in task.config.to_dict().items() if k not in {"custom_dataset", "dataset_kwargs"}}
     config["metadata"] = {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}
     examples = list(task.sampler.df) if shots and hasattr(getattr(task, "sampler", None), "df") else []
     modules = {inspect.getsourcefile(value) for value in vars(task.config).values() if inspect.isfunction(value)}
-    versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "tokenizers")}
-    content = [FORMAT, versions, config, docs, examples, _contents(sorted(filter(None, modules)))]
+    content = [config, docs, examples, _contents(sorted(filter(None, modules)))]
     return hashlib.sha256(json.dumps(content, default=_source_of, sort_keys=True).encode()).hexdigest()
 
 
@@ -329,27 +300,3 @@ def _contents(files: list[str]) -> str:
             inner = sorted(entry for entry in path.rglob("*") if entry.is_file())
             digest.update(repr([(str(file), os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in inner]).encode())
     return digest.hexdigest()
-
-
-def _written(questions: list[Question]) -> str:
-    """Questions as JSON. The text and tokens of a context are written once for all choices of a question."""
-    lines = []
-    for q in questions:
-        contexts: list[list[Any]] = []
-        requests = []
-        for (context, answer), (context_ids, answer_ids) in zip(q.arguments, q.encoded, strict=True):
-            if [context, context_ids] not in contexts:
-                contexts.append([context, context_ids])
-            requests.append([contexts.index([context, context_ids]), answer, answer_ids])
-        lines.append([q.doc_id, q.doc_hash, q.target, q.right, contexts, requests])
-    return json.dumps(lines, default=handle_non_serializable)
-
-
-def _read(text: str) -> list[Question]:
-    """Questions from the JSON of `_written`."""
-    found = []
-    for doc_id, doc_hash, target, right, contexts, requests in json.loads(text):
-        arguments = [(contexts[i][0], answer) for i, answer, _ in requests]
-        encoded = [(contexts[i][1], answer_ids) for i, _, answer_ids in requests]
-        found.append(Question(doc_id, doc_hash, target, arguments, right, encoded))
-    return found

@@ -5,99 +5,139 @@ cut into batches. For each batch the model runs the contexts first and caches th
 An attention mask lets each token attend to its own branch only, and positions count along the branch, so the model computes
 what it would compute for separate inputs. The output layer runs only where an answer is read.
 
-Not every model supports this. Before a model is scored, Lethe compares two batches of each kind of tree with separate inputs.
-If a model fails with trees of several contexts, it gets trees of one context. If it fails with these, it gets separate inputs.
+Not every model supports this. Before a model is scored, Lethe compares a batch of each kind of tree with lm-eval's own
+log-likelihoods. A model that fails is scored by lm-eval.
 
 The batch size depends on the free memory and the model's size. A batch that does not fit is halved and tried again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import psutil
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lethe.errors import LetheError
-from lethe.evaluation.encoding import Encoder
-from lethe.evaluation.token_trees import Encoded, Tree, longest_first, probe_batches, single_inputs, trees_of
-from lethe.progress import bar
+from lethe.evaluation.lm_eval_api import HFLM, has_bos_prefix
+from lethe.evaluation.token_trees import Encoded, Tree, make_trees, probe_batch
 
 logger = logging.getLogger(__name__)
 TOKENS_PER_BATCH = 2048
 """On a CPU more are no faster: its caches are smaller than a block's activations long before."""
 TOKENS_PER_BATCH_ON_GPU = 16384
 LOGITS_PER_BATCH = 2**27
+COMPARED = 8
+"""Requests of a tree, about, that are compared with lm-eval."""
+SEPARATE = 100
+"""Requests that lm-eval scores between two steps of the progress bar."""
 _supported: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool, bool], tuple[bool, int, int]]] = WeakKeyDictionary()
 """By kind of tree: whether the model supports it, and the width and the padding in tokens that this was tested with."""
-_reduced: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Tokens in a batch for models whose batches did not fit into memory."""
 
 
 class NotNumbersError(LetheError):
     """The model's log-likelihoods are not numbers, so it has no accuracy."""
 
 
-class Scorer(Encoder):
-    """lm-eval's `hf` model around a model in memory, with Lethe's inner loop."""
+class Scorer(HFLM):
+    """lm-eval's `hf` model around a model in memory, with Lethe's inner loop. It tokenises each distinct text once."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, description: str | None = None):
-        super().__init__(model, tokenizer)
-        self._description = description
-        most, logits = batch_sizes(self._forward, self.device)
-        self._tokens = min(most, _reduced.get(self._forward, most))
-        vocabulary = getattr(self._forward.config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._forward: Any = base
+        super().__init__(pretrained=base, tokenizer=tokenizer, backend="causal", batch_size=1, softmax_dtype=torch.float32)
+        self._tokens, logits = batch_sizes(self._forward, self.device)
+        vocabulary = getattr(base.config.get_text_config(), "vocab_size", None) or len(tokenizer)
         self._reads = max(1, logits // vocabulary)
-        self._prefix: tuple[tuple[int, ...], DynamicCache] | None = None
-        self._of_one_length = False
+        self._prefix: tuple[list[int], DynamicCache] | None = None
 
-    def loglikelihood(self, requests, disable_tqdm=False):  # type: ignore[no-untyped-def]
-        """Log-likelihood and greediness of each of lm-eval's instances."""
-        return self.score(self.encode([request.args for request in requests]))
+    def encode(self, pairs: list[tuple[str, str]]) -> list[Encoded]:
+        """Token ids of contexts and answers, split exactly where lm-eval splits them."""
+        split = []
+        for context, answer in pairs:  # spaces at the end of a context belong to its answer
+            cut = len(context.rstrip()) if context else 0
+            split.append((context[:cut], context[cut:] + answer))
+        whole = self._tokenise({text for context, rest in split if context for text in (context, context + rest)}, False)
+        alone = self._tokenise({rest for context, rest in split if not context}, True)
+        encoded = []
+        for context, rest in split:
+            if context:
+                encoded.append((whole[context], whole[context + rest][len(whole[context]) :]))
+            elif self.prefix_token_id is None:
+                raise LetheError(
+                    f"the tokenizer has no BOS and no EOS token, and a question without a context needs one: {rest[:60]!r}; "
+                    f"set tokenizer.eos_token and save it again, or leave the task out"
+                )
+            else:
+                begins = alone[rest][:1] == [self.prefix_token_id]
+                encoded.append(([self.prefix_token_id], alone[rest][begins:]))
+        return encoded
+
+    def _tokenise(self, texts: set[str], bare: bool) -> dict[str, list[int]]:
+        """lm-eval's `tok_encode` for many texts: unless `bare`, the tokenizer adds its first token to texts without it."""
+        first = "" if self.prefix_token_id is None else self.tokenizer.decode(self.prefix_token_id)
+        without = {text for text in texts if bare or (first and has_bos_prefix(text, first))}
+        added = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        found: dict[str, list[int]] = {}
+        for some, settings in ((sorted(without), {"add_special_tokens": False}), (sorted(texts - without), added)):
+            if some:
+                ids = self.tokenizer(some, return_attention_mask=False, verbose=False, **settings)["input_ids"]
+                found |= dict(zip(some, ids, strict=True))
+        return found
+
+    def refuse_unscorable(self, requests: list[Encoded]) -> int:
+        """The model's window in tokens.
+
+        Raises:
+            LetheError: an answer has no tokens, or more than the window.
+        """
+        window: int = self.max_length  # a property that searches the configuration
+        for _, answer in requests:
+            if not 0 < len(answer) <= window:
+                text = self.tokenizer.decode(answer)[:60]
+                raise LetheError(
+                    f"tasks: an answer has {len(answer)} tokens, 1 to {window} can be scored: {text!r}; leave its task out"
+                )
+        return window
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):  # type: ignore[no-untyped-def]
         return self.score([(context, answer) for _, context, answer in requests])
 
-    def score(self, requests: list[Encoded], tasks: list[int] | None = None) -> list[tuple[float, bool]]:
-        """For each request: the log-likelihood of its answer, and whether greedy decoding would give this answer.
+    def score(self, requests: list[Encoded], advance: Callable[[int], None] = lambda done: None) -> list[tuple[float, bool]]:
+        """For each request of a task: the log-likelihood of its answer, and whether greedy decoding would give this answer.
 
-        A log-likelihood of a broken model is nan. `tasks`: the number of the task that each request belongs to.
+        A log-likelihood of a broken model is nan. `advance` is called with the number of requests scored since the last call.
 
         Raises:
             LetheError: an answer has no tokens or more than the window, or a single tree does not fit into memory.
         """
-        window = self.refuse_unscorable(requests)
-        for join in (True, False):
-            trees = trees_of(requests, window, tasks or [0] * len(requests), join)
-            if self._supports(trees, requests):
-                break
-        else:
-            trees = sorted(single_inputs(requests, window), key=longest_first)
-            self._of_one_length = not self._pads(trees, requests)
+        trees = make_trees(requests, self.refuse_unscorable(requests))
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        with bar(self._description, len(trees), "inputs") if self._description else contextlib.nullcontext() as advance:
-            for batch, found in self._batches(trees, requests):
-                for number, result in found.items():
-                    results[number] = result
-                if advance:
-                    advance(len(batch))
+        for found in self._in_trees(trees, requests) if self._supports(trees, requests) else self._separately(requests):
+            for number, result in found.items():
+                results[number] = result
+            advance(len(found))
         return results
 
-    def _batches(
-        self, trees: list[Tree], requests: list[Encoded]
-    ) -> Iterator[tuple[list[Tree], dict[int, tuple[float, bool]]]]:
-        """Batches of trees with their results. If a batch does not fit into memory, it and all later ones are halved."""
+    def _separately(self, requests: list[Encoded]) -> Iterator[dict[int, tuple[float, bool]]]:
+        """The results by number that lm-eval gives, one input at a time."""
+        for start in range(0, len(requests), SEPARATE):
+            some = [(("", ""), *request) for request in requests[start : start + SEPARATE]]
+            yield dict(enumerate(super()._loglikelihood_tokens(some, disable_tqdm=True), start))
+
+    def _in_trees(self, trees: list[Tree], requests: list[Encoded]) -> Iterator[dict[int, tuple[float, bool]]]:
+        """The results by number, of a batch at a time. If a batch does not fit into memory, it and later ones are halved."""
         start = 0
         while start < len(trees):
             batch = trees[start : start + self._fitting(trees, start)]
@@ -116,10 +156,10 @@ class Scorer(Encoder):
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-                self._tokens = _reduced[self._forward] = max(1, len(batch) * len(batch[0].tokens) // 2)
+                self._tokens = max(1, len(batch) * len(batch[0].tokens) // 2)
                 logger.info("a batch did not fit into memory; the next ones have %d tokens", self._tokens)
                 continue
-            yield batch, found
+            yield found
             start += len(batch)
 
     def _fitting(self, trees: list[Tree], start: int) -> int:
@@ -129,9 +169,7 @@ class Scorer(Encoder):
             reads += sum(len(where) for _, where in tree.reads)
             context, rest = max(context, tree.context), max(rest, len(tree.tokens) - tree.context)
             full = (count + 1) * (context + rest) > self._tokens or reads > self._reads
-            other = tree.batch_key != trees[start].batch_key
-            another_length = self._of_one_length and len(tree.tokens) != len(trees[start].tokens)
-            if count and (full or other or another_length):
+            if count and (full or tree.prefix != trees[start].prefix):
                 break
             count += 1
         return count
@@ -147,10 +185,8 @@ class Scorer(Encoder):
             for place, token in zip(where, requests[number][1], strict=True)
         ]
         places = sorted({place for _, place, _ in reads})
-        inputs = {"input_ids": self._padded([tree.tokens[tree.context :] for tree in batch], width), "use_cache": False}
-        if batch[0].split:
-            inputs |= self._run_contexts(batch, width)
-        logits = self._logits(inputs, places)
+        inputs = {"input_ids": self._padded([tree.tokens[tree.context :] for tree in batch], width)}
+        logits = self._logits(inputs | self._run_contexts(batch, width), places)
         index = {place: n for n, place in enumerate(places)}
         at = torch.tensor([index[place] for _, place, _ in reads], device=self.device)
         target = torch.tensor([token for *_, token in reads], device=self.device)
@@ -174,7 +210,7 @@ class Scorer(Encoder):
         contexts, positions (batch, rest) and an additive mask (batch, 1, rest, cached + rest)."""
         prefix = batch[0].prefix
         width = max(tree.context for tree in batch) - prefix
-        cache = copy.deepcopy(self._prefix_cache(tuple(batch[0].tokens[:prefix]))) if prefix else None
+        cache = copy.deepcopy(self._prefix_cache(batch[0].tokens[:prefix])) if prefix else None
         if cache is not None:
             cache.batch_repeat_interleave(len(batch))
         attention = [tree.attention() for tree in batch]
@@ -193,28 +229,22 @@ class Scorer(Encoder):
 
         The tokens are the `rest` after the contexts. If `rest` is 0, they are the `width` tokens of the contexts.
         """
-        prefix = batch[0].prefix
+        cached = batch[0].prefix + width
         positions = np.zeros((len(batch), rest or width), dtype=np.int64)
-        visible = np.zeros((len(batch), 1, rest or width, prefix + width + rest), dtype=bool)
+        visible = np.zeros((len(batch), 1, rest or width, cached + rest), dtype=bool)
         for k, (tree, (depths, seen)) in enumerate(zip(batch, attention, strict=True)):
-            context, branched = tree.context, tree.context - tree.straight
+            start, end = (tree.context, len(tree.tokens)) if rest else (tree.prefix, tree.context)
+            n = end - start
+            positions[k, :n] = depths[start:end]
+            visible[k, 0, :n, : tree.context] = seen[start:end, : tree.context]
             if rest:
-                n = len(tree.tokens) - context
-                positions[k, :n] = depths[branched:]
-                visible[k, 0, :n, :context] = seen[branched:, :context]
-                visible[k, 0, :n, prefix + width : prefix + width + n] = seen[branched:, context:]
-                visible[k, 0, n:] = True  # in a small dtype, padding that attends to nothing becomes nan, and nan spreads
-            else:
-                positions[k, : context - prefix] = [*range(prefix, tree.straight), *depths[:branched]]
-                straight = tree.straight - prefix
-                visible[k, 0, :straight, : tree.straight] = np.tri(straight, tree.straight, prefix, dtype=bool)
-                visible[k, 0, straight : context - prefix, :context] = seen[:branched, :context]
-                visible[k, 0, context - prefix :] = True
+                visible[k, 0, :n, cached : cached + n] = seen[start:, start:]
+            visible[k, 0, n:] = True  # in a small dtype, padding that attends to nothing becomes nan, and nan spreads
         dtype = self._forward.dtype
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
         return {"position_ids": torch.from_numpy(positions).to(self.device), "attention_mask": mask.to(self.device)}
 
-    def _prefix_cache(self, tokens: tuple[int, ...]) -> DynamicCache:
+    def _prefix_cache(self, tokens: list[int]) -> DynamicCache:
         """Keys and values of a task's prefix, cached until another task's prefix is needed."""
         if self._prefix is None or self._prefix[0] != tokens:
             self._prefix = None
@@ -243,19 +273,19 @@ class Scorer(Encoder):
     def _supports(self, trees: list[Tree], requests: list[Encoded]) -> bool:
         """Whether the model computes the same for trees as for separate inputs.
 
-        Tested on the batches that differ most. For example, a model whose attention has a window of so many places would see
+        Tested on the trees that differ most. For example, a model whose attention has a window of so many places would see
         padding between a short context and its answers.
         """
         known = _supported.setdefault(self._forward, {})
-        for kind in {tree.kind for tree in trees if tree.split}:
-            for batch, width, padding in probe_batches([tree for tree in trees if tree.kind == kind]):
-                supports, widest, most = known.get(kind, (True, 0, -1))
-                if supports and (widest < width or most < padding):
-                    supports = self._ordinary_attention(width) and self._agrees(batch, requests)
-                    known[kind] = supports, max(widest, width), max(most, padding)
-                if not supports:
-                    logger.info("this model gives other results for token trees, so it gets separate inputs")
-                    return False
+        for kind in {tree.kind for tree in trees}:
+            batch, width, padding = probe_batch([tree for tree in trees if tree.kind == kind])
+            supports, widest, most = known.get(kind, (True, 0, -1))
+            if supports and (widest < width or most < padding):
+                supports = self._ordinary_attention(width) and self._agrees(batch, requests)
+                known[kind] = supports, max(widest, width), max(most, padding)
+            if not supports:
+                logger.info("this model gives other results for token trees, so lm-eval scores it")
+                return False
         return True
 
     def _ordinary_attention(self, length: int) -> bool:
@@ -270,30 +300,17 @@ class Scorer(Encoder):
         )
 
     def _agrees(self, batch: list[Tree], requests: list[Encoded]) -> bool:
-        numbers = [number for tree in batch for number, _ in tree.reads]
-        alone = [requests[number] for number in numbers]
-        plain = sorted(single_inputs(alone, self.max_length), key=longest_first)
+        """Whether some results of each tree are those of lm-eval, up to rounding. Results that are nan agree with all."""
+        numbers = [number for tree in batch for number, _ in tree.reads[:: max(1, len(tree.reads) // COMPARED)]]
         try:
             together = self._run(batch, requests)
-            apart: dict[int, tuple[float, bool]] = {}
-            for one in plain:  # each in a batch of its own, so that the comparison covers padding too
-                apart |= self._run([one], alone)
         except (LetheError, MemoryError, RuntimeError, ValueError, TypeError, IndexError) as error:
             logger.info("token trees failed: %s", (str(error).splitlines() or [type(error).__name__])[0])
             return False
-        return self._equal([(apart[i][0], together[number][0]) for i, number in enumerate(numbers)])
-
-    def _pads(self, inputs: list[Tree], requests: list[Encoded]) -> bool:
-        """Whether the shortest input gives the same result alone as padded in a batch with the longest."""
-        try:
-            together, alone = self._run([inputs[0], inputs[-1]], requests), self._run([inputs[-1]], requests)
-        except (MemoryError, RuntimeError):
-            return False
-        return self._equal([(value, together[number][0]) for number, (value, _) in alone.items()])
-
-    def _equal(self, pairs: list[tuple[float, float]]) -> bool:
         rounding = 1e-4 if self._forward.dtype == torch.float32 else 2e-2
-        return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)  # nan counts as equal
+        apart = [value for some in self._separately([requests[i] for i in numbers]) for value, _ in some.values()]
+        pairs = [(value, together[number][0]) for number, value in zip(numbers, apart, strict=True)]
+        return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)
 
 
 def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:

@@ -34,6 +34,7 @@ from lethe.maps.folder import CONVENTIONS, HASH, METADATA, WEIGHTS, facts_of, la
 from lethe.maps.ridge import RidgeSums, Score
 from lethe.models.activations import CONVENTION, blocks, read
 from lethe.progress import bar
+from lethe.runs.locks import build_once
 from lethe.text import corpora
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+
 from lethe.errors import LetheError, nearest, printable
 from lethe.evaluation.tasks import definitions, leaves
 from lethe.files import UnreadableError, json_of, text_of
@@ -133,34 +135,29 @@ def _checked(
     broken: dict[int, str] = {}
     rows: list[Row] = []
     first: dict[str, int] = {}
-    kinds: dict[str, str] = {}
+    schema = pyarrow.schema([])
     for number, row in lines:
         if not isinstance(row, dict):
             broken[number] = _unreadable(row) if isinstance(row, UnreadableError) else "is not an object with fields"
-            continue
-        if key is not None and _named(row, key) not in every:
+        elif key is not None and _named(row, key) not in every:
             broken[number] = f"{key} {printable(repr(row[key]), 60)} is no configuration" if row.get(key) else f"has no {key}"
-            continue
-        if key is not None and row[key] != only:
-            continue
-        wrong = shape.wrong_with(row)
-        same = first.setdefault(shape.question(row), number)
-        if wrong or same != number:
-            broken[number] = wrong or f"has the question of line {same}"
-            continue
-        try:
-            given = dict(_kinds("", row))
-        except ValueError as error:
-            broken[number] = str(error)
-            continue
-        other = next((name for name in given if kinds.setdefault(name, given[name]) != given[name]), None)
-        if other is not None:
-            broken[number] = f"{printable(other, 60)} is {given[other]}, in lines before {kinds[other]}"
-        else:
-            rows.append(row)
+        elif key is None or row[key] == only:
+            same = first.setdefault(shape.question(row), number)
+            wrong = shape.wrong_with(row) or (None if same == number else f"has the question of line {same}")
+            try:
+                if not wrong:
+                    one = pyarrow.RecordBatch.from_pylist([row]).schema
+                    schema = pyarrow.unify_schemas([schema, one], promote_options="permissive")
+                    rows.append(row)
+            except OverflowError:
+                wrong = "has a number beyond 64 bits; write it as text"
+            except pyarrow.ArrowException as error:  # a data set needs the same types in all rows
+                wrong = printable(str(error).splitlines()[0].removeprefix("Unable to merge: "), 120)
+            if wrong:
+                broken[number] = wrong
     if broken:
         said = [f"line {number} ({wrong})" for number, wrong in list(broken.items())[:SHOWN]]
-        rest = [f"lines {_ranges(list(broken)[SHOWN:])}"] if len(broken) > SHOWN else []
+        rest = [f"and {len(broken) - SHOWN} more"] if len(broken) > SHOWN else []
         raise LetheError(f"task_data: '{file}' has broken rows: {', '.join(said + rest)}")
     if not rows and key is None:
         raise LetheError(f"task_data: '{file}' has no rows")
@@ -176,40 +173,6 @@ def _checked(
 def _unreadable(error: UnreadableError) -> str:
     """The fault of a line, without the parser's position, which counts each line as its line 1."""
     return "is not JSON" if str(error).startswith("not JSON") else str(error)
-
-
-KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-
-
-def _kinds(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The kind of value in each field of a row, inner fields included. A data set needs the same kind in all rows."""
-    if value is None:
-        return
-    if path:
-        yield path, KINDS[type(value)]
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{path} is larger than 64 bits; write it as text")
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _kinds(f"{path}.{name}" if path else name, inner)
-    if isinstance(value, list):
-        found: dict[str, str] = {}
-        for inner in value:
-            for name, kind in _kinds(f"{path}[]", inner):
-                if found.setdefault(name, kind) != kind:
-                    raise ValueError(f"{name} is {kind} here and {found[name]} there")
-        yield from found.items()
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Increasing numbers as text, with ranges: 3, 5-9."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 @dataclass(frozen=True)

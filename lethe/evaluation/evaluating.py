@@ -1,0 +1,48 @@
+"""Evaluate a model reference as a run: `lethe evaluate MODEL`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lethe.config import EvaluateConfig, to_dict
+from lethe.evaluation.check import check_tasks
+from lethe.files import refuse_run_folder
+from lethe.models import refs
+from lethe.runs.machine import say_if_busy
+from lethe.runs.run import Run
+
+
+def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
+    """Evaluate a model reference on tasks, as a run. `run`: an interrupted run, which starts again.
+
+    Raises:
+        LetheError: the model or a task is unknown; raised before anything is written.
+    """
+    refuse_run_folder(config.out)
+    check_tasks(config)
+    ref = refs.resolve(config.model, config.out)
+    refs.verify(ref)
+    from lethe.evaluation.accuracy import NotNumbersError, evaluate_model, refuse_unscorable  # imports torch
+    from lethe.evaluation.requests import load_tasks
+
+    load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
+    model, tokenizer = refs.load(ref, config.dtype)
+    refuse_unscorable(model, tokenizer, config)
+    run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
+    with run.running():
+        run.set_parents(model=refs.record(ref))
+        (run.path / "samples.jsonl").unlink(missing_ok=True)
+        say_if_busy()
+        samples: dict[str, list[dict[str, Any]]] = {}
+        missing: dict[str, str] = {}
+        title, data, shots = f"Evaluating {config.model}", config.task_data, config.num_fewshot
+        evals = evaluate_model(model, tokenizer, config.tasks, config.limit, title, samples, data, shots, missing)
+        for task, some in samples.items() if config.samples else ():
+            for sample in some:
+                run.append("samples.jsonl", {"task": task} | sample)
+        run.update(evals=evals)
+        if missing:
+            run.update(evals_missing=missing)
+        if not evals:
+            raise NotNumbersError(next(iter(missing.values())))
+    return run
