@@ -308,12 +308,11 @@ def _resume(settings: c.ResumeConfig, as_json: bool) -> None:
 def _suite(settings: c.SuiteConfig, as_json: bool) -> None:
     from lethe.report.attacks import worst_table
     from lethe.sweeps.controller import Sweep, sweep
-    from lethe.sweeps.kinds import planner_of
 
     run = sweep(settings)
     if not as_json:
         found = Sweep.open(str(run.path), settings.out)
-        planner: Any = planner_of(found.config)
+        planner: Any = found.planner
         if (table := worst_table(planner.study(found))).rows:
             _print(table)
     _answer_sweep(run, as_json)

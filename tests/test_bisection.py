@@ -40,7 +40,7 @@ def test_two_boundaries_are_found_within_the_width_in_few_measurements(seed):
     for verdicts, truth, before in zip(edges, (first, second), (True, False), strict=True):
         found = bisection.bracket(along, verdicts, 2.0)
         assert found.status == "found" and found.before is before and found.monotone
-        assert found.below < truth <= found.above and found.factor <= 2.0
+        assert found.below < truth <= found.above and found.above / found.below <= 2.0
     assert measured <= 2 + 2 * math.ceil(math.log2(math.log(1e4) / math.log(2)))
 
 

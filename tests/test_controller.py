@@ -11,11 +11,12 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from sweeping import TASKS, config, recipe, trials
 
-from lethe.config import SweepStatusConfig
+from lethe.config import ResumeConfig, SweepStatusConfig
 from lethe.launching import launchers
 from lethe.runs.run import Run
-from lethe.sweeps.controller import Sweep, resume_sweep, status, sweep
-from lethe.sweeps.kinds import planner_of
+from lethe.sweeps.controller import Sweep, status, sweep
+from lethe.sweeps.folder import planner_of
+from lethe.sweeps.resuming import resume
 
 LR = {"low": 1e-4, "high": 1.0, "log": True}
 
@@ -173,7 +174,7 @@ def test_a_boundary_is_bracketed_where_the_regimes_change(made_up, tmp_path):
         high = min(lr for lr, regime in measured(run) if not holds(regime))
         assert low < truth < high and high / low <= 2
     said = " ".join(run.record["conclusions"])
-    assert all(words in said for words in ("Neither task fell up to", "Not both tasks are at chance", "One seed"))
+    assert all(words in said for words in ("Neither task fell up to", "Both tasks are at chance from", "One seed"))
 
 
 def test_an_axis_that_does_not_reach_both_is_not_bracketed_and_names_the_next(made_up, tmp_path):
@@ -186,8 +187,8 @@ def test_an_axis_that_does_not_reach_both_is_not_bracketed_and_names_the_next(ma
 def test_the_largest_rate_that_retains_enough_is_found(made_up, tmp_path):
     run = sweep(config(tmp_path, kind="boundary", find="retained", within=0.1, vary={"lr": LR}, width=1.5))
     largest = max(lr for lr, _ in measured(run) if lr < rate(3e-2, 0.65 / 0.75))
-    said = f"The largest value that retains lab_retain within 10 points of baseline is lr {largest:g}"
-    assert run.record["conclusions"][0].startswith(said)
+    said = f"lab_retain is within 10 points of baseline up to lr {largest:g}, and no longer at"
+    assert run.record["conclusions"][0].lower().startswith(said)
 
 
 def test_a_sweep_of_an_earlier_version_is_resumed(made_up, tmp_path):
@@ -199,9 +200,9 @@ def test_a_sweep_of_an_earlier_version_is_resumed(made_up, tmp_path):
     run.update(status="cancelled")
     made = Sweep.open(str(run.path), str(tmp_path))
     assert made.config.retained_threshold == 0.75
-    plan = made.planner.plan({"lr": 0.5}, 0)
+    plan = made.planner.plan({"lr": 0.5}, [0])
     made.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=plan.attributes()))
-    resumed = resume_sweep(Run.open(run.path))
+    resumed = resume(ResumeConfig(str(run.path), str(tmp_path)))
     assert resumed.record["counts"] == {"complete": 4} and trials(resumed)["lr0.5"]["status"] == "complete"
 
 

@@ -47,15 +47,6 @@ def test_a_last_line_that_was_cut_short_is_removed_and_logged(journal, cut, capl
     assert names(journal) == [*expected, "later"]
 
 
-def test_two_records_that_a_crash_joined_are_separated(journal, caplog):
-    lines = journal.read_text().splitlines()
-    journal.write_text("\n".join([*lines[:-1], lines[-1][:-20] + lines[-1], lines[-1]]) + "\n")
-    assert names(journal) == ["t0", "t1", "t1"]
-    assert f"line {len(lines)} holds two records" in caplog.text
-    journal.write_text("\n".join([*lines[:-2], lines[-2] + lines[-1]]) + "\n")
-    assert names(journal) == ["t0", "t1"]
-
-
 @pytest.mark.parametrize(
     "line", ["garbage", "[1]", '{"op_code": 4}', "[" * 5000, "\ufffd", '{"op_code":4,"worker_id":"w","study_']
 )

@@ -18,14 +18,12 @@ from lethe import config as c
 from lethe.errors import LetheError
 from lethe.files import refuse_run_folder
 from lethe.launching import launchers
-from lethe.launching.work import settings_of
 from lethe.progress import bar
 from lethe.runs.run import STOP, Run, find_runs
 from lethe.sweeps import journal
-from lethe.sweeps.folder import CANCELLED, Settings, Sweep, config_of
-from lethe.sweeps.kinds import planner_of
+from lethe.sweeps.folder import CANCELLED, Settings, Sweep, planner_of
 from lethe.sweeps.trials import Trial
-from lethe.sweeps.trust import consented, trust
+from lethe.sweeps.trust import trust
 
 SECONDS_BETWEEN_ROUNDS = {"local": 0.5, "slurm": 2.0}
 SECONDS_BETWEEN_RECORDS = 1.0
@@ -201,7 +199,8 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     controller, deadline = Controller(found), time.monotonic() + launchers.SECONDS_TO_SAVE
     while found.unfinished() and time.monotonic() < deadline:
         with found.lock:
-            found.cancel_queued()
+            for trial in found.queued():
+                found.fail(trial, "cancelled", CANCELLED, trial.runs(found.out))
             if Run.open(found.run.path).status != "running":  # without a controller, nobody else settles the trials
                 controller.settle()
         time.sleep(0.5)
@@ -212,13 +211,6 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     if run.status in {"queued", "lost"}:
         run.update(status="cancelled", reason=CANCELLED)
     return status(settings)
-
-
-def resume_sweep(run: Run, trusts: bool = False) -> Run:
-    """Complete a sweep. `trusts`: the user agrees to what its record runs or opens."""
-    config = settings_of(run, config_of(run))
-    consented(config, trusts)
-    return sweep(config, run)
 
 
 def _counts(trials: list[Trial]) -> str:

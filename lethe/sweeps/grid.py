@@ -38,4 +38,4 @@ class Grid(Planner):
         return self.points
 
     def begin(self, sweep: Sweep) -> None:
-        sweep.add((plan for point in self.points for plan in self.plans(point)), sweep.study)
+        sweep.add((self.plan(point, [seed]) for point in self.points for seed in self.config.seed_list), sweep.study)
