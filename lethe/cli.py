@@ -289,9 +289,6 @@ def _compare(settings: c.CompareConfig, as_json: bool) -> None:
 
 @command("tamper", "lethe tamper run:ID --max_steps 100", "model", runs_tasks=True)
 def _tamper(settings: c.TamperConfig, as_json: bool) -> None:
-    from lethe.attacks.check import check_tamper
-
-    check_tamper(settings)
     from lethe.attacks.tampering import tamper
 
     _answer_all(tamper(settings), as_json)

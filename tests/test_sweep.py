@@ -63,7 +63,7 @@ from lethe.sweeps.resuming import resume
         ({"forget_task": "lab_retain"}, "retain_task: 'lab_retain' is the forget task"),
         ({"name": "ret{"}, "name: .*brace"),
         ({"vary": {"eval.limit": [10, 20]}}, "changes how runs are measured"),
-        ({"name": "r{retain_coef:.1f}"}, "write its name alone"),
+        ({"name": "r{retain_coef:.1f}"}, "no setting 'retain_coef:.1f'"),
         ({"kind": "boundary", "vary": {"lr": {"low": 1e-4, "high": 1}}, "max_runs": 3, "seeds": 2}, "too few for both ends"),
         ({"kind": "pareto", "max_runs": 1, "warm_start": ["x"], "tamper": {}}, "warm_start: has no effect with an attack"),
         ({"kind": "pareto", "max_runs": 1, "warm_start": ["nowhere"]}, "warm_start: 'nowhere' has no complete run"),

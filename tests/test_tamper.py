@@ -19,7 +19,7 @@ from lethe import (
     tamper,
     unlearn,
 )
-from lethe.attacks.tampering import LostUpdates, lost_share
+from lethe.attacks.finetuning import LostUpdates, lost_share
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
 from lethe.results.recovery import Point, excess, measure

@@ -36,6 +36,16 @@ def check_types(config: Any, prefix: str = "") -> None:
         refuse_misfit(f"{prefix}{name}", value, kind)
 
 
+def changed(config: Any) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    found = {}
+    for each in dataclasses.fields(config):
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        if getattr(config, each.name) != default:
+            found[each.name] = getattr(config, each.name)
+    return found
+
+
 def refuse_misfit(name: str, value: Any, kind: Any) -> None:
     """Refuse a value that is not of this type."""
     if not _fits(value, kind):

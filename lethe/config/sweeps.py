@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lethe.config.checks import above, at_least, check_seed, check_types, fraction, minutes
+from lethe.config.checks import above, at_least, changed, check_seed, check_types, fraction, minutes
 from lethe.errors import LetheError
 
 MOST_SEEDS = 1000
+READ_BY = {
+    **dict.fromkeys(("find", "width", "within", "reference"), ("boundary",)),
+    **dict.fromkeys(("hours", "warm_start", "sampler", "stop_early"), ("pareto",)),
+    "max_runs": ("boundary", "pareto"),
+}
+"""The kinds of sweeps that read a setting, where not all do."""
 
 
 @dataclass
@@ -68,11 +74,9 @@ class LaunchSettings:
         check_types(self)
         at_least("jobs", self.jobs, 1)
         at_least("retries", self.retries, 0)
-        if isinstance(self.seeds, int) and self.seeds > MOST_SEEDS:
-            raise LetheError(f"seeds: {self.seeds} is more than {MOST_SEEDS}; give fewer")
-        if self.seeds == [] or (isinstance(self.seeds, int) and self.seeds < 1):
-            raise LetheError(f"seeds: give a number of at least 1, or a list of seeds, got {self.seeds}")
-        if isinstance(self.seeds, list) and (len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0):
+        if self.seeds == [] or (isinstance(self.seeds, int) and not 1 <= self.seeds <= MOST_SEEDS):
+            raise LetheError(f"seeds: give a number from 1 to {MOST_SEEDS}, or a list of seeds, got {self.seeds}")
+        if len(set(self.seed_list)) < len(self.seed_list) or min(self.seed_list) < 0:
             raise LetheError(f"seeds: list each seed once, from 0 up, got {self.seeds}")
         check_seed(max(self.seed_list), "seeds")
         if self.launcher == "local" and self.slurm != SlurmSettings():
@@ -128,7 +132,6 @@ class SweepConfig(LaunchSettings):
     """A task counts as at chance if the 95 % interval of its retained share reaches down to this value."""
 
     def __post_init__(self) -> None:
-        check_types(self)
         super().__post_init__()
         if not self.vary:
             raise LetheError("vary: name at least one setting to vary, such as vary: {retain_coef: [1, 5, 20]}")
@@ -140,33 +143,17 @@ class SweepConfig(LaunchSettings):
                 f"chance_threshold: must be at least 0 and below retained_threshold, which is at most 1, "
                 f"got {self.chance_threshold} and {self.retained_threshold}"
             )
-        self._refuse_without_effect()
+        for name, given in changed(self).items():
+            if self.kind not in READ_BY.get(name, (self.kind,)):
+                raise LetheError(f"{name}: {given} has no effect with kind {self.kind}; leave it out")
+            if name in {"within", "reference"} and self.find != "retained":
+                raise LetheError(f"{name}: {given} has no effect without find retained; leave it out")
         if self.find == "retained" and self.within is None:
             raise LetheError("within: find retained needs the allowed loss, such as within: 0.01 for one point")
         if self.within is not None:
             at_least("within", self.within, 0)
         if self.kind == "pareto" and not self.max_runs and not self.hours:
             raise LetheError("max_runs: a pareto sweep needs a budget; give max_runs or hours")
-
-    def _refuse_without_effect(self) -> None:
-        """Refuse settings of other kinds of sweeps."""
-        of_kinds: dict[str, tuple[Any, list[str]]] = {
-            "find": ("boundary", ["boundary"]),
-            "width": (1.5, ["boundary"]),
-            "within": (None, ["boundary"]),
-            "reference": ("baseline", ["boundary"]),
-            "max_runs": (0, ["boundary", "pareto"]),
-            "hours": (0, ["pareto"]),
-            "warm_start": ([], ["pareto"]),
-            "sampler": ("gp", ["pareto"]),
-            "stop_early": (True, ["pareto"]),
-        }
-        for name, (default, kinds) in of_kinds.items():
-            given = getattr(self, name)
-            if given != default and self.kind not in kinds:
-                raise LetheError(f"{name}: {given} has no effect with kind {self.kind}; leave it out")
-            if given != default and name in {"within", "reference"} and self.find != "retained":
-                raise LetheError(f"{name}: {given} has no effect without find retained; leave it out")
 
 
 @dataclass
@@ -191,7 +178,6 @@ class SuiteConfig(LaunchSettings):
     """Attacks in place of a suite: for each name, settings of `lethe tamper`."""
 
     def __post_init__(self) -> None:
-        check_types(self)
         super().__post_init__()
         if not self.models:
             raise LetheError("models: name the models to attack, such as run:ID or lab:filtered")

@@ -17,7 +17,7 @@ import copy
 import itertools
 import json
 import math
-import string
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,7 @@ KEYS = RANGE | {"values", "when"}
 ATTACK = "tamper."
 MOST_STEPS = 1000
 RATIO = " / "
+BRACES = re.compile(r"\{(.*?)\}")
 
 
 @dataclass
@@ -202,17 +203,17 @@ def name_at(template: str, settings: Mapping[str, Any], point: Point, seed: int 
         parts = [f"{'ratio' if RATIO in name else name.rsplit('.', 1)[-1]}{_in_name(v)}" for name, v in point.items()]
         made = "_".join(parts) or "run"
         return made if seed is None else f"{made}_seed{seed}"
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise LetheError(f"name: '{template}' has a brace without its partner ({error}); close it") from error
-    if any(spec or conversion or name == "" for _, name, spec, conversion in parsed):
-        raise LetheError(f"name: '{template}' formats a setting, or names none; write its name alone, such as {{retain_coef}}")
-    fields, made = _known(""), template
-    for name in [name for _, name, _, _ in parsed if name]:
+    if re.search("[{}]", BRACES.sub("", template)):
+        raise LetheError(f"name: '{template}' has a brace without its partner; close it")
+    fields = _known("")
+
+    def shown(brace: re.Match[str]) -> str:
+        name = brace[1]
         if name not in point and name.removeprefix(ATTACK) not in fields:
             raise LetheError(f"name: there is no setting '{name}' for the template '{template}'{nearest(name, fields)}")
-        made = made.replace(f"{{{name}}}", _in_name(point[name] if name in point else value_at(settings, name)))
+        return _in_name(point[name] if name in point else value_at(settings, name))
+
+    made = BRACES.sub(shown, template)
     return made if seed is None or "{seed}" in template else f"{made}_seed{seed}"
 
 

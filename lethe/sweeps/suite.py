@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lethe import config as c
-from lethe.attacks.check import check_tamper
+from lethe.attacks.tampering import check_tamper
+from lethe.config.checks import changed
 from lethe.config.parse import build, from_recipe, from_settings
 from lethe.errors import LetheError, nearest, printable
 from lethe.models import refs
@@ -55,12 +56,11 @@ def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
     if not path.exists():
         known = [file.stem for file in SUITES.glob("*.yaml")]
         raise LetheError(f"suite: there is no suite '{name}'{nearest(name, known)}; or give a file NAME.yaml")
-    unset = c.SuiteConfig(models=config.models, suite=name)
     try:
         suite: c.SuiteConfig = from_recipe(c.SuiteConfig, path, models=config.models, suite=name)
     except LetheError as error:
         raise LetheError(f"suite: {str(error).removeprefix('config: ')}") from error
-    if others := _changed(suite, unset).keys() - PARTS:
+    if others := changed(suite).keys() - PARTS - {"models", "suite"}:
         raise LetheError(f"suite: '{path}' sets {min(others)}; a suite has {', '.join(sorted(PARTS))}")
     if not suite.attacks:
         raise LetheError(f"suite: '{path}' names no attacks; it needs attacks: with settings of `lethe tamper` by name")
@@ -68,12 +68,7 @@ def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
         raise LetheError(f"only: the suite has no attack '{unknown[0]}'{nearest(unknown[0], suite.attacks)}")
     chosen = {each: own for each, own in suite.attacks.items() if not config.only or each in config.only}
     both = {"attacks": chosen, "only": [], "common": _over(suite.common, config.common)}
-    return dataclasses.replace(suite, **(_changed(config, unset) | both))
-
-
-def _changed(config: c.SuiteConfig, unset: c.SuiteConfig) -> dict[str, Any]:
-    """The settings that differ from their defaults."""
-    return {name: value for name, value in vars(config).items() if value != getattr(unset, name)}
+    return dataclasses.replace(suite, **(changed(config) | both))
 
 
 class Suite(Planner):
