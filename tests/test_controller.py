@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections import Counter
-from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState, create_trial
-from sweeping import TASKS, config, recipe, trials
+from sweeping import TASKS, config, trials
 
 from lethe.config import ResumeConfig, SweepStatusConfig
 from lethe.launching import launchers
@@ -27,9 +24,7 @@ class MadeUp:
     Accuracies fall from 1 to chance as lr rises, forget a little before retain.
     """
 
-    def __init__(self, stops=lambda run: False):
-        self.stops = stops
-        self.busy = False
+    busy = False
 
     def room(self) -> int:
         return 0 if self.busy else 1
@@ -38,11 +33,7 @@ class MadeUp:
         self.busy = True
         for folder in folders:
             run = Run.open(folder)
-            if run.record["kind"] == "unlearn" and self.stops(run):
-                run.ask_to_stop("stopped early at step 2: made up")
-                run.update(status="cancelled", reason="stopped early at step 2: made up")
-            else:
-                run.update(status="complete", evals=self.evals(run.record["config"].get("lr", 0)))
+            run.update(status="complete", evals=self.evals(run.record["config"].get("lr", 0)))
         return {"host": "here", "pid": 0, "born": 0.0, "since": run.record["created"]}
 
     def evals(self, lr: float) -> dict:
@@ -64,11 +55,7 @@ class MadeUp:
 
 @pytest.fixture
 def made_up(lab, monkeypatch):
-    def use(**settings):
-        monkeypatch.setattr(launchers, "make", lambda *_: MadeUp(**settings))
-
-    use()
-    return use
+    monkeypatch.setattr(launchers, "make", lambda *_: MadeUp())
 
 
 def test_a_sweep_is_not_over_while_a_worker_has_yet_to_say_that_it_is_done(made_up, tmp_path):
@@ -77,24 +64,6 @@ def test_a_sweep_is_not_over_while_a_worker_has_yet_to_say_that_it_is_done(made_
     assert len(bisected.record["trials"]) > 5 and all("wider than" not in said for said in bisected.record["conclusions"])
     spent = sweep(config(tmp_path / "b", kind="pareto", vary={"lr": LR}, max_runs=6))
     assert len(trials(spent)) == 7
-
-
-def test_runs_at_their_end_are_not_read_again_however_many_rounds_follow(made_up, tmp_path, monkeypatch):
-    opened: Counter[str] = Counter()
-    plain = Run.open.__func__
-
-    def counted(cls, path):
-        opened[Path(path).name] += 1
-        return plain(cls, path)
-
-    monkeypatch.setattr(Run, "open", classmethod(counted))
-    monkeypatch.setattr(sys.modules["lethe.sweeps.controller"], "SECONDS_BETWEEN_RECORDS", 0)
-    most = []
-    for count in (4, 16):
-        opened.clear()
-        sweep(config(tmp_path / str(count), vary={"lr": LR | {"steps": count}}))
-        most.append(max(n for name, n in opened.items() if name.startswith("unlearn")))
-    assert most[0] == most[1]
 
 
 def test_the_text_of_a_sweep_is_read_once_for_all_its_settings(made_up, tmp_path, monkeypatch):
@@ -107,18 +76,6 @@ def test_the_text_of_a_sweep_is_read_once_for_all_its_settings(made_up, tmp_path
     assert sorted(read) == ["lab:forget", "lab:retain"]
     corpora.read("lab:forget")
     assert len(read) == 3  # afterwards, a text is read as it stands then
-
-
-def test_runs_stopped_early_are_spent_and_never_numbers(made_up, tmp_path):
-    made_up(stops=lambda run: run.record["config"]["lr"] > 1e-2)
-    run = sweep(config(tmp_path, kind="pareto", vary={"lr": LR}, unlearn=recipe(eval={"tasks": TASKS, "every": 2}), max_runs=8))
-    found = {name: trial for name, trial in trials(run).items() if not trial["reference"]}
-    stopped = [trial for trial in found.values() if trial["status"] == "stopped early"]
-    assert len(found) == 8 and 0 < len(stopped) < 8
-    assert all(trial["evals"] == {} and trial["reason"].startswith("stopped early at step") for trial in stopped)
-    assert [name for said in run.record["conclusions"] for name in found if name in said and found[name] in stopped] == []
-    study = Sweep.open(str(run.path), str(tmp_path)).study
-    assert all(trial.values is None for trial in study.trials if trial.state.name == "PRUNED")
 
 
 def test_pareto_begins_evenly_over_the_axes_and_repeats_itself_with_one_job(made_up, tmp_path):
@@ -206,10 +163,31 @@ def test_a_sweep_of_an_earlier_version_is_resumed(made_up, tmp_path):
     assert resumed.record["counts"] == {"complete": 4} and trials(resumed)["lr0.5"]["status"] == "complete"
 
 
-def test_a_sweep_that_starts_from_known_runs_can_be_opened_again(made_up, tmp_path):
+def test_pareto_starts_from_known_runs_beside_its_budget_and_can_be_opened_again(made_up, tmp_path):
     known = sweep(config(tmp_path / "known", vary={"lr": [1e-3, 1e-2]}))
     run = sweep(config(tmp_path / "a", kind="pareto", vary={"lr": LR}, max_runs=2, warm_start=[str(tmp_path / "known")]))
-    shown = status(SweepStatusConfig(str(run.path), str(tmp_path)))
-    assert shown.record["trials"] == run.record["trials"]
-    reused = {trial["name"] for trial in shown.record["trials"] if trial["reused"]}
-    assert reused == {trial["name"] for trial in known.record["trials"] if not trial["reference"]}
+    found = [trial for trial in run.record["trials"] if not trial["reference"]]
+    assert {trial["name"] for trial in found if trial["reused"]} == {
+        trial["name"] for trial in known.record["trials"] if not trial["reference"]
+    }
+    new = [trial["point"]["lr"] for trial in found if not trial["reused"]]
+    assert len(new) == 2 and all(1e-4 <= lr <= 1 for lr in new)
+    assert any(sentence.startswith("Front of") for sentence in run.record["conclusions"])
+    assert status(SweepStatusConfig(str(run.path), str(tmp_path))).record["trials"] == run.record["trials"]
+
+
+def test_every_setting_is_run_with_every_seed_and_pareto_takes_means(made_up, tmp_path, monkeypatch):
+    run = sweep(config(tmp_path / "grid", vary={"lr": [1e-3]}, seeds=[3, 4]))
+    assert [(t["name"], t["seed"]) for t in run.record["trials"][1:]] == [("lr0.001_seed3", 3), ("lr0.001_seed4", 4)]
+    runs = [Run.open(next((tmp_path / "grid").glob(f"*-{t['runs'][0]}"))) for t in run.record["trials"][1:]]
+    assert [made.record["config"]["seed"] for made in runs] == [3, 4]
+    plain, lost = MadeUp.evals, iter([0.0, 0.02, 0.06])  # of the baseline and of two seeds
+    monkeypatch.setattr(MadeUp, "evals", lambda self, lr: lower(plain(self, lr), next(lost)))
+    run = sweep(config(tmp_path / "pareto", kind="pareto", vary={"lr": LR}, seeds=2, max_runs=1))
+    (trial,) = run.record["trials"][1:]
+    means = lower(plain(MadeUp(), trial["point"]["lr"]), 0.04)
+    assert len(trial["runs"]) == 2 and all(trial["evals"][task]["acc"] == pytest.approx(means[task]["acc"]) for task in TASKS)
+
+
+def lower(evals: dict, by: float) -> dict:
+    return {task: result | {"acc": result["acc"] - by} for task, result in evals.items()}

@@ -87,9 +87,9 @@ class Boundary(Planner):
         if run is None or (name == "retained" and least is None):
             return None
         if least is not None:
-            return number(run.retain) >= least
+            return number(run.results[1]) >= least
         thresholds = self.config.retained_threshold, self.config.chance_threshold
-        decided = all(share and regimes.is_decided(share, *thresholds) for share in (run.forget_share, run.retain_share))
+        decided = run.shares and all(regimes.is_decided(share, *thresholds) for share in run.shares)
         return run.regime == name if decided else None
 
     def _reference(self, baseline: dict) -> float | None:
@@ -165,12 +165,7 @@ class Boundary(Planner):
         if both.status != "not bracketed" or both.before is not False:
             return []
         name = self.axis.name
-        shares = {
-            run.trial.get("point")[name]: (run.forget_share, run.retain_share)
-            for run in found
-            if run.forget_share and run.retain_share
-        }
-        level = plateau(shares)
+        level = plateau({run.trial.get("point")[name]: run.shares for run in found if run.shares})
         flat = f"; from {name} {level:g} on nothing changes beyond the intervals" if level is not None else ""
         used = "max_steps" if name == "epochs" else name
         other = next(axis for axis in NEXT_AXES if axis not in used.split(axes.RATIO))

@@ -149,11 +149,12 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
     """
     refuse_run_folder(config.out)
     if run is None:
-        config = planner_of(config).checked()
+        planner = planner_of(config)
+        config = planner.checked()
         if config.storage:
             journal.storage_of(config.storage, Path(config.out))
-        run = Run.create("sweep", planner_of(config).title, c.to_dict(config), config.out)
-        run.update(goal=config.goal, plan={"runs": planner_of(config).expected})
+        run = Run.create("sweep", planner.title, c.to_dict(config), config.out)
+        run.update(goal=config.goal, plan={"runs": planner.expected})
         trust(config)
     with run.running():
         made = Sweep(run, config)

@@ -1,6 +1,6 @@
 """What all kinds of sweeps share: recipe, baseline, plans, and what the results say. Each kind has a file of its own.
 
-A planner turns the sweep's settings into plans (`references`, `begin`, `propose`) and reads results from the runs (`values`,
+A planner turns the sweep's settings into plans (`references`, `plans`, `propose`) and reads results from the runs (`values`,
 `finding`, `conclusions`). It starts nothing: the controller does. Every kind evaluates the original model first, as the
 baseline that retained shares and regimes are relative to.
 """
@@ -39,13 +39,14 @@ Result = dict[str, Any]
 
 @dataclass
 class Finding:
-    """The finding of one complete trial: its results as means over its seeds, their retained shares, and its regime."""
+    """The finding of one complete trial: results on the forget and the retain task, their retained shares, and the regime.
+
+    Results are means over the trial's seeds. There are no shares if the baseline was measured in another way.
+    """
 
     trial: Trial
-    forget: Result
-    retain: Result
-    forget_share: regimes.Estimate | None
-    retain_share: regimes.Estimate | None
+    results: list[Result]
+    shares: list[regimes.Estimate]
     regime: regimes.Regime | None
 
 
@@ -109,10 +110,15 @@ class Planner:
         """How Optuna chooses points, in the kinds that let it."""
         return None
 
+    @cached_property
+    def plans(self) -> list[Plan]:
+        """The plans that are known from the start."""
+        return []
+
     @property
     def expected(self) -> int:
         """How many trials the sweep will probably run, for the progress bar."""
-        raise NotImplementedError
+        return len(self.plans)
 
     def checked(self) -> c.SweepConfig:
         """The sweep's configuration with its recipes written out in full, after every setting was checked.
@@ -182,7 +188,8 @@ class Planner:
         return [baseline(model, self.recipe["eval"], self.recipe["dtype"], self.config.out) for model in models]
 
     def begin(self, sweep: Sweep) -> None:
-        """Add the plans that are known from the start."""
+        """Add the trials that are known from the start."""
+        sweep.add(self.plans, sweep.study)
 
     def facts_of(self, trial: Trial, settings: dict[str, Any]) -> dict[str, Any]:
         """Further fields of a run's record."""
@@ -237,21 +244,22 @@ class Planner:
         return [finding for finding in found if finding]
 
     def finding(self, sweep: Sweep, trial: Trial, runs: list[Run]) -> Finding | None:
-        """The finding of a trial; None if its accuracies are missing. No shares if the baseline was measured in another way."""
+        """The finding of a trial; None if its accuracies are missing."""
         evals = [of_seed[0].record.get("evals") or {} for of_seed in self._by_seed(runs)]
         if not all(task in each for each in evals for task in self.tasks):
             return None
         results = [_mean([each[task] for each in evals]) for task in self.tasks]
         before = self.baseline(sweep, runs[0].record["config"]["model"])
         shares = [
-            regimes.retained_share(result, before[task])
-            if task in before and regimes.provenance(result) == regimes.provenance(before[task])
-            else None
+            share
             for task, result in zip(self.tasks, results, strict=True)
+            if task in before and regimes.provenance(result) == regimes.provenance(before[task])
+            if (share := regimes.retained_share(result, before[task]))
         ]
+        if len(shares) < len(self.tasks):
+            return Finding(trial, results, [], None)
         thresholds = self.config.retained_threshold, self.config.chance_threshold
-        regime = regimes.regime(shares[0], shares[1], *thresholds) if shares[0] and shares[1] else None
-        return Finding(trial, results[0], results[1], shares[0], shares[1], regime)
+        return Finding(trial, results, shares, regimes.regime(shares[0], shares[1], *thresholds))
 
     def results(self, sweep: Sweep, trial: Trial, runs: list[Run]) -> dict[str, Any]:
         """A trial's results for tables."""
@@ -261,11 +269,10 @@ class Planner:
         finding = self.finding(sweep, trial, runs) if runs and trial.status == "complete" else None
         if finding is None:
             return {"evals": {}}
-        forget, retain = self.tasks
-        shown: dict[str, Any] = {"evals": {forget: short(finding.forget), retain: short(finding.retain)}}
-        shown["regime"] = finding.regime
-        if finding.forget_share and finding.retain_share:
-            shown["selectivity"] = dataclasses.asdict(regimes.selectivity(finding.forget_share, finding.retain_share))
+        evals = dict(zip(self.tasks, map(short, finding.results), strict=True))
+        shown: dict[str, Any] = {"evals": evals, "regime": finding.regime}
+        if finding.shares:
+            shown["selectivity"] = dataclasses.asdict(regimes.selectivity(*finding.shares))
         if self.config.tamper is not None and trial.frozen.values:
             shown["after_attack"] = trial.frozen.values[-1]
         return shown

@@ -89,10 +89,6 @@ class Suite(Planner):
         """Of the highest forget accuracy: the attacker maximizes it."""
         return ["maximize"]
 
-    @property
-    def expected(self) -> int:
-        return len(self.plans)
-
     def checked(self) -> Any:
         """The configuration with the suite written into it, after every attack was checked.
 
@@ -187,9 +183,6 @@ class Suite(Planner):
             if run is not None and run.record["kind"] == "unlearn":
                 found[run.record["config"]["model"]] = run.record["config"]["dtype"]
         return [baseline(model, evaluation, dtype, self.config.out) for model, dtype in found.items()]
-
-    def begin(self, sweep: Sweep) -> None:
-        sweep.add(self.plans, sweep.study)
 
     def facts_of(self, trial: Trial, settings: dict[str, Any]) -> dict[str, Any]:
         if trial.is_reference:

@@ -114,8 +114,8 @@ class Trial:
         key = self.study.study_name, self.frozen.number
         if key in self.ended_runs:
             return self.ended_runs[key]
-        warm = self.get("warm")  # the folder of a run that Optuna starts from
-        folders = [Path(warm)] if warm else [out / name for name in self.get("runs", [])]
+        warm = self.get("warm")  # the absolute path of a run that Optuna starts from
+        folders = [out / name for name in ([warm] if warm else self.get("runs", []))]
         found = [Run.open(folder) for folder in folders if folder.exists()]
         if self.is_done:
             found = self.ended_runs[key] = found if len(found) == len(folders) else []
