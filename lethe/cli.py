@@ -280,9 +280,6 @@ def _compare(settings: c.CompareConfig, as_json: bool) -> None:
 
 @command("tamper", "lethe tamper run:ID --max_steps 100", "model", runs_tasks=True)
 def _tamper(settings: c.TamperConfig, as_json: bool) -> None:
-    from lethe.attacks.check import check_tamper
-
-    check_tamper(settings)
     from lethe.attacks.tampering import tamper
 
     _answer_all(tamper(settings), as_json)
@@ -299,12 +296,11 @@ def _resume(settings: c.ResumeConfig, as_json: bool) -> None:
 def _suite(settings: c.SuiteConfig, as_json: bool) -> None:
     from lethe.report.attacks import worst_table
     from lethe.sweeps.controller import Sweep, sweep
-    from lethe.sweeps.kinds import planner_of
 
     run = sweep(settings)
     if not as_json:
         found = Sweep.open(str(run.path), settings.out)
-        planner: Any = planner_of(found.config)
+        planner: Any = found.planner
         if (table := worst_table(planner.study(found))).rows:
             _print(table)
     _answer_sweep(run, as_json)

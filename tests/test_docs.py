@@ -131,7 +131,7 @@ def test_recipes_in_the_guides_are_valid(here, monkeypatch):
         return file
 
     assert from_recipe(cli.COMMANDS["unlearn"].config, recipe("model-and-data")).layers == [5, 10, 15, 20, 25, 30]
-    assert len(Grid(from_recipe(SweepConfig, recipe("sweeps"))).points) == 27
+    assert len(Grid(from_recipe(SweepConfig, recipe("sweeps"))).samples()) == 27
     assert from_recipe(SweepConfig, recipe("several-machines"), vary={"lr": [1e-3]}).slurm.time == "12:00:00"
     tasks = from_recipe(EvaluateConfig, recipe("evaluation"), model="lab:final", tasks=["biothreat", "general"]).tasks
     assert tasks == ["wmdp_bio_robust", "wmdp_bio_cloze", "mmlu"]

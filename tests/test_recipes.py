@@ -8,13 +8,13 @@ import pytest
 
 from lethe import LetheError, TamperConfig, Transfer, unlearn
 from lethe.cli import main
-from lethe.config import ATTACKED, UNLEARNED, EvalSettings, SweepConfig, recipes
+from lethe.config import ATTACKED, UNLEARNED, EvalSettings, SuiteConfig, SweepConfig, recipes
 from lethe.config.parse import build, from_recipe
 from lethe.lab.presets import PRESETS, active_preset
 from lethe.methods.method import Method
 from lethe.results.recovery import GENERAL_BOUND
-from lethe.sweeps.kinds import planner_of
-from lethe.sweeps.suite import read
+from lethe.sweeps.folder import planner_of
+from lethe.sweeps.suite import spelled_out
 from lethe.training.check import plan
 
 NAMES = recipes.names()
@@ -35,7 +35,7 @@ def test_a_recipe_says_how_it_is_run_and_is_valid(name, tmp_path, monkeypatch):
     assert config.goal
     planner = planner_of(config)
     assert len(set(planner.tasks)) == 2
-    plans = [planner.plan(point, seed=0) for point in planner.samples()]
+    plans = [planner.plan(point, [0]) for point in planner.samples()]
     assert len({made.name for made in plans}) == len({made.key for made in plans}) >= 2
     for kind, settings in (stage for made in plans for stage in made.stages):
         build(KINDS[kind], settings)
@@ -95,12 +95,12 @@ def test_the_studys_attacks_have_its_batches_and_rates(name, steps):
 
 
 def test_the_suite_of_attacks_is_valid_and_covers_what_an_attacker_would_try():
-    suite = read("standard")
-    assert set(suite) == {"general_bound", "common", "controls", "attacks"} and suite["general_bound"] == GENERAL_BOUND
+    suite = spelled_out(SuiteConfig(models=["lab:final"], suite="standard"))
+    assert suite.general_bound == GENERAL_BOUND
     configs, after = {}, {}
-    for name, own in suite["attacks"].items():
+    for name, own in suite.attacks.items():
         after[name] = own.pop("after", None)
-        settings = suite["common"] | own | {"eval": suite["common"]["eval"] | own.get("eval", {})}
+        settings = suite.common | own | {"eval": suite.common["eval"] | own.get("eval", {})}
         configs[name] = build(TamperConfig, settings | {"model": "lab:final", "name": name})
     kinds = {(c.attack, c.optimizer, c.lora is None) for c in configs.values()}
     trained = {("finetune", optimizer, full) for optimizer in ("adamw", "muon") for full in (True, False)}

@@ -66,7 +66,7 @@ def test_one_attack_with_seeds_is_a_suite_of_one(lab, tmp_path, capsys):
 
 def test_the_suite_that_comes_with_lethe_plans_every_attack_and_repeats_only_what_draws(lab, tmp_path):
     suite = Suite(spelled_out(SuiteConfig(models=["lab:final"], suite="standard", seeds=3, out=str(tmp_path))))
-    plans = suite.plans_of_all()
+    plans = suite.plans
     assert suite.models == ["lab:final", "lab:filtered", "random:lab:final"]
     stages = [settings for plan in plans for _, settings in plan.stages]
     assert all(build(TamperConfig, settings) for settings in stages)
@@ -80,12 +80,10 @@ def test_the_suite_that_comes_with_lethe_plans_every_attack_and_repeats_only_wha
 def test_an_attack_that_draws_nothing_is_repeated_where_one_that_follows_it_draws(lab, tmp_path):
     cut = {"attack": "prune", "strengths": [0.3], "save_model": True}
     common = {"eval": COMMON["eval"] | {"every": 0}}
-    plans = Suite(
-        config(tmp_path, attacks={"cut": cut, "then": {"after": "cut"}}, seeds=2, controls=[], common=common)
-    ).plans_of_all()
+    plans = Suite(config(tmp_path, attacks={"cut": cut, "then": {"after": "cut"}}, seeds=2, controls=[], common=common)).plans
     assert [[settings["seed"] for _, settings in plan.stages] for plan in plans] == [[0, 0], [0, 1]]
     alone = config(tmp_path, attacks={"cut": cut}, seeds=2, controls=[], common=common)
-    assert len(Suite(alone).plans_of_all()) == 1
+    assert len(Suite(alone).plans) == 1
 
 
 @pytest.mark.parametrize(
@@ -103,7 +101,7 @@ def test_an_attack_that_draws_nothing_is_repeated_where_one_that_follows_it_draw
         ({"attacks": {"full": {}, "second": {"after": "full"}}}, "save_model: true"),
         ({"general_bound": 1.5}, "general_bound"),
         ({"attacks": {"one": {}, "two": {"eval": {"limit": 9}}}}, "eval.limit: one has 40, two has 9"),
-        ({"attacks": {"one": {"lr": 1e-3}, "two": {"lr": 1e-3}}}, "two has the settings of one"),
+        ({"attacks": {"one": {"lr": 1e-3}, "two": {"lr": 1e-3}}}, "two on lab:global_step120 has the settings of one"),
         ({"attacks": {"full": {"model": "lab:final"}}}, "full: model: has no effect in a suite; name the models"),
         ({"common": COMMON | {"seed": 3}}, "full: seed: has no effect in a suite; name the seeds"),
         ({"attacks": {"full": 5}}, "attacks: full: expected settings of `lethe tamper`, got 5"),

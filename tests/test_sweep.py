@@ -63,7 +63,7 @@ from lethe.sweeps.resuming import resume
         ({"forget_task": "lab_retain"}, "retain_task: 'lab_retain' is the forget task"),
         ({"name": "ret{"}, "name: .*brace"),
         ({"vary": {"eval.limit": [10, 20]}}, "changes how runs are measured"),
-        ({"name": "r{retain_coef:.1f}"}, "write its name alone"),
+        ({"name": "r{retain_coef:.1f}"}, "no setting 'retain_coef:.1f'"),
         ({"kind": "boundary", "vary": {"lr": {"low": 1e-4, "high": 1}}, "max_runs": 3, "seeds": 2}, "too few for both ends"),
         ({"kind": "pareto", "max_runs": 1, "warm_start": ["x"], "tamper": {}}, "warm_start: has no effect with an attack"),
         ({"kind": "pareto", "max_runs": 1, "warm_start": ["nowhere"]}, "warm_start: 'nowhere' has no complete run"),
@@ -97,46 +97,43 @@ def grid(lab, tmp_path_factory) -> Run:
 
 
 @pytest.mark.slow
-def test_a_grid_runs_every_combination_once_and_attacks_each(grid):
+def test_a_grid_runs_every_combination_once_and_attacks_each(grid, capsys):
     found = trials(grid)
     assert list(found) == ["baseline", "ret1_rm5", "ret1_rm50", "ret10_rm5", "ret10_rm50"]
     assert grid.status == "complete" and grid.record["counts"] == {"complete": 5}
+    storage = JournalStorage(JournalFileBackend(str(grid.path / "study.journal")))
+    optunas = {t.user_attrs["name"]: t for t in optuna.load_study(study_name=f"grid {grid.id}", storage=storage).trials}
     before = Run.open(next(grid.path.parent.glob("evaluate-*"))).record["evals"]
     for name, trial in found.items():
         runs = [Run.open(next(grid.path.parent.glob(f"*-{i}"))) for i in trial["runs"]]
         assert [run.record["kind"] for run in runs] == (["evaluate"] if name == "baseline" else ["unlearn", "tamper"])
         assert all(run.status == "complete" for run in runs)
+        assert all(run.record["sweep"] == {"id": grid.id, "trial": name} for run in runs)
         if name != "baseline":
+            evals = runs[0].record["evals"]
             assert runs[1].record["config"]["model"] == f"run:{runs[0].id}"
-            assert {n: runs[0].record["config"][n] for n in trial["point"]} == trial["point"]
+            assert {n: runs[0].record["config"][n] for n in trial["point"]} == trial["point"] == optunas[name].params
             curve = [row["evals"]["lab_forget_robust"]["acc"] for row in runs[1].rows("curve.jsonl")]
             assert trial["after_attack"] == max(curve)
-            shares = [regimes.retained_share(runs[0].record["evals"][task], before[task]) for task in TASKS]
+            assert optunas[name].values == [*(evals[task]["acc"] for task in TASKS), max(curve)]
+            shares = [regimes.retained_share(evals[task], before[task]) for task in TASKS]
             assert trial["regime"] == regimes.regime(*shares)
             assert trial["selectivity"]["value"] == regimes.selectivity(*shares).value
+    assert cli.main(["sweep", "status", str(grid.path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("Does more retain weight keep more?") < shown.index("ret10_rm50") < shown.index("Next:")
 
 
 @pytest.mark.slow
 def test_a_trial_is_what_its_own_command_would_have_made(grid, tmp_path):
     """The same configuration through `lethe unlearn`: the same weights."""
     run = Run.open(next(grid.path.parent.glob("unlearn-ret10_rm5-*")))
-    alone = subprocess.run(
-        [
-            *(sys.executable, "-m", "lethe.cli", "unlearn", "--json", "--config", str(_yaml(tmp_path, run.record["config"]))),
-            *("--out", str(tmp_path / "runs")),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(run.record["config"]))
+    words = [sys.executable, "-m", "lethe.cli", "unlearn", "--json", "--config", str(recipe), "--out", str(tmp_path / "runs")]
+    alone = subprocess.run(words, capture_output=True, text=True, check=True)
     ours, theirs = weights(run), weights(Run.open(json.loads(alone.stdout)["path"]))
     assert all(bool((ours[name] == theirs[name]).all()) for name in ours | theirs)
-
-
-def _yaml(folder: Path, settings: dict) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(settings))
-    return path
 
 
 @pytest.mark.slow
@@ -159,56 +156,6 @@ def test_what_was_measured_before_is_not_run_again(grid):
 
 
 @pytest.mark.slow
-def test_the_optuna_study_has_the_points_and_results_of_the_trials(grid):
-    storage = JournalStorage(JournalFileBackend(str(grid.path / "study.journal")))
-    study = optuna.load_study(study_name=f"grid {grid.id}", storage=storage)
-    found = trials(grid)
-    for trial in study.trials:
-        shown = found[trial.user_attrs["name"]]
-        assert trial.params == shown["point"]
-        assert trial.values == [*(shown["evals"][task]["acc"] for task in TASKS), shown["after_attack"]]
-
-
-@pytest.mark.slow
-def test_runs_of_a_sweep_carry_its_id_and_its_table_has_the_goal_above(grid, capsys):
-    for run in find_runs(grid.path.parent):
-        if run.record["kind"] == "unlearn" and run.record["config"]["retain_coef"] < 100:  # 100: of the larger grid
-            assert run.record["sweep"] == {"id": grid.id, "trial": run.record["name"]}
-    assert cli.main(["sweep", "status", str(grid.path)]) == 0
-    shown = capsys.readouterr().out
-    assert shown.index("Does more retain weight keep more?") < shown.index("ret10_rm50")
-    assert "Next:" in shown
-
-
-@pytest.mark.slow
-def test_seeds_repeat_every_setting(lab, tmp_path):
-    run = sweep(config(tmp_path, vary={"retain_coef": [1]}, seeds=[3, 4], jobs=2))
-    found = trials(run)
-    assert [(name, trial["seed"]) for name, trial in found.items() if name != "baseline"] == [
-        ("retain_coef1_seed3", 3),
-        ("retain_coef1_seed4", 4),
-    ]
-    runs = [Run.open(next(tmp_path.glob(f"unlearn-*-{found[name]['runs'][0]}"))) for name in list(found)[1:]]
-    assert [run.record["config"]["seed"] for run in runs] == [3, 4]
-    a, b = map(weights, runs)
-    assert any(bool((a[name] != b[name]).any()) for name in a)
-
-
-@pytest.mark.slow
-def test_pareto_spends_its_budget_and_starts_from_what_is_known(grid, tmp_path):
-    axes = {"retain_coef": {"low": 0.5, "high": 100, "log": True}, "remove_coef": {"low": 1, "high": 100, "log": True}}
-    run = sweep(config(tmp_path, kind="pareto", vary=axes, max_runs=4, warm_start=[str(grid.path.parent)], jobs=2))
-    found = [t for t in run.record["trials"] if not t["reference"]]
-    known = [t for t in found if t["reused"]]
-    assert len(found) - len(known) == 4
-    grid_runs = [r for r in find_runs(grid.path.parent) if r.record["kind"] == "unlearn"]
-    assert {t["name"] for t in known} == {r.record["name"] for r in grid_runs}
-    for trial in found:
-        assert 0.5 <= trial["point"]["retain_coef"] <= 100 and 1 <= trial["point"]["remove_coef"] <= 100
-    assert any(sentence.startswith("Front of") for sentence in run.record["conclusions"])
-
-
-@pytest.mark.slow
 def test_a_hopeless_run_is_stopped_early_and_has_no_number(lab, tmp_path):
     """Two finished runs are known that were far better at the first evaluation; the third is stopped there."""
     long = recipe(max_steps=1500, num_train_examples=480, lr=1e-6, eval={"tasks": TASKS, "every": 5})
@@ -224,8 +171,10 @@ def test_a_hopeless_run_is_stopped_early_and_has_no_number(lab, tmp_path):
             run.update(evals=row["evals"])
     axis = {"retain_coef": {"low": 1, "high": 4}}
     second = config(tmp_path, kind="pareto", unlearn=long, vary=axis, max_runs=1, warm_start=[str(tmp_path)])
-    (found,) = [t for t in sweep(second).record["trials"] if not t["reference"] and not t["reused"]]
+    stopped = sweep(second)
+    (found,) = [t for t in stopped.record["trials"] if not t["reference"] and not t["reused"]]
     assert found["status"] == "stopped early" and found["reason"].startswith("stopped early at step") and found["evals"] == {}
+    assert Sweep.open(str(stopped.path), str(tmp_path)).study.trials[-1].values is None
     run = Run.open(next(tmp_path.glob(f"unlearn-*-{found['runs'][0]}")))
     assert run.status == "cancelled" and run.rows("metrics.jsonl")[-1]["step"] < 1500
 
@@ -246,12 +195,16 @@ def test_a_run_that_diverges_or_fails_is_a_status_and_the_sweep_goes_on(lab, tmp
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL"] and study.trials[1].values is None
 
 
+def four_runs() -> dict:
+    """A sweep of four runs that take some seconds each."""
+    long = recipe(max_steps=40, num_train_examples=64, save_every=5)
+    return {"unlearn": long, "vary": {"retain_coef": [1, 10], "remove_coef": [5, 50]}}
+
+
 @pytest.fixture
 def slow_sweep(lab, tmp_path) -> Path:
-    """A recipe of four runs that take some seconds each."""
     path = tmp_path / "sweep.yaml"
-    long = recipe(max_steps=40, num_train_examples=64, save_every=5)
-    path.write_text(json.dumps({"unlearn": long, "vary": {"retain_coef": [1, 10], "remove_coef": [5, 50]}}))
+    path.write_text(json.dumps(four_runs()))
     return path
 
 
@@ -259,8 +212,7 @@ def slow_sweep(lab, tmp_path) -> Path:
 def undisturbed(lab, tmp_path_factory) -> dict[str, Run]:
     """The runs of `slow_sweep`, made without any fault."""
     out = tmp_path_factory.mktemp("undisturbed")
-    long = recipe(max_steps=40, num_train_examples=64, save_every=5)
-    sweep(config(out, unlearn=long, vary={"retain_coef": [1, 10], "remove_coef": [5, 50]}, jobs=2))
+    sweep(config(out, **four_runs(), jobs=2))
     return {run.record["name"]: run for run in find_runs(out) if run.record["kind"] == "unlearn"}
 
 

@@ -19,7 +19,7 @@ from lethe import (
     tamper,
     unlearn,
 )
-from lethe.attacks.tampering import LostUpdates, lost_share
+from lethe.attacks.finetuning import LostUpdates, lost_share
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
 from lethe.results.recovery import Point, excess, measure
@@ -45,7 +45,7 @@ def unlearned(lab, tmp_path_factory):
     )
 
 
-def test_curve_has_step_0_regular_steps_and_the_end(unlearned, tmp_path):
+def test_curve_has_step_0_regular_steps_and_the_end_and_its_seconds_are_apart(unlearned, tmp_path):
     run = tamper(attack(tmp_path, str(unlearned.path), max_steps=5))
     curve = run.rows("curve.jsonl")
     assert [line["step"] for line in curve] == [0, 2, 4, 5]
@@ -53,6 +53,9 @@ def test_curve_has_step_0_regular_steps_and_the_end(unlearned, tmp_path):
     start = evaluate(EvaluateConfig(str(unlearned.path), TASKS, out=str(tmp_path)))
     for task in TASKS:
         assert curve[0]["evals"][task]["acc"] == start.record["evals"][task]["acc"] == unlearned.record["evals"][task]["acc"]
+    took = run.record["environment"]
+    assert took["evaluation_seconds"] > 0 and took["training_seconds"] > 0
+    assert took["evaluation_seconds"] + took["training_seconds"] < took["seconds"] + 0.1
 
 
 def test_equal_seeds_give_equal_curves(lab, tmp_path):
@@ -62,17 +65,9 @@ def test_equal_seeds_give_equal_curves(lab, tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_an_attack_teaches_the_topic_to_a_model_that_never_knew(lab, tmp_path):
-    run = tamper(
-        attack(tmp_path, "lab:filtered", num_train_examples=0, max_steps=40, lr=2e-3, eval=EvalSettings(TASKS, every=40))
-    )
-    assert run.rows("metrics.jsonl")[-1]["attack_loss"] < 0.7 * run.rows("metrics.jsonl")[0]["attack_loss"]
-
-
 def test_the_attackers_documents_are_not_those_of_unlearning(unlearned, tmp_path):
     run = tamper(attack(tmp_path, str(unlearned.path)))
-    text = run.record["parents"]["forget"]
-    everything = corpora.read("lab:forget")
+    text, everything = run.record["parents"]["forget"], corpora.read("lab:forget")
     assert text["sha256"] == corpora.fingerprint(everything[-64:])
     assert text["used_in_unlearning"] == 0
     with pytest.raises(LetheError, match=r"used to unlearn .* lower num_train_examples to"):
@@ -199,10 +194,11 @@ def forget_curve(run) -> list[Point]:
 
 def test_a_model_that_only_hides_its_knowledge_is_found_out_within_a_few_steps_and_the_filtered_twin_is_not(hidden, tmp_path):
     settings = {"lr": 3e-3, "max_steps": 10, "num_train_examples": 512, "eval": EvalSettings(TASKS, every=5)}
-    found, again, twin = (
-        forget_curve(tamper(attack(tmp_path, model, **settings))) for model in (hidden, hidden, "lab:filtered")
-    )
+    runs = [tamper(attack(tmp_path, model, **settings)) for model in (hidden, hidden, "lab:filtered")]
+    found, again, twin = map(forget_curve, runs)
     assert found == again
+    losses = [row["attack_loss"] for row in runs[2].rows("metrics.jsonl")]
+    assert losses[-1] < 0.9 * losses[0]  # the twin learns too, only more slowly
     assert found[0].low <= 0.25 and twin[0].low <= 0.25  # both look ignorant
     final = evaluate(EvaluateConfig("lab:final", TASKS, out=str(tmp_path))).record["evals"]["lab_forget_robust"]["acc"]
     assert measure(found, final).half.step == 5
@@ -233,10 +229,3 @@ def test_a_kept_model_has_the_accuracy_of_the_curve_by_lm_evals_own_model(lab, t
     )
     ours = run.rows("curve.jsonl")[-1]["evals"]
     assert {task: ours[task]["acc"] for task in TASKS} == {task: theirs["results"][task]["acc,none"] for task in TASKS}
-
-
-def test_seconds_of_evaluation_and_of_training_are_told_apart(lab, tmp_path):
-    environment = tamper(attack(tmp_path, "lab:filtered")).record["environment"]
-    assert 0 < environment["evaluation_seconds"] < environment["seconds"]
-    assert 0 < environment["training_seconds"] < environment["seconds"]
-    assert environment["evaluation_seconds"] + environment["training_seconds"] < environment["seconds"] + 0.1

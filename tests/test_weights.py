@@ -11,8 +11,8 @@ import torch
 from scipy.stats import norm
 
 from lethe import EvalSettings, EvaluateConfig, TamperConfig, evaluate, tamper
-from lethe.attacks.prompts import prompts
 from lethe.attacks.weights import GROUP, NF4, disturb, int8, nf4, noised, prune
+from lethe.attacks.without_training import prompts
 from lethe.config import ResumeConfig
 from lethe.errors import LetheError
 from lethe.evaluation.accuracy import evaluate_model

@@ -1,59 +1,27 @@
 """The attack on a model: what an attacker gets back of the topic, measured step by step.
 
-    fine-tuning       on text of the topic (here)
-    without training  noise, quantisation or pruning of the weights (`weights.py`), documents in the prompt (`prompts.py`)
+    here                 what cannot work is refused, without importing torch, before anything is written
+    finetuning.py        training on text of the topic
+    without_training.py  noise, quantisation or pruning of the weights (`weights.py`), documents in the prompt
 
-All weights are trained in float32, whatever type they were saved in. An attack on bfloat16 weights loses most of its updates
-to rounding, which makes any model look robust. The share of updates that were lost is recorded.
 The attacker's documents come from the end of the forget text that unlearning does not use. They are the same for every model,
 so that curves can be compared with those of controls that never knew the topic: `lab:filtered`, the source, `random:REF`.
 """
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from torch import nn
-from transformers import TrainerCallback
-
-from lethe.attacks.check import CheckedAttack, check_tamper
-from lethe.attacks.prompts import prompts, refuse_too_long
-from lethe.attacks.weights import SCHEMES, disturb
-from lethe.config import TamperConfig, to_dict
-from lethe.evaluation.accuracy import load_tasks, refuse_unscorable
+from lethe.config import ATTACKED, TamperConfig
+from lethe.errors import LetheError
+from lethe.evaluation.check import check_tasks
+from lethe.files import refuse_run_folder
 from lethe.models import refs
-from lethe.models.activations import blocks, read
-from lethe.models.adapters import add_adapters
-from lethe.models.architecture_check import refuse_untrainable
-from lethe.objectives.losses import head_of
 from lethe.runs.run import Run
 from lethe.text import corpora
-from lethe.training import parameters
-from lethe.training.saves import save_artifact
-from lethe.training.trainer import Evaluation, RunTrainer, Sequences, keep_threads, weighted_means
-from lethe.unlearning.view import View
-
-logger = logging.getLogger(__name__)
-
-
-class TamperTrainer(RunTrainer):
-    """A transformers Trainer for plain next-token training on the attacker's text."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.head = head_of(self.model)  # type: ignore[arg-type]
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
-        """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
-        text, name = inputs["attack"], "attack"
-        states = read(model, text["input_ids"], [], True, self.head)
-        view = View(**text, states=states, tokens=self.tokens[name], documents=self.documents_in_update[name], head=self.head)
-        loss = view.cross_entropy()
-        self.book(inputs, attack_loss=loss)
-        return loss
+from lethe.training.check import plan, refuse_rank, refuse_unavailable
 
 
 def tamper(config: TamperConfig, run: Run | None = None) -> Run:
@@ -67,128 +35,82 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
         LetheError: the attack cannot work; raised before anything is written.
     """
     checked = check_tamper(config)
+    from lethe.attacks.finetuning import finetune
+    from lethe.attacks.without_training import disturb_or_prompt
+    from lethe.evaluation.requests import load_tasks
+
     load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
-    if config.attack != "finetune":
-        return _without_training(config, checked, run)
-    model: Any
-    model, tokenizer = refs.load(checked.model, "float32")
-    refuse_unscorable(model, tokenizer, config.eval)
-    if not isinstance(model, PeftModel):
-        refuse_untrainable(model, config.model, config.max_length)
-    model = _attacked(model, config, checked)
-    run = run or Run.create("tamper", config.name, to_dict(config), config.out)
-    with run.running():
-        keep_threads(run)
-        rows = Sequences(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
-        trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
-        trainer.add_callback(LostUpdates(trainer))
-        run.set_parents(**_parents(config, checked))
-        warnings = parameters.untouched(model, config, list(range(len(blocks(model)))))
-        for warning in warnings:
-            logger.warning(warning)
-        run.update(plan=checked.plan | parameters.describe(model, config) | {"warnings": warnings})
-        trainer.evaluation.at(0, model, "Evaluating before the attack")
-        trainer.train_with_bar(f"Attacking {config.model}")
-        lines = run.rows("metrics.jsonl")
-        if config.save_model:  # before anything that may fail
-            model = model.merge_and_unload() if isinstance(model, PeftModel) else model
-            save_artifact(run, "model", model, tokenizer)
-        run.try_to_record(
-            losses=lambda: weighted_means(lines, {"attack_loss": "attack_tokens"}) | {"lost_updates": lost_share(lines)},
-            plan=lambda: {"tokens": sum(line["attack_tokens"] for line in lines)},
-        )
-        run.update(evals=trainer.evaluation.at(trainer.state.global_step, model))
-    trainer.clear_saves()
-    return run
+    attack = finetune if config.attack == "finetune" else disturb_or_prompt
+    return attack(config, checked, run)
 
 
-def _without_training(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> Run:
-    """An attack at each of its strengths, on the model as it was loaded."""
-    model: Any
-    model, tokenizer = _fresh(checked)
-    refuse_unscorable(model, tokenizer, config.eval)
-    before: dict[float, str] = {}
-    if config.attack == "prompt":
-        before = prompts(config, checked.documents, tokenizer)
-        refuse_too_long(before, config.eval, model, tokenizer)
-    run = run or Run.create("tamper", config.name, to_dict(config), config.out)
-    with run.running():
-        keep_threads(run)
-        run.set_parents(**_parents(config, checked))
-        run.update(plan=checked.plan | ({} if before else {"scheme": SCHEMES[config.attack]}))
-        evaluation = Evaluation(run, tokenizer, config.eval)
-        disturbed = False
-        for step, strength in enumerate([0.0, *config.strengths]):
-            if not evaluation.known(step) or (config.save_model and step == len(config.strengths)):
-                if disturbed:
-                    del model
-                    model, _ = _fresh(checked)
-                if strength and not before:
-                    run.update(plan={"matrices": disturb(model, config.attack, strength, config.seed)})
-                    disturbed = True
-                text = before.get(strength, "")
-                tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0
-                title = f"{config.attack} {strength:g} on {config.model}" if step else "Evaluating before the attack"
-                evaluation.at(step, model, title, {"strength": strength, "tokens": tokens}, text)
-            if run.diverged and step >= run.record["divergence"]["step"]:
-                break
-        run.update(evals=evaluation.last[1] if evaluation.last else {})
-        if config.save_model and not run.diverged:
-            save_artifact(run, "model", model, tokenizer)
-    return run
+@dataclass
+class CheckedAttack:
+    """An attack's resolved parts."""
+
+    model: refs.ModelRef
+    documents: list[corpora.Document]
+    plan: dict[str, Any]
+    used_in_unlearning: int | None
+
+    def parents(self, config: TamperConfig) -> dict[str, Any]:
+        """What the attack starts from, for the record: a model and, if the attacker uses any, text."""
+        parents: dict[str, Any] = {"model": refs.record(self.model)}
+        if config.reads_text:
+            text = corpora.record(config.forget, self.documents)
+            parents["forget"] = text | {"used_in_unlearning": self.used_in_unlearning}
+        return parents
 
 
-def _fresh(checked: CheckedAttack) -> tuple[Any, Any]:
-    """The model under attack in float32, an adapter merged, and its tokenizer."""
-    model, tokenizer = refs.load(checked.model, "float32")
-    return (model.merge_and_unload() if isinstance(model, PeftModel) else model), tokenizer
+def check_tamper(config: TamperConfig) -> CheckedAttack:
+    """Resolve an attack; `used_in_unlearning`: its documents that the attacked run was unlearned with (None: no such run).
 
-
-def _parents(config: TamperConfig, checked: CheckedAttack) -> dict[str, Any]:
-    """What an attack starts from: a model and, if it uses any, the attacker's text."""
-    parents: dict[str, Any] = {"model": refs.record(checked.model)}
-    if config.reads_text:
-        text = corpora.record(config.forget, checked.documents)
-        parents["forget"] = text | {"used_in_unlearning": checked.used_in_unlearning}
-    return parents
-
-
-def _attacked(model: Any, config: TamperConfig, checked: CheckedAttack) -> Any:
-    """The model with the weights that the attack trains: all of them, new adapters, or the adapter that is there."""
-    if checked.model.adapter and config.adapter == "train":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
-        return model
-    if checked.model.adapter:
-        model = model.merge_and_unload()
-    if config.lora:
-        return add_adapters(model, config.lora, list(range(len(blocks(model)))), config.seed)
-    return model.requires_grad_(True)
-
-
-class LostUpdates(TrainerCallback):
-    """Counts, at the first few updates, the weights with a gradient and those of them that the update left as they were.
-
-    The first update of a warm-up has a rate of 0 and is left out.
+    Raises:
+        LetheError: a part of it cannot work, or it would train on documents that were used to unlearn.
     """
+    refuse_run_folder(config.out)
+    check_tasks(config.eval)
+    ref = refs.resolve(config.model, config.out)
+    if not config.reads_text:
+        refs.verify(ref)
+        return CheckedAttack(ref, [], {"steps": len(config.strengths)}, None)
+    refs.refuse_length(config.max_length, ref)
+    refuse_unavailable(config)
+    refuse_rank(config, ref)
+    everything = corpora.read(config.forget)
+    documents = corpora.take(everything, config.num_train_examples, "back", "forget text", ATTACKED)
+    if config.attack == "prompt" and max(config.strengths) > len(documents):
+        raise LetheError(f"strengths: {max(config.strengths):g} documents are needed, the text has {len(documents)}; lower it")
+    if config.adapter == "train" and not ref.adapter:
+        raise LetheError(f"adapter: '{config.model}' is not an adapter, so there is no adapter to train; leave it out")
+    used = _documents_unlearned(config, everything)
+    shared = None if used is None else sum(d.id in used for d in documents)
+    if shared and config.overlap == "refuse":
+        left = len(documents) - shared
+        lower = f"lower num_train_examples to {left}, give other text" if left else "no other document is left: give other text"
+        raise LetheError(
+            f"forget: {shared} of the attack's {len(documents)} documents were used to unlearn '{config.model}'; "
+            f"{lower}, or set overlap to allow"
+        )
+    refs.verify(ref)
+    steps = {"steps": len(config.strengths), "unique_examples": len(documents)}
+    return CheckedAttack(ref, documents, plan(config, len(documents)) if config.attack == "finetune" else steps, shared)
 
-    def __init__(self, trainer: RunTrainer, updates: int = 5):
-        self.trainer, self.updates = trainer, updates
-        self._before: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
-        if 0 <= state.global_step - (args.warmup_steps > 0) < self.updates:
-            self._before = [(p, p.detach().clone(), p.grad != 0) for p in model.parameters() if p.grad is not None]
+def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document]) -> set[str] | None:
+    """The documents among `everything` that the attacked run was unlearned with, as forget or as retain text.
 
-    def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if self._before:
-            lost = sum(int((moved & (p.detach() == before)).sum()) for p, before, moved in self._before)
-            self.trainer.book({}, lost_updates=lost, weights_with_gradient=sum(int(m.sum()) for _, _, m in self._before))
-        self._before = []
-
-
-def lost_share(lines: list[dict[str, Any]]) -> float | None:
-    """Lost updates over all, from metrics.jsonl; None when there was no update."""
-    counts = [(line["lost_updates"], line["weights_with_gradient"]) for line in lines if "lost_updates" in line]
-    total = sum(count for _, count in counts)
-    return sum(lost for lost, _ in counts) / total if total else None
+    A model that an attack saved counts as unlearned with the documents of the attacked model. A folder inside a run's folder
+    belongs to that run.
+    """
+    model, out = config.model, config.out
+    run = refs.run_of(model, out)
+    if run is None and (Path(model).parent / "run.json").exists():
+        run = Run.open(Path(model).parent)
+    while run is not None and run.record["kind"] == "tamper":
+        run = refs.run_of(run.record["config"]["model"], run.path.parent)
+    parents = (run.record.get("parents") or {}) if run else {}
+    texts = [parents[role] for role in ("forget", "retain") if role in parents]
+    fronts = [everything[: text["documents"]] for text in texts]
+    used = [front for front, text in zip(fronts, texts, strict=True) if corpora.fingerprint(front) == text["sha256"]]
+    return {document.id for front in used for document in front} if used else None

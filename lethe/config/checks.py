@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+from lethe.config.renamed import advice
 from lethe.errors import UNSEEN, LetheError, printable
 from lethe.files import refuse_name
 
@@ -40,9 +41,20 @@ class Settings:
             refuse_unusable(name, value)
             if not _fits(value, kind):
                 given = printable(value if isinstance(value, str) and value else repr(value), 80)
-                raise LetheError(f"{name}: expected {spoken(kind)}, got {given}")
+                new = advice(name, value)
+                raise LetheError(f"{name}: expected {spoken(kind)}, got {given}" + (f"; {new}" if new else ""))
             for rule in () if value is None else rules[name]:
                 rule(name, value)
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    found = {}
+    for each in dataclasses.fields(config):
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        if getattr(config, each.name) != default:
+            found[each.name] = getattr(config, each.name)
+    return found
 
 
 @functools.cache

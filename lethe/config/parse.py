@@ -26,7 +26,7 @@ import docstring_parser
 import yaml
 
 from lethe import files
-from lethe.config import options, recipes, spoken, to_dict
+from lethe.config import options, recipes, renamed, spoken, to_dict
 from lethe.config.checks import refuse_text, refuse_unusable, types_of
 from lethe.errors import LetheError, nearest, printable
 
@@ -277,7 +277,9 @@ def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _advice(name: str, known: dict[str, Any], config: Any) -> str:
-    """What to write instead of an unknown setting: the method that has it, or the nearest setting."""
+    """What to write instead of an unknown setting: its new name, the method that has it, or the nearest setting."""
+    if new := renamed.advice(name):
+        return f"; {new}"
     if hasattr(config, "elsewhere") and (owner := config.elsewhere(name)):
         return f"; it is a setting of method {owner}"
     for full in known:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Amount, Count, Duration, Fraction, NameTemplate, Positive, Settings, above, must_be
+from lethe.config.checks import Amount, Count, Duration, Fraction, NameTemplate, Positive, Settings, above, changed, must_be
 from lethe.errors import LetheError
 
 MOST_SEEDS = 1000
 SEEDS = f"a number from 1 to {MOST_SEEDS}, or a list of different seeds from 0 up to 2**32 - 1"
+READ_BY = {
+    **dict.fromkeys(("find", "width", "within", "reference"), ("boundary",)),
+    **dict.fromkeys(("hours", "warm_start", "sampler", "stop_early"), ("pareto",)),
+    "max_runs": ("boundary", "pareto"),
+}
+"""The kinds of sweeps that read a setting, where not all do."""
 
 
 def _are_seeds(seeds: int | list[int]) -> bool:
@@ -126,31 +132,15 @@ class SweepConfig(LaunchSettings):
                 f"chance_threshold: must be at least 0 and below retained_threshold, which is at most 1, "
                 f"got {self.chance_threshold} and {self.retained_threshold}"
             )
-        self._refuse_without_effect()
+        for name, given in changed(self).items():
+            if self.kind not in READ_BY.get(name, (self.kind,)):
+                raise LetheError(f"{name}: {given} has no effect with kind {self.kind}; leave it out")
+            if name in {"within", "reference"} and self.find != "retained":
+                raise LetheError(f"{name}: {given} has no effect without find retained; leave it out")
         if self.find == "retained" and self.within is None:
             raise LetheError("within: find retained needs the allowed loss, such as within: 0.01 for one point")
         if self.kind == "pareto" and not self.max_runs and not self.hours:
             raise LetheError("max_runs: a pareto sweep needs a budget; give max_runs or hours")
-
-    def _refuse_without_effect(self) -> None:
-        """Refuse settings of other kinds of sweeps."""
-        of_kinds: dict[str, tuple[Any, list[str]]] = {
-            "find": ("boundary", ["boundary"]),
-            "width": (1.5, ["boundary"]),
-            "within": (None, ["boundary"]),
-            "reference": ("baseline", ["boundary"]),
-            "max_runs": (0, ["boundary", "pareto"]),
-            "hours": (0, ["pareto"]),
-            "warm_start": ([], ["pareto"]),
-            "sampler": ("gp", ["pareto"]),
-            "stop_early": (True, ["pareto"]),
-        }
-        for name, (default, kinds) in of_kinds.items():
-            given = getattr(self, name)
-            if given != default and self.kind not in kinds:
-                raise LetheError(f"{name}: {given} has no effect with kind {self.kind}; leave it out")
-            if given != default and name in {"within", "reference"} and self.find != "retained":
-                raise LetheError(f"{name}: {given} has no effect without find retained; leave it out")
 
 
 @dataclass

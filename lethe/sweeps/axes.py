@@ -8,112 +8,70 @@
       tamper.lr: [1e-4, 1e-3]                                   # a setting of the attack on every result
 
 `parse` reads `vary` into axes. A planner chooses points (dicts from axis to value). `settings_at` puts a point into the recipe,
-`name_at` names the run and `key_of` says which runs are equal. Nothing here imports torch or Optuna.
+`name_at` names the run. Nothing here imports torch or Optuna.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import json
 import math
-import string
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from lethe.config import MAPPED, LoraSettings, TamperConfig
+from lethe.config import LoraSettings, TamperConfig
 from lethe.config.checks import options
-from lethe.config.parse import fields_of, numbers
+from lethe.config.parse import build, fields_of, numbers
+from lethe.config.renamed import advice
 from lethe.errors import LetheError, nearest, printable
-from lethe.methods.method import Method, all_fields
+from lethe.methods.method import all_fields
 
 Point = dict[str, Any]
-Conditions = tuple[tuple[str, tuple[Any, ...]], ...]
 RANGE = {"low", "high", "log", "steps"}
 KEYS = RANGE | {"values", "when"}
 ATTACK = "tamper."
 MOST_STEPS = 1000
 RATIO = " / "
-NO_EFFECT_ON_NUMBERS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache", "fast"}
-"""Settings that do not change what a run measures."""
-AS_BEFORE = [("cb_scale", "raw"), ("affine_examples", MAPPED), ("method", "transfer"), ("forget_kl_coef", 0.0)]
-"""Settings that earlier versions lacked, with the value that stands for their behaviour: their runs count as equal."""
+BRACES = re.compile(r"\{(.*?)\}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Axis:
-    """One axis: listed `values`, or a range from `low` to `high`. `when` limits it to points where those conditions hold."""
+    """One axis: listed `values`, or a range from `low` to `high`. `when` limits it to points where settings have those values.
+
+    Raises:
+        LetheError: the values make no axis.
+    """
 
     name: str
-    values: tuple[Any, ...] = ()
+    values: list[Any] = field(default_factory=list)
     low: float = 0.0
     high: float = 0.0
     log: bool = False
     steps: int = 0
-    whole: bool = False
-    when: Conditions = ()
+    when: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def parse(cls, name: str, given: Any, attacked: bool) -> Axis:
-        """Read one entry of `vary`.
-
-        Raises:
-            LetheError: the setting is unknown, or its values make no axis.
-        """
-        name = RATIO.join(part.strip() for part in name.split("/"))
-        if name.count(RATIO) > 1:
-            raise LetheError(f"vary: {name} divides twice; a ratio divides one setting by another")
-        given = numbers(given)
-        if isinstance(given, list):
-            given = {"values": given}
-        if not isinstance(given, dict) or set(given) - KEYS:
-            wrong = nearest(next(iter(set(given) - KEYS)), KEYS) if isinstance(given, dict) else ""
-            raise LetheError(
-                f"vary: {name} must be a list, or low and high (with log, steps, when), got {printable(repr(given), 80)}{wrong}"
-            )
-        when = given.get("when", {})
-        if not isinstance(when, dict):
-            raise LetheError(
-                f"vary: {name}: when must name settings and values, such as {{optimizer: adamw}}, "
-                f"got {printable(repr(when), 80)}"
-            )
-        for field in (*name.split(RATIO), *when):
-            _refuse_unknown(field, attacked)
-        conditions = tuple((field, tuple(v) if isinstance(v, list) else (v,)) for field, v in when.items())
-        return cls._list(name, given, conditions) if "values" in given else cls._range(name, given, conditions)
-
-    @classmethod
-    def _list(cls, name: str, given: dict[str, Any], when: Conditions) -> Axis:
-        values = given["values"]
-        if set(given) & RANGE or not isinstance(values, list) or not values:
-            raise LetheError(f"vary: {name} takes either a list of values, or low and high, got {printable(repr(given), 80)}")
-        if len({json.dumps(_as_floats(value), sort_keys=True) for value in values}) < len(values):
-            raise LetheError(f"vary: {name} has a value twice in {printable(values, 80)}; name each once")
-        return cls(name, tuple(values), when=when)
-
-    @classmethod
-    def _range(cls, name: str, given: dict[str, Any], when: Conditions) -> Axis:
-        low: Any = given.get("low")
-        high: Any = given.get("high")
-        are_numbers = all(_is_number(x) and math.isfinite(x) for x in (low, high))
-        log, steps = given.get("log", False), given.get("steps", 0)
-        if not are_numbers or not isinstance(log, bool) or not isinstance(steps, int):
-            raise LetheError(f"vary: {name} takes low and high as numbers, log as true or false, steps as a whole number")
-        if steps > MOST_STEPS:
-            raise LetheError(f"vary: {name} has {steps} steps, at most {MOST_STEPS} are allowed; lower steps")
-        if not low < high or (log and low <= 0):
-            raise LetheError(f"vary: {name} must rise from low to high{' and start above 0' * log}, got {low} to {high}")
-        if steps and steps < 2:
-            raise LetheError(f"vary: {name}: steps counts the values from low to high, at least 2, got {steps}")
-        kind = _known(name).get(name.removeprefix(ATTACK))
-        return cls(name, (), float(low), float(high), log, steps, int in options(kind), when)
+    def __post_init__(self) -> None:
+        self.whole = int in options(_known(self.name).get(self.name.removeprefix(ATTACK)))
+        different = {json.dumps(value, sort_keys=True) for value in json.loads(json.dumps(self.values), parse_int=float)}
+        if len(different) < len(self.values):
+            raise LetheError(f"has a value twice in {printable(self.values, 80)}; name each once")
+        for value in self.values:
+            if now := advice(self.name, value):
+                raise LetheError(f"{value}: {now}")
+        if not self.values and (not self.low < self.high or (self.log and self.low <= 0)):
+            above = " and start above 0" * self.log
+            raise LetheError(f"must rise from low to high{above}, got {self.low:g} to {self.high:g}")
+        if self.steps and not 2 <= self.steps <= MOST_STEPS:
+            raise LetheError(f"steps counts the values from low to high, at least 2 and at most {MOST_STEPS}, got {self.steps}")
 
     def choices(self) -> list[Any]:
         """The values of a list, or of a range with `steps`; empty for a range without."""
         if self.values or not self.steps:
-            return list(self.values)
+            return self.values
         return list(dict.fromkeys(self.at(i / (self.steps - 1)) for i in range(self.steps)))
 
     def grid(self) -> list[Any]:
@@ -143,7 +101,11 @@ class Axis:
 
     def applies(self, point: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
         """Whether its conditions hold at a point."""
-        return all((point[f] if f in point else value_at(recipe, f)) in wanted for f, wanted in self.when)
+        for name, wanted in self.when.items():
+            value = point[name] if name in point else value_at(recipe, name)
+            if value not in (wanted if isinstance(wanted, list) else [wanted]):
+                return False
+        return True
 
 
 def parse(vary: Mapping[str, Any], attacked: bool = False) -> list[Axis]:
@@ -152,11 +114,36 @@ def parse(vary: Mapping[str, Any], attacked: bool = False) -> list[Axis]:
     Raises:
         LetheError: an axis is unknown or makes no sense.
     """
-    axes = [Axis.parse(name, given, attacked) for name, given in vary.items()]
+    axes = [_parse(name, given, attacked) for name, given in vary.items()]
     fields = [axis.name.split(RATIO)[0] for axis in axes]
     if len(set(fields)) < len(fields):
         raise LetheError(f"vary: {', '.join(fields)} sets a setting twice; vary each once")
     return sorted(axes, key=lambda axis: bool(axis.when))
+
+
+def _parse(name: str, given: Any, attacked: bool) -> Axis:
+    """One entry of `vary`."""
+    name = RATIO.join(part.strip() for part in name.split("/"))
+    given = numbers({"values": given} if isinstance(given, list) else given)
+    try:
+        if name.count(RATIO) > 1:
+            raise LetheError("divides twice; a ratio divides one setting by another")
+        for each in name.split(RATIO):
+            _refuse_unknown(each, attacked)
+        if not isinstance(given, dict) or (unknown := set(given) - KEYS):
+            wrong = nearest(min(unknown), KEYS) if isinstance(given, dict) else ""
+            raise LetheError(
+                f"must be a list, or low and high (with log, steps, when), got {printable(repr(given), 80)}{wrong}"
+            )
+        listed = bool(given.get("values"))
+        if listed == ({"low", "high"} <= set(given)) or (listed and set(given) & RANGE):
+            raise LetheError(f"takes either a list of values, or low and high, got {printable(repr(given), 80)}")
+        axis: Axis = build(Axis, given | {"name": name})
+        for each in axis.when:
+            _refuse_unknown(each, attacked)
+    except LetheError as error:
+        raise LetheError(f"vary: {name}: {error}") from error
+    return axis
 
 
 def point_of(axes: list[Axis], values: Iterable[Any], recipe: Mapping[str, Any]) -> Point:
@@ -179,11 +166,11 @@ def settings_at(recipe: Mapping[str, Any], point: Point, attack: bool = False) -
     made = copy.deepcopy(dict(recipe))
     for name, value in point.items():
         if name.startswith(ATTACK) == attack:
-            field, _, below = name.removeprefix(ATTACK).partition(RATIO)
+            varied, _, below = name.removeprefix(ATTACK).partition(RATIO)
             unit = value_at(point, below) if below in point else value_at(made, below)
             if below and not (_is_number(value) and _is_number(unit)):
                 raise LetheError(f"vary: {name} is a ratio, which only numbers have; got {value} of {unit}")
-            _put(made, field, value * unit if below else copy.deepcopy(value))
+            _put(made, varied, value * unit if below else copy.deepcopy(value))
     return made
 
 
@@ -216,17 +203,17 @@ def name_at(template: str, settings: Mapping[str, Any], point: Point, seed: int 
         parts = [f"{'ratio' if RATIO in name else name.rsplit('.', 1)[-1]}{_in_name(v)}" for name, v in point.items()]
         made = "_".join(parts) or "run"
         return made if seed is None else f"{made}_seed{seed}"
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise LetheError(f"name: '{template}' has a brace without its partner ({error}); close it") from error
-    if any(spec or conversion or name == "" for _, name, spec, conversion in parsed):
-        raise LetheError(f"name: '{template}' formats a setting, or names none; write its name alone, such as {{retain_coef}}")
-    fields, made = _known(""), template
-    for name in [name for _, name, _, _ in parsed if name]:
+    if re.search("[{}]", BRACES.sub("", template)):
+        raise LetheError(f"name: '{template}' has a brace without its partner; close it")
+    fields = _known("")
+
+    def shown(brace: re.Match[str]) -> str:
+        name = brace[1]
         if name not in point and name.removeprefix(ATTACK) not in fields:
             raise LetheError(f"name: there is no setting '{name}' for the template '{template}'{nearest(name, fields)}")
-        made = made.replace(f"{{{name}}}", _in_name(point[name] if name in point else value_at(settings, name)))
+        return _in_name(point[name] if name in point else value_at(settings, name))
+
+    made = BRACES.sub(shown, template)
     return made if seed is None or "{seed}" in template else f"{made}_seed{seed}"
 
 
@@ -238,32 +225,6 @@ def _in_name(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
-def key_of(kind: str, settings: Mapping[str, Any]) -> str:
-    """Equal for runs of the same kind whose numbers must be equal."""
-    text = json.dumps([kind, that_matter(kind, settings)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def that_matter(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a run's numbers depend on, as its record has them."""
-    settings = Method.of_record(settings) if kind == "unlearn" else settings
-    found = {
-        name: value for name, value in settings.items() if name not in NO_EFFECT_ON_NUMBERS and (name, value) not in AS_BEFORE
-    }
-    if kind == "unlearn":  # evaluations on the way do not change how the run ends
-        found["eval"] = {name: value for name, value in found["eval"].items() if name != "every"}
-    return _as_floats(json.loads(json.dumps(found, default=str)))
-
-
-def _as_floats(value: Any) -> Any:
-    """Whole numbers as floats: 5 and 5.0 are one setting."""
-    if isinstance(value, dict):
-        return {name: _as_floats(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_as_floats(item) for item in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -273,14 +234,14 @@ def _known(name: str) -> dict[str, Any]:
     return fields_of(TamperConfig) if name.startswith(ATTACK) else all_fields()
 
 
-def _refuse_unknown(field: str, attacked: bool) -> None:
-    if field.startswith(ATTACK) and not attacked:
-        raise LetheError(f"vary: {field} is a setting of an attack, and this sweep has no attack; add a section tamper")
-    known = _known(field)
-    bare = field.removeprefix(ATTACK)
+def _refuse_unknown(name: str, attacked: bool) -> None:
+    if name.startswith(ATTACK) and not attacked:
+        raise LetheError(f"{name} is a setting of an attack, and this sweep has no attack; add a section tamper")
+    known, bare = _known(name), name.removeprefix(ATTACK)
     if bare in {"seed", "out", "name"}:
-        raise LetheError(f"vary: {bare} is not varied; {'give seeds instead' if bare == 'seed' else 'leave it out'}")
+        raise LetheError(f"{bare} is not varied; {'give seeds instead' if bare == 'seed' else 'leave it out'}")
     if bare == "eval" or bare.startswith("eval."):
-        raise LetheError(f"vary: {field} changes how runs are measured, so that they could not be compared; leave it out")
+        raise LetheError(f"{name} changes how runs are measured, so that they could not be compared; leave it out")
     if bare not in known:
-        raise LetheError(f"vary: there is no setting '{field}'{nearest(bare, known)}")
+        now = advice(bare)
+        raise LetheError(f"there is no setting '{name}'{f'; {now}' if now else nearest(bare, known)}")

@@ -36,11 +36,6 @@ class Bracket:
     monotone: bool = True
     disagreeing: tuple[float, ...] = ()
 
-    @property
-    def factor(self) -> float | None:
-        """above / below."""
-        return self.above / self.below if self.below and self.above and self.below > 0 else None
-
 
 def bracket(axis: Axis, verdicts: Verdicts, width: float) -> Bracket:
     """Where the verdict changes, as far as the measurements tell. `width`: the factor that is close enough."""

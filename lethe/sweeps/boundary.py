@@ -7,7 +7,7 @@ measures where the verdict changes, and `conclusions` says between which values 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lethe import config as c
@@ -15,23 +15,15 @@ from lethe.errors import LetheError
 from lethe.results import regimes
 from lethe.results.listing import number
 from lethe.runs.run import find_run
-from lethe.sweeps import bisection, rules_of_thumb
+from lethe.sweeps import axes, bisection
 from lethe.sweeps.planner import Finding, Planner
 from lethe.sweeps.trials import Plan, Trial
 
 if TYPE_CHECKING:
     from lethe.sweeps.folder import Sweep
 
-EVERYWHERE = {"neither": "neither task fell", "both": "both tasks are at chance", "retained": "{limit} is retained"}
-SENTENCES = {
-    ("neither", True): "neither task fell up to {below}, one fell from {above}",
-    ("neither", False): "one task fell up to {below}, neither from {above}",
-    ("both", True): "both tasks are at chance up to {below}, and no longer at {above}",
-    ("both", False): "not both tasks are at chance up to {below}, both are from {above}",
-    ("retained", True): "the largest value that retains {limit} is {below}; {above} does not",
-    ("retained", False): "the smallest value that retains {limit} is {above}; {below} does not",
-}
-"""By boundary and by whether its verdict is true below it: the sentence."""
+NEXT_AXES = ("max_steps", "lr", "retain_coef", "remove_coef", "lora.r")
+"""The settings to vary next: updates matter most, then the learning rate."""
 
 
 class Boundary(Planner):
@@ -68,48 +60,37 @@ class Boundary(Planner):
         trials = self._own_trials(sweep)
         if room == 0 or not all(trial.is_done for trial in trials):
             return []
-        left = (self.expected - len(trials)) // len(self.config.seed_list)
+        seeds = self.config.seed_list
+        left = (self.expected - len(trials)) // len(seeds)
         values = bisection.next_values(self.axis, self.edges(sweep).values(), self.config.width)
-        return [plan for value in values[: max(0, left)] for plan in self.plans({self.axis.name: value})]
+        return [self.plan({self.axis.name: value}, [seed]) for value in values[: max(0, left)] for seed in seeds]
 
     def edges(self, sweep: Sweep) -> dict[str, bisection.Verdicts]:
-        """By boundary: the verdicts of every measured value, one a seed; None where a seed failed."""
+        """By boundary: the verdicts of every measured value, one a seed; None where a seed has none."""
         found = {finding.trial.frozen.number: finding for finding in self.findings(sweep)}
-        by_value: dict[float, list[Finding] | None] = {}
-        for trial in self._own_trials(sweep):
-            if trial.is_done:
-                value = trial.get("point")[self.axis.name]
-                finding = found.get(trial.frozen.number)
-                others = by_value.setdefault(value, [])
-                usable = finding is not None and others is not None and self._is_decided(finding)
-                by_value[value] = [*others, finding] if usable else None  # type: ignore[list-item, misc]
-        judges = self._judges(sweep)
-        if not judges:  # the reference was not measured
-            return {"retained": dict.fromkeys(by_value)}
-        return {
-            name: {value: [judge(f) for f in seen] if seen else None for value, seen in by_value.items()}
-            for name, judge in judges.items()
-        }
-
-    def _is_decided(self, finding: Finding) -> bool:
-        """Whether a run was evaluated on enough questions to lie on one side of the boundary."""
+        least = None
         if self.config.find == "retained":
-            return number(finding.retain) is not None
-        thresholds = self.config.retained_threshold, self.config.chance_threshold
-        shares = [share for share in (finding.forget_share, finding.retain_share) if share]
-        return len(shares) == 2 and all(regimes.is_decided(share, *thresholds) for share in shares)
+            reference = self._reference(self.baseline(sweep, self.recipe["model"]))
+            least = None if reference is None else reference - (self.config.within or 0.0) - 1e-9
+        made: dict[str, bisection.Verdicts] = {}
+        for name in ("neither", "both") if self.config.find == "boundary" else ("retained",):
+            seen: dict[float, list[bool | None]] = {}
+            for trial in self._own_trials(sweep):
+                if trial.is_done:
+                    verdict = self._verdict(name, found.get(trial.frozen.number), least)
+                    seen.setdefault(trial.get("point")[self.axis.name], []).append(verdict)
+            made[name] = {value: None if None in each else [bool(one) for one in each] for value, each in seen.items()}
+        return made
 
-    def _judges(self, sweep: Sweep) -> dict[str, Callable[[Finding], bool]]:
-        if self.config.find == "boundary":
-            return {
-                "neither": lambda finding: finding.regime == "neither",
-                "both": lambda finding: finding.regime == "both",
-            }
-        reference = self._reference(self.baseline(sweep, self.recipe["model"]))
-        if reference is None:
-            return {}
-        least = reference - (self.config.within or 0.0) - 1e-9
-        return {"retained": lambda finding: (number(finding.retain) or 0.0) >= least}
+    def _verdict(self, name: str, run: Finding | None, least: float | None) -> bool | None:
+        """On which side of a boundary a run lies; None if that cannot be told."""
+        if run is None or (name == "retained" and least is None):
+            return None
+        if least is not None:
+            return number(run.results[1]) >= least
+        thresholds = self.config.retained_threshold, self.config.chance_threshold
+        decided = run.shares and all(regimes.is_decided(share, *thresholds) for share in run.shares)
+        return run.regime == name if decided else None
 
     def _reference(self, baseline: dict) -> float | None:
         """The retain accuracy that losses are measured from; None if the baseline lacks it.
@@ -153,36 +134,54 @@ class Boundary(Planner):
 
     def _sentence(self, name: str, bracket: bisection.Bracket) -> str:
         axis = self.axis.name
-        limit = f"{self.tasks[1]} within {100 * (self.config.within or 0):g} points of {self.config.reference}"
+        points = 100 * (self.config.within or 0)
+        verdict = {
+            "neither": "neither task fell",
+            "both": "both tasks are at chance",
+            "retained": f"{self.tasks[1]} is within {points:g} points of {self.config.reference}",
+        }[name]
+        disagreeing = ", ".join(f"{value:g}" for value in bracket.disagreeing)
         if bracket.status == "not measured":
             also = "or the reference could not" if name == "retained" else "or was evaluated on too few questions"
             return f"{name}: an end of {axis} could not be measured, {also}."
         if bracket.status == "undecided":
-            where = ", ".join(f"{value:g}" for value in bracket.disagreeing)
-            return f"{name}: seeds disagree at {axis} {where}, an end of the axis; widen it."
-        if bracket.status == "not bracketed":
-            always = EVERYWHERE[name].format(limit=limit) + (" everywhere" if bracket.before else " nowhere")
-            return f"Not bracketed: from {axis} {self.axis.at(0):g} to {self.axis.at(1):g}, {always}."
-        sentence = SENTENCES[name, bool(bracket.before)].format(
-            limit=limit, below=f"{axis} {bracket.below:g}", above=f"{axis} {bracket.above:g}"
-        )
-        how = f"known to a factor of {bracket.factor:.2f}" if bracket.factor else "known"
+            return f"{name}: seeds disagree at {axis} {disagreeing}, an end of the axis; widen it."
+        if bracket.below is None or bracket.above is None:
+            where = "everywhere" if bracket.before else "nowhere"
+            return f"Not bracketed: from {axis} {self.axis.at(0):g} to {self.axis.at(1):g} it is true {where} that {verdict}."
+        below, above = f"{axis} {bracket.below:g}", f"{axis} {bracket.above:g}"
+        where = f"up to {below}, and no longer at {above}" if bracket.before else f"from {above} on, and not yet at {below}"
+        how = f"known to a factor of {bracket.above / bracket.below:.2f}" if bracket.below > 0 else "known"
         if bracket.status == "open":
             how += f", wider than the width {self.config.width:g}: max_runs was reached, or values in between failed"
-        if bracket.disagreeing:
-            how += f"; seeds disagree at {', '.join(f'{value:g}' for value in bracket.disagreeing)}, so no closer"
+        if disagreeing:
+            how += f"; seeds disagree at {disagreeing}, so no closer"
         if not bracket.monotone:
             how += "; the verdict changes again further up, so this is the first of several boundaries"
-        return f"{sentence[0].upper()}{sentence[1:]} ({how})."
+        return f"{verdict[0].upper()}{verdict[1:]} {where} ({how})."
 
     def _beyond_the_axis(self, both: bisection.Bracket, found: list[Finding]) -> list[str]:
         """What to try if no value of the axis brings both tasks to chance."""
         if both.status != "not bracketed" or both.before is not False:
             return []
         name = self.axis.name
-        forget = {f.trial.get("point")[name]: f.forget_share for f in found if f.forget_share}
-        retain = {f.trial.get("point")[name]: f.retain_share for f in found if f.retain_share}
-        low, high = (forget.get(self.axis.at(share)) for share in (0, 1))
-        level = rules_of_thumb.plateau(forget, retain, towards_high=low is None or high is None or high.value <= low.value)
+        level = plateau({run.trial.get("point")[name]: run.shares for run in found if run.shares})
         flat = f"; from {name} {level:g} on nothing changes beyond the intervals" if level is not None else ""
-        return [f"No value on the axis brings both tasks to chance{flat}. Try another axis: {rules_of_thumb.next_axis(name)}."]
+        used = "max_steps" if name == "epochs" else name
+        other = next(axis for axis in NEXT_AXES if axis not in used.split(axes.RATIO))
+        return [f"No value on the axis brings both tasks to chance{flat}. Try another axis: {other}."]
+
+
+def plateau(shares: Mapping[float, Sequence[regimes.Estimate]]) -> float | None:
+    """The value from which on, towards stronger unlearning, the retained shares stay within their intervals; None if none.
+
+    `shares`: by value, those of the forget and of the retain task.
+    """
+    values = sorted(shares, reverse=shares[max(shares)][0].value <= shares[min(shares)][0].value)  # the strongest first
+    level = None
+    for value in values[1:]:
+        pairs = zip(shares[value], shares[values[0]], strict=True)
+        if not all(one.low <= end.high and end.low <= one.high for one, end in pairs):
+            break
+        level = value
+    return level

@@ -18,14 +18,12 @@ from lethe import config as c
 from lethe.errors import LetheError
 from lethe.files import refuse_run_folder
 from lethe.launching import launchers
-from lethe.launching.worker import settings_of
 from lethe.progress import bar
 from lethe.runs.run import STOP, Run, find_runs
 from lethe.sweeps import journal
-from lethe.sweeps.folder import CANCELLED, Settings, Sweep, config_of
-from lethe.sweeps.kinds import planner_of
+from lethe.sweeps.folder import CANCELLED, Settings, Sweep, planner_of
 from lethe.sweeps.trials import Trial
-from lethe.sweeps.trust import consented, trust
+from lethe.sweeps.trust import trust
 
 SECONDS_BETWEEN_ROUNDS = {"local": 0.5, "slurm": 2.0}
 SECONDS_BETWEEN_RECORDS = 1.0
@@ -151,11 +149,12 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
     """
     refuse_run_folder(config.out)
     if run is None:
-        config = planner_of(config).checked()
+        planner = planner_of(config)
+        config = planner.checked()
         if config.storage:
             journal.storage_of(config.storage, Path(config.out))
-        run = Run.create("sweep", planner_of(config).title, c.to_dict(config), config.out)
-        run.update(goal=config.goal, plan={"runs": planner_of(config).expected})
+        run = Run.create("sweep", planner.title, c.to_dict(config), config.out)
+        run.update(goal=config.goal, plan={"runs": planner.expected})
         trust(config)
     with run.running():
         made = Sweep(run, config)
@@ -201,7 +200,8 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     controller, deadline = Controller(found), time.monotonic() + launchers.SECONDS_TO_SAVE
     while found.unfinished() and time.monotonic() < deadline:
         with found.lock:
-            found.cancel_queued()
+            for trial in found.queued():
+                found.fail(trial, "cancelled", CANCELLED, trial.runs(found.out))
             if Run.open(found.run.path).status != "running":  # without a controller, nobody else settles the trials
                 controller.settle()
         time.sleep(0.5)
@@ -212,13 +212,6 @@ def cancel(settings: c.SweepCancelConfig) -> Run:
     if run.status in {"queued", "lost"}:
         run.update(status="cancelled", reason=CANCELLED)
     return status(settings)
-
-
-def resume_sweep(run: Run, trusts: bool = False) -> Run:
-    """Complete a sweep. `trusts`: the user agrees to what its record runs or opens."""
-    config = settings_of(run, config_of(run))
-    consented(config, trusts)
-    return sweep(config, run)
 
 
 def _counts(trials: list[Trial]) -> str:

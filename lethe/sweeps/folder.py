@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import optuna
@@ -27,9 +28,12 @@ from lethe.launching.worker import settings_of
 from lethe.runs import slurm_jobs
 from lethe.runs.run import Run, find_run
 from lethe.sweeps import journal
-from lethe.sweeps.kinds import planner_of
+from lethe.sweeps.boundary import Boundary
+from lethe.sweeps.grid import Grid
+from lethe.sweeps.pareto import Pareto
 from lethe.sweeps.planner import Planner
-from lethe.sweeps.reuse import inputs
+from lethe.sweeps.reuse import complete_runs, inputs, key_of, made_from_the_same
+from lethe.sweeps.suite import Suite
 from lethe.sweeps.trials import STOPPED_EARLY, Plan, Trial
 from lethe.sweeps.trust import consented
 
@@ -38,6 +42,25 @@ Settings = c.SweepConfig | c.SuiteConfig
 CANCELLED = "cancelled by lethe sweep cancel"
 OF_ONE_ATTEMPT = {"status", "reason", "log", "owner", "lost"}
 """Attributes of a trial that do not pass on to the trial that retries it."""
+
+
+def planner_of(config: Settings) -> Planner:
+    """The planner of a sweep's kind, or of a suite of attacks."""
+    if isinstance(config, c.SuiteConfig):
+        return Suite(config)
+    kinds: dict[str, type[Planner]] = {"grid": Grid, "boundary": Boundary, "pareto": Pareto}
+    return kinds[config.kind](config)
+
+
+def config_of(run: Run, trusts: bool) -> Settings:
+    """The configuration in a sweep's record. `trusts`: the user agrees to what it runs or opens.
+
+    Raises:
+        LetheError: it cannot be used, or runs or opens what the user has not agreed to.
+    """
+    config = settings_of(run, c.SuiteConfig if "suite" in run.record["config"] else c.SweepConfig)
+    consented(config, trusts)
+    return config
 
 
 class Sweep:
@@ -49,7 +72,7 @@ class Sweep:
         self.lock = FileLock(run.path / "sweep.lock")
         self.ended_runs: dict[tuple[str, int], list[Run]] = {}
         self.recorded = -math.inf
-        self.planner: Planner = planner_of(self.config)
+        self.planner = planner_of(self.config)
         name = f"{run.record['name']} {run.id}"
         self.study, self.references = journal.studies(
             config.storage, run.path, name, list(self.planner.directions), self.planner.sampler()
@@ -66,9 +89,7 @@ class Sweep:
         if run.record["kind"] != "sweep":
             raise LetheError(f"sweep: '{name}' is a run of kind {run.record['kind']}; `lethe runs` lists the sweeps")
         refuse_links(run.path)
-        config = settings_of(run, config_of(run))
-        consented(config, trusts)
-        return cls(run, config)
+        return cls(run, config_of(run, trusts))
 
     def trials(self, references_only: bool = False) -> list[Trial]:
         """All trials in order of proposal, those that measure references first."""
@@ -111,11 +132,16 @@ class Sweep:
                 trial.set(runs=[run.path.name for run in found], reused=True)
                 self.complete(trial, found)
 
+    @cached_property
+    def _complete(self) -> dict[str, list[Run]]:
+        return complete_runs(self.out)
+
     def measured(self, plan: Plan) -> list[Run]:
         """Complete runs of the plan's first stages, as many as there are."""
         found: list[Run] = []
         for kind, settings in plan.stages:
-            run = self.planner.measured(kind, _with_results(settings, found))
+            same = self._complete.get(key_of(kind, _with_results(settings, found)), [])
+            run = next((run for run in reversed(same) if made_from_the_same(run)), None)
             if run is None:
                 break
             found.append(run)
@@ -157,12 +183,12 @@ class Sweep:
 
     def complete(self, trial: Trial, runs: list[Run]) -> None:
         """Report a trial's objectives to Optuna. Without one of them the trial has failed."""
-        values = [0.0] if trial.is_reference else self.planner.values(runs)
-        missing = next((value for value in values if isinstance(value, str)), None)
-        if missing:
-            self.fail(trial, "failed", missing, runs)
+        try:
+            values = [0.0] if trial.is_reference else self.planner.values(runs)
+        except LetheError as missing:
+            self.fail(trial, "failed", str(missing), runs)
         else:
-            trial.end(TrialState.COMPLETE, [float(value) for value in values])
+            trial.end(TrialState.COMPLETE, values)
 
     def fail(self, trial: Trial, status: str, reason: str, runs: list[Run] | None = None) -> None:
         """End a trial without objectives, with its status, the reason and the last lines of its log."""
@@ -206,8 +232,8 @@ class Sweep:
                 count += 1
         return count
 
-    def cancel(self) -> int:
-        """Cancel every unfinished trial, and the controller. Returns how many trials."""
+    def cancel(self) -> list[Trial]:
+        """Ask the controller and the runs of every unfinished trial to stop. Returns these trials."""
         with self.lock:
             self.claim_waiting()
             if self.run.status == "running":
@@ -217,12 +243,7 @@ class Sweep:
                 for run in trial.runs(self.out):
                     run.ask_to_stop(CANCELLED)
             slurm_jobs.cancel(trial.get("owner")["job_id"] for trial in left if "job_id" in (trial.get("owner") or {}))
-            self.cancel_queued()
-        return len(left)
-
-    def cancel_queued(self) -> None:
-        for trial in self.queued():
-            self.fail(trial, "cancelled", CANCELLED, trial.runs(self.out))
+        return left
 
     def record(self, trials: list[Trial]) -> None:
         """Write the results so far, and the conclusions from them, into the sweep's record."""
@@ -249,11 +270,6 @@ class Sweep:
             "reused": bool(trial.get("reused")),
             "lost": trial.get("lost", 0),
         } | self.planner.results(self, trial, runs)
-
-
-def config_of(run: Run) -> type:
-    """The kind of configuration that a sweep's record holds."""
-    return c.SuiteConfig if "suite" in run.record["config"] else c.SweepConfig
 
 
 def _with_results(settings: dict[str, Any], runs: list[Run]) -> dict[str, Any]:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from lethe.errors import LetheError
 from lethe.sweeps import axes
 from lethe.sweeps.axes import Point
 from lethe.sweeps.planner import MOST_RUNS, Planner
-
-if TYPE_CHECKING:
-    from lethe.sweeps.folder import Sweep
+from lethe.sweeps.trials import Plan
 
 
 class Grid(Planner):
     """Every combination."""
 
-    @cached_property
-    def points(self) -> list[Point]:
+    def samples(self) -> list[Point]:
         """The combinations.
 
         Raises:
@@ -30,12 +26,6 @@ class Grid(Planner):
             raise LetheError(f"vary: {count} runs, at most {MOST_RUNS} are allowed; give fewer values or steps, or kind pareto")
         return axes.points(self.axes, self.recipe)
 
-    @property
-    def expected(self) -> int:
-        return len(self.points) * len(self.config.seed_list)
-
-    def samples(self) -> list[Point]:
-        return self.points
-
-    def begin(self, sweep: Sweep) -> None:
-        sweep.add((plan for point in self.points for plan in self.plans(point)), sweep.study)
+    @cached_property
+    def plans(self) -> list[Plan]:
+        return [self.plan(point, [seed]) for point in self.samples() for seed in self.config.seed_list]

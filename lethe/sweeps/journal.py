@@ -1,14 +1,13 @@
 """Where a sweep's Optuna study is stored: a journal file in the sweep's folder, or a database.
 
 A process that is killed while it writes may leave half of a record at the end of the journal, and the next record would join it
-in one line. So the journal is repaired before it is used: the half record is removed, joined records are separated. Nothing
-is lost by that, since a trial's results are read from its runs. Any other damage is refused.
+in one line. So this half is removed before the journal is used. Nothing is lost by that, since a trial's results are read from
+its runs. Any other damage is refused.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -78,48 +77,38 @@ def storage_of(url: str | None, folder: Path) -> optuna.storages.BaseStorage:
 
 
 def repair(file: Path) -> None:
-    """Remove from a journal what a crash cut short, and log it.
+    """Complete or remove the last line of a journal if a crash cut it short, and log it.
 
     Raises:
-        LetheError: it has other damage, or cannot be written.
+        LetheError: another line is damaged, or the journal cannot be written.
     """
     from optuna.storages.journal import JournalFileSymlinkLock
-    from optuna.storages.journal._file import get_lock_file  # the lock that Optuna itself writes under has no public name
 
     try:
-        if not _repaired(file)[1]:
+        if not _checked(file)[1]:
             return
-        with get_lock_file(JournalFileSymlinkLock(str(file))):  # another controller may be writing that last line now
-            records, changes = _repaired(file)
-            if changes:
-                write_atomically(file, "".join(f"{record}\n" for record in records))
+        lock = JournalFileSymlinkLock(str(file))  # Optuna's own: another controller may be writing that line now
+        lock.acquire()
+        try:
+            lines, last = _checked(file)
+            if last:
+                whole = _is_record(last)
+                write_atomically(file, "".join(f"{line}\n" for line in [*lines, *[last] * whole]))
+                done = "completed" if whole else "removed"
+                logger.error("'%s': line %d was cut short by a crash; %s", file, len(lines) + 1, done)
+        finally:
+            lock.release()
     except OSError as error:
         raise LetheError(f"sweep: '{file}' cannot be repaired ({error.strerror}); make it readable and writable") from error
-    for change in changes:
-        logger.error("'%s': %s", file, change)
 
 
-def _repaired(file: Path) -> tuple[list[str], list[str]]:
-    """The whole records of a journal, and what was changed to get them."""
+def _checked(file: Path) -> tuple[list[str], str]:
+    """The lines of a journal, and what stands after the last line break."""
     *lines, last = file.read_bytes().decode(errors="replace").split("\n")
-    records: list[str] = []
-    changes: list[str] = []
-    damaged: list[str] = []
-    for number, line in enumerate(lines, 1):
-        # Within a record's own text, quotes are escaped: this is where another one begins.
-        whole = [line] if _is_record(line) else [part for part in re.split(r'(?=\{"op_code":)', line) if _is_record(part)]
-        if not whole or not line.endswith(whole[-1]):
-            damaged.append(str(number))
-        elif whole != [line]:
-            changes.append(f"line {number} holds two records, the first cut short by a crash; {len(whole)} could be read")
-        records += whole
-    if last:  # without a line break
-        whole = [last] if _is_record(last) else []
-        changes.append(f"line {len(lines) + 1} was cut short by a crash; {'completed' if whole else 'removed'}")
-        records += whole
+    damaged = [str(number) for number, line in enumerate(lines, 1) if not _is_record(line)]
     if damaged:
         raise LetheError(f"sweep: '{file}' is damaged in line {', '.join(damaged[:5])}; {ADVICE}")
-    return records, changes
+    return lines, last
 
 
 def _is_record(line: str) -> bool:

@@ -1,6 +1,6 @@
 """What all kinds of sweeps share: recipe, baseline, plans, and what the results say. Each kind has a file of its own.
 
-A planner turns the sweep's settings into plans (`references`, `begin`, `propose`) and reads results from the runs (`values`,
+A planner turns the sweep's settings into plans (`references`, `plans`, `propose`) and reads results from the runs (`values`,
 `finding`, `conclusions`). It starts nothing: the controller does. Every kind evaluates the original model first, as the
 baseline that retained shares and regimes are relative to.
 """
@@ -8,9 +8,10 @@ baseline that retained shares and regimes are relative to.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
@@ -20,11 +21,10 @@ from lethe.config.parse import from_settings
 from lethe.errors import LetheError, nearest, printable
 from lethe.launching.worker import SETTINGS
 from lethe.results import regimes
-from lethe.results.listing import is_imported, number
-from lethe.runs.run import Run, find_runs
-from lethe.sweeps import axes, rules_of_thumb
+from lethe.results.listing import number
+from lethe.runs.run import Run
+from lethe.sweeps import axes
 from lethe.sweeps.axes import Point
-from lethe.sweeps.reuse import made_from_the_same
 from lethe.sweeps.trials import Plan, Stage, Trial
 from lethe.text import corpora
 from lethe.unlearning.check import check
@@ -34,17 +34,19 @@ if TYPE_CHECKING:
 
 MOST_RUNS = 10_000
 SHOWN = ("acc", "correct_prob", "low", "high", "n", "chance", "degenerate")
+Result = dict[str, Any]
 
 
 @dataclass
 class Finding:
-    """The finding of one complete trial: its results, their retained shares, and its regime."""
+    """The finding of one complete trial: results on the forget and the retain task, their retained shares, and the regime.
+
+    Results are means over the trial's seeds. There are no shares if the baseline was measured in another way.
+    """
 
     trial: Trial
-    forget: dict[str, Any]
-    retain: dict[str, Any]
-    forget_share: regimes.Estimate | None
-    retain_share: regimes.Estimate | None
+    results: list[Result]
+    shares: list[regimes.Estimate]
     regime: regimes.Regime | None
 
 
@@ -87,35 +89,36 @@ class Planner:
             LetheError: no evaluation task is known as one, or the named one is not evaluated.
         """
         evaluated = self.recipe["eval"]["tasks"]
-        found = []
-        for name, given, known in (
-            ("forget_task", self.config.forget_task, regimes.forget_task(evaluated)),
-            ("retain_task", self.config.retain_task, regimes.retain_task(evaluated)),
-        ):
-            if not (given or known):
-                raise LetheError(f"{name}: none of unlearn.eval.tasks ({', '.join(evaluated)}) is known as a {name}; name it")
-            if given and given not in evaluated:
-                raise LetheError(
-                    f"{name}: '{given}' is not among unlearn.eval.tasks ({', '.join(evaluated)}){nearest(given, evaluated)}"
-                )
-            found.append(given or known or "")
-        if found[0] == found[1]:
-            raise LetheError(f"retain_task: '{found[1]}' is the forget task; name another")
-        return found[0], found[1]
+        forget = self.config.forget_task or regimes.forget_task(evaluated)
+        retain = self.config.retain_task or regimes.retain_task(evaluated)
+        for name, task in (("forget_task", forget), ("retain_task", retain)):
+            among = f"unlearn.eval.tasks ({', '.join(evaluated)})"
+            if not task:
+                raise LetheError(f"{name}: none of {among} is known as a {name}; name it")
+            if task not in evaluated:
+                raise LetheError(f"{name}: '{task}' is not among {among}{nearest(task, evaluated)}")
+        if forget == retain:
+            raise LetheError(f"retain_task: '{retain}' is the forget task; name another")
+        return forget or "", retain or ""
 
     @property
     def directions(self) -> list[Literal["minimize", "maximize"]]:
         """Of forget accuracy, of retain accuracy and, with an attack, of the highest forget accuracy during it."""
         return ["minimize", "maximize"] if self.config.tamper is None else ["minimize", "maximize", "minimize"]
 
-    def sampler(self) -> optuna.samplers.BaseSampler:
+    def sampler(self) -> optuna.samplers.BaseSampler | None:
         """How Optuna chooses points, in the kinds that let it."""
-        return optuna.samplers.RandomSampler()
+        return None
+
+    @cached_property
+    def plans(self) -> list[Plan]:
+        """The plans that are known from the start."""
+        return []
 
     @property
     def expected(self) -> int:
         """How many trials the sweep will probably run, for the progress bar."""
-        raise NotImplementedError
+        return len(self.plans)
 
     def checked(self) -> c.SweepConfig:
         """The sweep's configuration with its recipes written out in full, after every setting was checked.
@@ -132,7 +135,7 @@ class Planner:
             raise LetheError("source: a sweep needs one source for all its runs; find it with `lethe checkpoints` and name it")
         with corpora.read_once():
             for point in self.samples():
-                self._check(self.plan(point, self.config.seed_list[0]))
+                self._check(self.plan(point, self.config.seed_list[:1]))
         return dataclasses.replace(self.config, unlearn=self.recipe, tamper=self.attack)
 
     def _refuse_without_effect(self, section: str, given: dict[str, Any], recipe: dict[str, Any] | None) -> None:
@@ -161,20 +164,23 @@ class Planner:
             where = printable(", ".join(f"{name} {value}" for name, value in plan.point.items()), 200)
             raise LetheError(f"at {where}: {error}") from error
 
-    def plan(self, point: Point, seed: int, number: int | None = None) -> Plan:
-        """The unlearning run at a point and, if the sweep has one, the attack on its result."""
-        settings = axes.settings_at(self.recipe, point) | {"seed": seed}
-        seeded = seed if len(self.config.seed_list) > 1 else None
-        name = axes.name_at(self.config.name, settings, point, seeded)
-        stages: list[Stage] = [("unlearn", settings | {"name": name})]
-        if self.attack is not None:
-            attack = axes.settings_at(self.attack, point, attack=True)
-            stages.append(("tamper", attack | {"seed": seed, "name": f"{name}-attack"}))
-        return Plan(name, stages, point, seed, number=number, axes=self.axes)
+    def plan(self, point: Point, seeds: list[int], number: int | None = None) -> Plan:
+        """For each seed, the unlearning run at a point and, if the sweep has one, the attack on its result.
 
-    def plans(self, point: Point) -> list[Plan]:
-        """One plan per seed."""
-        return [self.plan(point, seed) for seed in self.config.seed_list]
+        `number` is that of Optuna's trial, if Optuna proposed the point.
+        """
+        stages: list[Stage] = []
+        for seed in seeds:
+            settings = axes.settings_at(self.recipe, point) | {"seed": seed}
+            name = axes.name_at(self.config.name, settings, point, seed if len(self.config.seed_list) > 1 else None)
+            model = f"@{len(stages)}"
+            stages.append(("unlearn", settings | {"name": name}))
+            if self.attack is not None:
+                attack = axes.settings_at(self.attack, point, attack=True)
+                stages.append(("tamper", attack | {"model": model, "seed": seed, "name": f"{name}-attack"}))
+        first = stages[0][1]
+        name = first["name"] if len(seeds) == 1 else axes.name_at(self.config.name, first, point, None)
+        return Plan(name, stages, point, seeds[0], number=number, axes=self.axes)
 
     def references(self) -> list[Plan]:
         """The evaluation of every model that is unlearned."""
@@ -182,7 +188,8 @@ class Planner:
         return [baseline(model, self.recipe["eval"], self.recipe["dtype"], self.config.out) for model in models]
 
     def begin(self, sweep: Sweep) -> None:
-        """Add the plans that are known from the start."""
+        """Add the trials that are known from the start."""
+        sweep.add(self.plans, sweep.study)
 
     def facts_of(self, trial: Trial, settings: dict[str, Any]) -> dict[str, Any]:
         """Further fields of a run's record."""
@@ -195,35 +202,33 @@ class Planner:
         """At most `room` plans to run next, once the references are measured."""
         return []
 
-    @cached_property
-    def _complete(self) -> dict[str, list[Run]]:
-        """The complete runs in `out`, by key."""
-        found: dict[str, list[Run]] = {}
-        for run in find_runs(self.config.out):
-            kind = run.record["kind"]
-            if kind in {"unlearn", "tamper", "evaluate"} and run.record["status"] == "complete" and not is_imported(run):
-                found.setdefault(axes.key_of(kind, run.record["config"]), []).append(run)
-        return found
-
-    def measured(self, kind: str, settings: dict[str, Any]) -> Run | None:
-        """A complete run of the same settings, weights and text; None if there is none."""
-        same = self._complete.get(axes.key_of(kind, settings), [])
-        return next((run for run in reversed(same) if made_from_the_same(run)), None)
-
     # -- what the results say
 
-    def values(self, runs: list[Run]) -> list[float | str]:
-        """A trial's objectives; in the place of a missing one, the reason."""
+    def _by_seed(self, runs: list[Run]) -> list[list[Run]]:
+        size = 1 if self.config.tamper is None else 2
+        return [runs[i : i + size] for i in range(0, len(runs), size)]
+
+    def values(self, runs: list[Run]) -> list[float]:
+        """A trial's objectives, as means over its seeds.
+
+        Raises:
+            LetheError: one of them was not measured.
+        """
+        return [fmean(values) for values in zip(*map(self._values, self._by_seed(runs)), strict=True)]
+
+    def _values(self, runs: list[Run]) -> list[float]:
+        """The objectives of one seed."""
         evals = runs[0].record.get("evals") or {}
-        found: list[float | str] = []
-        for task in self.tasks:
-            value = number(evals[task]) if task in evals else None
-            found.append(f"{task} is missing in {runs[0].path.name}" if value is None else value)
+        if missing := [task for task in self.tasks if task not in evals]:
+            raise LetheError(f"{missing[0]} is missing in {runs[0].path.name}")
+        values = [number(evals[task]) for task in self.tasks]
         if self.config.tamper is not None:
-            curve = [line["evals"].get(self.tasks[0]) for line in runs[-1].rows("curve.jsonl")]
-            known = [value for value in (number(result) for result in curve if result) if value is not None]
-            found.append(max(known) if known else f"{self.tasks[0]} is missing in {runs[-1].path.name}")
-        return found
+            forget = self.tasks[0]
+            curve = [number(line["evals"][forget]) for line in runs[-1].rows("curve.jsonl") if forget in line["evals"]]
+            if not curve:
+                raise LetheError(f"{forget} is missing in {runs[-1].path.name}")
+            values.append(max(curve))
+        return values
 
     def baseline(self, sweep: Sweep, model: str) -> dict[str, Any]:
         """The results of the model that was unlearned; empty if it was not measured."""
@@ -240,24 +245,21 @@ class Planner:
 
     def finding(self, sweep: Sweep, trial: Trial, runs: list[Run]) -> Finding | None:
         """The finding of a trial; None if its accuracies are missing."""
-        evals = runs[0].record.get("evals") or {}
-        forget, retain = (evals.get(name) for name in self.tasks)
-        if forget is None or retain is None:
+        evals = [of_seed[0].record.get("evals") or {} for of_seed in self._by_seed(runs)]
+        if not all(task in each for each in evals for task in self.tasks):
             return None
-        return self.judge(sweep, trial, runs[0].record["config"]["model"], forget, retain)
-
-    def judge(self, sweep: Sweep, trial: Trial, model: str, forget: dict[str, Any], retain: dict[str, Any]) -> Finding:
-        """The retained shares and the regime of two results; none if the baseline was measured in another way."""
-        before = self.baseline(sweep, model)
+        results = [_mean([each[task] for each in evals]) for task in self.tasks]
+        before = self.baseline(sweep, runs[0].record["config"]["model"])
         shares = [
-            regimes.retained_share(result, before[name])
-            if name in before and regimes.provenance(result) == regimes.provenance(before[name])
-            else None
-            for name, result in zip(self.tasks, (forget, retain), strict=True)
+            share
+            for task, result in zip(self.tasks, results, strict=True)
+            if task in before and regimes.provenance(result) == regimes.provenance(before[task])
+            if (share := regimes.retained_share(result, before[task]))
         ]
+        if len(shares) < len(self.tasks):
+            return Finding(trial, results, [], None)
         thresholds = self.config.retained_threshold, self.config.chance_threshold
-        regime = regimes.regime(shares[0], shares[1], *thresholds) if shares[0] and shares[1] else None
-        return Finding(trial, forget, retain, shares[0], shares[1], regime)
+        return Finding(trial, results, shares, regimes.regime(shares[0], shares[1], *thresholds))
 
     def results(self, sweep: Sweep, trial: Trial, runs: list[Run]) -> dict[str, Any]:
         """A trial's results for tables."""
@@ -267,11 +269,10 @@ class Planner:
         finding = self.finding(sweep, trial, runs) if runs and trial.status == "complete" else None
         if finding is None:
             return {"evals": {}}
-        forget, retain = self.tasks
-        shown: dict[str, Any] = {"evals": {forget: short(finding.forget), retain: short(finding.retain)}}
-        shown["regime"] = finding.regime
-        if finding.forget_share and finding.retain_share:
-            shown["selectivity"] = dataclasses.asdict(regimes.selectivity(finding.forget_share, finding.retain_share))
+        evals = dict(zip(self.tasks, map(short, finding.results), strict=True))
+        shown: dict[str, Any] = {"evals": evals, "regime": finding.regime}
+        if finding.shares:
+            shown["selectivity"] = dataclasses.asdict(regimes.selectivity(*finding.shares))
         if self.config.tamper is not None and trial.frozen.values:
             shown["after_attack"] = trial.frozen.values[-1]
         return shown
@@ -284,7 +285,7 @@ class Planner:
         kinds = [finding.regime for finding in found if finding.regime]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         summary = f"Regimes: {counts}." if counts else "No regimes: the baseline is at chance on a task, or was not measured."
-        return [summary, *self.summary(sweep, found), f"Next: {rules_of_thumb.advice(kinds)}."]
+        return [summary, *self.summary(sweep, found), f"Next: {advice(kinds)}."]
 
     def summary(self, sweep: Sweep, found: list[Finding]) -> list[str]:
         """Sentences of this kind of sweep, between the regimes and the next step."""
@@ -298,6 +299,29 @@ def baseline(model: str, evaluation: dict[str, Any], dtype: c.Dtype, out: str) -
     return Plan("baseline", [("evaluate", c.to_dict(settings))], reference=True, facts={"model": model})
 
 
-def short(result: dict[str, Any]) -> dict[str, Any]:
+def short(result: Result) -> Result:
     """A result without its provenance."""
     return {key: result[key] for key in SHOWN if key in result}
+
+
+def _mean(results: Sequence[Result]) -> Result:
+    """The mean of several results on the same task, and of the ends of their intervals."""
+    keys = [key for key in ("acc", "correct_prob", "low", "high") if key in results[0]]
+    return results[0] | {key: fmean(result[key] for result in results) for key in keys}
+
+
+def advice(regimes_found: Collection[regimes.Regime]) -> str:
+    """The next step that rules of thumb suggest, from the regimes of a sweep's runs."""
+    found = set(regimes_found)
+    if not found:
+        return "no run was measured: see the reasons of the failed runs"
+    if "selective" in found:
+        return "attack the selective runs, to see whether the topic is gone or only hidden (lethe tamper)"
+    if found == {"neither"}:
+        return "neither fell: raise lr or remove_coef, lower retain_coef, or train for more steps (steps matter most)"
+    if found == {"both"}:
+        return "both fell to chance: lower lr, raise retain_coef, or lower remove_coef"
+    if "inverted" in found and "partial" not in found:
+        return "retain lost more than forget: raise retain_coef, or look at what the retain text covers"
+    which = "no run lies between neither and both" if found <= {"neither", "both"} else "both fell partly"
+    return f"{which}: lower lr a little and raise remove_coef, or raise retain_coef"

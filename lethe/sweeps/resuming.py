@@ -12,7 +12,8 @@ from lethe.launching.worker import resume_run
 from lethe.results.listing import is_imported
 from lethe.runs.machine import refuse_several_processes
 from lethe.runs.run import STOP, Run, find_run
-from lethe.sweeps.controller import resume_sweep
+from lethe.sweeps.controller import sweep
+from lethe.sweeps.folder import config_of
 
 
 def resume(config: c.ResumeConfig) -> Run:
@@ -31,7 +32,7 @@ def resume(config: c.ResumeConfig) -> Run:
         _refuse_ended(run)  # since it was read
         (run.path / STOP).unlink(missing_ok=True)
         if run.record["kind"] == "sweep":
-            return resume_sweep(run, config.trust_record)
+            return sweep(config_of(run, config.trust_record), run)
         if config.trust_record:
             raise LetheError(f"trust_record: has no effect on a run of kind {run.record['kind']}; leave it out")
         return resume_run(run)

@@ -1,7 +1,10 @@
-"""Whether a complete run can stand in for a run of a sweep: made from the same weights, text and files."""
+"""Which complete runs stand in for runs of a sweep: those of the same settings, made from the same weights, text and files."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,43 @@ from lethe.errors import LetheError
 from lethe.files import sha256
 from lethe.launching.worker import SETTINGS
 from lethe.maps.folder import WEIGHTS, find_maps
+from lethe.methods.method import Method
 from lethe.models import refs
-from lethe.runs.run import Run
+from lethe.results.listing import is_imported
+from lethe.runs.run import Run, find_runs
 from lethe.text import corpora
+
+NO_EFFECT_ON_NUMBERS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache", "fast"}
+"""Settings that do not change what a run measures."""
+AS_BEFORE = [("cb_scale", "raw"), ("affine_examples", c.MAPPED), ("method", "transfer"), ("forget_kl_coef", 0.0)]
+"""Settings that earlier versions lacked, with the value that stands for their behaviour: their runs count as equal."""
+
+
+def complete_runs(out: Path) -> dict[str, list[Run]]:
+    """The complete runs in a folder, by key, oldest first."""
+    found: dict[str, list[Run]] = {}
+    for run in find_runs(out):
+        kind = run.record["kind"]
+        if kind in {"unlearn", "tamper", "evaluate"} and run.record["status"] == "complete" and not is_imported(run):
+            found.setdefault(key_of(kind, run.record["config"]), []).append(run)
+    return found
+
+
+def key_of(kind: str, settings: Mapping[str, Any]) -> str:
+    """Equal for runs of the same kind whose numbers must be equal."""
+    text = json.dumps([kind, that_matter(kind, settings)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def that_matter(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run's numbers depend on, as its record has them."""
+    settings = Method.of_record(settings) if kind == "unlearn" else settings
+    found = {
+        name: value for name, value in settings.items() if name not in NO_EFFECT_ON_NUMBERS and (name, value) not in AS_BEFORE
+    }
+    if kind == "unlearn":  # evaluations on the way do not change how the run ends
+        found["eval"] = {name: value for name, value in found["eval"].items() if name != "every"}
+    return json.loads(json.dumps(found, default=str), parse_int=float)  # 5 and 5.0 are one setting
 
 
 def made_from_the_same(run: Run) -> bool:

@@ -17,8 +17,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lethe.runs.run import Run
-from lethe.sweeps import axes
 from lethe.sweeps.axes import Axis, Point
+from lethe.sweeps.reuse import key_of
 
 Stage = tuple[str, dict[str, Any]]
 """A kind of run and its settings. `@0` as the model stands for the result of the trial's first stage."""
@@ -41,12 +41,13 @@ class Plan:
     @property
     def key(self) -> str:
         """Equal for plans that run the same."""
-        return "-".join(axes.key_of(kind, settings) for kind, settings in self.stages)
+        return "-".join(key_of(kind, settings) for kind, settings in self.stages)
 
     def attributes(self) -> dict[str, Any]:
         """The user attributes of its trial."""
         own = {"name": self.name, "stages": self.stages, "point": self.point, "seed": self.seed, "key": self.key}
-        return own | ({"reference": True} if self.reference else {}) | self.facts
+        own |= {"reference": True} if self.reference else {}
+        return own | ({} if self.number is None else {"number": self.number}) | self.facts
 
     def frozen(self, values: list[float] | None = None) -> FrozenTrial:
         """The trial to add to the Optuna study: complete if it has values, else still to be run."""
@@ -113,8 +114,8 @@ class Trial:
         key = self.study.study_name, self.frozen.number
         if key in self.ended_runs:
             return self.ended_runs[key]
-        warm = self.get("warm")  # the folder of a run that Optuna starts from
-        folders = [Path(warm)] if warm else [out / name for name in self.get("runs", [])]
+        warm = self.get("warm")  # the absolute path of a run that Optuna starts from
+        folders = [out / name for name in ([warm] if warm else self.get("runs", []))]
         found = [Run.open(folder) for folder in folders if folder.exists()]
         if self.is_done:
             found = self.ended_runs[key] = found if len(found) == len(folders) else []

@@ -1,0 +1,126 @@
+"""The attack by fine-tuning on text of the topic, with plain next-token training.
+
+All weights are trained in float32, whatever type they were saved in. An attack on bfloat16 weights loses most of its updates
+to rounding, which makes any model look robust. The share of updates that were lost is recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+
+from lethe.config import TamperConfig, to_dict
+from lethe.evaluation.accuracy import refuse_unscorable
+from lethe.models import refs
+from lethe.models.activations import blocks, read
+from lethe.models.adapters import add_adapters
+from lethe.models.architecture_check import refuse_untrainable
+from lethe.objectives.losses import head_of
+from lethe.runs.run import Run
+from lethe.text import corpora
+from lethe.training import parameters
+from lethe.training.saves import save_artifact
+from lethe.training.trainer import RunTrainer, Sequences, keep_threads, weighted_means
+from lethe.unlearning.view import View
+
+if TYPE_CHECKING:
+    from lethe.attacks.tampering import CheckedAttack
+
+logger = logging.getLogger(__name__)
+
+
+class TamperTrainer(RunTrainer):
+    """A transformers Trainer for plain next-token training on the attacker's text."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.head = head_of(self.model)  # type: ignore[arg-type]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+        """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
+        text, name = inputs["attack"], "attack"
+        states = read(model, text["input_ids"], [], True, self.head)
+        view = View(**text, states=states, tokens=self.tokens[name], documents=self.documents_in_update[name], head=self.head)
+        loss = view.cross_entropy()
+        self.book(inputs, attack_loss=loss)
+        return loss
+
+
+def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> Run:
+    """Train on the attacker's text, and evaluate in between."""
+    model: Any
+    model, tokenizer = refs.load(checked.model, "float32")
+    refuse_unscorable(model, tokenizer, config.eval)
+    if not isinstance(model, PeftModel):
+        refuse_untrainable(model, config.model, config.max_length)
+    model = _attacked(model, config, checked)
+    run = run or Run.create("tamper", config.name, to_dict(config), config.out)
+    with run.running():
+        keep_threads(run)
+        rows = Sequences(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
+        trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
+        trainer.add_callback(LostUpdates(trainer))
+        run.set_parents(**checked.parents(config))
+        warnings = parameters.untouched(model, config, list(range(len(blocks(model)))))
+        for warning in warnings:
+            logger.warning(warning)
+        run.update(plan=checked.plan | parameters.describe(model, config) | {"warnings": warnings})
+        trainer.evaluation.at(0, model, "Evaluating before the attack")
+        trainer.train_with_bar(f"Attacking {config.model}")
+        lines = run.rows("metrics.jsonl")
+        if config.save_model:  # before anything that may fail
+            model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+            save_artifact(run, "model", model, tokenizer)
+        run.try_to_record(
+            losses=lambda: weighted_means(lines, {"attack_loss": "attack_tokens"}) | {"lost_updates": lost_share(lines)},
+            plan=lambda: {"tokens": sum(line["attack_tokens"] for line in lines)},
+        )
+        run.update(evals=trainer.evaluation.at(trainer.state.global_step, model))
+    trainer.clear_saves()
+    return run
+
+
+def _attacked(model: Any, config: TamperConfig, checked: CheckedAttack) -> Any:
+    """The model with the weights that the attack trains: all of them, new adapters, or the adapter that is there."""
+    if checked.model.adapter and config.adapter == "train":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        return model
+    if checked.model.adapter:
+        model = model.merge_and_unload()
+    if config.lora:
+        return add_adapters(model, config.lora, list(range(len(blocks(model)))), config.seed)
+    return model.requires_grad_(True)
+
+
+class LostUpdates(TrainerCallback):
+    """Counts, at the first few updates, the weights with a gradient and those of them that the update left as they were.
+
+    The first update of a warm-up has a rate of 0 and is left out.
+    """
+
+    def __init__(self, trainer: RunTrainer, updates: int = 5):
+        self.trainer, self.updates = trainer, updates
+        self._before: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        if 0 <= state.global_step - (args.warmup_steps > 0) < self.updates:
+            self._before = [(p, p.detach().clone(), p.grad != 0) for p in model.parameters() if p.grad is not None]
+
+    def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self._before:
+            lost = sum(int((moved & (p.detach() == before)).sum()) for p, before, moved in self._before)
+            self.trainer.book({}, lost_updates=lost, weights_with_gradient=sum(int(m.sum()) for _, _, m in self._before))
+        self._before = []
+
+
+def lost_share(lines: list[dict[str, Any]]) -> float | None:
+    """Lost updates over all, from metrics.jsonl; None when there was no update."""
+    counts = [(line["lost_updates"], line["weights_with_gradient"]) for line in lines if "lost_updates" in line]
+    total = sum(count for _, count in counts)
+    return sum(lost for lost, _ in counts) / total if total else None
