@@ -15,7 +15,7 @@ from lethe.errors import LetheError
 from lethe.report.folder import report
 from lethe.results.listing import Entry
 from lethe.runs.importing import Imported, import_log
-from lethe.runs.logbook import column
+from lethe.runs.logbook import TASKS, column
 from lethe.runs.run import Run, find_runs
 from lethe.sweeps.resuming import resume
 
@@ -428,7 +428,7 @@ def test_files_that_cannot_be_read_and_folders_that_are_runs_are_refused(tmp_pat
     ],
 )
 def test_headers(header: str, role: str, name: str) -> None:
-    found = column(header, {})
+    found = column(header, TASKS)
     assert (found.role, found.name) == (role, name)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from lethe import config as c
 from lethe.errors import LetheError, nearest, printable
 from lethe.files import RUN, UnreadableError, refuse_run_folder, slug, text_of, write_atomically
-from lethe.runs.logbook import Prose, read, spaced
+from lethe.runs.logbook import TASKS, Prose, joined, read
 from lethe.runs.logbook_records import Cell, Record, TableReader
 from lethe.runs.run import Run, find_runs, now
 
@@ -73,29 +73,28 @@ def import_log(config: c.ImportConfig) -> Imported:
     except UnreadableError as error:
         raise LetheError(f"file: '{file}' cannot be read ({error})") from error
     refuse_run_folder(config.out)
-    tables, prose = read(text)
-    path, tasks = str(file.resolve()), {spaced(name): task for name, task in config.tasks.items()}
+    path, own = str(file.resolve()), {joined(name): task for name, task in config.tasks.items()}
+    tables, prose = read(text, own)
     imported = Imported(file.name)
     records: list[Record] = []
     cells: list[Cell] = []
     numbers: Counter[str] = Counter()
     places: Counter[str] = Counter()
-    readers = [TableReader(file.name, path, table, tasks, places) for table in tables]
-    for reader in readers:
-        table = reader.table
-        if reader.kind and table.rows:
+    for table in tables:
+        if table.kind and table.rows:
+            reader = TableReader(file.name, path, table, TASKS | own, places)
             numbers[table.group] += 1
             records += reader.records(numbers[table.group])
             cells += reader.cells
             imported.unreadable += reader.unreadable
         else:
-            why = NO_ROWS if reader.kind else "it is not about runs"
-            imported.skipped.append({"line": table.line, "columns": table.columns, "why": why})
+            why = NO_ROWS if table.kind else "it is not about runs"
+            imported.skipped.append({"line": table.line, "columns": table.headers, "why": why})
     if not records:
         what = f"its {len(tables)} tables are about something else" if tables else "it has no table"
         raise LetheError(f"file: '{file}' has no table of runs ({what}); expected columns such as retain_coef, cb_loss, MMLU")
-    words = {col.word for reader in readers for col in reader.columns} - {""}
-    if unused := sorted(tasks.keys() - words):
+    words = {col.word for table in tables for col in table.columns} - {""}
+    if unused := sorted(own.keys() - words):
         raise LetheError(f"tasks: no column of the log is called '{unused[0]}'{nearest(unused[0], words)}")
     imported.prose = _unmatched(prose, cells)
     _write(imported, path, records, Path(config.out))

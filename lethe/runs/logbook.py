@@ -1,6 +1,6 @@
 """Reading an experiment log kept by hand (markdown): its tables, each with the settings stated above it, and its prose.
 
-    text -> read(): tables and prose        column(): what a header means        setting(), phrases(): settings in words
+    text -> read(): tables, with what their headers mean, and prose        setting(), phrases(): settings in words
 
 The words that are understood stand below. What is stated nearer to a table wins over what is stated further away. What the
 document states before its first section is about unlearning, not about attacks.
@@ -22,16 +22,9 @@ from lethe.errors import LetheError, printable
 from lethe.files import yaml_of
 from lethe.methods.method import every
 
-TASKS = {
-    "wmdp": "wmdp",  # a task of its own: the bare name does not say which of the others is meant
-    "wmdp bio": "wmdp_bio",
-    "wmdp robust": "wmdp_bio_robust",
-    "wmdp bio robust": "wmdp_bio_robust",
-    "wmdp cloze": "wmdp_bio_cloze",
-    "wmdp bio cloze": "wmdp_bio_cloze",
-    "mmlu": "mmlu",
-    "mmlu stem": "mmlu_stem",
-} | {task.replace("_", " "): task for task in c.LAB_TASKS}
+KNOWN = ("wmdp", "wmdp_bio", "wmdp_bio_robust", "wmdp_bio_cloze", "mmlu", "mmlu_stem", *c.LAB_TASKS)
+"""`wmdp` is a task of its own: the bare name does not say which of the others is meant."""
+TASKS = {task: task for task in KNOWN} | {"wmdp_robust": "wmdp_bio_robust", "wmdp_cloze": "wmdp_bio_cloze"}
 KINDS: list[type] = [c.TamperConfig, *every()]
 TYPES = {name: hint for kind in KINDS for name, hint in types_of(kind).items()}
 OPTIMIZERS = set(get_args(TYPES["optimizer"]))
@@ -65,17 +58,17 @@ PHRASES = {
     rf"{_COUNT} ?ep(?:ochs?)?\b": "epochs",
 }
 COLUMNS = (
-    ("job", r"(?:slurm )?job(?: ?id)?"),
+    ("job", r"(?:slurm_)?job(?:_?id)?"),
     ("checkpoint", r"checkpoint|revision"),
     ("status", r"status"),
     ("notes", r"notes?|comments?|remarks?"),
     ("model", r"model"),
-    ("label", r"tamper optimizer|attack|run|name"),
+    ("label", r"tamper_optimizer|attack|run|name"),
     ("loss", r".*loss"),
-    ("point", r"start(?:ing)? (?P<task>.+)"),
-    ("point", r"step (?P<step>\d{1,12})(?: (?P<task>.+))?"),
-    ("point", r"after (?P<step>\d{1,12}) (?:steps?|updates)(?: (?P<task>.+))?"),
-    ("final", r"final(?: (?P<task>[^(]+?))?(?: \((?:step )?(?P<step>\d{1,12})(?: steps?| updates)?\))?"),
+    ("point", r"start(?:ing)?_(?P<task>.+)"),
+    ("point", r"step_(?P<step>\d{1,12})(?:_(?P<task>.+))?"),
+    ("point", r"after_(?P<step>\d{1,12})_(?:steps?|updates)(?:_(?P<task>.+))?"),
+    ("final", r"final(?:_(?P<task>[^(]+?))?(?:_\((?:step_)?(?P<step>\d{1,12})(?:_steps?|_updates)?\))?"),
     ("task", r"(?P<task>.+)"),
 )
 """What headers mean. `point` and `final` are results during and after an attack: `Step 500 WMDP`, `Final (110 steps)`."""
@@ -103,32 +96,6 @@ class Section:
 
 
 @dataclass
-class LogTable:
-    """A table of the log; without rows if it only looks like one. `rows` are (line number, cells)."""
-
-    line: int
-    columns: list[str]
-    rows: list[tuple[int, list[str]]]
-    titles: list[str]
-    """The headings above it; without the document's title, if there are others."""
-    section: str
-    """The section within which numbers of the prose are compared with its cells."""
-    settings: dict[str, Any]
-    own_settings: dict[str, Any]
-    """Those that hold for attacks: without what the document states before its first section."""
-    starting: dict[str, str]
-    """Values at step 0, by the log's name for the task."""
-    misfits: list[tuple[int, str, str]] = field(default_factory=list)
-    """Rows that have not one cell for each column: line number, text, why."""
-    notes: dict[str, str] = field(default_factory=dict)
-    """Footnotes by their mark."""
-
-    @property
-    def group(self) -> str:
-        return " › ".join(filter(None, self.titles))
-
-
-@dataclass
 class Column:
     """What a header means: its role, the setting or task that it names, the step, and the log's word for the task."""
 
@@ -140,12 +107,42 @@ class Column:
     word: str = ""
 
 
+@dataclass
+class LogTable:
+    """A table of the log; without rows if it only looks like one. `rows` are (line number, cells)."""
+
+    line: int
+    columns: list[Column]
+    rows: list[tuple[int, list[str]]]
+    kind: str | None
+    """The kind of run that its rows describe; None if it is not about runs."""
+    titles: list[str]
+    """The headings above it; without the document's title, if there are others."""
+    section: str
+    """The section within which numbers of the prose are compared with its cells."""
+    settings: dict[str, Any]
+    starting: dict[str, str]
+    """Values at step 0, by the log's name for the task."""
+    misfits: list[tuple[int, str, str]] = field(default_factory=list)
+    """Rows that have not one cell for each column: line number, text, why."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Footnotes by their mark."""
+
+    @property
+    def headers(self) -> list[str]:
+        return [column.header for column in self.columns]
+
+    @property
+    def group(self) -> str:
+        return " › ".join(filter(None, self.titles))
+
+
 Prose = list[tuple[int, str, str]]
 """Line number, title of the section, text."""
 
 
-def read(text: str) -> tuple[list[LogTable], Prose]:
-    """The tables of a log, and the lines of its prose that state no setting.
+def read(text: str, tasks: dict[str, str]) -> tuple[list[LogTable], Prose]:
+    """The tables of a log, and the lines of its prose that state no setting. `tasks` are the user's own names of tasks.
 
     The markdown parser decides what is a table, a heading or a list, so code, comments and HTML are not read.
 
@@ -156,7 +153,7 @@ def read(text: str) -> tuple[list[LogTable], Prose]:
     for number, line in enumerate(lines, start=1):
         if len(line) > LONGEST_LINE:
             raise LetheError(f"file: line {number} has {len(line)} characters; expected {LONGEST_LINE} at most")
-    reader = _Reader([printable(line) for line in lines])
+    reader = _Reader([printable(line) for line in lines], TASKS | tasks)
     reader.walk(SyntaxTreeNode(_MARKDOWN.parse("\n".join(reader.lines))), [Section(0, "")])
     return reader.tables, reader.prose
 
@@ -164,8 +161,8 @@ def read(text: str) -> tuple[list[LogTable], Prose]:
 class _Reader:
     """What has been read so far."""
 
-    def __init__(self, lines: list[str]) -> None:
-        self.lines = lines
+    def __init__(self, lines: list[str], tasks: dict[str, str]) -> None:
+        self.lines, self.tasks = lines, tasks
         self.tables: list[LogTable] = []
         self.prose: Prose = []
 
@@ -194,12 +191,14 @@ class _Reader:
             else:  # a list, a quotation or a part of one: headings inside it end with it
                 self.walk(child, list(sections), listed or lists_settings)
 
-    def _add_table(self, line: int, sections: list[Section], columns: list[str], rows: list[tuple[int, list[str]]]) -> None:
+    def _add_table(self, line: int, sections: list[Section], headers: list[str], rows: list[tuple[int, list[str]]]) -> None:
+        columns = [column(header, self.tasks) for header in headers]
+        kind = _kind(columns)
         own = [s for s in sections if s.level > 1] or sections
-        settings, own_settings = ({k: v for s in some for k, v in s.settings.items()} for some in (sections, own))
+        settings = {name: value for s in (own if kind == "tamper" else sections) for name, value in s.settings.items()}
         starting = {name: value for s in sections for name, value in s.starting.items()}
         titles = [s.title for s in own]
-        table = LogTable(line, columns, rows, titles, part_of(sections), settings, own_settings, starting)
+        table = LogTable(line, columns, rows, kind, titles, part_of(sections), settings, starting)
         for number, _ in rows:
             source = self.lines[number - 1].lstrip("> ").rstrip()
             cells = len(re.split(r"(?<!\\)\|", source.removeprefix("|").removesuffix("|")))
@@ -225,7 +224,7 @@ def part_of(sections: list[Section]) -> str:
 
 def _take_settings(line: str, section: Section, listed: bool) -> bool:
     """Add the settings that a line states to `section`; whether it states any as `name: value`."""
-    starting = {spaced(name): value for name, value in _STARTING.findall(line)}
+    starting = {joined(name): value for name, value in _STARTING.findall(line)}
     section.starting |= starting
     stated = None if starting else _STATED.match(line)
     if stated:
@@ -257,7 +256,7 @@ def setting(key: str, text: str) -> dict[str, Any] | None:
     """A setting with its value, such as {"lora.r": 16}; None if the key is no setting, or the value is not of its type."""
     if key.lower().startswith("kl divergence") and text.lower().startswith("true"):
         return {"retain_loss": "kl"}
-    name = SETTINGS.get(spaced(key).replace(" ", "_"))
+    name = SETTINGS.get(joined(key))
     if name == "affine" and (source := re.search(r"loaded from ([\w./-]+)", text)):
         return {name: source[1]}
     value = re.fullmatch(r"(\[[^\]]*\]|[^\s()]+)\s*(?:\(.*)?", text)  # a remark may follow in brackets
@@ -275,31 +274,27 @@ def setting(key: str, text: str) -> dict[str, Any] | None:
     return {name: read}
 
 
-def spaced(name: str) -> str:
-    """A name in lower case, with a space between its words."""
-    return re.sub(r"[\s_]+", " ", name.strip().lower())
+def joined(name: str) -> str:
+    """A name in lower case, with an underscore between its words."""
+    return re.sub(r"[\s_]+", "_", name.strip().lower())
 
 
 def column(header: str, tasks: dict[str, str]) -> Column:
-    """What a header means. `tasks` are the user's own names of tasks, which come before the usual ones."""
+    """What a header means. `tasks` are all tasks by the log's name for them."""
     clean = plain(header)
     percent = "%" in clean
     clean = re.sub(r"\(\s*(?:↓|↑|%|deprecated|lower is better|higher is better)\s*\)|[↓↑%]", "", clean, flags=re.IGNORECASE)
-    name = spaced(clean)
-    known = TASKS | tasks
+    name = joined(clean)
     for role, pattern in COLUMNS:
         if match := re.fullmatch(pattern, name):
-            task, step = (match.groupdict().get(what) for what in ("task", "step"))
-            if task is None or task in known:
-                what = name.replace(" ", "_") if role == "loss" else known.get(task or "", "")
-                at = int(step) if step else 0 if role == "point" else None
-                return Column(header, role, what, at, percent, task or "")
-    named = SETTINGS.get(name.replace(" ", "_"))
-    return Column(header, "setting" if named else "other", named or "")
+            word, step = (match.groupdict().get(what) for what in ("task", "step"))
+            if word is None or word in tasks:
+                what = name if role == "loss" else tasks.get(word or "", "")
+                return Column(header, role, what, int(step) if step else 0 if role == "point" else None, percent, word or "")
+    return Column(header, "setting" if name in SETTINGS else "other", SETTINGS.get(name, ""))
 
 
-def kind_of(columns: list[Column]) -> str | None:
-    """The kind of run that the rows of a table describe; None if the table is not about runs."""
+def _kind(columns: list[Column]) -> str | None:
     roles = {col.role for col in columns}
     if not roles & {"task", "loss", "point", "final"}:
         return None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lethe import config as c
 from lethe.errors import printable
 from lethe.methods.method import every
-from lethe.runs.logbook import NUMBER, OPTIMIZERS, TASKS, Column, LogTable, column, kind_of, marks, phrases, plain, setting
+from lethe.runs.logbook import NUMBER, OPTIMIZERS, Column, LogTable, marks, phrases, plain, setting
 
 STATUSES = {
     "diverged": "diverged",
@@ -59,21 +59,18 @@ class _Row:
 class TableReader:
     """The rows of one table as records; the cells with numbers; and what cannot be read.
 
-    `tasks` are the user's names of tasks. `places` counts the rows of all tables by their place in the log.
+    `tasks` are all tasks by the log's name for them. `places` counts the rows of all tables by their place in the log.
     """
 
     def __init__(self, file: str, path: str, table: LogTable, tasks: dict[str, str], places: Counter[str]):
-        self.file, self.path, self.table, self.places = file, path, table, places
-        self.known_tasks = TASKS | tasks
-        self.columns = [column(header, tasks) for header in table.columns]
-        self.kind = kind_of(self.columns)
+        self.file, self.path, self.table, self.tasks, self.places = file, path, table, tasks, places
         self.cells: list[Cell] = []
         self.unreadable = [{"line": line, "column": "", "cell": cell, "why": why} for line, cell, why in table.misfits]
 
     def records(self, number: int) -> list[Record]:
         """A record for each row; one for a table of checkpoints. `number` counts the tables under the same headings."""
         meanings: set[Any] = set()
-        for col in self.columns:
+        for col in self.table.columns:
             meaning = (col.role, col.name or col.header, col.step)
             if meaning in meanings or col.role == "other":
                 why = "a second column of the same meaning" if meaning in meanings else "an unknown column"
@@ -81,7 +78,7 @@ class TableReader:
                 col.role = "other"
             meanings.add(meaning)
         rows = [(line, cells, self._row(line, cells)) for line, cells in self.table.rows]
-        made = [self._checkpoints(rows)] if self.kind == "checkpoints" else [self._run(*row) for row in rows]
+        made = [self._checkpoints(rows)] if self.table.kind == "checkpoints" else [self._run(*row) for row in rows]
         for record, _ in made:
             record["imported"]["table"] = number
         return made
@@ -99,15 +96,15 @@ class TableReader:
             checkpoints.append({"name": name, "step": int(step[0]) if step else None, "evals": evals, "note": note})
         latest = next((row["name"] for row in checkpoints if "latest viable" in row["note"]), None)
         record = self._record("checkpoints", self.table.group, "table", self.table.line, {})
-        record["imported"]["rows"] = [dict(zip(self.table.columns, cells, strict=True)) for _, cells, _ in rows]
+        record["imported"]["rows"] = [dict(zip(self.table.headers, cells, strict=True)) for _, cells, _ in rows]
         return record | {"status": "complete", "checkpoints": checkpoints, "latest_ignorant": latest}, []
 
     def _run(self, line: int, cells: list[str], row: _Row) -> Record:
-        kind, texts = str(self.kind), row.texts
+        kind, texts = str(self.table.kind), row.texts
         if kind == "unlearn" and not row.settings and row.results and not texts.get("job", "").isdigit():
             kind = "evaluate"  # the baseline, in a table of unlearning runs
             texts["label"] = texts.get("label") or texts.pop("job", "") or "Baseline"
-        inherited = {"evaluate": {}, "tamper": self.table.own_settings}.get(kind, self.table.settings)
+        inherited = {} if kind == "evaluate" else self.table.settings
         settings = inherited | row.settings
         if kind == "tamper":
             heading = re.sub(r"\s*\([^()]*\)$", "", self.table.titles[-1])
@@ -116,14 +113,14 @@ class TableReader:
             settings["model"] = texts["model"]
         evals = {self._task_of(col): value for col, value, _ in row.results if col.role != "point"}
         points = self._points(line, row) if kind == "tamper" else {}
-        named = [plain(cell) for col, cell in zip(self.columns, cells, strict=True) if col.role == "setting"]
+        named = [plain(cell) for col, cell in zip(self.table.columns, cells, strict=True) if col.role == "setting"]
         key = texts.get("job") or json.dumps([texts.get("label"), texts.get("model"), *named])
         record = self._record(kind, _name(settings, texts, kind) or f"row {line}", key, line, settings)
         status, reason = _status(row.statuses, bool(evals or row.losses or any(step > 0 for step in points)))
         record |= {"status": status, "reason": reason, "job_id": texts.get("job"), "losses": row.losses, "evals": evals}
         marked = {mark for cell in cells for mark in marks(cell)}
         more = {
-            "row": dict(zip(self.table.columns, cells, strict=True)),
+            "row": dict(zip(self.table.headers, cells, strict=True)),
             "inherited": sorted(name for name in inherited if name not in row.settings),
             "others": row.others,
             "notes": texts.get("notes"),
@@ -135,7 +132,7 @@ class TableReader:
     def _row(self, line: int, cells: list[str]) -> _Row:
         """What the cells of a row say."""
         row = _Row()
-        for col, cell in zip(self.columns, cells, strict=True):
+        for col, cell in zip(self.table.columns, cells, strict=True):
             text = plain(cell)
             if text.lower() in NOTHING:
                 continue
@@ -173,7 +170,7 @@ class TableReader:
 
     def _task_of(self, col: Column) -> str:
         """The column's task. "After 10 steps" names none: then it is that of the next such column that names one."""
-        return col.name or next((other.name for other in self.columns if other.role == "point" and other.name), "unknown")
+        return col.name or next((other.name for other in self.table.columns if other.role == "point" and other.name), "unknown")
 
     def _settings_in(self, line: int, col: Column, text: str) -> dict[str, Any]:
         """A setting's cell, such as `5`, `full`, or `16 (muon, lr=5e-4)` with further settings in brackets."""
@@ -205,7 +202,7 @@ class TableReader:
                 points.setdefault(at, {})[self._task_of(col)] = value
         for name, text in self.table.starting.items():
             header = f"Starting {name}"
-            task = self.known_tasks.get(name)
+            task = self.tasks.get(name)
             if task is None:
                 self._cannot(line, header, text, "an unknown task")
                 continue
