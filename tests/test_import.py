@@ -15,7 +15,6 @@ from lethe.errors import LetheError
 from lethe.report.folder import report
 from lethe.results.listing import Entry
 from lethe.runs.importing import Imported, import_log
-from lethe.runs.logbook import TASKS, column
 from lethe.runs.run import Run, find_runs
 from lethe.sweeps.resuming import resume
 
@@ -208,14 +207,6 @@ def test_names_of_imported_runs_are_one_printable_line(take) -> None:
     assert json.dumps(record, ensure_ascii=False).isprintable()
 
 
-def test_pipes_in_cells_and_rows_of_another_width(take) -> None:
-    rows = ["| 1 | 5 | `a\\|b` \\| c | 40% |", "| 2 | 6 |", "4 | 8 | e | 42%"]
-    made = take("| Job ID | retain_coef | Notes | MMLU |\n|---|---|---|---|\n" + "\n".join(rows))
-    assert jobs(made.new) == ["1", "2", "4"]
-    assert made.new[0].record["imported"]["notes"] == "a|b | c"
-    assert [(u["line"], u["why"]) for u in made.unreadable] == [(4, "2 cells under 4 headers")]
-
-
 def test_what_looks_like_a_table_and_is_none_is_named(take) -> None:
     made = take(TABLE + "\n| 13 | 7 | 0.7 | 42% |\n\n| Job ID | MMLU |\n|---|\n| 14 | 43% |\n")
     assert jobs(made.new) == ["11", "12"]
@@ -349,9 +340,12 @@ def test_a_cell_that_cannot_be_read_is_listed_and_the_rest_of_its_row_is_importe
          {"config": {"lora": None, "optimizer": "muon", "lr": 5e-4}}),
         ("retain_coef | lora_r | MMLU\n0 | 16 (adamw_8bit) | 41%", {"config": {"lora": {"r": 16}, "optimizer": "adamw_8bit"}}),
         ("Job ID | retain_coef | MMLU\n1 | 5 | -", {"status": "lost", "reason": "the log has neither a result nor a status"}),
+        ("Job ID | Notes | MMLU\n1 | `a\\|b` \\| c | 41%", {"imported": {"notes": "a|b | c"}}),
         ("Job ID | retain_coef | MMLU\n[17](https://e.x/17) | `5` | 41%", {"job_id": "17", "config": {"retain_coef": 5}}),
         ("Job ID | retain_coef | MMLU\n***17*** | <b>5</b> <!-- 6 --> | _40%_[^1]",
          {"config": {"retain_coef": 5}, "evals": {"mmlu": {"acc": 0.4}}, "imported": {"footnotes": ["by hand"]}}),
+        ("Learning rate | **MMLU** | wmdp_bio_robust | Seconds\n1e-3 | 41% | 30% | x",
+         {"config": {"lr": 1e-3}, "evals": {"mmlu": {"acc": 0.41}, "wmdp_bio_robust": {"acc": 0.3}}}),
         ("retain_coef | MMLU | Mood\n5 | 41% | fine", {"imported": {"others": {"Mood": "fine"}}}),
         ("retain_coef | MMLU | mmlu\n5 | 41% | 42%", {"evals": {"mmlu": {"acc": 0.41}}}),
     ],
@@ -364,7 +358,9 @@ def test_what_cells_say(take, table: str, expected: dict[str, Any]) -> None:
     for place, value in expected.items():
         found = record[place]
         assert value.items() <= found.items() if isinstance(value, dict) else value == found
-    assert [u["column"] for u in made.unreadable] == [name for name in ("Mood", "mmlu") if name in header.split(" | ")]
+    assert [u["column"] for u in made.unreadable] == [
+        name for name in header.split(" | ") if name in {"Seconds", "Mood", "mmlu"}
+    ]
 
 
 def test_starting_values_that_contradict_a_cell_are_listed(take) -> None:
@@ -409,27 +405,6 @@ def test_files_that_cannot_be_read_and_folders_that_are_runs_are_refused(tmp_pat
     run = Run.create("unlearn", "x", {}, tmp_path / "runs")
     with pytest.raises(LetheError, match="already holds a run"):
         import_log(ImportConfig(str(LOG), out=str(run.path)))
-
-
-@pytest.mark.parametrize(
-    ("header", "role", "name"),
-    [
-        ("WMDP Bio (↓)", "task", "wmdp_bio"),
-        ("WMDP Bio Robust", "task", "wmdp_bio_robust"),
-        ("**MMLU**", "task", "mmlu"),
-        ("wmdp_bio_robust", "task", "wmdp_bio_robust"),
-        ("lab_retain", "task", "lab_retain"),
-        ("MMLU STEM (deprecated)", "task", "mmlu_stem"),
-        ("retain_kl_loss", "loss", "retain_kl_loss"),
-        ("Learning rate", "setting", "lr"),
-        ("Step 500 WMDP", "point", "wmdp"),
-        ("Final (110 steps)", "final", ""),
-        ("Seconds", "other", ""),
-    ],
-)
-def test_headers(header: str, role: str, name: str) -> None:
-    found = column(header, TASKS)
-    assert (found.role, found.name) == (role, name)
 
 
 def test_the_command_answers_in_words_and_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,13 +29,13 @@ def attack_charts(study: Study) -> dict[str, tuple[str, Any]]:
     charts: dict[str, tuple[str, Any]] = {}
     if not study.has_several_attacks:
         if panels := [panel for task in (forget, general) if task for panel in _panels(drawn, task, task)]:
-            charts["tamper"] = (caption, _joined(panels, "Tampering attack", 1))
+            charts["tamper"] = (caption, style.joined(panels, 1, "Tampering attack"))
         return charts
     lines = "dotted: chance; long dashes: before unlearning; short dashes: controls"
     for name, task in (("tamper", forget), ("tamper-general", general)):
         if task and (panels := _panels(drawn, task)):
             what = caption if task == forget else f"The same attacks: their cost in {task}.{bands}"
-            charts[name] = (what, _joined(panels, f"Attacks: {task}", 3, subtitle=lines))
+            charts[name] = (what, style.joined(panels, 3, f"Attacks: {task}", subtitle=lines))
     if forget and (cells := worst_cells(study, drawn, forget, general)):
         bound = f"at most {100 * study.general_bound:g} points of {general or 'general accuracy'}"
         caption = f"The highest {forget} that each attack reaches while it costs {bound}. "
@@ -67,10 +67,6 @@ def _panels(series: list[Series], task: str, title: str = "") -> list[Any]:
     return panels
 
 
-def _joined(panels: list[Any], title: str, columns: int, **more: Any) -> alt.ConcatChart:
-    return style.styled(alt.concat(*panels, columns=columns, spacing=20, title=style.heading(title, **more)))
-
-
 def _panel(every: list[Series], task: str, own: list[Series], height: int, width: int, named: bool) -> alt.LayerChart | None:
     """One attack on several models, on the scale of `every`. `named`: the reference lines have their names."""
     names = _model_names(every)
@@ -89,7 +85,7 @@ def _panel(every: list[Series], task: str, own: list[Series], height: int, width
         few: dict[str, Any] = {} if named else {"tickCount": 4}
         x = alt.X("step:Q", title="Updates of the attack", axis=alt.Axis(**(style.STEPS | few), grid=False))
     layers = style.curves(points, list(dict.fromkeys(names.values())), "Attacked model", x, scale, named)
-    panel: Any = alt.layer(*style.references(lines, scale, named), *layers)
+    panel: Any = alt.layer(*style.references(lines, scale, named=named), *layers)
     return panel.properties(width=width, height=height)
 
 
@@ -153,5 +149,5 @@ def heat_map(cells: Points) -> alt.LayerChart:
         text.transform_filter("datum.attack !== 'worst case'").mark_text(fontSize=12),
         text.transform_filter("datum.attack === 'worst case'").mark_text(fontSize=12, fontWeight="bold"),
     ]
-    size = {"width": max(220, 48 * len(attacks)), "height": 34 * len(models)}
-    return style.styled(alt.layer(*layers).properties(title=style.heading("Models by attacks: forget accuracy, %"), **size))
+    title = "Models by attacks: forget accuracy, %"
+    return style.layered(layers, title, width=max(220, 48 * len(attacks)), height=34 * len(models))
