@@ -11,7 +11,7 @@ from lethe import config as c
 from lethe.cli import main
 from lethe.errors import LetheError
 from lethe.files import refuse_run_folder
-from lethe.report.layout import Table
+from lethe.report.rendering import Table
 from lethe.runs.run import Run
 
 CONFIGS = [

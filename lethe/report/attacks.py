@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lethe.report.layout import Table, table_of
+from lethe.report.rendering import Table, table_of
 from lethe.report.table_notes import job, reasons, remarks
 from lethe.results import recovery
 from lethe.results.attacks import FILTERED, Attack, attack_tasks

@@ -123,7 +123,7 @@ def tradeoff_chart(target: Target) -> alt.LayerChart | None:
     for row in target.rows:
         if forget not in row.evals or retain not in row.evals:
             continue
-        run = row.origin[forget] if row.origin[forget].record["kind"] == "unlearn" else None
+        run = row.runs[0] if row.runs[0].record["kind"] == "unlearn" else None
         label = names[run.id] if run else row.label
         point = {"series": "Runs" if many and run else label, "label": label}
         for axis, task in (("forget", forget), ("retain", retain)):

@@ -17,7 +17,7 @@ from typing import Any
 import vl_convert
 
 from lethe.report.headline import headline, tiles
-from lethe.report.layout import Table, template
+from lethe.report.rendering import Table, template
 from lethe.results.format import setting
 from lethe.results.study import Study
 from lethe.runs.run import Run, now

@@ -201,7 +201,6 @@ class Worst:
     """Share of the gap to the baseline; None without a baseline, or if the start reaches it."""
     above: Excess | None
     """Above the control under the same attack up to the same place; None if the control was not attacked that far."""
-    bound: float
     counted: list[str]
     """Attacks that are measured to their end."""
     not_measured: dict[str, str]
@@ -247,7 +246,6 @@ def worst_case(attacks: list[AttackCurves], bound: float = GENERAL_BOUND, baseli
         lost,
         recovered=None if gap is None else (best.value - start.value) / gap,
         above=_above(by, best) if by else None,
-        bound=bound,
         counted=[attack.name for attack in attacks if attack.name not in missing],
         not_measured=missing,
         never_within=never,
