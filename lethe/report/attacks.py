@@ -61,7 +61,7 @@ def tamper_table(study: Study) -> Table:
     """One row per attack: forget at the start, after 10 steps, highest, at the end; retain at the end; lost updates."""
     attacks = study.attacks
     forget, retain = attack_tasks(attacks)
-    lengths = {attack.curve[-1]["step"] for attack in attacks if attack.curve}
+    lengths = {attack.run.curve[-1]["step"] for attack in attacks if attack.run.curve}
     one_length = len(lengths) == 1 and all(attack.trains for attack in attacks)
     final = f"Final ({min(lengths)} steps)" if one_length else "Final"
     names = {series.settings: series.attack for series in study.series} if study.has_several_attacks else {}
@@ -90,7 +90,7 @@ def _curve_cells(attack: Attack, task: str | None, lacking: str, name_last: bool
     if not results:
         return [lacking] * 4
     first, last = results[0], results[-1]
-    strength = next(line.get("strength") for line in attack.curve if line["step"] == last[0])
+    strength = next(line.get("strength") for line in attack.run.curve if line["step"] == last[0])
     place = f" (step {last[0]})" if strength is None else f" (strength {strength:g})"
     later = next(((step, r) for step, r in results if step >= AFTER_STEPS), None)
     return [
@@ -147,7 +147,7 @@ def _side_by_side(title: str, attacks: list[Attack], by_steps: bool) -> Table:
             row |= {"Kind": setting(attack.run.record["config"]["attack"])}
             row |= {f"{task} by strength": _strengths(attack, task) for task in tasks}
         rows.append(row | {"Status": attack.run.status})
-    first: dict[str, Any] = next((attack.curve[0]["evals"] for attack in attacks if attack.curve), {})
+    first: dict[str, Any] = next((attack.run.curve[0]["evals"] for attack in attacks if attack.run.curve), {})
     starts = "; ".join(f"Starting {task}: {result(first[task])}" for task in tasks if task in first)
     return table_of(title, rows, [starts, *reasons(a.run for a in attacks)])
 
@@ -164,7 +164,7 @@ def _steps(attack: Attack, steps: list[int], tasks: list[str]) -> dict[str, str]
 
 
 def _strengths(attack: Attack, task: str) -> str:
-    lines = [line for line in attack.curve if line.get("strength") and task in line["evals"]]
+    lines = [line for line in attack.run.curve if line.get("strength") and task in line["evals"]]
     return ", ".join(f"{line['strength']:g}: {result(line['evals'][task])}" for line in lines) or MISSING
 
 

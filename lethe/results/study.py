@@ -173,7 +173,7 @@ class Study:
     @cached_property
     def worst_cases(self) -> dict[str, recovery.Worst | None]:
         """Each attacked model's worst case over all attacks of the study, including those not run on it."""
-        tasks = tasks_of(line["evals"] for attack in self.attacks for line in attack.curve)
+        tasks = tasks_of(line["evals"] for attack in self.attacks for line in attack.run.curve)
         forget, general = regimes.forget_task(tasks), regimes.retain_task(tasks)
         attacks = {series.settings: series.attack for series in self.series}
         found: dict[str, recovery.Worst | None] = {}

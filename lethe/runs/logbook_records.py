@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 from lethe import config as c
@@ -40,20 +39,9 @@ class Cell(NamedTuple):
     is_share: bool
 
 
-@dataclass
-class _Row:
-    """What the cells of a row say."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
-    results: list[tuple[Column, dict[str, Any], int | None]] = field(default_factory=list)
-    """Results with the step that the cell or the header names."""
-    statuses: list[tuple[str, str, str]] = field(default_factory=list)
-    """Statuses with the word in the log and the header above it."""
-    texts: dict[str, str] = field(default_factory=dict)
-    """Texts by role: job, label, model, notes, checkpoint."""
-    others: dict[str, str] = field(default_factory=dict)
-    """Texts of unknown columns by header."""
+RESULTS = ("task", "point", "final")
+Said = dict[str, list[tuple[Column, Any]]]
+"""What the cells of a row say, by role: for results (value, step), for settings their values by name, else texts."""
 
 
 class TableReader:
@@ -77,96 +65,101 @@ class TableReader:
                 self._cannot(self.table.line, col.header, col.header, f"{why}; imported as text")
                 col.role = "other"
             meanings.add(meaning)
-        rows = [(line, cells, self._row(line, cells)) for line, cells in self.table.rows]
+        rows = [(line, cells, self._said(line, cells)) for line, cells in self.table.rows]
         made = [self._checkpoints(rows)] if self.table.kind == "checkpoints" else [self._run(*row) for row in rows]
         for record, _ in made:
             record["imported"]["table"] = number
         return made
 
-    def _cannot(self, line: int, header: str, cell: str, why: str) -> None:
+    def _cannot(self, line: int, header: str, cell: str, why: str) -> Any:
+        """List a cell that cannot be read, whose value is None."""
         self.unreadable.append({"line": line, "column": header, "cell": cell, "why": why})
 
-    def _checkpoints(self, rows: list[tuple[int, list[str], _Row]]) -> Record:
+    def _checkpoints(self, rows: list[tuple[int, list[str], Said]]) -> Record:
         """The table as one run: a sweep over checkpoints."""
         checkpoints: list[dict[str, Any]] = []
-        for _, _, row in rows:
-            name, note = row.texts.get("checkpoint", ""), row.texts.get("notes", "")
+        for _, _, said in rows:
+            name, note = _text(said, "checkpoint") or "", _text(said, "notes") or ""
             step = re.search(r"(?<!\d)\d{1,12}$", name)
-            evals = {col.name: value for col, value, _ in row.results}
+            evals = {col.name: value for col, (value, _) in said["task"]}
             checkpoints.append({"name": name, "step": int(step[0]) if step else None, "evals": evals, "note": note})
         latest = next((row["name"] for row in checkpoints if "latest viable" in row["note"]), None)
         record = self._record("checkpoints", self.table.group, "table", self.table.line, {})
         record["imported"]["rows"] = [dict(zip(self.table.headers, cells, strict=True)) for _, cells, _ in rows]
         return record | {"status": "complete", "checkpoints": checkpoints, "latest_ignorant": latest}, []
 
-    def _run(self, line: int, cells: list[str], row: _Row) -> Record:
-        kind, texts = str(self.table.kind), row.texts
-        if kind == "unlearn" and not row.settings and row.results and not texts.get("job", "").isdigit():
+    def _run(self, line: int, cells: list[str], said: Said) -> Record:
+        kind = str(self.table.kind)
+        job, label, model, notes = (_text(said, role) for role in ("job", "label", "model", "notes"))
+        own = {name: value for _, more in said["setting"] for name, value in more.items()}
+        results = [each for role in RESULTS for each in said[role]]
+        if kind == "unlearn" and not own and results and not (job or "").isdigit():
             kind = "evaluate"  # the baseline, in a table of unlearning runs
-            texts["label"] = texts.get("label") or texts.pop("job", "") or "Baseline"
+            label, job = (label, job) if label else (job or "Baseline", None)
         inherited = {} if kind == "evaluate" else self.table.settings
-        settings = inherited | row.settings
+        settings = inherited | own
         if kind == "tamper":
-            heading = re.sub(r"\s*\([^()]*\)$", "", self.table.titles[-1])
-            settings |= _attack_settings(texts.get("label", "")) | {"model": texts.get("model") or heading}
-        elif "model" in texts:
-            settings["model"] = texts["model"]
-        evals = {self._task_of(col): value for col, value, _ in row.results if col.role != "point"}
-        points = self._points(line, row) if kind == "tamper" else {}
+            model = model or re.sub(r"\s*\([^()]*\)$", "", self.table.titles[-1])
+            settings |= _attack_settings(label or "")
+        settings |= {"model": model} if model else {}
+        losses = {col.name: value for col, value in said["loss"]}
+        evals = {self._task_of(col): value for col, (value, _) in said["task"] + said["final"]}
+        points = self._points(line, said) if kind == "tamper" else {}
         named = [plain(cell) for col, cell in zip(self.table.columns, cells, strict=True) if col.role == "setting"]
-        key = texts.get("job") or json.dumps([texts.get("label"), texts.get("model"), *named])
-        record = self._record(kind, _name(settings, texts, kind) or f"row {line}", key, line, settings)
-        status, reason = _status(row.statuses, bool(evals or row.losses or any(step > 0 for step in points)))
-        record |= {"status": status, "reason": reason, "job_id": texts.get("job"), "losses": row.losses, "evals": evals}
+        key = job or json.dumps([label, _text(said, "model"), *named])
+        name = " ".join(dict.fromkeys(filter(None, (model, label)))) or _name_of(settings) or f"row {line}"
+        record = self._record(kind, name, key, line, settings)
+        status, reason = _status(said["status"], bool(evals or losses or any(step > 0 for step in points)))
+        record |= {"status": status, "reason": reason, "job_id": job, "losses": losses, "evals": evals}
         marked = {mark for cell in cells for mark in marks(cell)}
         more = {
             "row": dict(zip(self.table.headers, cells, strict=True)),
-            "inherited": sorted(name for name in inherited if name not in row.settings),
-            "others": row.others,
-            "notes": texts.get("notes"),
+            "inherited": sorted(name for name in inherited if name not in own),
+            "others": {col.header: text for col, text in said["other"]},
+            "notes": notes,
             "footnotes": [text for mark, text in self.table.notes.items() if mark in marked],
         }
         record["imported"] |= {name: value for name, value in more.items() if value}
         return record, [{"step": step, "evals": points[step]} for step in sorted(points)]
 
-    def _row(self, line: int, cells: list[str]) -> _Row:
-        """What the cells of a row say."""
-        row = _Row()
+    def _said(self, line: int, cells: list[str]) -> Said:
+        said: Said = defaultdict(list)
         for col, cell in zip(self.table.columns, cells, strict=True):
             text = plain(cell)
             if text.lower() in NOTHING:
                 continue
-            if text.lower() in STATUSES and col.role in {"task", "point", "final", "loss", "setting", "status"}:
-                row.statuses.append((STATUSES[text.lower()], text, col.header))
-            elif col.role in {"task", "point", "final"}:
-                row.results += self._result(line, col, text)
-            elif col.role == "loss" and re.fullmatch(NUMBER, text, re.IGNORECASE):
-                row.losses[col.name] = float(text)
-                self.cells.append(Cell(line, self.table.section, float(text), False))
-            elif col.role == "setting":
-                row.settings |= self._settings_in(line, col, text)
-            elif col.role in {"loss", "status"}:
-                expected = {"loss": "a number, - or a status", "status": f"a status: {', '.join(STATUSES)}"}[col.role]
-                self._cannot(line, col.header, cell, f"expected {expected}")
-            elif col.role == "other":
-                row.others[col.header] = text
-            else:
-                row.texts[col.role] = text
-        return row
+            role = "status" if text.lower() in STATUSES and col.role in {*RESULTS, "loss", "setting"} else col.role
+            value: Any = text
+            if role in RESULTS:
+                value = self._result(line, col, text)
+            elif role == "setting":
+                value = self._settings_in(line, col, text)
+            elif role == "loss":
+                value = self._loss(line, col, text)
+            elif role == "status" and text.lower() not in STATUSES:
+                value = self._cannot(line, col.header, text, f"expected a status: {', '.join(STATUSES)}")
+            if value is not None:
+                said[role].append((col, value))
+        return said
 
-    def _result(self, line: int, col: Column, text: str) -> list[tuple[Column, dict[str, Any], int | None]]:
-        """A task's result with its step; nothing if the text is no result."""
+    def _loss(self, line: int, col: Column, text: str) -> float | None:
+        if not re.fullmatch(NUMBER, text, re.IGNORECASE):
+            return self._cannot(line, col.header, text, "expected a number, - or a status")
+        self.cells.append(Cell(line, self.table.section, float(text), False))
+        return float(text)
+
+    def _result(self, line: int, col: Column, text: str) -> tuple[dict[str, Any], int | None] | None:
+        """A task's result with the step that the cell or the header names; None if the text is no result."""
         match = _RESULT.fullmatch(text)
         value = float(match[2]) if match else -1.0
         if match and (match[3] or col.percent):
             value = round(value / 100, 12)
         if match is None or not 0 <= value <= 1:
             why = "neither a per cent nor a fraction of 1" if match else "expected a per cent, a fraction, - or a status"
-            self._cannot(line, col.header, text, why)
-            return []
+            return self._cannot(line, col.header, text, why)
         self.cells.append(Cell(line, self.table.section, value, True))
         key = "correct_prob" if col.name.endswith("cloze") else "acc"
-        return [(col, {key: value} | ({"approximate": True} if match[1] else {}), int(match[4]) if match[4] else col.step)]
+        return {key: value} | ({"approximate": True} if match[1] else {}), int(match[4]) if match[4] else col.step
 
     def _task_of(self, col: Column) -> str:
         """The column's task. "After 10 steps" names none: then it is that of the next such column that names one."""
@@ -188,17 +181,17 @@ class TableReader:
             found |= more
         return found
 
-    def _points(self, line: int, row: _Row) -> dict[int, dict[str, Any]]:
+    def _points(self, line: int, said: Said) -> dict[int, dict[str, Any]]:
         """The curve of an attack: results by step and task.
 
         A final result lies at its own step, or else at that of another final result of the row. A value that a line above
         the table states for step 0 counts where the row has none of its own.
         """
-        last = next((step for col, _, step in row.results if col.role == "final" and step is not None), None)
+        last = next((step for _, (_, step) in said["final"] if step is not None), None)
         points: dict[int, dict[str, Any]] = {}
-        for col, value, step in row.results:
+        for col, (value, step) in said["point"] + said["final"]:
             at = step if step is not None else last
-            if col.role != "task" and at is not None:
+            if at is not None:
                 points.setdefault(at, {})[self._task_of(col)] = value
         for name, text in self.table.starting.items():
             header = f"Starting {name}"
@@ -206,9 +199,9 @@ class TableReader:
             if task is None:
                 self._cannot(line, header, text, "an unknown task")
                 continue
-            for _, value, _ in self._result(line, Column(header, "point", task, 0), text):
-                if points.setdefault(0, {}).setdefault(task, value) != value:
-                    self._cannot(line, header, text, "the row's own value at step 0 is another")
+            result = self._result(line, Column(header, "point", task, 0), text)
+            if result and points.setdefault(0, {}).setdefault(task, result[0]) != result[0]:
+                self._cannot(line, header, text, "the row's own value at step 0 is another")
         return points
 
     def _record(self, kind: str, name: str, key: str, line: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -253,20 +246,21 @@ def _sorted_settings(kind: str, settings: dict[str, Any]) -> tuple[dict[str, Any
     return config, plan, rest
 
 
-def _status(statuses: list[tuple[str, str, str]], has_results: bool) -> tuple[str, str | None]:
+def _text(said: Said, role: str) -> str | None:
+    return said[role][-1][1] if said[role] else None
+
+
+def _status(statuses: list[tuple[Column, str]], has_results: bool) -> tuple[str, str | None]:
     """The worst status that the row states. If it states none: complete with results, lost without."""
     for status in dict.fromkeys(STATUSES.values()):
-        words = [f"'{word}' under {header}" for found, word, header in statuses if found == status]
+        words = [f"'{word}' under {col.header}" for col, word in statuses if STATUSES[word.lower()] == status]
         if words:
             return status, None if status == "complete" else f"the log says {', '.join(words)}"
     return ("complete", None) if has_results else ("lost", "the log has neither a result nor a status")
 
 
-def _name(settings: dict[str, Any], texts: dict[str, str], kind: str) -> str:
-    """The row's model and label, or else its settings, such as ret0_rm2000_512_full_muon; "" if it has none of these."""
-    if kind == "tamper" or "label" in texts or "model" in texts:
-        words = [settings.get("model") if kind == "tamper" else texts.get("model"), texts.get("label")]
-        return " ".join(dict.fromkeys(str(word) for word in words if word))
+def _name_of(settings: dict[str, Any]) -> str:
+    """A name from the settings, such as ret0_rm2000_512_full_muon; "" without a coefficient."""
     if "retain_coef" not in settings and "remove_coef" not in settings:
         return ""
     short = {"retain_coef": "ret", "remove_coef": "rm", "steps": "", "updates": "", "forward_passes": "", "lora.r": "r"}
