@@ -10,7 +10,7 @@ from lethe.results import recovery
 from lethe.results.attacks import FILTERED, Attack, attack_tasks
 from lethe.results.comparable import grouped, varying
 from lethe.results.format import MISSING, decimal, percent, result, setting
-from lethe.results.recovery import Excess, Worst
+from lethe.results.recovery import Excess, Point, Recovery, Worst
 from lethe.results.regimes import number
 from lethe.results.study import Study
 
@@ -112,14 +112,12 @@ def recovery_note(attack: Attack, task: str) -> str:
         return "no baseline to compare with" if attack.results(task) else "not evaluated"
     if found.recovered is None:
         return "no gap to recover: the start's interval contains the baseline"
+    if found.full:
+        return f"Full recovery by {found.full.place}"
     share = f"{percent(found.recovered, 0)} of the gap recovered"
     if not attack.trains:
-        if found.full.step is not None:
-            return f"Full recovery by {found.full}"
-        return f"{share} at the last strength; full recovery {found.full}"
-    if found.full.step is not None:
-        return f"Full recovery by step {found.full}"
-    return f"{share} in {found.full.within} steps; full recovery not within {found.full.within} steps"
+        return f"{share} at the last strength; full recovery {_reached(None, found)}"
+    return f"{share} in {found.last.step} steps; full recovery {_reached(None, found)} steps"
 
 
 def attack_tables(attacks: list[Attack]) -> list[Table]:
@@ -197,15 +195,19 @@ def recovery_table(study: Study) -> Table:
         over = recovery.excess(curve, control) if control else None
         row = {"Model": series.model} | ({"Attack": series.attack} if study.has_several_attacks else {})
         row |= {"Seeds": str(len(series.measured))} if seeds else {}
-        row |= {"Recovered": percent(found.recovered, 0), "Steps (tokens) to half": _reached(found.half)}
-        row |= {"to nine tenths": _reached(found.nine_tenths), "to full": _reached(found.full), "Area": decimal(found.area)}
+        shares = {"Steps (tokens) to half": found.half, "to nine tenths": found.nine_tenths, "to full": found.full}
+        row |= {"Recovered": percent(found.recovered, 0)} | {name: _reached(at, found) for name, at in shares.items()}
+        row |= {"Area": decimal(found.area)}
         short = f", at {over.tokens:,} tokens" if over and over.tokens < recovery.NEARLY_ALL * curve[-1].tokens else ""
         rows.append(row | {ABOVE: _above(over) + short, "on average": f"{100 * over.area:+.1f}" if over else MISSING})
         notes += [f"{series.model}, {series.attack}: {series.reason}."] if series.reason else []
     return table_of(f"Recovery of {task}", rows, notes)
 
 
-def _reached(reached: recovery.Reached | None) -> str:
-    if reached is None:
+def _reached(point: Point | None, found: Recovery) -> str:
+    """When a share of the gap was reached, if there was a gap."""
+    if point:
+        return point.place.removeprefix("step ") + (f" ({point.tokens:,})" if point.tokens else "")
+    if found.recovered is None:
         return MISSING
-    return f"{reached} ({reached.tokens:,})" if reached.step and reached.tokens else str(reached)
+    return f"not within {found.last.step}" if found.last.strength is None else f"not up to {found.last.place}"
