@@ -12,12 +12,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import vl_convert
+from jinja2 import Environment, FileSystemLoader
 
 from lethe.report.headline import headline, tiles
-from lethe.report.rendering import Table, template
+from lethe.report.rendering import Table
 from lethe.results.format import setting
 from lethe.results.study import Study
 from lethe.runs.run import Run, now
@@ -30,17 +32,21 @@ DARK = {
     "legend": {"labelColor": "#d8d8d8", "titleColor": "#d8d8d8"},
 }
 """What the dark scheme changes in a chart."""
+LONG = 44
+"""Characters from which on a cell wraps."""
 
 
 def render(study: Study, title: str, tables: list[Table], charts: dict[str, tuple[str, Any, str]]) -> str:
     """The page. `charts` holds caption, Vega-Lite definition and SVG by name."""
-    return template("page.html.j2").render(
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    return environment.get_template("page.html.j2").render(
         title=title,
         made_from=_made_from(study),
         sentences=headline(study),
         tiles=tiles(study),
         charts=charts,
         tables=tables,
+        long=LONG,
         settings=[_settings(run) for run in [*study.runs, *study.imported]],
         version=importlib.metadata.version("lethe-lm"),
         time=now(),
