@@ -194,10 +194,10 @@ class TableReader:
             if at is not None:
                 points.setdefault(at, {})[self._task_of(col)] = value
         for name, text in self.table.starting.items():
-            header = f"Starting {name}"
-            task = self.tasks.get(name)
+            header, task = f"Starting {name}", self.tasks.get(name)
             if task is None:
-                self._cannot(line, header, text, "an unknown task")
+                if line == self.table.rows[0][0]:
+                    self._cannot(self.table.line, header, text, "an unknown task")
                 continue
             result = self._result(line, Column(header, "point", task, 0), text)
             if result and points.setdefault(0, {}).setdefault(task, result[0]) != result[0]:
