@@ -32,7 +32,7 @@ CONFIG: dict[str, Any] = {
     "font": "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, 'DejaVu Sans', sans-serif",
     "background": "white",
     "padding": {"left": 8, "right": 12, "top": 8, "bottom": 8},
-    "axis": {**AXIS, "gridColor": "#e6e6e6"},
+    "axis": {**AXIS, "gridColor": "#888", "gridOpacity": 0.2},
     "legend": {"orient": "bottom", "labelFontSize": 11, "titleFontSize": 11, "labelLimit": 360, "columns": 4, "offset": 16},
     "title": {"fontSize": 13, "anchor": "start", "fontWeight": "bold"},
     "view": {"stroke": None},

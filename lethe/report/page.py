@@ -18,20 +18,12 @@ from typing import Any
 import vl_convert
 from jinja2 import Environment, FileSystemLoader
 
-from lethe.report.headline import headline, tiles
+from lethe.report.headline import headline
 from lethe.report.rendering import Table
 from lethe.results.format import setting
 from lethe.results.study import Study
 from lethe.runs.run import Run, now
 
-AXIS = {"labelColor": "#c4c4c4", "titleColor": "#d8d8d8", "gridColor": "#3a3d42", "domainColor": "#777", "tickColor": "#777"}
-DARK = {
-    "background": "transparent",
-    "title": {"color": "#e8e8e8"},
-    "axis": AXIS,
-    "legend": {"labelColor": "#d8d8d8", "titleColor": "#d8d8d8"},
-}
-"""What the dark scheme changes in a chart."""
 LONG = 44
 """Characters from which on a cell wraps."""
 
@@ -43,7 +35,6 @@ def render(study: Study, title: str, tables: list[Table], charts: dict[str, tupl
         title=title,
         made_from=_made_from(study),
         sentences=headline(study),
-        tiles=tiles(study),
         charts=charts,
         tables=tables,
         long=LONG,
@@ -51,7 +42,6 @@ def render(study: Study, title: str, tables: list[Table], charts: dict[str, tupl
         version=importlib.metadata.version("lethe-lm"),
         time=now(),
         specs=_json({name: spec for name, (_, spec, _) in charts.items()}),
-        dark=_json(DARK),
         # Vega, Vega-Lite and Vega-Embed as one script
         vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script") if charts else "",
     )
