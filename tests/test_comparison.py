@@ -33,10 +33,6 @@ def test_p_is_the_exact_binomial_one(b, c):
     assert found.low < found.difference < found.high
 
 
-def test_p_does_not_see_questions_on_which_both_agree():
-    assert regimes.mcnemar(*answers(0, 2, 9, 0)).p == regimes.mcnemar(*answers(500, 2, 9, 80)).p
-
-
 def test_the_interval_of_a_difference_holds_the_truth_95_times_in_100():
     rng = np.random.default_rng(0)
     chances, n, truth = [0.5, 0.2, 0.08, 0.22], 80, 0.08 - 0.2

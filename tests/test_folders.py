@@ -11,7 +11,7 @@ from lethe import config as c
 from lethe.cli import main
 from lethe.errors import LetheError
 from lethe.files import refuse_run_folder
-from lethe.report.layout import Table
+from lethe.report.rendering import Table
 from lethe.runs.run import Run
 
 CONFIGS = [
@@ -100,7 +100,7 @@ def test_a_home_that_is_a_file_is_refused(home, words, tmp_path, monkeypatch, ca
 def test_no_text_of_a_table_reaches_a_terminal_raw():
     hostile = "[red]a\x1b]0;title\x07\u202e\nb"
     table = Table(hostile, [hostile], [[hostile]], [hostile], hostile)
-    assert not {"\x1b", "\x07", "\u202e"} & set(table.text() + table.markdown() + table.html())
+    assert not {"\x1b", "\x07", "\u202e"} & set(table.text() + table.markdown())
     assert "[red]a" in table.text()
 
 

@@ -1,14 +1,13 @@
-"""Importing a log written by hand: every kind of cell, what rows inherit, and the list of what cannot be read."""
+"""Importing a log kept by hand: what is a table, every kind of cell, what rows inherit, and the list of what cannot be read."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from logs import HEAD, imported_text, jobs
 
 from lethe.cli import main
 from lethe.config import ImportConfig, ReportConfig, ResumeConfig
@@ -16,12 +15,14 @@ from lethe.errors import LetheError
 from lethe.report.folder import report
 from lethe.results.listing import Entry
 from lethe.runs.importing import Imported, import_log
-from lethe.runs.logbook import column
 from lethe.runs.run import Run, find_runs
 from lethe.sweeps.resuming import resume
 
 LOG = Path(__file__).parent / "data" / "log.md"
 AT_512 = ["remove_coef=5", "steps=512"]
+HEAD = "| Job ID | retain_coef | cb_loss | MMLU |\n|---|---|---|---|\n"
+TABLE = HEAD + "| 11 | 5 | 0.5 | 40% |\n| 12 | 6 | 0.6 | 41% |\n"
+OTHER = HEAD + "| 21 | 5 | 0.5 | 40% |\n"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,17 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Imported:
 @pytest.fixture
 def take(tmp_path: Path):
     """take(text): what importing this text does."""
-    return partial(imported_text, tmp_path)
+
+    def imported_text(text: str, **settings: Any) -> Imported:
+        (tmp_path / "notes.md").write_text(text)
+        return import_log(ImportConfig(str(tmp_path / "notes.md"), out=str(tmp_path / "runs"), **settings))
+
+    return imported_text
+
+
+def jobs(runs: Iterable[Run]) -> list[str]:
+    """The runs' job ids."""
+    return [run.record["job_id"] for run in runs]
 
 
 def one(imported: Imported, **facts: Any) -> dict[str, Any]:
@@ -158,6 +169,61 @@ def test_numbers_of_the_prose_that_no_cell_has_are_listed(imported: Imported) ->
     assert [(s["columns"], s["line"]) for s in imported.skipped] == [(["Option", "Meaning"], 25)]
 
 
+# --- what is a table ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff" + TABLE,
+        "words\n" + TABLE,  # a table may end a paragraph
+        "```\n" + OTHER + "~~~\n```\n" + TABLE,
+        "<!-- old\n\n" + OTHER + "-->\n\n" + TABLE,
+        "".join(f"    {line}\n" for line in OTHER.splitlines()) + "\n" + TABLE,  # indented code
+        "".join(f"> {line}\n" for line in TABLE.splitlines()),
+        "- a list\n\n" + "".join(f"  {line}\n" for line in TABLE.splitlines()),
+        TABLE.replace("\n", "\r\n"),
+        "".join(line.strip("|") + "\n" for line in TABLE.splitlines()),
+    ],
+)
+def test_what_is_a_table_is_what_markdown_says(take, text: str) -> None:
+    made = take(text)
+    assert jobs(made.new) == ["11", "12"] and made.unreadable == []
+    assert [run.record["evals"]["mmlu"]["acc"] for run in made.new] == [0.4, 0.41]
+
+
+def test_settings_end_with_the_section_of_an_underlined_heading_or_of_a_quotation(take) -> None:
+    text = f"Log\n===\n\nFirst\n-----\n\n- lr: 1e-3\n\n{TABLE}\nSecond\n---\n\n{OTHER}\n> ## Quoted\n> lr: 1e-4\n\n"
+    made = take(text + OTHER.replace("21", "31"))
+    found = [(run.record["imported"]["group"], run.record["config"].get("lr")) for run in made.new]
+    assert found == [("First", 1e-3), ("First", 1e-3), ("Second", None), ("Second", None)]
+
+
+def test_names_of_imported_runs_are_one_printable_line(take) -> None:
+    dirty = "a\x1b[31m\x00\u202eb" + "c" * 1000
+    made = take(f"# {dirty}\n\n| Run | Model | MMLU |\n|---|---|---|\n| {dirty} | 名{'名' * 300} | 40% |\n")
+    record, path = made.new[0].record, made.new[0].path
+    assert record["name"].isprintable() and len(record["name"]) <= 210 and len(path.name.encode()) < 200
+    assert json.dumps(record, ensure_ascii=False).isprintable()
+
+
+def test_what_looks_like_a_table_and_is_none_is_named(take) -> None:
+    made = take(TABLE + "\n| 13 | 7 | 0.7 | 42% |\n\n| Job ID | MMLU |\n|---|\n| 14 | 43% |\n")
+    assert jobs(made.new) == ["11", "12"]
+    assert [(s["line"], s["columns"][0]) for s in made.skipped] == [(6, "13"), (8, "Job ID")]
+    assert "markdown reads no table" in made.text()
+
+
+def test_a_number_is_not_read_from_the_middle_of_another(take) -> None:
+    made = take("## 1,024 examples, 1.5 epochs, lr=1e-3\n\n" + TABLE)
+    assert set(made.new[0].record["imported"]["inherited"]) == {"lr"}
+
+
+def test_a_line_that_no_hand_has_written_is_refused(take) -> None:
+    with pytest.raises(LetheError, match="line 3 has 50000 characters; expected 4000 at most"):
+        take("# Log\n\n" + "a" * 50_000 + "\n\n" + TABLE)
+
+
 # --- listing and reporting --------------------------------------------------------------------------------------------
 
 
@@ -247,8 +313,8 @@ def test_equal_rows_without_a_job_are_two_runs(take) -> None:
         ("| 1 | 5 | 761K | 41% |", "cb_loss", "761K"),
         ("| 1 | five | 0.5 | 41% |", "retain_coef", "five"),
         ("| 1 | 5 (lion) | 0.5 | 41% |", "retain_coef", "5 (lion)"),
-        ("| 1 | 5 | 0.5 |", "", "1 | 5 | 0.5"),
-        ("| 1 | 5 | 0.5 | 41% | 42% |", "", "1 | 5 | 0.5 | 41% | 42%"),
+        ("| 1 | 5 | 0.5 |", "", "| 1 | 5 | 0.5 |"),
+        ("| 1 | 5 | 0.5 | 41% | 42% |", "", "| 1 | 5 | 0.5 | 41% | 42% |"),
     ],
 )
 def test_a_cell_that_cannot_be_read_is_listed_and_the_rest_of_its_row_is_imported(
@@ -274,9 +340,12 @@ def test_a_cell_that_cannot_be_read_is_listed_and_the_rest_of_its_row_is_importe
          {"config": {"lora": None, "optimizer": "muon", "lr": 5e-4}}),
         ("retain_coef | lora_r | MMLU\n0 | 16 (adamw_8bit) | 41%", {"config": {"lora": {"r": 16}, "optimizer": "adamw_8bit"}}),
         ("Job ID | retain_coef | MMLU\n1 | 5 | -", {"status": "lost", "reason": "the log has neither a result nor a status"}),
+        ("Job ID | Notes | MMLU\n1 | `a\\|b` \\| c | 41%", {"imported": {"notes": "a|b | c"}}),
         ("Job ID | retain_coef | MMLU\n[17](https://e.x/17) | `5` | 41%", {"job_id": "17", "config": {"retain_coef": 5}}),
         ("Job ID | retain_coef | MMLU\n***17*** | <b>5</b> <!-- 6 --> | _40%_[^1]",
          {"config": {"retain_coef": 5}, "evals": {"mmlu": {"acc": 0.4}}, "imported": {"footnotes": ["by hand"]}}),
+        ("Learning rate | **MMLU** | wmdp_bio_robust | Seconds\n1e-3 | 41% | 30% | x",
+         {"config": {"lr": 1e-3}, "evals": {"mmlu": {"acc": 0.41}, "wmdp_bio_robust": {"acc": 0.3}}}),
         ("retain_coef | MMLU | Mood\n5 | 41% | fine", {"imported": {"others": {"Mood": "fine"}}}),
         ("retain_coef | MMLU | mmlu\n5 | 41% | 42%", {"evals": {"mmlu": {"acc": 0.41}}}),
     ],
@@ -289,7 +358,9 @@ def test_what_cells_say(take, table: str, expected: dict[str, Any]) -> None:
     for place, value in expected.items():
         found = record[place]
         assert value.items() <= found.items() if isinstance(value, dict) else value == found
-    assert [u["column"] for u in made.unreadable] == [name for name in ("Mood", "mmlu") if name in header.split(" | ")]
+    assert [u["column"] for u in made.unreadable] == [
+        name for name in header.split(" | ") if name in {"Seconds", "Mood", "mmlu"}
+    ]
 
 
 def test_starting_values_that_contradict_a_cell_are_listed(take) -> None:
@@ -312,7 +383,6 @@ def test_tasks_can_be_named(take) -> None:
     "text",
     [
         "",
-        "only words\n",
         "| a | b |\n",
         "| Option | Meaning |\n|---|---|\n| x | y |\n",
         f"```\n{HEAD}| 1 | 5 | 0.5 | 40% |\n```\n",
@@ -335,27 +405,6 @@ def test_files_that_cannot_be_read_and_folders_that_are_runs_are_refused(tmp_pat
     run = Run.create("unlearn", "x", {}, tmp_path / "runs")
     with pytest.raises(LetheError, match="already holds a run"):
         import_log(ImportConfig(str(LOG), out=str(run.path)))
-
-
-@pytest.mark.parametrize(
-    ("header", "role", "name"),
-    [
-        ("WMDP Bio (↓)", "task", "wmdp_bio"),
-        ("WMDP Bio Robust", "task", "wmdp_bio_robust"),
-        ("**MMLU**", "task", "mmlu"),
-        ("wmdp_bio_robust", "task", "wmdp_bio_robust"),
-        ("lab_retain", "task", "lab_retain"),
-        ("MMLU STEM (deprecated)", "task", "mmlu_stem"),
-        ("retain_kl_loss", "loss", "retain_kl_loss"),
-        ("Learning rate", "setting", "lr"),
-        ("Step 500 WMDP", "point", "wmdp"),
-        ("Final (110 steps)", "final", ""),
-        ("Seconds", "other", ""),
-    ],
-)
-def test_headers(header: str, role: str, name: str) -> None:
-    found = column(header, {})
-    assert (found.role, found.name) == (role, name)
 
 
 def test_the_command_answers_in_words_and_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

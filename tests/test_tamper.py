@@ -202,7 +202,7 @@ def test_a_model_that_only_hides_its_knowledge_is_found_out_within_a_few_steps_a
     assert found[0].low <= 0.25 and twin[0].low <= 0.25  # both look ignorant
     final = evaluate(EvaluateConfig("lab:final", TASKS, out=str(tmp_path))).record["evals"]["lab_forget_robust"]["acc"]
     assert measure(found, final).half.step == 5
-    assert measure(twin, final).half.step is None and measure(twin, final).recovered < 0.3
+    assert measure(twin, final).half is None and measure(twin, final).recovered < 0.3
     assert excess(found, twin).low > 0.25
 
 

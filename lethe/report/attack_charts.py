@@ -18,25 +18,26 @@ from lethe.results.study import Study
 
 MAX_MODELS, MAX_ATTACKS = 16, 12
 """Charts with more models or attacks cannot be read; these are in the tables alone."""
+LINES = "dotted: chance; long dashes: before unlearning; short dashes: controls"
 
 
 def attack_charts(study: Study) -> dict[str, tuple[str, Any]]:
-    """Caption and chart by name: the curves, and with several attacks a panel for each of them and the map."""
+    """Caption and chart by name: one attack on each task; of several attacks a panel for each of them, and the map."""
     forget, general = attack_tasks(study.attacks)
     drawn, left_out = _drawn(study)
+    one = not study.has_several_attacks
     bands = " Bands: the sampling of questions and, with several seeds, the spread of seeds." + left_out
-    caption = "Attacks: how fast the knowledge comes back, beside models that never had it." + bands
     charts: dict[str, tuple[str, Any]] = {}
-    if not study.has_several_attacks:
-        if panels := [panel for task in (forget, general) if task for panel in _panels(drawn, task, task)]:
-            charts["tamper"] = (caption, _joined(panels, "Tampering attack", 1))
-        return charts
-    lines = "dotted: chance; long dashes: before unlearning; short dashes: controls"
-    for name, task in (("tamper", forget), ("tamper-general", general)):
-        if task and (panels := _panels(drawn, task)):
-            what = caption if task == forget else f"The same attacks: their cost in {task}.{bands}"
-            charts[name] = (what, _joined(panels, f"Attacks: {task}", 3, subtitle=lines))
-    if forget and (cells := worst_cells(study, drawn, forget, general)):
+    attacks = grouped(drawn, lambda series: series.settings).values()
+    shown = {"tamper": [forget, general]} if one else {"tamper": [forget], "tamper-general": [general]}
+    for name, tasks in shown.items():
+        panels = [panel for task in tasks if task for own in attacks if (panel := _panel(drawn, task, own, large=one))]
+        if panels:
+            caption = "Attacks: how fast the knowledge comes back, beside models that never had it."
+            caption = caption if name == "tamper" else f"The same attacks: their cost in {general}."
+            title = {"title": "Tampering attack"} if one else {"title": f"Attacks: {tasks[0]}", "subtitle": LINES}
+            charts[name] = (caption + bands, style.joined(panels, 1 if one else 3, **title))
+    if not one and forget and (cells := worst_cells(study, drawn, forget, general)):
         bound = f"at most {100 * study.general_bound:g} points of {general or 'general accuracy'}"
         caption = f"The highest {forget} that each attack reaches while it costs {bound}. "
         caption += "≥: not measured to its end, so it might reach more; grey: not measured." + left_out
@@ -57,22 +58,8 @@ def _drawn(study: Study) -> tuple[list[Series], str]:
     return drawn, f" Shown: {' and '.join(fewer)}; the tables have all." if fewer else ""
 
 
-def _panels(series: list[Series], task: str, title: str = "") -> list[Any]:
-    """A chart for each attack, a line for each model in the same colour everywhere; large ones have a title of their own."""
-    size = (style.HEIGHT * 3 // 4, style.WIDTH) if title else (style.HEIGHT // 2, (style.WIDTH - 2 * 50) // 3)
-    panels = []
-    for own in grouped(series, lambda each: each.settings).values():
-        if panel := _panel(series, task, own, *size, named=bool(title)):
-            panels.append(panel.properties(title=alt.TitleParams(title or own[0].attack, frame="group")))
-    return panels
-
-
-def _joined(panels: list[Any], title: str, columns: int, **more: Any) -> alt.ConcatChart:
-    return style.styled(alt.concat(*panels, columns=columns, spacing=20, title=style.heading(title, **more)))
-
-
-def _panel(every: list[Series], task: str, own: list[Series], height: int, width: int, named: bool) -> alt.LayerChart | None:
-    """One attack on several models, on the scale of `every`. `named`: the reference lines have their names."""
+def _panel(every: list[Series], task: str, own: list[Series], large: bool) -> alt.LayerChart | None:
+    """One attack on several models, on the scale and in the colours of `every`. `large`: the reference lines have names."""
     names = _model_names(every)
     points = [_as_data(names[series.model], series, point) for series in own for point in series.points_of(task)]
     if not points:
@@ -86,11 +73,13 @@ def _panel(every: list[Series], task: str, own: list[Series], height: int, width
     if any("place" in point for point in points):
         x: Any = alt.X("place:O", title="Strength", sort=None, axis=alt.Axis(labelAngle=0))
     else:
-        few: dict[str, Any] = {} if named else {"tickCount": 4}
+        few: dict[str, Any] = {} if large else {"tickCount": 4}
         x = alt.X("step:Q", title="Updates of the attack", axis=alt.Axis(**(style.STEPS | few), grid=False))
-    layers = style.curves(points, list(dict.fromkeys(names.values())), "Attacked model", x, scale, named)
-    panel: Any = alt.layer(*style.references(lines, scale, named), *layers)
-    return panel.properties(width=width, height=height)
+    layers = style.curves(points, list(dict.fromkeys(names.values())), "Attacked model", x, scale, large)
+    panel: Any = alt.layer(*style.references(lines, scale, named=large), *layers)
+    height, width = (style.HEIGHT * 3 // 4, style.WIDTH) if large else (style.HEIGHT // 2, (style.WIDTH - 2 * 50) // 3)
+    title = alt.TitleParams(task if large else own[0].attack, frame="group")
+    return panel.properties(title=title, width=width, height=height)
 
 
 def _as_data(name: str, series: Series, point: Point) -> dict[str, Any]:
@@ -153,5 +142,5 @@ def heat_map(cells: Points) -> alt.LayerChart:
         text.transform_filter("datum.attack !== 'worst case'").mark_text(fontSize=12),
         text.transform_filter("datum.attack === 'worst case'").mark_text(fontSize=12, fontWeight="bold"),
     ]
-    size = {"width": max(220, 48 * len(attacks)), "height": 34 * len(models)}
-    return style.styled(alt.layer(*layers).properties(title=style.heading("Models by attacks: forget accuracy, %"), **size))
+    title = "Models by attacks: forget accuracy, %"
+    return style.layered(layers, title, width=max(220, 48 * len(attacks)), height=34 * len(models))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lethe.report.layout import Table, table_of
+from lethe.report.rendering import Table, table_of
 from lethe.report.table_notes import job, reasons, remarks
 from lethe.results import recovery
 from lethe.results.attacks import FILTERED, Attack, attack_tasks
 from lethe.results.comparable import grouped, varying
 from lethe.results.format import MISSING, decimal, percent, result, setting
-from lethe.results.recovery import Excess, Worst
+from lethe.results.recovery import Excess, Point, Recovery, Worst
 from lethe.results.regimes import number
 from lethe.results.study import Study
 
@@ -61,7 +61,7 @@ def tamper_table(study: Study) -> Table:
     """One row per attack: forget at the start, after 10 steps, highest, at the end; retain at the end; lost updates."""
     attacks = study.attacks
     forget, retain = attack_tasks(attacks)
-    lengths = {attack.curve[-1]["step"] for attack in attacks if attack.curve}
+    lengths = {attack.run.curve[-1]["step"] for attack in attacks if attack.run.curve}
     one_length = len(lengths) == 1 and all(attack.trains for attack in attacks)
     final = f"Final ({min(lengths)} steps)" if one_length else "Final"
     names = {series.settings: series.attack for series in study.series} if study.has_several_attacks else {}
@@ -90,7 +90,7 @@ def _curve_cells(attack: Attack, task: str | None, lacking: str, name_last: bool
     if not results:
         return [lacking] * 4
     first, last = results[0], results[-1]
-    strength = next(line.get("strength") for line in attack.curve if line["step"] == last[0])
+    strength = next(line.get("strength") for line in attack.run.curve if line["step"] == last[0])
     place = f" (step {last[0]})" if strength is None else f" (strength {strength:g})"
     later = next(((step, r) for step, r in results if step >= AFTER_STEPS), None)
     return [
@@ -112,14 +112,12 @@ def recovery_note(attack: Attack, task: str) -> str:
         return "no baseline to compare with" if attack.results(task) else "not evaluated"
     if found.recovered is None:
         return "no gap to recover: the start's interval contains the baseline"
+    if found.full:
+        return f"Full recovery by {found.full.place}"
     share = f"{percent(found.recovered, 0)} of the gap recovered"
     if not attack.trains:
-        if found.full.step is not None:
-            return f"Full recovery by {found.full}"
-        return f"{share} at the last strength; full recovery {found.full}"
-    if found.full.step is not None:
-        return f"Full recovery by step {found.full}"
-    return f"{share} in {found.full.within} steps; full recovery not within {found.full.within} steps"
+        return f"{share} at the last strength; full recovery {_reached(None, found)}"
+    return f"{share} in {found.last.step} steps; full recovery {_reached(None, found)} steps"
 
 
 def attack_tables(attacks: list[Attack]) -> list[Table]:
@@ -147,7 +145,7 @@ def _side_by_side(title: str, attacks: list[Attack], by_steps: bool) -> Table:
             row |= {"Kind": setting(attack.run.record["config"]["attack"])}
             row |= {f"{task} by strength": _strengths(attack, task) for task in tasks}
         rows.append(row | {"Status": attack.run.status})
-    first: dict[str, Any] = next((attack.curve[0]["evals"] for attack in attacks if attack.curve), {})
+    first: dict[str, Any] = next((attack.run.curve[0]["evals"] for attack in attacks if attack.run.curve), {})
     starts = "; ".join(f"Starting {task}: {result(first[task])}" for task in tasks if task in first)
     return table_of(title, rows, [starts, *reasons(a.run for a in attacks)])
 
@@ -164,7 +162,7 @@ def _steps(attack: Attack, steps: list[int], tasks: list[str]) -> dict[str, str]
 
 
 def _strengths(attack: Attack, task: str) -> str:
-    lines = [line for line in attack.curve if line.get("strength") and task in line["evals"]]
+    lines = [line for line in attack.run.curve if line.get("strength") and task in line["evals"]]
     return ", ".join(f"{line['strength']:g}: {result(line['evals'][task])}" for line in lines) or MISSING
 
 
@@ -197,15 +195,19 @@ def recovery_table(study: Study) -> Table:
         over = recovery.excess(curve, control) if control else None
         row = {"Model": series.model} | ({"Attack": series.attack} if study.has_several_attacks else {})
         row |= {"Seeds": str(len(series.measured))} if seeds else {}
-        row |= {"Recovered": percent(found.recovered, 0), "Steps (tokens) to half": _reached(found.half)}
-        row |= {"to nine tenths": _reached(found.nine_tenths), "to full": _reached(found.full), "Area": decimal(found.area)}
+        shares = {"Steps (tokens) to half": found.half, "to nine tenths": found.nine_tenths, "to full": found.full}
+        row |= {"Recovered": percent(found.recovered, 0)} | {name: _reached(at, found) for name, at in shares.items()}
+        row |= {"Area": decimal(found.area)}
         short = f", at {over.tokens:,} tokens" if over and over.tokens < recovery.NEARLY_ALL * curve[-1].tokens else ""
         rows.append(row | {ABOVE: _above(over) + short, "on average": f"{100 * over.area:+.1f}" if over else MISSING})
         notes += [f"{series.model}, {series.attack}: {series.reason}."] if series.reason else []
     return table_of(f"Recovery of {task}", rows, notes)
 
 
-def _reached(reached: recovery.Reached | None) -> str:
-    if reached is None:
+def _reached(point: Point | None, found: Recovery) -> str:
+    """When a share of the gap was reached, if there was a gap."""
+    if point:
+        return point.place.removeprefix("step ") + (f" ({point.tokens:,})" if point.tokens else "")
+    if found.recovered is None:
         return MISSING
-    return f"{reached} ({reached.tokens:,})" if reached.step and reached.tokens else str(reached)
+    return f"not within {found.last.step}" if found.last.strength is None else f"not up to {found.last.place}"

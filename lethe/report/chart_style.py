@@ -1,7 +1,7 @@
 """What the charts of a report share: colours, scales, curves with their intervals, reference lines, fonts.
 
 The colours are those of Okabe and Ito, which people with any colour vision tell apart. Each series also has its own shape or
-dash. Bands are 95 % intervals. Reference lines (chance, baseline) have their names in the right margin, where no data lies.
+dash. Bands are 95 % intervals. Reference lines (chance, baseline) have their names in the margin, where no data lies.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from lethe.runs.run import Run
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B6BB1"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left"]
 REFERENCE = "#808080"
+DASHES_OF = {"chance": [2, 3], "baseline": [7, 4]}
+"""Dashes of reference lines by how their names begin."""
 LONGEST_LABEL = 80
 WIDTH, HEIGHT = 740, 300
 ACCURACY: dict[str, Any] = {"labelExpr": "format(100 * datum.value, '~g') + ' %'", "tickCount": 6}
@@ -26,11 +28,11 @@ STEPS: dict[str, Any] = {"format": "d", "tickMinStep": 1, "tickCount": 10}
 SMALL: dict[str, Any] = {"color": REFERENCE, "fontSize": 11}
 LEGEND = alt.Legend(symbolOpacity=1)
 AXIS = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10, "labelFlush": False}
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "font": "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, 'DejaVu Sans', sans-serif",
     "background": "white",
     "padding": {"left": 8, "right": 12, "top": 8, "bottom": 8},
-    "axis": {**AXIS, "gridColor": "#e6e6e6"},
+    "axis": {**AXIS, "gridColor": "#888", "gridOpacity": 0.2},
     "legend": {"orient": "bottom", "labelFontSize": 11, "titleFontSize": 11, "labelLimit": 360, "columns": 4, "offset": 16},
     "title": {"fontSize": 13, "anchor": "start", "fontWeight": "bold"},
     "view": {"stroke": None},
@@ -46,8 +48,7 @@ def data(points: Points) -> alt.InlineData:
 def curves(points: Points, series: list[str], title: str, x: alt.X, scale: alt.Scale, large: bool = True) -> list[alt.Chart]:
     """Band, line and points of each series. Lines of points with the `kind` control are dashed."""
     base = alt.Chart(data(points))
-    y = alt.Y("value:Q", title="Accuracy", axis=alt.Axis(**ACCURACY), scale=scale)
-    low = alt.Y("low:Q", title="Accuracy", scale=scale)
+    y, low = (alt.Y(field, title="Accuracy", axis=alt.Axis(**ACCURACY), scale=scale) for field in ("value:Q", "low:Q"))
     shade = colour(series, title)
     kinds = alt.Scale(domain=["attacked", "control"], range=[[1, 0], [4, 3]])
     dash = {"strokeDash": alt.StrokeDash("kind:N", scale=kinds, legend=None)} if "kind" in points[0] else {}
@@ -60,21 +61,23 @@ def curves(points: Points, series: list[str], title: str, x: alt.X, scale: alt.S
     ]
 
 
-def references(lines: dict[str, float], scale: alt.Scale, named: bool = True) -> list[alt.Chart]:
-    """Horizontal lines with their names in the right margin. Names that would overlap are moved apart."""
+def references(lines: dict[str, float], scale: Any = alt.Undefined, axis: str = "y", named: bool = True) -> list[alt.Chart]:
+    """Lines at values of an axis, with their names in the margin beyond. Names on `y` that would overlap are moved apart."""
     ordered = sorted(lines.items(), key=lambda item: item[1])
-    span = scale["domain"][1] - scale["domain"][0]
     layers = []
     for i, (text, value) in enumerate(ordered):
-        base = alt.Chart(data([{"y": value, "text": text}]))
-        y = alt.Y("y:Q", scale=scale)
-        dash = [2, 3] if text.startswith("chance") else [7, 4]
-        layers.append(base.mark_rule(color=REFERENCE, strokeDash=dash, strokeWidth=1.2).encode(y=y))
-        if named:
+        base = alt.Chart(data([{"at": value, "text": text}]))
+        place: Any = alt.Y("at:Q", scale=scale) if axis == "y" else alt.X("at:Q", scale=scale)
+        dash = next((dash for word, dash in DASHES_OF.items() if text.startswith(word)), [1, 0])
+        layers.append(base.mark_rule(color=REFERENCE, strokeDash=dash, strokeWidth=1.2).encode(**{axis: place}))
+        if named and axis == "y":
+            span = scale["domain"][1] - scale["domain"][0]
             close = [j for j, (_, other) in enumerate(ordered) if j != i and abs(other - value) < 0.06 * span]
             shift = 0 if not close else 7 if i < close[0] else -7
             name = base.mark_text(align="left", baseline="middle", dx=6, dy=shift, **SMALL)
-            layers.append(name.encode(y=y, x=alt.value("width"), text="text:N"))
+            layers.append(name.encode(y=place, x=alt.value("width"), text="text:N"))
+        elif named:
+            layers.append(base.mark_text(baseline="bottom", dy=-4, **SMALL).encode(x=place, y=alt.value(0), text="text:N"))
     return layers
 
 
@@ -119,14 +122,14 @@ def heading(text: str, **more: Any) -> alt.TitleParams:
     return alt.TitleParams(text, anchor="start", fontSize=15, offset=14, **more)
 
 
-def layered(layers: list[alt.Chart], title: str) -> alt.LayerChart:
-    """Layers as one chart of the usual size."""
-    return styled(alt.layer(*layers).properties(title=heading(title), width=WIDTH, height=HEIGHT))
+def layered(layers: list[alt.Chart], title: str, width: int = WIDTH, height: int = HEIGHT) -> alt.LayerChart:
+    """Layers as one chart."""
+    return alt.layer(*layers).properties(title=heading(title), width=width, height=height).configure(**CONFIG)
 
 
-def styled(chart: Any) -> Any:
-    """A chart with the fonts, legend and grid of all."""
-    return chart.configure(**CONFIG)
+def joined(panels: list[Any], columns: int, title: str, **more: Any) -> alt.ConcatChart:
+    """Charts side by side and below each other under one title."""
+    return alt.concat(*panels, columns=columns, spacing=20, title=heading(title, **more)).configure(**CONFIG)
 
 
 def labels(runs: Iterable[Run]) -> dict[str, str]:

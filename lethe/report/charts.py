@@ -72,22 +72,12 @@ def checkpoint_chart(run: Run) -> alt.LayerChart:
     scale = style.accuracies(0, [*chances.values(), *(point["high"] for point in points)], parts=5)
     x = alt.X("step:Q", title="Pretraining step", axis=alt.Axis(**style.STEPS, grid=False))
     layers = [*style.references(chances, scale), *style.curves(points, tasks, "Task", x, scale)]
-    latest = [row for row in rows if row.get("ref") == run.record.get("latest_ignorant")] if rows[0].get("ref") else []
-    if latest:
-        layers += _marked_step(latest[0]["step"], f"latest ignorant: {latest[0]['name']}", rows[-1]["step"])
-    return style.layered(layers, "Accuracy over pretraining")
+    latest = [row for row in rows if "ref" in row and row["ref"] == run.record.get("latest_ignorant")]
+    marks = {f"latest ignorant: {row['name']}": row["step"] for row in latest}
+    return style.layered([*layers, *style.references(marks, axis="x")], "Accuracy over pretraining")
 
 
-def _marked_step(step: int, text: str, last: int) -> list[alt.Chart]:
-    """A vertical line at a step, with its name on the side that has more room."""
-    base = alt.Chart(style.data([{"x": step, "text": text}]))
-    left = step > last / 2
-    name = base.mark_text(align="right" if left else "left", baseline="top", dx=-6 if left else 6, dy=4, **style.SMALL)
-    rule = base.mark_rule(color=style.REFERENCE, strokeWidth=1.2).encode(x="x:Q")
-    return [rule, name.encode(x="x:Q", y=alt.value(0), text="text:N")]
-
-
-def losses_chart(points: Points) -> alt.VConcatChart:
+def losses_chart(points: Points) -> alt.ConcatChart:
     """Each loss over the updates: a panel for each loss, since their sizes differ, and a line for each run."""
     runs = list(dict.fromkeys(point["series"] for point in points))
     panels = []
@@ -103,7 +93,7 @@ def losses_chart(points: Points) -> alt.VConcatChart:
                 tooltip=style.tips(series="Run", step=("Update", "d"), value=(name, ".4f")),
             )
         )
-    return style.styled(alt.vconcat(*panels, spacing=22, title=style.heading("Losses during unlearning")))
+    return style.joined(panels, 1, "Losses during unlearning")
 
 
 def _loss_points(runs: Sequence[Run]) -> Points:
@@ -133,7 +123,7 @@ def tradeoff_chart(target: Target) -> alt.LayerChart | None:
     for row in target.rows:
         if forget not in row.evals or retain not in row.evals:
             continue
-        run = row.origin[forget] if row.origin[forget].record["kind"] == "unlearn" else None
+        run = row.runs[0] if row.runs[0].record["kind"] == "unlearn" else None
         label = names[run.id] if run else row.label
         point = {"series": "Runs" if many and run else label, "label": label}
         for axis, task in (("forget", forget), ("retain", retain)):
@@ -151,30 +141,28 @@ def _scatter(points: Points, forget: str, retain: str, known: int) -> list[alt.C
     shade = alt.Color("series:N", title="Model", scale=style.cycled(series, colours), legend=style.LEGEND)
     few = len(points) <= MAX_BARS
     base = alt.Chart(style.data(points))
-    across, up = _around(points, "forget"), _around(points, "retain")
-    titles = {"forget": f"Forget accuracy ({forget})", "retain": f"Retain accuracy ({retain})"}
-    x = alt.X("forget:Q", title=titles["forget"], axis=alt.Axis(**style.ACCURACY), scale=across)
-    y = alt.Y("retain:Q", title=titles["retain"], axis=alt.Axis(**style.ACCURACY), scale=up)
-    x_low = alt.X("forget_low:Q", title=titles["forget"], scale=across)
-    y_low = alt.Y("retain_low:Q", title=titles["retain"], scale=up)
+    scales = {axis: _around(points, axis) for axis in ("forget", "retain")}
+    x, x_low = (alt.X(f, **_axis("Forget", forget), scale=scales["forget"]) for f in ("forget:Q", "forget_low:Q"))
+    y, y_low = (alt.Y(f, **_axis("Retain", retain), scale=scales["retain"]) for f in ("retain:Q", "retain_low:Q"))
     bar = base.mark_rule(strokeWidth=1.3, opacity=0.7)
     bars = [
         bar.encode(x=x_low, x2="forget_high:Q", y=y, color=shade),
         bar.encode(x=x, y=y_low, y2="retain_high:Q", color=shade),
     ]
-    chance, chance_up = points[0]["forget_chance"], points[0]["retain_chance"]
-    upright = alt.Chart(style.data([{"x": chance, "text": f"chance {style.per_cent(chance)}"}]))
-    upright_x = alt.X("x:Q", scale=across, title=titles["forget"])
-    name = upright.mark_text(baseline="bottom", dy=-4, **style.SMALL)
     dots = base.mark_point(filled=True, size=90 if few else 30, opacity=1)
     tooltip = style.tips(label="Model", forget=(forget, ".2%"), retain=(retain, ".2%"))
+    chances = {axis: points[0][f"{axis}_chance"] for axis in scales}
+    lines = {axis: {f"chance {style.per_cent(chance)}": chance} for axis, chance in chances.items()}
     return [
-        upright.mark_rule(color=style.REFERENCE, strokeDash=[2, 3]).encode(x=upright_x),
-        name.encode(x=upright_x, y=alt.value(0), text="text:N"),
-        *style.references({f"chance {style.per_cent(chance_up)}": chance_up}, up),
+        *style.references(lines["forget"], scales["forget"], axis="x"),
+        *style.references(lines["retain"], scales["retain"]),
         *(bars if few else []),
         dots.encode(x=x, y=y, color=shade, shape=style.shape(series, "Model"), tooltip=tooltip),
     ]
+
+
+def _axis(what: str, task: str) -> dict[str, Any]:
+    return {"title": f"{what} accuracy ({task})", "axis": alt.Axis(**style.ACCURACY)}
 
 
 def _around(points: Points, axis: str) -> alt.Scale:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from lethe.errors import LetheError
 from lethe.files import UnreadableError, json_of, refuse_run_folder, text_of, write_atomically
-from lethe.report.layout import escaped
+from lethe.report.rendering import escaped
 from lethe.results.format import shown
 
 if TYPE_CHECKING:

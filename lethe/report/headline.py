@@ -1,4 +1,4 @@
-"""The result of a study in a few sentences and a few large numbers, which stand first in tables.md and on the page."""
+"""The result of a study in a few sentences, which stand first in tables.md and on the page."""
 
 from __future__ import annotations
 
@@ -48,23 +48,6 @@ def headline(study: Study) -> list[str]:
     return found
 
 
-def tiles(study: Study) -> list[tuple[str, str]]:
-    """The main numbers of the best run of the first model that has one, each with what it is."""
-    target = next((target for target in study.targets if target.best and target.baseline), None)
-    if target is None or target.best is None:
-        return []
-    found = [(change, f"{what}: {task}") for what, task, change in _changes(target)]
-    if judged := target.judge(target.best.record["evals"]):
-        found.append((f"{judged[1].value:.2f}", f"selectivity, regime {judged[0]}"))
-    attacks = [a for a in _attacks_on(target.best, study) if _ends(a) and a.run.status == "complete"]
-    worst = study.worst_cases[attacks[0].model] if _are_several(attacks) else None
-    if worst:
-        found.append((percent(worst.point.value, 1), "forget, worst case over the attacks"))
-    elif attacks and (ends := _ends(attacks[0])):
-        found.append((percent(ends.final, 1), f"forget after {ends.step} steps of attack"))
-    return found
-
-
 def _attacks_on(run: Run, study: Study) -> list[Attack]:
     """Attacks on the model that a run made, without those on that model after another attack."""
     return [attack for attack in study.attacks if attack.unlearned is run and not attack.before]
@@ -74,23 +57,23 @@ def _are_several(attacks: list[Attack]) -> bool:
     return len({attack.settings for attack in attacks}) > 1
 
 
-def _changes(target: Target) -> list[tuple[str, str, str]]:
-    """The forget and the retain task of the best run, each with its value before and after unlearning."""
+def _changes(target: Target) -> dict[str, str]:
+    """The forget and the retain task with the values before and after the unlearning that did best."""
     if target.best is None or target.baseline is None:
-        return []
+        return {}
     before, after = target.baseline.evals, target.best.record["evals"]
-    return [
-        (what, task, f"{percent(number(before[task]), 1)} → {percent(number(after[task]), 1)}")
-        for what, task in zip(("forget", "retain"), target.judged, strict=True)
+    return {
+        task: f"{percent(number(before[task]), 1)} → {percent(number(after[task]), 1)}"
+        for task in target.judged
         if task and task in after
-    ]
+    }
 
 
 def _unlearning_sentence(run: Run, target: Target) -> str:
     evals, changes = run.record["evals"], _changes(target)
     if not changes:
         return ""
-    marked = [f"{task} {change}" + " (degenerate)" * bool(evals[task].get("degenerate")) for _, task, change in changes]
+    marked = [f"{task} {change}" + " (degenerate)" * bool(evals[task].get("degenerate")) for task, change in changes.items()]
     verdict = ""
     if judged := target.judge(evals):
         regime, found = judged

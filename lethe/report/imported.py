@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lethe.report.layout import Table, table_of
+from lethe.report.rendering import Table, table_of
 from lethe.report.table_notes import reasons
 from lethe.results.comparable import grouped
 from lethe.runs.logbook import plain

@@ -12,40 +12,36 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import vl_convert
+from jinja2 import Environment, FileSystemLoader
 
-from lethe.report.headline import headline, tiles
-from lethe.report.layout import Table, template
+from lethe.report.headline import headline
+from lethe.report.rendering import Table
 from lethe.results.format import setting
 from lethe.results.study import Study
 from lethe.runs.run import Run, now
 
-AXIS = {"labelColor": "#c4c4c4", "titleColor": "#d8d8d8", "gridColor": "#3a3d42", "domainColor": "#777", "tickColor": "#777"}
-DARK = {
-    "background": "transparent",
-    "title": {"color": "#e8e8e8"},
-    "axis": AXIS,
-    "legend": {"labelColor": "#d8d8d8", "titleColor": "#d8d8d8"},
-}
-"""What the dark scheme changes in a chart."""
+LONG = 44
+"""Characters from which on a cell wraps."""
 
 
 def render(study: Study, title: str, tables: list[Table], charts: dict[str, tuple[str, Any, str]]) -> str:
     """The page. `charts` holds caption, Vega-Lite definition and SVG by name."""
-    return template("page.html.j2").render(
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    return environment.get_template("page.html.j2").render(
         title=title,
         made_from=_made_from(study),
         sentences=headline(study),
-        tiles=tiles(study),
         charts=charts,
         tables=tables,
+        long=LONG,
         settings=[_settings(run) for run in [*study.runs, *study.imported]],
         version=importlib.metadata.version("lethe-lm"),
         time=now(),
         specs=_json({name: spec for name, (_, spec, _) in charts.items()}),
-        dark=_json(DARK),
         # Vega, Vega-Lite and Vega-Embed as one script
         vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script") if charts else "",
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lethe.report.layout import Table
+from lethe.report.rendering import Table
 from lethe.results.comparable import Apart, Evals, tasks_of
 from lethe.results.format import MISSING, compact, percent, short
 from lethe.results.regimes import PROVENANCE, number, provenance
 from lethe.results.study import Study
+
+PROVENANCE_TITLE, MODELS = "Provenance of the numbers", "Models and maps"
 
 
 def apart_table(apart: list[Apart]) -> Table:
@@ -49,7 +51,7 @@ def provenance_table(study: Study) -> Table:
         for (task, how), count in sorted(counts.items(), key=lambda item: order.index(item[0][0]))
     ]
     columns = [name.replace("num_fewshot", "shots") for name in PROVENANCE]
-    return Table("Provenance of the numbers", ["Task", *columns, "evaluations"], rows)
+    return Table(PROVENANCE_TITLE, ["Task", *columns, "evaluations"], rows)
 
 
 def _every_evals(study: Study) -> list[Evals]:
@@ -72,4 +74,4 @@ def models_table(study: Study) -> Table:
                 use = f"{role} of {run.record['kind']} {run.record['name']}"
                 found.setdefault((parent["ref"], parent["sha256"]), []).append(use)
     rows = [[ref, short(sha), ", ".join(dict.fromkeys(uses))] for (ref, sha), uses in found.items()]
-    return Table("Models and maps", ["Reference", "Weights (SHA-256 or commit)", "Used as"], rows)
+    return Table(MODELS, ["Reference", "Weights (SHA-256 or commit)", "Used as"], rows)

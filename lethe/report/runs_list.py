@@ -11,7 +11,7 @@ from typing import Any
 
 from lethe.config import RunsConfig
 from lethe.errors import LetheError, printable
-from lethe.report.layout import Table
+from lethe.report.rendering import Table
 from lethe.report.tables import runs_table
 from lethe.results.listing import Entry, entries, ordered, refuse_unknown, select
 from lethe.runs.run import find_runs

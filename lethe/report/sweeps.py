@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lethe.report.layout import Table, table_of
+from lethe.report.rendering import Table, table_of
 from lethe.report.table_notes import degenerate
 from lethe.results.comparable import tasks_of
 from lethe.results.format import MISSING, percent, result, setting

@@ -13,8 +13,8 @@ from typing import Any
 
 from lethe.report.attacks import attack_tables, recovery_table, tamper_table, worst_table
 from lethe.report.imported import imported_tables
-from lethe.report.layout import Table, table_of
-from lethe.report.provenance import apart_table, models_table, provenance_table
+from lethe.report.provenance import MODELS, PROVENANCE_TITLE, apart_table, models_table, provenance_table
+from lethe.report.rendering import Table, table_of
 from lethe.report.sweeps import sweep_table
 from lethe.report.table_notes import degenerate, job, reasons, remarks
 from lethe.results import format, regimes
@@ -27,6 +27,7 @@ from lethe.runs.run import Run
 
 IMPORTED = "‡"
 IMPORTED_NOTE = f"{IMPORTED} imported from a log, which does not record how the number was measured."
+UPDATES = "Updates"
 UNITS = {"checkpoints": "checkpoints", "sweep": "runs"}
 HEADERS = {"id": "ID", "job_id": "Job ID", "job": "Job ID", "eta": "ETA"}
 HEADERS |= {name: name.capitalize() for name in ("kind", "name", "status", "age", "time", "progress", "results", "reason")}
@@ -51,14 +52,9 @@ def all_tables(study: Study) -> list[Table]:
 
 
 def terminal(runs: list[Run]) -> list[Table]:
-    """The tables for these runs alone, which a command prints."""
-    study = Study(runs)
-    tables = [checkpoints_table(run) for run in study.of_kind("checkpoints") if run.record.get("checkpoints")]
-    tables += [unlearning_table(target, False) for target in study.targets if target.runs]
-    tables += [tamper_table(study)] if study.attacks else []
-    tables += [affine_table(run.record["scores"]) for run in study.of_kind("affine") if run.record.get("scores")]
-    tables += [evaluations_table(study.of_kind("evaluate"))] if study.of_kind("evaluate") else []
-    return [*tables, *([apart_table(study.apart)] if study.apart else [])]
+    """The tables for these runs alone, which a command prints: those of a report without the details."""
+    details = {UPDATES, PROVENANCE_TITLE, MODELS}
+    return [table for table in all_tables(Study(runs)) if table.title not in details]
 
 
 def checkpoints_table(run: Run) -> Table:
@@ -184,7 +180,7 @@ def updates_table(runs: Sequence[Run]) -> Table:
         row |= {"retain: top token as before": percent(agreement.get("retain_with_reference")), "‖θ − θ₀‖": compact(total)}
         row |= {"stable rank": f"{math.fsum(ranks) / len(ranks):.1f}" if ranks else MISSING, "by layer": by_layer}
         rows.append(row)
-    return table_of("Updates", rows, ["By layer: distance (mean stable rank of its matrices)."])
+    return table_of(UPDATES, rows, ["By layer: distance (mean stable rank of its matrices)."])
 
 
 def affine_table(scores: dict[str, dict[str, float]], title: str = "Affine maps") -> Table:

@@ -44,12 +44,6 @@ class Attack:
     before: tuple[Shown, ...] = ()
     weights: str = ""
     """Hash of the model's weights before all attacks."""
-    _points: dict[str, list[Point]] = field(default_factory=dict, repr=False)
-
-    @property
-    def curve(self) -> list[dict[str, Any]]:
-        """The evaluations during the attack, from curve.jsonl."""
-        return self.run.curve
 
     @property
     def seed(self) -> Any:
@@ -76,19 +70,17 @@ class Attack:
 
     def results(self, task: str) -> list[tuple[int, dict[str, Any]]]:
         """Steps and results of a task along the attack."""
-        return [(line["step"], line["evals"][task]) for line in self.curve if task in line["evals"]]
+        return [(line["step"], line["evals"][task]) for line in self.run.curve if task in line["evals"]]
 
     def points_of(self, task: str) -> list[Point]:
         """The curve on a task, from the model before all attacks, with the steps and tokens of all; empty without accuracy."""
-        if task not in self._points:
-            points: list[Point] = []
-            steps = tokens = 0
-            for run in self.before:
-                points = points or _points(run, task, steps, tokens)[:1]
-                steps += max(run.tokens)
-                tokens += max(run.tokens.values())
-            self._points[task] = points + _points(self.run, task, steps, tokens)
-        return self._points[task]
+        points: list[Point] = []
+        steps = tokens = 0
+        for run in self.before:
+            points = points or _points(run, task, steps, tokens)[:1]
+            steps += max(run.tokens)
+            tokens += max(run.tokens.values())
+        return points + _points(self.run, task, steps, tokens)
 
     def recovery(self, task: str) -> Recovery | None:
         """How much of the baseline's accuracy came back; None without a baseline, or without a curve from step 0."""
@@ -144,7 +136,7 @@ def series_of(attacks: list[Attack]) -> list[Series]:
 
 def attack_tasks(attacks: Iterable[Attack]) -> tuple[str | None, str | None]:
     """The forget task (or else the first task) and the general task of attacks, which is their retain task."""
-    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.curve)
+    tasks = tasks_of(line["evals"] for attack in attacks for line in attack.run.curve)
     return regimes.forget_task(tasks) or next(iter(tasks), None), regimes.retain_task(tasks)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -31,6 +32,7 @@ PLACES = ("config", "plan", "losses", "imported", "imported.settings")
 SETTINGS = {f.name for kind in (*every(), c.TamperConfig, c.EvaluateConfig) for f in fields(kind)}
 DEFAULT_COLUMNS = ("id", "job_id", "kind", "name", "status", "age", "time", "progress", "eta", "results")
 ONLY_IF_THERE = {"job_id", "eta"}
+COMPARED = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge}
 _CONDITION = re.compile(r"([\w.-]+?)\s*(!=|<=|>=|=|<|>)\s*(.*)", re.DOTALL)
 
 
@@ -93,7 +95,6 @@ class Entry:
     def value(self, name: str) -> Any:
         """The field's value; None if the run does not have the field."""
         name = ALSO.get(name, name)
-        record = self.run.record
         if name in {"age", "time", "eta", "results", "status", "reason"}:
             return getattr(self, name)
         if name == "progress":
@@ -101,20 +102,24 @@ class Entry:
         if name == "path":
             return str(self.run.path)
         if name == "lora_r":
-            lora = record["config"].get("lora", {})
+            lora = self.run.record["config"].get("lora", {})
             return "full" if lora is None else lora.get("r")
-        evals = record.get("evals") or {}
-        if (task := name if name in evals else name.removeprefix("evals.")) in evals:
+        evals = self.run.record.get("evals") or {}
+        if (task := name.removeprefix("evals.")) in evals:
             return number(evals[task])
-        places = (_inside(record, f"{place}.{name}" if place else name) for place in ("", *PLACES))
-        return next((found for found in places if found is not None), None)
+        found = (self.fields.get(f"{place}.{name}".removeprefix(".")) for place in ("", *PLACES))
+        return next((value for value in found if value is not None), None)
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """Every field of the record by its dotted name."""
+        return dict(_dotted(self.run.record))
 
     @cached_property
     def names(self) -> set[str]:
         """The names of the record's fields, those of settings, results and the like also without their place."""
-        every = set(_dotted(self.run.record))
         places = tuple(f"{place}." for place in (*PLACES, "evals"))
-        return every | {name.removeprefix(place) for place in places for name in every if name.startswith(place)}
+        return {*self.fields, *(n.removeprefix(place) for place in places for n in self.fields if n.startswith(place))}
 
 
 def _status(run: Run, job: slurm.JobState | None) -> tuple[str, str | None]:
@@ -132,19 +137,9 @@ def _status(run: Run, job: slurm.JobState | None) -> tuple[str, str | None]:
     return ended, f"Slurm: {job.word}, {job.reason}"
 
 
-def _inside(record: Any, name: str) -> Any:
-    """A field by its dotted name; None if it is not there. A key may itself contain dots."""
-    if not isinstance(record, dict):
-        return None
-    if name in record:
-        return record[name]
-    head, dot, rest = name.partition(".")
-    return _inside(record[head], rest) if dot and head in record else None
-
-
-def _dotted(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _dotted(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in record.items():
-        yield f"{prefix}{key}"
+        yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from _dotted(value, f"{prefix}{key}.")
 
@@ -197,7 +192,7 @@ def select(listed: list[Entry], conditions: Iterable[str]) -> list[Entry]:
             raise LetheError(f"where: expected a condition such as lr=1e-4, status!=complete or mmlu>=0.42, got '{condition}'")
         name, sign, wanted = parts.groups()
         refuse_unknown([name], every, "where")
-        if sign in {"<", ">", "<=", ">="} and _float(wanted) is None:
+        if sign in COMPARED and _float(wanted) is None:
             raise LetheError(f"where: {sign} compares numbers, got '{wanted}' for {name}")
         listed = [entry for entry in listed if _meets(entry.value(name), sign, wanted)]
     return listed
@@ -207,9 +202,7 @@ def _meets(value: Any, sign: str, wanted: str) -> bool:
     if sign in {"=", "!="}:
         return _equal(value, wanted) == (sign == "=")
     x, y = _float(value), _float(wanted)
-    if x is None or y is None:
-        return False
-    return {"<": x < y, ">": x > y, "<=": x <= y, ">=": x >= y}[sign]
+    return x is not None and y is not None and COMPARED[sign](x, y)
 
 
 def _equal(value: Any, wanted: str) -> bool:

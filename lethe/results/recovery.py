@@ -49,33 +49,21 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Reached:
-    """When a share of the gap was reached. `step` and `tokens` are None if it was not reached within `within` steps."""
-
-    step: int | None
-    tokens: int | None
-    within: int
-    strength: float | None = None
-    """The strength at which it was reached, or else the last one; None for an attack that trains."""
-
-    def __str__(self) -> str:
-        if self.strength is not None:
-            return f"strength {self.strength:g}" if self.step is not None else f"not up to strength {self.strength:g}"
-        return f"{self.step}" if self.step is not None else f"not within {self.within}"
-
-
-@dataclass(frozen=True)
 class Recovery:
-    """The measures of one attack on one task. All but `full` are None if the start's interval contains the baseline: no gap."""
+    """The measures of one attack on one task. Of a share that was not reached the point is None.
+
+    `recovered`, `half`, `nine_tenths` and `area` are None if the start's interval contains the baseline: there is no gap.
+    """
 
     recovered: float | None
     """Share of the gap at the last step."""
-    half: Reached | None
-    nine_tenths: Reached | None
-    full: Reached
-    """The first step whose interval contains the baseline or lies above it."""
+    half: Point | None
+    nine_tenths: Point | None
+    full: Point | None
+    """The first point whose interval contains the baseline or lies above it."""
     area: float | None
     """Mean recovered share over the attack's steps or strengths, linear between evaluations."""
+    last: Point
 
 
 @dataclass(frozen=True)
@@ -96,17 +84,18 @@ def measure(curve: list[Point], baseline: float) -> Recovery:
 
     >>> points = [Point(0, 0, 0.3, 0.2, 0.4), Point(10, 100, 0.7, 0.6, 0.8), Point(20, 200, 0.8, 0.7, 0.9)]
     >>> found = measure(points, 0.9)
-    >>> str(found.half), str(found.nine_tenths), str(found.full), round(found.recovered, 3), round(found.area, 3)
-    ('10', 'not within 20', '20', 0.833, 0.542)
+    >>> found.half.step, found.nine_tenths, found.full.step, round(found.recovered, 3), round(found.area, 3)
+    (10, None, 20, 0.833, 0.542)
     """
-    start = curve[0]
+    start, last = curve[0], curve[-1]
     gap = baseline - start.value
-    full = _first(curve, [point.reaches(baseline) for point in curve])
-    if full.step == start.step or gap <= 0:
-        return Recovery(None, None, None, full, None)
+    full = next((point for point in curve if point.reaches(baseline)), None)
+    if full is start or gap <= 0:
+        return Recovery(None, None, None, full, None, last)
     shares = [(point.value - start.value) / gap for point in curve]
-    half, nine_tenths = (_first(curve, [found >= share - 1e-9 for found in shares]) for share in (0.5, 0.9))
-    return Recovery(shares[-1], half, nine_tenths, full, _mean([point.step for point in curve], shares))
+    reached = list(zip(curve, shares, strict=True))
+    half, nine_tenths = (next((point for point, share in reached if share >= s - 1e-9), None) for s in (0.5, 0.9))
+    return Recovery(shares[-1], half, nine_tenths, full, _mean([point.step for point in curve], shares), last)
 
 
 def excess(curve: list[Point], control: list[Point]) -> Excess | None:
@@ -201,7 +190,6 @@ class Worst:
     """Share of the gap to the baseline; None without a baseline, or if the start reaches it."""
     above: Excess | None
     """Above the control under the same attack up to the same place; None if the control was not attacked that far."""
-    bound: float
     counted: list[str]
     """Attacks that are measured to their end."""
     not_measured: dict[str, str]
@@ -247,7 +235,6 @@ def worst_case(attacks: list[AttackCurves], bound: float = GENERAL_BOUND, baseli
         lost,
         recovered=None if gap is None else (best.value - start.value) / gap,
         above=_above(by, best) if by else None,
-        bound=bound,
         counted=[attack.name for attack in attacks if attack.name not in missing],
         not_measured=missing,
         never_within=never,
@@ -259,12 +246,6 @@ def _above(attack: AttackCurves, best: Point) -> Excess | None:
     until = [point for point in attack.forget if point.step <= best.step]
     as_far = any(p.strength == best.strength and p.tokens >= NEARLY_ALL * best.tokens for p in attack.control)
     return excess(until, attack.control) if as_far else None
-
-
-def _first(curve: list[Point], holds: list[bool]) -> Reached:
-    point = next((point for point, held in zip(curve, holds, strict=True) if held), None)
-    at = point or curve[-1]
-    return Reached(at.step if point else None, at.tokens if point else None, curve[-1].step, at.strength)
 
 
 def _at(curve: list[Point], tokens: float) -> Estimate:

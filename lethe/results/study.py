@@ -17,10 +17,10 @@ from pathlib import Path
 from lethe.errors import LetheError
 from lethe.results import recovery, regimes
 from lethe.results.attacks import FILTERED, Attack, Series, attack_tasks, series_of
-from lethe.results.comparable import Evals, Shown, grouped, set_apart, tasks_of
+from lethe.results.comparable import Shown, grouped, set_apart, tasks_of
 from lethe.results.listing import is_imported
 from lethe.results.regimes import number
-from lethe.results.targets import Row, Target, row_of
+from lethe.results.targets import Row, Target
 from lethe.runs.run import Run, find_run, find_runs
 
 __all__ = ["Study", "attack_tasks"]
@@ -108,13 +108,9 @@ class Study:
 
     def _evaluated(self, label: str, ref: str, sha: str) -> Row | None:
         """One row from all evaluations of the same weights. Of a task evaluated twice, the later result counts."""
-        merged: Evals = {}
-        origin: dict[str, Shown] = {}
-        for run in self._evaluations(ref, sha):
-            row = row_of(run, label)
-            merged |= row.evals
-            origin |= row.origin
-        return Row(label, merged, origin) if merged else None
+        runs = self._evaluations(ref, sha)
+        merged = {task: result for run in runs for task, result in run.record["evals"].items()}
+        return Row(label, merged, runs) if merged else None
 
     def _evaluations(self, ref: str, sha: str) -> list[Shown]:
         """Evaluations of the same weights: those under the same reference, or else all."""
@@ -130,8 +126,7 @@ class Study:
     def other_evaluations(self) -> list[Shown]:
         """Evaluations that are neither a baseline's nor a source's."""
         rows = [row for target in self.targets for row in (target.baseline, *target.sources) if row]
-        origins = [self._parent(next(iter(row.origin.values())), "model") for row in rows]
-        used = {id(run) for origin in origins for run in self._evaluations(*origin)}
+        used = {id(run) for row in rows for run in row.runs}
         return [run for run in self.of_kind("evaluate") if id(run) not in used and (run.record.get("evals") or not run.apart)]
 
     # -- attacks
@@ -178,7 +173,7 @@ class Study:
     @cached_property
     def worst_cases(self) -> dict[str, recovery.Worst | None]:
         """Each attacked model's worst case over all attacks of the study, including those not run on it."""
-        tasks = tasks_of(line["evals"] for attack in self.attacks for line in attack.curve)
+        tasks = tasks_of(line["evals"] for attack in self.attacks for line in attack.run.curve)
         forget, general = regimes.forget_task(tasks), regimes.retain_task(tasks)
         attacks = {series.settings: series.attack for series in self.series}
         found: dict[str, recovery.Worst | None] = {}
@@ -228,26 +223,15 @@ class Study:
         name = Path(ref.removeprefix("run:")).name
         if not name or ref.startswith("random:"):
             return None
-
-        def first(runs: Iterable[Shown]) -> Shown | None:
-            made = of.record.get("created") or ""
-            earlier = [run for run in runs if run is not of and (run.record.get("created") or "") <= made]
-            return next((run for run in earlier if run.folder == of.folder), next(iter(earlier), None))
-
-        in_part = (run for run in self._makers if ref.startswith("run:") and name in run.path.name)
-        return first(self._makers_by_name.get(name, ())) or first(in_part)
+        made = of.record.get("created") or ""
+        earlier = [run for run in self._makers if run is not of and (run.record.get("created") or "") <= made]
+        named = [run for run in earlier if name in {run.id, run.path.name}]
+        named = named or [run for run in earlier if ref.startswith("run:") and name in run.path.name]
+        return next((run for run in named if run.folder == of.folder), next(iter(named), None))
 
     @cached_property
     def _makers(self) -> list[Shown]:
         return [run for run in self.runs if run.record["kind"] in {"unlearn", "tamper"}]
-
-    @cached_property
-    def _makers_by_name(self) -> dict[str, list[Shown]]:
-        named: dict[str, list[Shown]] = {}
-        for run in self._makers:
-            for name in {run.id, run.path.name}:
-                named.setdefault(name, []).append(run)
-        return named
 
     def _control(self, ref: str, sha: str) -> str | None:
         """What kind of control a model is that no run of the study made; None if it is none."""

@@ -11,11 +11,11 @@ from lethe.results.comparable import Evals, Shown
 
 @dataclass(frozen=True)
 class Row:
-    """One model's results: its name in tables, the results, and for each task the run that they come from."""
+    """One model's results: its name in tables, the results, and the runs that they come from."""
 
     label: str
     evals: Evals
-    origin: dict[str, Shown]
+    runs: list[Shown]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Target:
     def rows(self) -> list[Row]:
         """The baseline and the sources, then a row for each run."""
         first = [self.baseline] if self.baseline else []
-        return [*first, *self.sources, *(row_of(run, run.record["name"]) for run in self.runs)]
+        return [*first, *self.sources, *(Row(run.record["name"], run.record.get("evals") or {}, [run]) for run in self.runs)]
 
     @cached_property
     def judged(self) -> tuple[str | None, str | None]:
@@ -59,9 +59,3 @@ class Target:
         if shares[0] is None or shares[1] is None:
             return None
         return regimes.regime(shares[0], shares[1], *self.thresholds), regimes.selectivity(shares[0], shares[1])
-
-
-def row_of(run: Shown, label: str) -> Row:
-    """A run's own results."""
-    evals = run.record.get("evals") or {}
-    return Row(label, evals, dict.fromkeys(evals, run))

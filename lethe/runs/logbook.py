@@ -1,6 +1,6 @@
-"""Reading an experiment log written by hand (markdown): its tables, each with the settings stated above it, and its prose.
+"""Reading an experiment log kept by hand (markdown): its tables, each with the settings stated above it, and its prose.
 
-    text -> read(): tables and prose        column(): what a header means        setting(), phrases(): settings in words
+    text -> read(): tables, with what their headers mean, and prose        setting(), phrases(): settings in words
 
 The words that are understood stand below. What is stated nearer to a table wins over what is stated further away. What the
 document states before its first section is about unlearning, not about attacks.
@@ -8,33 +8,23 @@ document states before its first section is about unlearning, not about attacks.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from markdown_it import MarkdownIt
-from markdown_it.rules_block import StateBlock
-from markdown_it.rules_block.table import escapedSplit, table
-from markdown_it.token import Token
+from markdown_it.tree import SyntaxTreeNode
 
 from lethe import config as c
-from lethe.config.checks import options, types_of
-from lethe.errors import printable
+from lethe.config.checks import options, refuse_misfit, refuse_unusable, types_of
+from lethe.config.parse import numbers
+from lethe.errors import LetheError, printable
+from lethe.files import yaml_of
 from lethe.methods.method import every
 
-TASKS = {
-    "wmdp": "wmdp",  # a task of its own: the bare name does not say which of the others is meant
-    "wmdp bio": "wmdp_bio",
-    "wmdp robust": "wmdp_bio_robust",
-    "wmdp bio robust": "wmdp_bio_robust",
-    "wmdp cloze": "wmdp_bio_cloze",
-    "wmdp bio cloze": "wmdp_bio_cloze",
-    "mmlu": "mmlu",
-    "mmlu stem": "mmlu_stem",
-} | {task.replace("_", " "): task for task in c.LAB_TASKS}
+KNOWN = ("wmdp", "wmdp_bio", "wmdp_bio_robust", "wmdp_bio_cloze", "mmlu", "mmlu_stem", *c.LAB_TASKS)
+"""`wmdp` is a task of its own: the bare name does not say which of the others is meant."""
+TASKS = {task: task for task in KNOWN} | {"wmdp_robust": "wmdp_bio_robust", "wmdp_cloze": "wmdp_bio_cloze"}
 KINDS: list[type] = [c.TamperConfig, *every()]
 TYPES = {name: hint for kind in KINDS for name, hint in types_of(kind).items()}
 OPTIMIZERS = set(get_args(TYPES["optimizer"]))
@@ -53,7 +43,6 @@ SETTINGS = {name: name for name in TYPES if name not in NOT_SETTINGS} | {
     "updates": "updates",
     "optimizer_updates": "updates",
     "forward_passes": "forward_passes",
-    "kl_divergence_retain": "retain_loss",
 }
 """Field of a run's settings or plan, by the log's word for it."""
 _COUNT = r"(?<![\d.,])(\d{1,12}+)"
@@ -61,42 +50,39 @@ PHRASES = {
     rf"{_COUNT} per device": "per_device_train_batch_size",
     r"grad(?:ient)?[ _]accumulation(?: steps)? (\d{1,12})": "gradient_accumulation_steps",
     r"effective batch(?: size)?(?: of)? (\d{1,12})": "effective_batch",
-    rf"{_COUNT} (?:\w++ )?(?:examples|documents)": "num_train_examples",
+    rf"{_COUNT} (?:\w+ )?(?:examples|documents)": "num_train_examples",
     r"eval(?:uated?)? every (\d{1,12})": "eval.every",
     rf"{_COUNT} steps": "steps",
     rf"{_COUNT} (?:optimizer )?updates": "updates",
     rf"{_COUNT} forward passes": "forward_passes",
     rf"{_COUNT} ?ep(?:ochs?)?\b": "epochs",
 }
-ROLES = {
-    "job": r"(?:slurm )?job(?: ?id)?",
-    "checkpoint": r"checkpoint|revision",
-    "status": r"status",
-    "notes": r"notes?|comments?|remarks?",
-    "model": r"model",
-    "label": r"tamper optimizer|attack|run|name",
-}
-AT_STEP = (
-    ("point", r"start(?:ing)? (?P<task>.+)(?P<step>)"),
-    ("point", r"step (?P<step>\d{1,12})(?: (?P<task>.+))?"),
-    ("point", r"after (?P<step>\d{1,12}) (?:steps?|updates)(?: (?P<task>.+))?"),
-    ("final", r"final(?: (?P<task>[^(]+?))?(?: \((?:step )?(?P<step>\d{1,12})(?: steps?| updates)?\))?"),
+COLUMNS = (
+    ("job", r"(?:slurm_)?job(?:_?id)?"),
+    ("checkpoint", r"checkpoint|revision"),
+    ("status", r"status"),
+    ("notes", r"notes?|comments?|remarks?"),
+    ("model", r"model"),
+    ("label", r"tamper_optimizer|attack|run|name"),
+    ("loss", r".*loss"),
+    ("point", r"start(?:ing)?_(?P<task>.+)"),
+    ("point", r"step_(?P<step>\d{1,12})(?:_(?P<task>.+))?"),
+    ("point", r"after_(?P<step>\d{1,12})_(?:steps?|updates)(?:_(?P<task>.+))?"),
+    ("final", r"final(?:_(?P<task>[^(]+?))?(?:_\((?:step_)?(?P<step>\d{1,12})(?:_steps?|_updates)?\))?"),
+    ("task", r"(?P<task>.+)"),
 )
-"""Headers of results during and after an attack, such as `Step 500 WMDP` or `Final (110 steps)`."""
+"""What headers mean. `point` and `final` are results during and after an attack: `Step 500 WMDP`, `Final (110 steps)`."""
 NUMBER = r"[-+]?\d{1,30}(?:\.\d{1,30})?(?:e[-+]?\d{1,2})?"
-"""A finite number. All patterns here take time in proportion to the text: none tries a long word from its middle."""
-LONGEST_CELL = 2000
-"""Characters above which the markup of a cell is not removed: no number or name is that long, and it may take long."""
-_BULLETS = {"- ", "+ ", "* "}
-_PAIR = re.compile(r"\b([A-Za-z_]\w*+)`?\s*+=\s*+([^\s,;()]++)")
-_STATED = re.compile(r"(?:[-+*] )?(?:\*\*)?`?([A-Za-z][\w ]*?)`?(?:\*\*)? ?:(?:\*\*)? (.+)")
-_SETTINGS_LINE = re.compile(r"\**\s*(?:[\w ]*\b(?:settings?|config(?:uration)?)\b|goal\b)", re.IGNORECASE)
-_STARTING = re.compile(rf"start(?:ing)? ([A-Za-z][\w ]{{0,60}}?) ?: ?(~? ?{NUMBER} ?%?)", re.IGNORECASE)
+"""A finite number."""
+LONGEST_LINE = 4000
+"""Characters. Some patterns take time in proportion to the square of a line's length."""
+_PAIR = re.compile(r"\b([A-Za-z_]\w*)\s*=\s*([^\s,;()]+)")
+_STATED = re.compile(r"([A-Za-z][\w ]*?) ?: (.+)")
+_SETTINGS_LINE = re.compile(r"\s*(?:[\w ]*\b(?:settings?|config(?:uration)?)\b|goal\b)", re.IGNORECASE)
+_STARTING = re.compile(rf"start(?:ing)? ([A-Za-z][\w ]*?) ?: ?(~? ?{NUMBER} ?%?)", re.IGNORECASE)
 _NOTE = re.compile(r"(?:\\(\*+)|([†‡§])|\[\^(\w+)\]:)\s*(.+)")
-_MARK = re.compile(r"\*+|[†‡§]|\[\^(\w++)\]")
-_MARKUP = re.compile(r"[*_`\[<\\&]")
-_BREAKS = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
-"""Line breaks in Python and in some editors, but not in markdown."""
+_MARK = re.compile(r"\*+|[†‡§]|\[\^(\w+)\]")
+_MARKDOWN = MarkdownIt("commonmark").enable("table").disable("reference")  # [^1]: is a note
 
 
 @dataclass
@@ -110,174 +96,148 @@ class Section:
 
 
 @dataclass
-class LogTable:
-    """A table of the log. `rows` are (line number, cells), `notes` are footnotes by their mark."""
-
-    line: int
-    sections: list[Section]
-    columns: list[str]
-    rows: list[tuple[int, list[str]]]
-    notes: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def group(self) -> str:
-        """The headings above the table; without the document's title, if there are others."""
-        titles = [s.title for s in self.sections if s.level > 1] or [s.title for s in self.sections]
-        return " › ".join(filter(None, titles))
-
-    @property
-    def starting(self) -> dict[str, str]:
-        """Values at step 0, by the log's name for the task."""
-        return {name: value for section in self.sections for name, value in section.starting.items()}
-
-    def settings(self, own: bool) -> dict[str, Any]:
-        """The settings that hold for the rows; with `own`, without those that the document states before its first section."""
-        chosen = [s for s in self.sections if s.level > 1] if own else self.sections
-        return {name: value for s in chosen or self.sections for name, value in s.settings.items()}
-
-
-@dataclass
 class Column:
-    """What a header means: its role, the setting or task that it names, and the step."""
+    """What a header means: its role, the setting or task that it names, the step, and the log's word for the task."""
 
     header: str
     role: str
     name: str = ""
     step: int | None = None
     percent: bool = False
+    word: str = ""
 
 
-def read(text: str) -> tuple[list[LogTable], list[tuple[int, str, str]]]:
-    """The tables of a log, and its prose as (line number, section, the line without the settings that it states).
+@dataclass
+class LogTable:
+    """A table of the log; without rows if it only looks like one. `rows` are (line number, cells)."""
 
-    The markdown parser decides what is a table, a heading or a list, so code, comments and HTML are not read. A paragraph that
-    looks like a table but is none becomes a table without rows, so that the import can name it.
+    line: int
+    columns: list[Column]
+    rows: list[tuple[int, list[str]]]
+    kind: str | None
+    """The kind of run that its rows describe; None if it is not about runs."""
+    titles: list[str]
+    """The headings above it; without the document's title, if there are others."""
+    section: str
+    """The section within which numbers of the prose are compared with its cells."""
+    settings: dict[str, Any]
+    starting: dict[str, str]
+    """Values at step 0, by the log's name for the task."""
+    misfits: list[tuple[int, str, str]] = field(default_factory=list)
+    """Rows that have not one cell for each column: line number, text, why."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Footnotes by their mark."""
+
+    @property
+    def headers(self) -> list[str]:
+        return [column.header for column in self.columns]
+
+    @property
+    def group(self) -> str:
+        return " › ".join(filter(None, self.titles))
+
+
+Prose = list[tuple[int, str, str]]
+"""Line number, title of the section, text."""
+
+
+def read(text: str, tasks: dict[str, str]) -> tuple[list[LogTable], Prose]:
+    """The tables of a log, and the lines of its prose that state no setting. `tasks` are the user's own names of tasks.
+
+    The markdown parser decides what is a table, a heading or a list, so code, comments and HTML are not read.
+
+    Raises:
+        LetheError: a line is too long.
     """
-    reader = _Reader()
-    for token in _MARKDOWN.parse(_clean(text)):
-        reader.take(token)
+    lines = text.expandtabs(4).split("\n")
+    for number, line in enumerate(lines, start=1):
+        if len(line) > LONGEST_LINE:
+            raise LetheError(f"file: line {number} has {len(line)} characters; expected {LONGEST_LINE} at most")
+    reader = _Reader([printable(line) for line in lines], TASKS | tasks)
+    reader.walk(SyntaxTreeNode(_MARKDOWN.parse("\n".join(reader.lines))), [Section(0, "")])
     return reader.tables, reader.prose
 
 
 class _Reader:
-    """The state of reading: the headings above the current line, and whether bullets list settings."""
+    """What has been read so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: list[str], tasks: dict[str, str]) -> None:
+        self.lines, self.tasks = lines, tasks
         self.tables: list[LogTable] = []
-        self.prose: list[tuple[int, str, str]] = []
-        self.sections = [Section(0, "")]
-        self.outside: list[list[Section]] = []
-        self.listing = self.heading = False
-        self.mark = ""
+        self.prose: Prose = []
 
-    def take(self, token: Token) -> None:
-        """Read the next token of the parser."""
-        first = token.map[0] + 1 if token.map else 0
-        if token.type in {"blockquote_open", "list_item_open"}:
-            self.outside.append(self.sections)  # a heading inside a quotation or list ends with it
-            self.mark = f"{token.info}{token.markup} " if token.type == "list_item_open" else ""
-        elif token.type in {"blockquote_close", "list_item_close"}:
-            self.sections, self.mark = self.outside.pop(), ""
-        elif token.type == "heading_open":
-            level = int(token.tag[1])
-            self.sections = [s for s in self.sections if s.level < level] + [Section(level, "")]
-            self.heading, self.mark = True, f"{token.markup} " if token.markup[0] == "#" else ""
-        elif token.type == "table":
-            self._table(first, **token.meta)
-        elif token.type == "inline":
-            self._lines(first, [" ".join(line.split()) for line in token.content.split("\n")])
-            self.heading = False
+    def walk(self, node: SyntaxTreeNode, sections: list[Section], listed: bool = False) -> None:
+        """Read a part of the document below the headings `sections`. `listed`: it is a list of settings."""
+        lists_settings = False
+        for child in node.children:
+            line = _line(child)
+            if child.type in {"heading", "table"}:
+                lists_settings = False
+            if child.type == "heading":
+                level, title = int(child.tag[1]), " ".join(child.children[0].content.split())
+                sections[:] = [s for s in sections if s.level < level] + [Section(level, title, phrases(title))]
+                self.prose.append((line, part_of(sections), title))
+            elif child.type == "table":
+                rows = [part for part in child.walk() if part.type == "tr"]
+                cells = [(_line(row), [cell.children[0].content for cell in row.children]) for row in rows]
+                self._add_table(line, sections, cells[0][1], cells[1:])
+            elif child.type == "paragraph":
+                texts = [" ".join(part.split()) for part in child.children[0].content.split("\n")]
+                if texts[0].startswith("|"):
+                    self._add_table(line, sections, texts[0].strip("| ").split(" | "), [])
+                for number, text in enumerate(texts, start=line):
+                    lists_settings = _SETTINGS_LINE.match(plain(text)) is not None
+                    self._read_line(number, text, sections, listed)
+            else:  # a list, a quotation or a part of one: headings inside it end with it
+                self.walk(child, list(sections), listed or lists_settings)
 
-    def _table(self, line: int, columns: list[str], rows: list[tuple[int, list[str]]]) -> None:
-        sections = [dataclasses.replace(section, settings=dict(section.settings)) for section in self.sections]
-        self.tables.append(LogTable(line, sections, columns, rows))
-        self.listing, self.mark = False, ""
+    def _add_table(self, line: int, sections: list[Section], headers: list[str], rows: list[tuple[int, list[str]]]) -> None:
+        columns = [column(header, self.tasks) for header in headers]
+        kind = _kind(columns)
+        own = [s for s in sections if s.level > 1] or sections
+        settings = {name: value for s in (own if kind == "tamper" else sections) for name, value in s.settings.items()}
+        starting = {name: value for s in sections for name, value in s.starting.items()}
+        titles = [s.title for s in own]
+        table = LogTable(line, columns, rows, kind, titles, part_of(sections), settings, starting)
+        for number, _ in rows:
+            source = self.lines[number - 1].lstrip("> ").rstrip()
+            cells = len(re.split(r"(?<!\\)\|", source.removeprefix("|").removesuffix("|")))
+            if cells != len(columns):
+                table.misfits.append((number, source, f"{cells} cells under {len(columns)} headers"))
+        self.tables.append(table)
 
-    def _lines(self, first: int, lines: list[str]) -> None:
-        """Read the lines of a heading or a paragraph."""
-        here = self.sections[-1]
-        if self.heading:
-            here.title = " ".join(lines)
-            here.settings = phrases(here.title)
-        elif lines[0].startswith("|"):
-            self._table(first, _cells(lines[0]), [])
-        part = next((s.title for s in self.sections if s.level == 2), here.title)
-        is_bullet, lines[0] = self.mark in _BULLETS, self.mark + lines[0]
-        for number, line in enumerate(lines, start=first):
-            if not self.heading and self.tables and (note := _NOTE.match(line)):
-                self.tables[-1].notes[note[1] or note[2] or note[3]] = note[4]
-            if is_bullet:
-                self.listing = self.listing and not self.heading
-            else:
-                self.listing = not self.heading and _SETTINGS_LINE.match(line) is not None
-            left = line if self.heading else _take_settings(line, here, self.listing and is_bullet)
-            self.prose.append((number, part, left))
-            is_bullet = False
-        self.mark = ""
+    def _read_line(self, number: int, line: str, sections: list[Section], listed: bool) -> None:
+        if self.tables and (note := _NOTE.match(line)):
+            self.tables[-1].notes[note[1] or note[2] or note[3]] = note[4]
+        if not _take_settings(plain(line), sections[-1], listed):
+            self.prose.append((number, part_of(sections), line))
 
 
-def _clean(text: str) -> str:
-    """The log with markdown's line breaks alone, and with escapes in place of control characters."""
-    text = _BREAKS.sub(" ", text.replace("\ufeff", "").replace("\0", "\ufffd"))
-    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in re.split(r"\r\n?|\n", text))
+def _line(node: SyntaxTreeNode) -> int:
+    return node.map[0] + 1 if node.map else 0
 
 
-def _cells(line: str) -> list[str]:
-    """The cells of a table's line, as many as it has."""
-    cells = escapedSplit(line.strip())
-    inner = cells[cells[0] == "" : len(cells) - (len(cells) > 1 and cells[-1] == "")]
-    return [" ".join(cell.split()) for cell in inner]
+def part_of(sections: list[Section]) -> str:
+    """The title of the section of the second level, within which numbers of the prose are compared with cells."""
+    return next((s.title for s in sections if s.level == 2), sections[-1].title)
 
 
-def _table(state: StateBlock, start: int, end: int, silent: bool) -> bool:
-    """The parser's rule for tables, but with the cells as they are.
-
-    The parser's own rule pads and cuts rows to the width of the header, and ends a table after 65,536 padded cells.
-    """
-    before = len(state.tokens)
-    if not table(state, start, min(start + 2, end), silent):
-        return False
-    if not silent:
-        del state.tokens[before:]
-        stops = state.md.block.ruler.getRules("blockquote")
-        line = start + 2
-        while (
-            line < end and state.sCount[line] >= state.blkIndent and not state.isEmpty(line) and not state.is_code_block(line)
-        ):
-            if any(stop(state, line, end, True) for stop in stops):
-                break
-            line += 1
-        texts = [
-            (n + 1, state.src[state.bMarks[n] + state.tShift[n] : state.eMarks[n]]) for n in (start, *range(start + 2, line))
-        ]
-        (_, columns), *rows = [(number, _cells(text)) for number, text in texts]
-        made = state.push("table", "", 0)
-        made.map, made.meta, state.line = [start, line], {"columns": columns, "rows": rows}, line
-    return True
-
-
-_MARKDOWN = MarkdownIt("commonmark").enable("table").disable(["inline", "reference"])  # [^1]: is a note
-_MARKDOWN.block.ruler.at("table", _table, {"alt": ["paragraph"]})
-
-
-def _take_settings(line: str, section: Section, listed: bool) -> str:
-    """Add the settings that a line states to `section`; return the rest. `listed`: it is a bullet of a list of settings."""
-    if starting := _STARTING.findall(line):
-        section.starting |= {spaced(name): value for name, value in starting}
-        return _STARTING.sub("", line)
-    if stated := _STATED.match(line):
+def _take_settings(line: str, section: Section, listed: bool) -> bool:
+    """Add the settings that a line states to `section`; whether it states any as `name: value`."""
+    starting = {joined(name): value for name, value in _STARTING.findall(line)}
+    section.starting |= starting
+    stated = None if starting else _STATED.match(line)
+    if stated:
         found = setting(stated[1], stated[2])
         if found is None and listed:
-            found = {stated[1].strip("` "): stated[2]}  # no setting of Lethe: imported as text
+            found = {stated[1]: stated[2]}  # no setting of Lethe: imported as text
         if found is not None:
             section.settings |= found | phrases(stated[2])
-            return ""
+            return True
     if _SETTINGS_LINE.match(line):
         for group in re.findall(r"\([^()]*\)", line):
-            if found := phrases(group):
-                section.settings |= found
-                line = line.replace(group, "")
-    return line
+            section.settings |= phrases(group)
+    return bool(starting)
 
 
 def phrases(text: str) -> dict[str, Any]:
@@ -294,72 +254,47 @@ def phrases(text: str) -> dict[str, Any]:
 
 def setting(key: str, text: str) -> dict[str, Any] | None:
     """A setting with its value, such as {"lora.r": 16}; None if the key is no setting, or the value is not of its type."""
-    name = SETTINGS.get(re.sub(r"\s+", "_", key.strip("` ").lower()))
-    text = text.strip("` ")
-    if name is None:
-        return None
-    if name == "affine" and (source := re.search(r"loaded from `?([\w./-]+)", text)):
+    if key.lower().startswith("kl divergence") and text.lower().startswith("true"):
+        return {"retain_loss": "kl"}
+    name = SETTINGS.get(joined(key))
+    if name == "affine" and (source := re.search(r"loaded from ([\w./-]+)", text)):
         return {name: source[1]}
-    if key.lower().startswith("kl divergence"):
-        return {name: "kl"} if text.lower().startswith("true") else None
-    kind = TYPES.get(name)
-    if any(get_origin(option) is list for option in options(kind)) and not _is_text(kind):
-        found = re.match(r"\[[\d,\s]+\]", text)
-        with contextlib.suppress(ValueError):  # [1, , 2]
-            return {name: json.loads(found[0])} if found else None
+    value = re.fullmatch(r"(\[[^\]]*\]|[^\s()]+)\s*(?:\(.*)?", text)  # a remark may follow in brackets
+    if name is None or value is None:
         return None
-    if _is_text(kind):
-        return {name: text.lower() if name == "optimizer" else text} if re.fullmatch(r"[\w./:@-]+", text) else None
-    found = re.match(rf"({NUMBER}|true|false)(?=$|\s*\()", text, re.IGNORECASE)
-    return {name: _number(found[1])} if found else None
+    kind = TYPES.get(name, float)
+    if any(option is str or get_origin(option) is Literal for option in options(kind)):
+        return {name: value[1].lower() if name == "optimizer" else value[1]}
+    try:
+        read = numbers(yaml_of(value[1]))
+        refuse_unusable(name, read)
+        refuse_misfit(name, read, kind)
+    except LetheError:
+        return None
+    return {name: read}
 
 
-def _is_text(kind: Any) -> bool:
-    """Whether a setting of this type may be a text: a string, or one of several words."""
-    return kind is str or any(type(part) is str or _is_text(part) for part in get_args(kind))
-
-
-def _number(text: str) -> Any:
-    if text.lower() in {"true", "false"}:
-        return text.lower() == "true"
-    return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
-
-
-def spaced(name: str) -> str:
-    """A name in lower case, with a space between its words."""
-    return re.sub(r"[\s_]+", " ", name.strip().lower())
+def joined(name: str) -> str:
+    """A name in lower case, with an underscore between its words."""
+    return re.sub(r"[\s_]+", "_", name.strip().lower())
 
 
 def column(header: str, tasks: dict[str, str]) -> Column:
-    """What a header means. `tasks` are the user's own names of tasks, which come before the usual ones."""
+    """What a header means. `tasks` are all tasks by the log's name for them."""
     clean = plain(header)
-    percent = bool(re.search(r"\(\s*%\s*\)|%", clean))
+    percent = "%" in clean
     clean = re.sub(r"\(\s*(?:↓|↑|%|deprecated|lower is better|higher is better)\s*\)|[↓↑%]", "", clean, flags=re.IGNORECASE)
-    name = spaced(clean)
-    known = TASKS | tasks
-
-    def made(role: str, what: str = "", step: int | None = None) -> Column:
-        return Column(header, role, what, step, percent)
-
-    for role, pattern in ROLES.items():
-        if re.fullmatch(pattern, name):
-            return made(role)
-    if name in known:
-        return made("task", known[name])
-    if name.endswith("loss"):
-        return made("loss", name.replace(" ", "_"))
-    for role, pattern in AT_STEP:
-        if at := re.fullmatch(pattern, name):
-            task, step = at["task"], at["step"]
-            if task is not None and task not in known:
-                return made("other")
-            return made(role, known.get(task or "", ""), int(step) if step else 0 if role == "point" else None)
-    named = SETTINGS.get(name.replace(" ", "_"))
-    return made("setting", named) if named else made("other")
+    name = joined(clean)
+    for role, pattern in COLUMNS:
+        if match := re.fullmatch(pattern, name):
+            word, step = (match.groupdict().get(what) for what in ("task", "step"))
+            if word is None or word in tasks:
+                what = name if role == "loss" else tasks.get(word or "", "")
+                return Column(header, role, what, int(step) if step else 0 if role == "point" else None, percent, word or "")
+    return Column(header, "setting" if name in SETTINGS else "other", SETTINGS.get(name, ""))
 
 
-def kind_of(columns: list[Column]) -> str | None:
-    """The kind of run that the rows of a table describe; None if the table is not about runs."""
+def _kind(columns: list[Column]) -> str | None:
     roles = {col.role for col in columns}
     if not roles & {"task", "loss", "point", "final"}:
         return None
@@ -367,7 +302,7 @@ def kind_of(columns: list[Column]) -> str | None:
         return "checkpoints"
     if roles & {"point", "final"}:
         return "tamper"
-    if "loss" in roles or any(col.role == "setting" for col in columns):
+    if roles & {"loss", "setting"}:
         return "unlearn"
     return "evaluate" if roles & {"model", "label", "job"} else None
 
@@ -383,8 +318,5 @@ def marks(cell: str) -> list[str]:
 
 
 def _shown(cell: str) -> str:
-    if not _MARKUP.search(cell) or len(cell) > LONGEST_CELL:
-        return cell
-    tokens: list[Token] = []
-    _MARKDOWN.inline.parse(cell, _MARKDOWN, {}, tokens)
-    return "".join(" " if token.type == "html_inline" else token.content for token in tokens)
+    parts = _MARKDOWN.parseInline(cell)[0].children or []
+    return "".join(" " if part.type == "html_inline" else part.content for part in parts)

@@ -6,15 +6,13 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter, defaultdict
+from typing import Any, NamedTuple
 
 from lethe import config as c
 from lethe.errors import printable
 from lethe.methods.method import every
-from lethe.runs.logbook import NUMBER, OPTIMIZERS, TASKS, Column, LogTable, column, kind_of, marks, phrases, plain, setting
-from lethe.runs.logbook_prose import Cell
+from lethe.runs.logbook import NUMBER, OPTIMIZERS, Column, LogTable, marks, phrases, plain, setting
 
 STATUSES = {
     "diverged": "diverged",
@@ -32,220 +30,179 @@ Record = tuple[dict[str, Any], list[dict[str, Any]]]
 """The content of run.json, and the lines of curve.jsonl."""
 
 
-@dataclass
-class _Row:
-    """What the cells of a row say."""
+class Cell(NamedTuple):
+    """A number in a table: a share of 1 (written as a fraction or in per cent), or a loss."""
 
-    settings: dict[str, Any] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
-    evals: dict[str, Any] = field(default_factory=dict)
-    points: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Results by step and task."""
-    ends: list[tuple[Column, dict[str, Any], int | None]] = field(default_factory=list)
-    """Final results, with the step that the cell or the header names."""
-    statuses: list[tuple[str, str, str]] = field(default_factory=list)
-    """Statuses with the word in the log and the header above it."""
-    texts: dict[str, str] = field(default_factory=dict)
-    """Texts by role: job, label, model, notes, checkpoint."""
-    others: dict[str, str] = field(default_factory=dict)
-    """Texts of unknown columns by header."""
+    line: int
+    section: str
+    value: float
+    is_share: bool
+
+
+RESULTS = ("task", "point", "final")
+Said = dict[str, list[tuple[Column, Any]]]
+"""What the cells of a row say, by role: for results (value, step), for settings their values by name, else texts."""
 
 
 class TableReader:
     """The rows of one table as records; the cells with numbers; and what cannot be read.
 
-    `tasks` are the user's names of tasks. `places` counts the rows of all tables by their place in the log.
+    `tasks` are all tasks by the log's name for them. `places` counts the rows of all tables by their place in the log.
     """
 
     def __init__(self, file: str, path: str, table: LogTable, tasks: dict[str, str], places: Counter[str]):
-        self.file, self.path, self.table, self.places = file, path, table, places
-        self.known_tasks = TASKS | tasks
-        self.columns = [column(header, tasks) for header in table.columns]
-        self.kind = kind_of(self.columns)
-        self.section = next((s.title for s in table.sections if s.level == 2), table.sections[-1].title)
-        self.number = 0
+        self.file, self.path, self.table, self.tasks, self.places = file, path, table, tasks, places
         self.cells: list[Cell] = []
-        self.unreadable: list[dict[str, Any]] = []
+        self.unreadable = [{"line": line, "column": "", "cell": cell, "why": why} for line, cell, why in table.misfits]
 
     def records(self, number: int) -> list[Record]:
         """A record for each row; one for a table of checkpoints. `number` counts the tables under the same headings."""
-        self.number = number
-        self._refuse_doubles()
-        rows = [(line, self._fitted(line, cells)) for line, cells in self.table.rows]
-        if self.kind == "checkpoints":
-            return [self._checkpoints(rows)]
-        return [self._run(line, cells) for line, cells in rows]
-
-    def _refuse_doubles(self) -> None:
-        """List unknown columns, and leave out the second of two columns with the same meaning."""
         meanings: set[Any] = set()
-        for col in self.columns:
-            meaning = (col.role, col.name, col.step) if col.name else (col.role, col.header, None)
-            if meaning in meanings:
-                self._cannot(self.table.line, col.header, col.header, "a second column of the same meaning; left out")
-                col.role = "left out"
+        for col in self.table.columns:
+            meaning = (col.role, col.name or col.header, col.step)
+            if meaning in meanings or col.role == "other":
+                why = "a second column of the same meaning" if meaning in meanings else "an unknown column"
+                self._cannot(self.table.line, col.header, col.header, f"{why}; imported as text")
+                col.role = "other"
             meanings.add(meaning)
-            if col.role == "other" and col.header:
-                self._cannot(self.table.line, col.header, col.header, "an unknown column; imported as text")
+        rows = [(line, cells, self._said(line, cells)) for line, cells in self.table.rows]
+        made = [self._checkpoints(rows)] if self.table.kind == "checkpoints" else [self._run(*row) for row in rows]
+        for record, _ in made:
+            record["imported"]["table"] = number
+        return made
 
-    def _cannot(self, line: int, header: str, cell: str, why: str) -> None:
+    def _cannot(self, line: int, header: str, cell: str, why: str) -> Any:
+        """List a cell that cannot be read, whose value is None."""
         self.unreadable.append({"line": line, "column": header, "cell": cell, "why": why})
 
-    def _fitted(self, line: int, cells: list[str]) -> list[str]:
-        """As many cells as the table has columns."""
-        width = len(self.columns)
-        if len(cells) != width:
-            self._cannot(line, "", " | ".join(cells), f"{len(cells)} cells under {width} headers")
-        return (cells + [""] * width)[:width]
-
-    def _checkpoints(self, rows: list[tuple[int, list[str]]]) -> Record:
+    def _checkpoints(self, rows: list[tuple[int, list[str], Said]]) -> Record:
         """The table as one run: a sweep over checkpoints."""
         checkpoints: list[dict[str, Any]] = []
-        for line, cells in rows:
-            row = _Row()
-            for col, cell in zip(self.columns, cells, strict=True):
-                self._read(row, line, col, cell)
-            name = row.texts.get("checkpoint", "")
-            step = re.search(r"(?<!\d)(\d{1,12})$", name)
-            note = row.texts.get("notes", "")
-            checkpoints.append({"name": name, "step": int(step[1]) if step else None, "evals": row.evals, "note": note})
+        for _, _, said in rows:
+            name, note = _text(said, "checkpoint") or "", _text(said, "notes") or ""
+            step = re.search(r"(?<!\d)\d{1,12}$", name)
+            evals = {col.name: value for col, (value, _) in said["task"]}
+            checkpoints.append({"name": name, "step": int(step[0]) if step else None, "evals": evals, "note": note})
         latest = next((row["name"] for row in checkpoints if "latest viable" in row["note"]), None)
         record = self._record("checkpoints", self.table.group, "table", self.table.line, {})
-        record["imported"]["rows"] = [dict(zip(self.table.columns, cells, strict=True)) for _, cells in rows]
+        record["imported"]["rows"] = [dict(zip(self.table.headers, cells, strict=True)) for _, cells, _ in rows]
         return record | {"status": "complete", "checkpoints": checkpoints, "latest_ignorant": latest}, []
 
-    def _run(self, line: int, cells: list[str]) -> Record:
-        row = _Row()
-        for col, cell in zip(self.columns, cells, strict=True):
-            self._read(row, line, col, cell)
-        kind, texts = str(self.kind), row.texts
-        if kind == "unlearn" and not row.settings and row.evals and not texts.get("job", "").isdigit():
+    def _run(self, line: int, cells: list[str], said: Said) -> Record:
+        kind = str(self.table.kind)
+        job, label, model, notes = (_text(said, role) for role in ("job", "label", "model", "notes"))
+        own = {name: value for _, more in said["setting"] for name, value in more.items()}
+        results = [each for role in RESULTS for each in said[role]]
+        if kind == "unlearn" and not own and results and not (job or "").isdigit():
             kind = "evaluate"  # the baseline, in a table of unlearning runs
-            job = texts.pop("job", "")
-            texts["label"] = texts.get("label") or job or "Baseline"
-        above = {} if kind == "evaluate" else self.table.settings(own=kind == "tamper")
-        settings = above | row.settings
+            label, job = (label, job) if label else (job or "Baseline", None)
+        inherited = {} if kind == "evaluate" else self.table.settings
+        settings = inherited | own
         if kind == "tamper":
-            heading = re.sub(r"\s*\([^()]*\)$", "", self.table.sections[-1].title)
-            settings |= _attack_settings(texts.get("label", "")) | {"model": texts.get("model") or heading}
-            self._place_ends(row)
-            for name, text in self.table.starting.items():
-                self._place_start(line, name, text, row.points)
-        elif "model" in texts:
-            settings["model"] = texts["model"]
-        named = [plain(cell) for col, cell in zip(self.columns, cells, strict=True) if col.role == "setting"]
-        key = texts.get("job") or json.dumps([texts.get("label"), texts.get("model"), *named])
-        name = printable(_name(settings, texts, kind, f"row {line}"), LONGEST_NAME)
-        status, reason = _status(row.statuses, bool(row.evals or row.losses or any(step > 0 for step in row.points)))
+            model = model or re.sub(r"\s*\([^()]*\)$", "", self.table.titles[-1])
+            settings |= _attack_settings(label or "")
+        settings |= {"model": model} if model else {}
+        losses = {col.name: value for col, value in said["loss"]}
+        evals = {self._task_of(col): value for col, (value, _) in said["task"] + said["final"]}
+        points = self._points(line, said) if kind == "tamper" else {}
+        named = [plain(cell) for col, cell in zip(self.table.columns, cells, strict=True) if col.role == "setting"]
+        key = job or json.dumps([label, _text(said, "model"), *named])
+        name = " ".join(dict.fromkeys(filter(None, (model, label)))) or _name_of(settings) or f"row {line}"
         record = self._record(kind, name, key, line, settings)
-        record |= {"status": status, "reason": reason, "job_id": texts.get("job"), "losses": row.losses, "evals": row.evals}
+        status, reason = _status(said["status"], bool(evals or losses or any(step > 0 for step in points)))
+        record |= {"status": status, "reason": reason, "job_id": job, "losses": losses, "evals": evals}
         marked = {mark for cell in cells for mark in marks(cell)}
         more = {
-            "row": dict(zip(self.table.columns, cells, strict=True)),
-            "inherited": sorted(name for name in above if name not in row.settings),
-            "others": row.others,
-            "notes": texts.get("notes"),
+            "row": dict(zip(self.table.headers, cells, strict=True)),
+            "inherited": sorted(name for name in inherited if name not in own),
+            "others": {col.header: text for col, text in said["other"]},
+            "notes": notes,
             "footnotes": [text for mark, text in self.table.notes.items() if mark in marked],
         }
         record["imported"] |= {name: value for name, value in more.items() if value}
-        return record, [{"step": step, "evals": row.points[step]} for step in sorted(row.points)]
+        return record, [{"step": step, "evals": points[step]} for step in sorted(points)]
 
-    def _read(self, row: _Row, line: int, col: Column, cell: str) -> None:
-        """Add what a cell says to `row`."""
-        text = plain(cell)
-        if col.role == "left out" or text.lower() in NOTHING:
-            return
-        takes_status = col.role in {"task", "point", "final", "loss", "setting", "status"}
-        if takes_status and text.lower() in STATUSES:
-            row.statuses.append((STATUSES[text.lower()], text, col.header))
-        elif col.role in {"task", "point", "final"}:
-            self._read_result(row, line, col, cell)
-        elif col.role == "loss":
-            if re.fullmatch(NUMBER, text, re.IGNORECASE):
-                row.losses[col.name] = float(text)
-                self.cells.append(Cell(line, self.section, float(text), False))
-            else:
-                self._cannot(line, col.header, cell, "expected a number, - or a status")
-        elif col.role == "setting":
-            row.settings |= self._settings_in(line, col, cell)
-        elif col.role == "status":
-            self._cannot(line, col.header, cell, f"expected a status: {', '.join(STATUSES)}")
-        elif col.role == "other":
-            row.others[col.header] = text
-        else:
-            row.texts[col.role] = text
+    def _said(self, line: int, cells: list[str]) -> Said:
+        said: Said = defaultdict(list)
+        for col, cell in zip(self.table.columns, cells, strict=True):
+            text = plain(cell)
+            if text.lower() in NOTHING:
+                continue
+            role = "status" if text.lower() in STATUSES and col.role in {*RESULTS, "loss", "setting"} else col.role
+            value: Any = text
+            if role in RESULTS:
+                value = self._result(line, col, text)
+            elif role == "setting":
+                value = self._settings_in(line, col, text)
+            elif role == "loss":
+                value = self._loss(line, col, text)
+            elif role == "status" and text.lower() not in STATUSES:
+                value = self._cannot(line, col.header, text, f"expected a status: {', '.join(STATUSES)}")
+            if value is not None:
+                said[role].append((col, value))
+        return said
 
-    def _read_result(self, row: _Row, line: int, col: Column, cell: str) -> None:
-        value, step = self._result(line, col, cell)
-        if value is None:
-            return
-        if col.role == "task":
-            row.evals[col.name] = value
-        elif col.role == "final":
-            row.ends.append((col, value, step or col.step))
-        else:
-            row.points.setdefault(step if step is not None else col.step or 0, {})[self._task_of(col)] = value
+    def _loss(self, line: int, col: Column, text: str) -> float | None:
+        if not re.fullmatch(NUMBER, text, re.IGNORECASE):
+            return self._cannot(line, col.header, text, "expected a number, - or a status")
+        self.cells.append(Cell(line, self.table.section, float(text), False))
+        return float(text)
 
-    def _result(self, line: int, col: Column, cell: str) -> tuple[dict[str, Any] | None, int | None]:
-        """A task's result, and the step that the cell names."""
-        text = plain(cell)
+    def _result(self, line: int, col: Column, text: str) -> tuple[dict[str, Any], int | None] | None:
+        """A task's result with the step that the cell or the header names; None if the text is no result."""
         match = _RESULT.fullmatch(text)
-        if match is None:
-            self._cannot(line, col.header, cell, "expected a per cent, a fraction, - or a status")
-            return None, None
-        value = round(float(match[2]) / 100, 12) if match[3] or col.percent else float(match[2])
-        if not 0 <= value <= 1:
-            self._cannot(line, col.header, cell, "neither a per cent nor a fraction of 1")
-            return None, None
-        self.cells.append(Cell(line, self.section, value, True))
+        value = float(match[2]) if match else -1.0
+        if match and (match[3] or col.percent):
+            value = round(value / 100, 12)
+        if match is None or not 0 <= value <= 1:
+            why = "neither a per cent nor a fraction of 1" if match else "expected a per cent, a fraction, - or a status"
+            return self._cannot(line, col.header, text, why)
+        self.cells.append(Cell(line, self.table.section, value, True))
         key = "correct_prob" if col.name.endswith("cloze") else "acc"
-        return {key: value} | ({"approximate": True} if match[1] else {}), int(match[4]) if match[4] else None
+        return {key: value} | ({"approximate": True} if match[1] else {}), int(match[4]) if match[4] else col.step
 
     def _task_of(self, col: Column) -> str:
         """The column's task. "After 10 steps" names none: then it is that of the next such column that names one."""
-        return col.name or next((other.name for other in self.columns if other.role == "point" and other.name), "unknown")
+        return col.name or next((other.name for other in self.table.columns if other.role == "point" and other.name), "unknown")
 
-    def _settings_in(self, line: int, col: Column, cell: str) -> dict[str, Any]:
+    def _settings_in(self, line: int, col: Column, text: str) -> dict[str, Any]:
         """A setting's cell, such as `5`, `full`, or `16 (muon, lr=5e-4)` with further settings in brackets."""
-        text = plain(cell)
         match = re.fullmatch(r"([^()]*?)\s*(?:\(([^()]*)\))?", text)
         main, aside = (match[1], match[2] or "") if match else (text, "")
         is_full = col.name == "lora.r" and main.lower() == "full"
         found = {"lora.r": None} if is_full else setting(col.name.replace("lora.", "lora_"), main)
         if found is None:
-            self._cannot(line, col.header, cell, "the setting's value cannot be read")
+            self._cannot(line, col.header, text, "the setting's value cannot be read")
             found = {}
         for word in filter(None, (part.strip() for part in aside.split(","))):
             more = {"optimizer": word.lower()} if word.lower() in OPTIMIZERS else phrases(word)
             if not more:
-                self._cannot(line, col.header, cell, f"'{word}' is no setting")
+                self._cannot(line, col.header, text, f"'{word}' is no setting")
             found |= more
         return found
 
-    def _place_ends(self, row: _Row) -> None:
-        """Put final results on the curve, at the step that the cell, the header or another final result of the row names."""
-        known = next((step for _, _, step in row.ends if step is not None), None)
-        for col, value, own in row.ends:
-            row.evals[self._task_of(col)] = value
-            step = own if own is not None else known
-            if step is not None:
-                row.points.setdefault(step, {})[self._task_of(col)] = value
+    def _points(self, line: int, said: Said) -> dict[int, dict[str, Any]]:
+        """The curve of an attack: results by step and task.
 
-    def _place_start(self, line: int, name: str, text: str, points: dict[int, dict[str, Any]]) -> None:
-        """Put a value that a line above the table states for step 0 on the curve, unless the row has its own."""
-        task = self.known_tasks.get(name)
-        if task is None:
-            if line == self.table.rows[0][0]:
-                self._cannot(self.table.line, "", f"Starting {name}: {text}", "an unknown task")
-            return
-        before = len(self.cells)
-        value = self._result(line, Column(f"Starting {name}", "point", task), text)[0]
-        own = points.get(0, {}).get(task)
-        if value and own and own != value:
-            del self.cells[before:]
-            self._cannot(line, f"Starting {name}", text, "the row's own value at step 0 is another")
-        elif value:
-            points.setdefault(0, {})[task] = value
+        A final result lies at its own step, or else at that of another final result of the row. A value that a line above
+        the table states for step 0 counts where the row has none of its own.
+        """
+        last = next((step for _, (_, step) in said["final"] if step is not None), None)
+        points: dict[int, dict[str, Any]] = {}
+        for col, (value, step) in said["point"] + said["final"]:
+            at = step if step is not None else last
+            if at is not None:
+                points.setdefault(at, {})[self._task_of(col)] = value
+        for name, text in self.table.starting.items():
+            header, task = f"Starting {name}", self.tasks.get(name)
+            if task is None:
+                if line == self.table.rows[0][0]:
+                    self._cannot(self.table.line, header, text, "an unknown task")
+                continue
+            result = self._result(line, Column(header, "point", task, 0), text)
+            if result and points.setdefault(0, {}).setdefault(task, result[0]) != result[0]:
+                self._cannot(line, header, text, "the row's own value at step 0 is another")
+        return points
 
     def _record(self, kind: str, name: str, key: str, line: int, settings: dict[str, Any]) -> dict[str, Any]:
         """What all records have. The id is a hash of the row's place: file, kind, headings and `key`."""
@@ -253,11 +210,10 @@ class TableReader:
         self.places[place] += 1
         digest = hashlib.sha256(f"{place} {self.places[place]}".encode()).hexdigest()[:8]
         config, plan, rest = _sorted_settings(kind, settings)
-        facts = {"file": self.file, "path": self.path, "line": line}
-        facts |= {"group": self.table.group, "table": self.number} | rest
-        record: dict[str, Any] = {"id": digest, "kind": kind, "name": name, "status": None, "reason": None, "job_id": None}
-        record |= {"launcher": "imported", **dict.fromkeys(("created", "started", "finished", "heartbeat"))}
-        return record | {"config": config, "imported": facts} | ({"plan": plan} if plan else {})
+        facts = {"file": self.file, "path": self.path, "line": line, "group": self.table.group} | rest
+        record: dict[str, Any] = {"id": digest, "kind": kind, "name": printable(name, LONGEST_NAME)}
+        record |= dict.fromkeys(("status", "reason", "job_id", "created", "started", "finished", "heartbeat"))
+        return record | {"launcher": "imported", "config": config, "imported": facts} | ({"plan": plan} if plan else {})
 
 
 def _attack_settings(label: str) -> dict[str, Any]:
@@ -290,24 +246,23 @@ def _sorted_settings(kind: str, settings: dict[str, Any]) -> tuple[dict[str, Any
     return config, plan, rest
 
 
-def _status(statuses: list[tuple[str, str, str]], has_results: bool) -> tuple[str, str | None]:
+def _text(said: Said, role: str) -> str | None:
+    return said[role][-1][1] if said[role] else None
+
+
+def _status(statuses: list[tuple[Column, str]], has_results: bool) -> tuple[str, str | None]:
     """The worst status that the row states. If it states none: complete with results, lost without."""
     for status in dict.fromkeys(STATUSES.values()):
-        words = [f"'{word}' under {header}" for found, word, header in statuses if found == status]
+        words = [f"'{word}' under {col.header}" for col, word in statuses if STATUSES[word.lower()] == status]
         if words:
             return status, None if status == "complete" else f"the log says {', '.join(words)}"
     return ("complete", None) if has_results else ("lost", "the log has neither a result nor a status")
 
 
-def _name(settings: dict[str, Any], texts: dict[str, str], kind: str, otherwise: str) -> str:
-    """The row's model and label, or else a name from the settings, such as ret0_rm2000_512_full_muon."""
-    if kind == "tamper" or "label" in texts or "model" in texts:
-        words = [settings.get("model") if kind == "tamper" else texts.get("model"), texts.get("label")]
-        return " ".join(dict.fromkeys(str(word) for word in words if word)) or otherwise
+def _name_of(settings: dict[str, Any]) -> str:
+    """A name from the settings, such as ret0_rm2000_512_full_muon; "" without a coefficient."""
     if "retain_coef" not in settings and "remove_coef" not in settings:
-        return otherwise
-    parts = [f"{short}{settings[key]:g}" for key, short in (("retain_coef", "ret"), ("remove_coef", "rm")) if key in settings]
-    parts += [f"{settings[key]}" for key in ("steps", "updates", "forward_passes") if key in settings]
-    if "lora.r" in settings:
-        parts.append("full" if settings["lora.r"] is None else f"r{settings['lora.r']}")
+        return ""
+    short = {"retain_coef": "ret", "remove_coef": "rm", "steps": "", "updates": "", "forward_passes": "", "lora.r": "r"}
+    parts = ["full" if settings[key] is None else f"{word}{settings[key]:g}" for key, word in short.items() if key in settings]
     return "_".join([*parts, *([settings["optimizer"]] if "optimizer" in settings else [])])

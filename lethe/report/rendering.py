@@ -1,6 +1,6 @@
 """The one kind of table that reports and commands show: title, columns, rows of text, notes.
 
-    Table -> markdown() (tables.md), html() (the page), text() (piped output), rich (the terminal)
+    Table -> markdown() (tables.md), page.html.j2 (the page), text() (piped output), rich (the terminal)
 
 Texts may come from anybody's files. A `Table` makes them single lines without control characters, and each format escapes
 what has a meaning in it.
@@ -11,20 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lethe.results.format import DEGENERATE, MISSING, shown
 
 if TYPE_CHECKING:
-    import jinja2
     import rich.table
 
 WORDS = {"queued", "running", "failed", "diverged", "cancelled", "lost", "nan", "full"}
 """Words that may stand in a column of numbers."""
-LONG = 44
-"""Characters from which on a cell of the page wraps."""
 _MARKUP = re.compile(
     r"[\\`*\[\]<|$]|(?<![^\W_])_|_(?![^\W_])|~(?=~)|(?<=~)~|&(?=#?\w+;)|:(?=//)|(?<=www)\.|(?<=\w)@(?=[\w-]+\.)"
 )
@@ -62,10 +57,6 @@ class Table:
         lead = f"{escaped(self.lead)}\n\n" if self.lead else ""
         return f"## {escaped(self.title)}\n\n{lead}{body}\n" + (f"{notes}\n" if notes else "")
 
-    def html(self) -> str:
-        """The table as HTML without its title."""
-        return template("table.html.j2").render(table=self, long=LONG)
-
     def text(self) -> str:
         """The table in aligned columns, one line per row. For thousands of rows this is far faster than rich."""
         lines = [self.columns, *self.rows]
@@ -97,14 +88,6 @@ def table_of(title: str, rows: list[dict[str, str]], notes: list[str], lead: str
     """A table from rows that hold texts by column: first `columns`, then all others of any row; what a row lacks is `-`."""
     names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
     return Table(title, names, [[row.get(name, MISSING) for name in names] for row in rows], notes, lead)
-
-
-@cache
-def template(name: str) -> jinja2.Template:
-    """A template of this folder; it escapes what it inserts."""
-    from jinja2 import Environment, FileSystemLoader
-
-    return Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True).get_template(name)
 
 
 def escaped(text: str) -> str:
