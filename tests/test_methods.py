@@ -195,7 +195,7 @@ def test_help_shows_the_settings_of_one_method(name, capsys):
         ("--method npo --betta 1", "betta'; did you mean 'beta'?"),
         ("--method npo --affine none", "there is no setting '--affine'; it is a setting of method transfer"),
         ("--method distill --source lab:final --beta 1", "there is no setting '--beta'; it is a setting of method npo"),
-        ("--forget_loss both", "there is no setting '--forget_loss'"),
+        ("--forget_loss both", "there is no setting '--forget_loss'; write method: transfer or method: distill now"),
         ("--method npoo", "there is no method 'npoo'; did you mean 'npo'?"),
         ("--method method", "there is no method 'method'"),
         ("--method npo --source lab:final", "source: lab:final has no effect with method npo"),

@@ -39,7 +39,7 @@ class Settings:
         for name, kind in types_of(own).items():
             value = getattr(self, name)
             refuse_unusable(name, value)
-            if not _fits(value, kind):
+            if not fits(value, kind):
                 given = printable(value if isinstance(value, str) and value else repr(value), 80)
                 new = advice(name, value)
                 raise LetheError(f"{name}: expected {spoken(kind)}, got {given}" + (f"; {new}" if new else ""))
@@ -180,18 +180,18 @@ def options(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if len(options(kind)) > 1:
-        return any(_fits(value, option) for option in options(kind))
+        return any(fits(value, option) for option in options(kind))
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
     if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, typing.get_args(kind)[0]) for item in value)
     if typing.get_origin(kind) is dict:
         inner = typing.get_args(kind)[1]
-        return isinstance(value, dict) and all(isinstance(key, str) and _fits(item, inner) for key, item in value.items())
+        return isinstance(value, dict) and all(isinstance(key, str) and fits(item, inner) for key, item in value.items())
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int:

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 
 from lethe import config as c
-from lethe.config.checks import options, refuse_misfit, refuse_unusable, types_of
+from lethe.config.checks import fits, options, refuse_unusable, types_of
 from lethe.config.parse import numbers
 from lethe.errors import LetheError, printable
 from lethe.files import yaml_of
@@ -268,10 +268,9 @@ def setting(key: str, text: str) -> dict[str, Any] | None:
     try:
         read = numbers(yaml_of(value[1]))
         refuse_unusable(name, read)
-        refuse_misfit(name, read, kind)
     except LetheError:
         return None
-    return {name: read}
+    return {name: read} if fits(read, kind) else None
 
 
 def joined(name: str) -> str:
