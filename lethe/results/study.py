@@ -56,11 +56,7 @@ class Study:
 
     def of_kind(self, kind: str) -> list[Shown]:
         """The runs of one kind, oldest first."""
-        return self._by_kind.get(kind, [])
-
-    @cached_property
-    def _by_kind(self) -> dict[str, list[Shown]]:
-        return grouped(self.runs, lambda run: run.record["kind"])
+        return [run for run in self.runs if run.record["kind"] == kind]
 
     def _side_by_side(self) -> list[list[Shown]]:
         """Groups of runs whose numbers may stand side by side.
@@ -114,13 +110,9 @@ class Study:
 
     def _evaluations(self, ref: str, sha: str) -> list[Shown]:
         """Evaluations of the same weights: those under the same reference, or else all."""
-        same = self._evaluations_of.get(sha, [])
-        return [run for run in same if self._parent(run, "model")[0] == ref] or same
-
-    @cached_property
-    def _evaluations_of(self) -> dict[str, list[Shown]]:
         evaluated = [run for run in self.of_kind("evaluate") if run.record.get("evals")]
-        return grouped(evaluated, lambda run: self._parent(run, "model")[1])
+        same = [run for run in evaluated if self._parent(run, "model")[1] == sha]
+        return [run for run in same if self._parent(run, "model")[0] == ref] or same
 
     @cached_property
     def other_evaluations(self) -> list[Shown]:
