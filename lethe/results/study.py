@@ -216,14 +216,17 @@ class Study:
         if not name or ref.startswith("random:"):
             return None
         made = of.record.get("created") or ""
-        earlier = [run for run in self._makers if run is not of and (run.record.get("created") or "") <= made]
-        named = [run for run in earlier if name in {run.id, run.path.name}]
-        named = named or [run for run in earlier if ref.startswith("run:") and name in run.path.name]
-        return next((run for run in named if run.folder == of.folder), next(iter(named), None))
+        in_part = (run for run in self.runs if ref.startswith("run:") and name in run.path.name and _makes_a_model(run))
+        for named in (self._makers.get(name, ()), in_part):
+            earlier = [run for run in named if run is not of and (run.record.get("created") or "") <= made]
+            if earlier:
+                return next((run for run in earlier if run.folder == of.folder), earlier[0])
+        return None
 
     @cached_property
-    def _makers(self) -> list[Shown]:
-        return [run for run in self.runs if run.record["kind"] in {"unlearn", "tamper"}]
+    def _makers(self) -> dict[str, list[Shown]]:
+        named = [(name, run) for run in self.runs if _makes_a_model(run) for name in {run.id, run.path.name}]
+        return {name: [run for _, run in pairs] for name, pairs in grouped(named, lambda pair: pair[0]).items()}
 
     def _control(self, ref: str, sha: str) -> str | None:
         """What kind of control a model is that no run of the study made; None if it is none."""
@@ -265,3 +268,7 @@ class Study:
         """Hashes by role and reference; of several hashes the oldest run's."""
         parents = [pair for run in reversed(self.runs) for pair in (run.record.get("parents") or {}).items()]
         return {(role, parent["ref"]): parent["sha256"] for role, parent in parents if parent and "ref" in parent}
+
+
+def _makes_a_model(run: Run) -> bool:
+    return run.record["kind"] in {"unlearn", "tamper"}
