@@ -16,14 +16,13 @@ from pathlib import Path
 
 from lethe.errors import LetheError
 from lethe.results import recovery, regimes
-from lethe.results.attacks import FILTERED, Attack, Series, attack_tasks, series_of
+from lethe.results.attacks import FILTERED, Attack, Series, series_of
 from lethe.results.comparable import Shown, grouped, set_apart, tasks_of
 from lethe.results.listing import is_imported
 from lethe.results.regimes import number
 from lethe.results.targets import Row, Target
 from lethe.runs.run import Run, find_run, find_runs
 
-__all__ = ["Study", "attack_tasks"]
 CONTROLS = {"source": "Control: source", "model": "Control: before unlearning"}
 """The label of an attacked model that is the parent of an unlearning run."""
 
