@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lethe import config as c
+from lethe.methods.transfer import Transfer
 from lethe.runs.run import now
 
 KINDS = (("unlearn", 6), ("tamper", 2), ("evaluate", 2))
@@ -39,7 +40,7 @@ COMMANDS = {
 def record(rng: random.Random, number: int) -> dict[str, Any]:
     """A run's record, of the size that a real one has."""
     kind, status = (rng.choices(*zip(*weighted, strict=True))[0] for weighted in (KINDS, STATUSES))
-    settings: Any = {"unlearn": c.Transfer, "tamper": c.TamperConfig, "evaluate": c.EvaluateConfig}[kind]
+    settings: Any = {"unlearn": Transfer, "tamper": c.TamperConfig, "evaluate": c.EvaluateConfig}[kind]
     models = {
         "unlearn": ["lab:final"],
         "tamper": ["lab:filtered", *3 * [f"run:{number - 1:08x}"]],

@@ -7,7 +7,6 @@ from typing import Any
 
 import altair as alt
 
-from lethe.errors import printable
 from lethe.report import chart_style as style
 from lethe.report.chart_style import Points
 from lethe.results.attacks import Series, attack_tasks
@@ -91,9 +90,7 @@ def _as_data(name: str, series: Series, point: Point) -> dict[str, Any]:
 
 def _model_names(series: list[Series]) -> dict[str, str]:
     """A short name for each attacked model: its kind of control or its run's name, if no other model has it."""
-    short = {each.model: each.control or each.model.rsplit(" (", 1)[0] for each in series}
-    times = Counter(short.values())
-    return {model: printable(name if times[name] == 1 else model, style.LONGEST_LABEL) for model, name in short.items()}
+    return style.short_names({each.model: (each.control or each.model.rsplit(" (", 1)[0], each.model) for each in series})
 
 
 def worst_cells(study: Study, drawn: list[Series], forget: str, general: str | None) -> Points:

@@ -134,7 +134,10 @@ def joined(panels: list[Any], columns: int, title: str, **more: Any) -> alt.Conc
 
 def labels(runs: Iterable[Run]) -> dict[str, str]:
     """A run's name by its id, with the id where runs share a name."""
-    listed = list(runs)
-    times = Counter(run.record["name"] for run in listed)
-    names = {run.id: run.record["name"] + ("" if times[run.record["name"]] == 1 else f" ({run.id})") for run in listed}
-    return {run_id: printable(name, LONGEST_LABEL) for run_id, name in names.items()}
+    return short_names({run.id: (run.record["name"], f"{run.record['name']} ({run.id})") for run in runs})
+
+
+def short_names(names: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """Of a short and a long name by key: the short one where no other key has it."""
+    times = Counter(short for short, _ in names.values())
+    return {key: printable(short if times[short] == 1 else long, LONGEST_LABEL) for key, (short, long) in names.items()}

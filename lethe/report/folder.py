@@ -107,13 +107,11 @@ def _made(study: Study, title: str, advance: Advance) -> dict[str, bytes]:
 def _written(out: Path) -> Hashes:
     """The hashes in `.report.json` of files that a report may write; none if it is damaged. It may be somebody else's file."""
     try:
-        known = json_of(text_of(out / WRITTEN)) if (out / WRITTEN).is_file() else None
-    except UnreadableError as error:
-        logger.warning("%s: %s; ignored", out / WRITTEN, error)
-        known = None
-    files = known.get("files") if isinstance(known, dict) else None
-    pairs = files.items() if isinstance(files, dict) else ()
-    return {name: hashes for name, hashes in pairs if _OURS.fullmatch(name) and isinstance(hashes, list)}
+        files = json_of(text_of(out / WRITTEN))["files"].items() if (out / WRITTEN).is_file() else ()
+    except (UnreadableError, TypeError, KeyError, AttributeError) as error:
+        logger.warning("%s: damaged (%s); ignored", out / WRITTEN, error)
+        return {}
+    return {name: hashes for name, hashes in files if _OURS.fullmatch(name) and isinstance(hashes, list)}
 
 
 def _is_ours(out: Path, name: str, before: Hashes) -> bool:

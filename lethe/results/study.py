@@ -16,14 +16,13 @@ from pathlib import Path
 
 from lethe.errors import LetheError
 from lethe.results import recovery, regimes
-from lethe.results.attacks import FILTERED, Attack, Series, attack_tasks, series_of
+from lethe.results.attacks import FILTERED, Attack, Series, series_of
 from lethe.results.comparable import Shown, grouped, set_apart, tasks_of
 from lethe.results.listing import is_imported
 from lethe.results.regimes import number
 from lethe.results.targets import Row, Target
 from lethe.runs.run import Run, find_run, find_runs
 
-__all__ = ["Study", "attack_tasks"]
 CONTROLS = {"source": "Control: source", "model": "Control: before unlearning"}
 """The label of an attacked model that is the parent of an unlearning run."""
 
@@ -56,11 +55,7 @@ class Study:
 
     def of_kind(self, kind: str) -> list[Shown]:
         """The runs of one kind, oldest first."""
-        return self._by_kind.get(kind, [])
-
-    @cached_property
-    def _by_kind(self) -> dict[str, list[Shown]]:
-        return grouped(self.runs, lambda run: run.record["kind"])
+        return [run for run in self.runs if run.record["kind"] == kind]
 
     def _side_by_side(self) -> list[list[Shown]]:
         """Groups of runs whose numbers may stand side by side.
@@ -114,13 +109,9 @@ class Study:
 
     def _evaluations(self, ref: str, sha: str) -> list[Shown]:
         """Evaluations of the same weights: those under the same reference, or else all."""
-        same = self._evaluations_of.get(sha, [])
-        return [run for run in same if self._parent(run, "model")[0] == ref] or same
-
-    @cached_property
-    def _evaluations_of(self) -> dict[str, list[Shown]]:
         evaluated = [run for run in self.of_kind("evaluate") if run.record.get("evals")]
-        return grouped(evaluated, lambda run: self._parent(run, "model")[1])
+        same = [run for run in evaluated if self._parent(run, "model")[1] == sha]
+        return [run for run in same if self._parent(run, "model")[0] == ref] or same
 
     @cached_property
     def other_evaluations(self) -> list[Shown]:
@@ -224,14 +215,17 @@ class Study:
         if not name or ref.startswith("random:"):
             return None
         made = of.record.get("created") or ""
-        earlier = [run for run in self._makers if run is not of and (run.record.get("created") or "") <= made]
-        named = [run for run in earlier if name in {run.id, run.path.name}]
-        named = named or [run for run in earlier if ref.startswith("run:") and name in run.path.name]
-        return next((run for run in named if run.folder == of.folder), next(iter(named), None))
+        in_part = (run for run in self.runs if ref.startswith("run:") and name in run.path.name and _makes_a_model(run))
+        for named in (self._makers.get(name, ()), in_part):
+            earlier = [run for run in named if run is not of and (run.record.get("created") or "") <= made]
+            if earlier:
+                return next((run for run in earlier if run.folder == of.folder), earlier[0])
+        return None
 
     @cached_property
-    def _makers(self) -> list[Shown]:
-        return [run for run in self.runs if run.record["kind"] in {"unlearn", "tamper"}]
+    def _makers(self) -> dict[str, list[Shown]]:
+        named = [(name, run) for run in self.runs if _makes_a_model(run) for name in {run.id, run.path.name}]
+        return {name: [run for _, run in pairs] for name, pairs in grouped(named, lambda pair: pair[0]).items()}
 
     def _control(self, ref: str, sha: str) -> str | None:
         """What kind of control a model is that no run of the study made; None if it is none."""
@@ -273,3 +267,7 @@ class Study:
         """Hashes by role and reference; of several hashes the oldest run's."""
         parents = [pair for run in reversed(self.runs) for pair in (run.record.get("parents") or {}).items()]
         return {(role, parent["ref"]): parent["sha256"] for role, parent in parents if parent and "ref" in parent}
+
+
+def _makes_a_model(run: Run) -> bool:
+    return run.record["kind"] in {"unlearn", "tamper"}

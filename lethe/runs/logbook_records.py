@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -10,6 +9,7 @@ from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 from lethe import config as c
+from lethe.config.checks import types_of
 from lethe.errors import printable
 from lethe.methods.method import every
 from lethe.runs.logbook import NUMBER, OPTIMIZERS, Column, LogTable, marks, phrases, plain, setting
@@ -39,6 +39,12 @@ class Cell(NamedTuple):
     is_share: bool
 
 
+PLAN = {"updates": "steps", "forward_passes": "forward_passes", "effective_batch": "effective_batch"}
+FIELDS = {
+    kind: {name for each in configs for name in types_of(each)}
+    for kind, configs in (("unlearn", [*every()]), ("tamper", [c.TamperConfig]), ("evaluate", [c.EvaluateConfig]))
+}
+"""The settings of each kind of run."""
 RESULTS = ("task", "point", "final")
 Said = dict[str, list[tuple[Column, Any]]]
 """What the cells of a row say, by role: for results (value, step), for settings their values by name, else texts."""
@@ -205,12 +211,29 @@ class TableReader:
         return points
 
     def _record(self, kind: str, name: str, key: str, line: int, settings: dict[str, Any]) -> dict[str, Any]:
-        """What all records have. The id is a hash of the row's place: file, kind, headings and `key`."""
+        """What all records have. The id is a hash of the row's place: file, kind, headings and `key`.
+
+        Settings become `config` or `plan`. `imported` has those that Lethe does not know, and steps, whose unit is unknown.
+        """
         place = json.dumps([self.file, kind, self.table.group, key])
         self.places[place] += 1
         digest = hashlib.sha256(f"{place} {self.places[place]}".encode()).hexdigest()[:8]
-        config, plan, rest = _sorted_settings(kind, settings)
-        facts = {"file": self.file, "path": self.path, "line": line, "group": self.table.group} | rest
+        config: dict[str, Any] = {}
+        plan: dict[str, Any] = {}
+        facts: dict[str, Any] = {"file": self.file, "path": self.path, "line": line, "group": self.table.group}
+        is_full = settings.get("lora.r", 0) is None
+        for setting_name, value in settings.items():
+            head, _, inner = setting_name.partition(".")
+            if head == "steps":
+                facts |= {"steps": value, "steps_unit": "unknown"}
+            elif head in PLAN:
+                plan[PLAN[head]] = value
+            elif head not in FIELDS.get(kind, ()):
+                facts.setdefault("settings", {})[setting_name] = value
+            elif inner and not (head == "lora" and is_full):
+                config.setdefault(head, {})[inner] = value
+            else:
+                config[head] = None if inner else value
         record: dict[str, Any] = {"id": digest, "kind": kind, "name": printable(name, LONGEST_NAME)}
         record |= dict.fromkeys(("status", "reason", "job_id", "created", "started", "finished", "heartbeat"))
         return record | {"launcher": "imported", "config": config, "imported": facts} | ({"plan": plan} if plan else {})
@@ -220,30 +243,6 @@ def _attack_settings(label: str) -> dict[str, Any]:
     """The optimizer and the settings in an attack's label, such as `Muon (30ep)`."""
     optimizer = next((word for word in re.findall(r"\w+", label.lower()) if word in OPTIMIZERS), None)
     return ({"optimizer": optimizer} if optimizer else {}) | phrases(label)
-
-
-def _sorted_settings(kind: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Settings as `config`, `plan` and the rest. Steps whose unit the log does not name are part of the rest."""
-    kinds: dict[str, list[type]] = {"unlearn": [*every()], "tamper": [c.TamperConfig], "evaluate": [c.EvaluateConfig]}
-    names = {f.name for each in kinds.get(kind, []) for f in dataclasses.fields(each)}
-    config: dict[str, Any] = {}
-    plan: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
-    if settings.get("lora.r", 0) is None:
-        settings = {name: value for name, value in settings.items() if not name.startswith("lora.")} | {"lora": None}
-    for name, value in settings.items():
-        head, _, inner = name.partition(".")
-        if name == "steps":
-            rest |= {"steps": value, "steps_unit": "unknown"}
-        elif name in {"updates", "forward_passes", "effective_batch"}:
-            plan["steps" if name == "updates" else name] = value
-        elif head not in names:
-            rest.setdefault("settings", {})[name] = value
-        elif inner:
-            config.setdefault(head, {})[inner] = value
-        else:
-            config[name] = value
-    return config, plan, rest
 
 
 def _text(said: Said, role: str) -> str | None:

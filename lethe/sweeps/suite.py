@@ -26,7 +26,8 @@ from lethe.config.checks import changed
 from lethe.config.parse import build, from_recipe, from_settings
 from lethe.errors import LetheError, nearest, printable
 from lethe.models import refs
-from lethe.results.study import Study, attack_tasks
+from lethe.results.attacks import attack_tasks
+from lethe.results.study import Study
 from lethe.runs.run import Run
 from lethe.sweeps.planner import MOST_RUNS, Planner, baseline, short
 from lethe.sweeps.trials import Plan, Stage, Trial
