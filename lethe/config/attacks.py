@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from lethe.config.checks import Count, RunName
+from lethe.config.checks import Count, RunName, Settings
 from lethe.config.evaluation import EvalSettings
 from lethe.config.training import LoraSettings, TextSource, TrainingSettings, refuse_weight
 from lethe.errors import LetheError
@@ -56,9 +55,10 @@ class TamperConfig(TrainingSettings):
     """Name of the run."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Settings.__post_init__(self)
         if self.attack != "finetune":
             self._refuse_training()
+        super().__post_init__()
         refuse_weight("forget", self.forget)
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
@@ -86,10 +86,9 @@ class TamperConfig(TrainingSettings):
         read = {"model", "attack", "strengths", "eval", "out", "name", "time_limit"}
         read |= {"forget", "num_train_examples", "overlap", "max_length"} if self.reads_text else {"save_model"}
         read |= {"seed"} if self.draws else set()
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
-            if each.name not in read and value != _default(each):
-                raise LetheError(f"{each.name}: {value} has no effect with attack {self.attack}; leave it out")
+        for name in self.changed():
+            if name not in read:
+                raise LetheError(f"{name}: {getattr(self, name)} has no effect with attack {self.attack}; leave it out")
         if self.eval.every not in {0, 10}:
             raise LetheError(f"eval.every: {self.eval.every} has no effect with attack {self.attack}; leave it out")
 
@@ -111,7 +110,3 @@ class TamperConfig(TrainingSettings):
         documents = ATTACKED if self.num_train_examples is None else self.num_train_examples
         if self.attack == "prompt" and documents and max(self.strengths) > documents:
             raise LetheError(f"strengths: {max(self.strengths):g} documents are more than num_train_examples, {documents}")
-
-
-def _default(each: dataclasses.Field[Any]) -> Any:
-    return each.default if each.default_factory is dataclasses.MISSING else each.default_factory()

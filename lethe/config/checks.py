@@ -44,6 +44,16 @@ class Settings:
             for rule in () if value is None else rules[name]:
                 rule(name, value)
 
+    def changed(self) -> list[str]:
+        """The names of the settings that do not have their default value."""
+        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
+        return [field.name for field in fields if getattr(self, field.name) != default_of(field)]
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default value of a field; `dataclasses.MISSING` if it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
 
 @functools.cache
 def types_of(kind: type) -> dict[str, Any]:

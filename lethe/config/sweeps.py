@@ -134,23 +134,15 @@ class SweepConfig(LaunchSettings):
 
     def _refuse_without_effect(self) -> None:
         """Refuse settings of other kinds of sweeps."""
-        of_kinds: dict[str, tuple[Any, list[str]]] = {
-            "find": ("boundary", ["boundary"]),
-            "width": (1.5, ["boundary"]),
-            "within": (None, ["boundary"]),
-            "reference": ("baseline", ["boundary"]),
-            "max_runs": (0, ["boundary", "pareto"]),
-            "hours": (0, ["pareto"]),
-            "warm_start": ([], ["pareto"]),
-            "sampler": ("gp", ["pareto"]),
-            "stop_early": (True, ["pareto"]),
+        of_kinds = {
+            "boundary": {"find", "width", "within", "reference", "max_runs"},
+            "pareto": {"hours", "warm_start", "sampler", "stop_early", "max_runs"},
         }
-        for name, (default, kinds) in of_kinds.items():
-            given = getattr(self, name)
-            if given != default and self.kind not in kinds:
-                raise LetheError(f"{name}: {given} has no effect with kind {self.kind}; leave it out")
-            if given != default and name in {"within", "reference"} and self.find != "retained":
-                raise LetheError(f"{name}: {given} has no effect without find retained; leave it out")
+        for name in self.changed():
+            if any(name in settings for settings in of_kinds.values()) and name not in of_kinds.get(self.kind, set()):
+                raise LetheError(f"{name}: {getattr(self, name)} has no effect with kind {self.kind}; leave it out")
+            if name in {"within", "reference"} and self.find != "retained":
+                raise LetheError(f"{name}: {getattr(self, name)} has no effect without find retained; leave it out")
 
 
 @dataclass

@@ -104,7 +104,7 @@ class Method(UnlearnSettings):
             teacher_cache=self.teacher_cache != "auto"
             and not any(need.teacher for need in needs.values())
             and "on a recipe whose losses use no teacher",
-            layers=not self.reads_layers and self.layers != type(self).layers_by_default() and "without adapters",
+            layers=not self.reads_layers and "layers" in self.changed() and "without adapters",
         )
 
     def needs(self) -> dict[str, Need]:
@@ -159,12 +159,6 @@ class Method(UnlearnSettings):
     def mapped_layers(self) -> tuple[int, ...]:
         """Layers whose affine maps the run holds."""
         return next((need.layers for need in self.needs().values() if need.mapped), ())
-
-    @classmethod
-    def layers_by_default(cls) -> list[int] | None:
-        """The value of `layers` where a recipe names none."""
-        field: Any = cls.__dataclass_fields__["layers"]
-        return field.default_factory() if callable(field.default_factory) else field.default
 
     @classmethod
     def variant(cls, given: Mapping[str, Any]) -> type[Method]:
