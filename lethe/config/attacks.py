@@ -7,7 +7,7 @@ from typing import Literal
 
 from lethe.config.checks import Count, RunName, Settings
 from lethe.config.evaluation import EvalSettings
-from lethe.config.training import LoraSettings, TextSource, TrainingSettings, refuse_weight
+from lethe.config.training import LoraSettings, Text, TrainingSettings
 from lethe.errors import LetheError
 
 AttackName = Literal["finetune", "noise", "quantize", "prune", "prompt"]
@@ -29,7 +29,7 @@ class TamperConfig(TrainingSettings):
     strengths: list[float] = field(default_factory=list)
     """How strong the attack is, the weakest first; []: usual values. noise: its standard deviation relative to the matrix's;
     quantize: bits, 8 or 4; prune: share of the weights that is set to 0; prompt: documents in the prompt."""
-    forget: str | TextSource = "lab:forget"
+    forget: Text = "lab:forget"
     """The attacker's text. Documents are ordered by their hash: unlearning uses the first ones, attacks the last ones."""
     num_train_examples: Count | None = None
     """Documents that the attacker has (0: all); null: all, up to 512. A prompt's documents are drawn from these."""
@@ -59,7 +59,6 @@ class TamperConfig(TrainingSettings):
         if self.attack != "finetune":
             self._refuse_training()
         super().__post_init__()
-        refuse_weight("forget", self.forget)
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
         if self.adapter == "train" and self.lora is not None:

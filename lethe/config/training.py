@@ -37,10 +37,14 @@ class TextSource(Settings):
             raise LetheError(f"split: {self.split} has no effect on '{self.source}', which is no hub data set; leave it out")
 
 
-def refuse_weight(name: str, text: str | TextSource | list[TextSource]) -> None:
-    """Refuse a weight of a text that is not part of a mixture."""
+def _refuse_weight(name: str, text: str | TextSource | list[TextSource]) -> None:
     if isinstance(text, TextSource) and text.weight != 1:
         raise LetheError(f"{name}.weight: {text.weight} has no effect on a text alone; it is for mixtures of retain text")
+
+
+Text = Annotated[str | TextSource, _refuse_weight]
+Texts = Annotated[str | TextSource | list[TextSource], _refuse_weight]
+"""A text, or a mixture."""
 
 
 def as_text_source(text: str | TextSource) -> TextSource:
