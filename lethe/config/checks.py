@@ -153,16 +153,17 @@ Layers = Annotated[list[int], _refuse_layers]
 RunName = Annotated[str, lambda _, name: refuse_name(name)]
 NameTemplate = Annotated[str, lambda _, name: name and refuse_name(name)]
 Duration = Annotated[str | int, lambda _, time: minutes(time)]
+"""Types of settings with their rules, named after what the setting is."""
 
 
-def minutes(time: str | int, name: str = "time") -> int:
+def minutes(time: str | int) -> int:
     """A Slurm time in whole minutes, rounded up: 90, "90", "90:00", "1:30:00", "1-12", "1-12:00", "1-12:00:00".
 
     Raises:
         LetheError: it has none of these forms, or is 0.
     """
     if isinstance(time, int) and time > 1440:  # YAML reads 12:00:00 without quotes as the number 43200
-        raise LetheError(f'{name}: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
+        raise LetheError(f'time: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
     parts = _TIME.fullmatch(str(time).strip())
     if parts:
         days, first, second, third = (int(part) if part else 0 for part in parts.groups())
@@ -170,7 +171,7 @@ def minutes(time: str | int, name: str = "time") -> int:
         seconds = 86400 * days + 3600 * first + 60 * second + third if with_hours else 60 * first + second
         if seconds:
             return -(-seconds // 60)
-    raise LetheError(f'{name}: expected minutes, or a time such as "12:00:00" or "2-00:00:00", got {time!r}')
+    raise LetheError(f'time: expected minutes, or a time such as "12:00:00" or "2-00:00:00", got {time!r}')
 
 
 def options(kind: Any) -> tuple[Any, ...]:
