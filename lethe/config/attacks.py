@@ -61,14 +61,12 @@ class TamperConfig(TrainingSettings):
         super().__post_init__()
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
-        if self.adapter == "train" and self.lora is not None:
-            raise LetheError("lora: has no effect with adapter train, which trains the adapter that is there; leave one out")
-        if self.attack == "finetune":
-            if self.strengths:
-                raise LetheError(f"strengths: {self.strengths} has no effect with attack finetune; leave it out")
-            return
-        self.strengths = self.strengths or [float(strength) for strength in STRENGTHS[self.attack]]
-        self._refuse_strengths()
+        why = "with adapter train, which trains the adapter that is there"
+        self.refuse_idle("lora", when=self.adapter == "train", why=why)
+        self.refuse_idle("strengths", when=self.attack == "finetune", why="with attack finetune")
+        if self.attack != "finetune":
+            self.strengths = self.strengths or [float(strength) for strength in STRENGTHS[self.attack]]
+            self._refuse_strengths()
 
     @property
     def reads_text(self) -> bool:
@@ -85,9 +83,7 @@ class TamperConfig(TrainingSettings):
         read = {"model", "attack", "strengths", "eval", "out", "name", "time_limit"}
         read |= {"forget", "num_train_examples", "overlap", "max_length"} if self.reads_text else {"save_model"}
         read |= {"seed"} if self.draws else set()
-        for name in self.changed():
-            if name not in read:
-                raise LetheError(f"{name}: {getattr(self, name)} has no effect with attack {self.attack}; leave it out")
+        self.refuse_idle(*sorted({*self.changed()} - read), when=True, why=f"with attack {self.attack}")
         if self.eval.every not in {0, 10}:
             raise LetheError(f"eval.every: {self.eval.every} has no effect with attack {self.attack}; leave it out")
 

@@ -49,6 +49,18 @@ class Settings:
         fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
         return [field.name for field in fields if getattr(self, field.name) != default_of(field)]
 
+    def refuse_idle(self, *names: str, when: bool, why: str) -> None:
+        """Refuse these settings `when` nothing would read them, if they do not have their default value.
+
+        Raises:
+            LetheError: names the setting and the reason.
+        """
+        for name in names:
+            if when and name in self.changed():
+                value = getattr(self, name)
+                given = "" if dataclasses.is_dataclass(value) else f"{value} "
+                raise LetheError(f"{name}: {given}has no effect {why}; leave it out")
+
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default value of a field; `dataclasses.MISSING` if it has none."""

@@ -7,7 +7,6 @@ from typing import Annotated
 
 from lethe.config.checks import Amount, Count, Dtype, Layers, Length, Positive, RunName, Seed, Settings, must_be
 from lethe.config.training import LAYERS, Text
-from lethe.errors import LetheError
 
 
 @dataclass
@@ -102,8 +101,7 @@ class RunsConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every != 5.0 and not self.watch:
-            raise LetheError(f"every: {self.every} has no effect without watch; leave it out")
+        self.refuse_idle("every", when=not self.watch, why="without watch")
 
 
 @dataclass

@@ -65,8 +65,7 @@ class LaunchSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.launcher == "local" and self.slurm != SlurmSettings():
-            raise LetheError("slurm: has no effect with launcher local; leave it out, or set launcher to slurm")
+        self.refuse_idle("slurm", when=self.launcher == "local", why="with launcher local")
 
     @property
     def seed_list(self) -> list[int]:
@@ -126,23 +125,15 @@ class SweepConfig(LaunchSettings):
                 f"chance_threshold: must be at least 0 and below retained_threshold, which is at most 1, "
                 f"got {self.chance_threshold} and {self.retained_threshold}"
             )
-        self._refuse_without_effect()
+        kind = f"with kind {self.kind}"
+        self.refuse_idle("find", "width", "within", "reference", when=self.kind != "boundary", why=kind)
+        self.refuse_idle("hours", "warm_start", "sampler", "stop_early", when=self.kind != "pareto", why=kind)
+        self.refuse_idle("max_runs", when=self.kind == "grid", why=kind)
+        self.refuse_idle("within", "reference", when=self.find != "retained", why="without find retained")
         if self.find == "retained" and self.within is None:
             raise LetheError("within: find retained needs the allowed loss, such as within: 0.01 for one point")
         if self.kind == "pareto" and not self.max_runs and not self.hours:
             raise LetheError("max_runs: a pareto sweep needs a budget; give max_runs or hours")
-
-    def _refuse_without_effect(self) -> None:
-        """Refuse settings of other kinds of sweeps."""
-        of_kinds = {
-            "boundary": {"find", "width", "within", "reference", "max_runs"},
-            "pareto": {"hours", "warm_start", "sampler", "stop_early", "max_runs"},
-        }
-        for name in self.changed():
-            if any(name in settings for settings in of_kinds.values()) and name not in of_kinds.get(self.kind, set()):
-                raise LetheError(f"{name}: {getattr(self, name)} has no effect with kind {self.kind}; leave it out")
-            if name in {"within", "reference"} and self.find != "retained":
-                raise LetheError(f"{name}: {getattr(self, name)} has no effect without find retained; leave it out")
 
 
 @dataclass

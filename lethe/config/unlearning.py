@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from lethe.config.checks import Count, Dtype, Layers, RunName, must_be
 from lethe.config.evaluation import EvalSettings
@@ -54,19 +54,7 @@ class UnlearnSettings(TrainingSettings):
         super().__post_init__()
         if self.retain == []:
             raise LetheError("retain: name at least one text")
-        self.refuse_idle(
-            merge=self.merge and self.lora is None and "in full-rank training (lora: null), where there is no adapter"
-        )
-
-    def refuse_idle(self, **idle: Any) -> None:
-        """Refuse a setting that nothing would read. Each keyword is a setting, and why it has no effect (False: it has one).
-
-        Raises:
-            LetheError: names the setting and the reason.
-        """
-        for name, why in idle.items():
-            if why:
-                raise LetheError(f"{name}: {getattr(self, name)} has no effect {why}; leave it out")
+        self.refuse_idle("merge", when=self.lora is None, why="in full-rank training (lora: null), where there is no adapter")
 
     @property
     def finds_source(self) -> bool:
