@@ -225,10 +225,8 @@ def _affine_fit(settings: c.AffineConfig, as_json: bool) -> None:
 
     check_affine(settings)
     from lethe.maps.affine import fit_affine
-    from lethe.report.tables import affine_table
 
-    run = fit_affine(settings)
-    _answer(run, as_json, affine_table(run.record["scores"]))
+    _answer_all(fit_affine(settings), as_json)
 
 
 @command("affine score", "lethe affine score run:ID --model lab:final --source lab:global_step900", "affine")
