@@ -222,10 +222,8 @@ def _checkpoints(settings: c.CheckpointsConfig, as_json: bool) -> None:
 @command("affine fit", "lethe affine fit --model lab:final --source lab:global_step900")
 def _affine_fit(settings: c.AffineConfig, as_json: bool) -> None:
     from lethe.maps.pipeline import fit_affine
-    from lethe.report.tables import affine_table
 
-    run = fit_affine(settings)
-    _answer(run, as_json, affine_table(run.record["scores"]))
+    _answer_all(fit_affine(settings), as_json)
 
 
 @command("affine score", "lethe affine score run:ID --model lab:final --source lab:global_step900", "affine")

@@ -21,7 +21,7 @@ from typing import Any
 import docstring_parser
 
 from lethe.cli import COMMANDS, Command
-from lethe.config.checks import options, spoken
+from lethe.config.checks import default_of, options, spoken
 from lethe.methods import method
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
@@ -96,9 +96,8 @@ def _type(kind: Any) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+    if (value := default_of(field)) is dataclasses.MISSING:
         return "required"
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return "as below" if dataclasses.is_dataclass(value) else f"`{json.dumps(value)}`"
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -207,15 +206,6 @@ class Cluster:
         """The process ids of a job (7: with its script and srun) or of its work alone (7.0)."""
         lines = subprocess.run(["scontrol", "listpids", step], capture_output=True, text=True, check=True).stdout
         return [int(pid) for pid, *_ in map(str.split, lines.splitlines()[1:])]
-
-    @staticmethod
-    def until(true: Callable[[], Any], seconds: float = 60) -> Any:
-        """The first answer that is true."""
-        end = time.monotonic() + seconds
-        while not (answer := true()):
-            assert time.monotonic() < end, f"not within {seconds} s"
-            time.sleep(0.2)
-        return answer
 
 
 @pytest.fixture(scope="session")

@@ -109,5 +109,5 @@ def test_a_run_without_samples_and_a_third_model_are_refused(runs, lab, tmp_path
     bare = evaluate(EvaluateConfig(SOURCE, ["lab_forget_robust"], limit=5, out=str(tmp_path)))
     with pytest.raises(LetheError, match="--samples true"):
         compare(CompareConfig([runs[0], str(bare.path)]))
-    with pytest.raises(LetheError, match="expected two references or runs, got 3"):
+    with pytest.raises(LetheError, match="models: must be two references or runs"):
         CompareConfig(["a", "b", "c"])

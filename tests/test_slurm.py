@@ -34,21 +34,17 @@ def submit(cluster: Cluster, tmp_path: Path):
         given = slurm.SlurmSettings(**{"time": 5, "cpus": 1, **settings})
         job = slurm.submit(Steps(tmp_path / "runs", steps), tmp_path / "jobs", given, "steps")
         jobs.append(job)
-        run = cluster.until(lambda: find_runs(tmp_path / "runs"))[0]
-        cluster.until(lambda: run.rows("metrics.jsonl"))
+        run = until(lambda: find_runs(tmp_path / "runs"))[0]
+        until(lambda: run.rows("metrics.jsonl"))
         return job, run
 
     yield make
     slurm_jobs.cancel(jobs)
-    cluster.until(lambda: not any(state.alive for state in slurm_jobs.states(jobs).values()))
+    until(lambda: not any(state.alive for state in slurm_jobs.states(jobs).values()))
 
 
-def word(job: str) -> str:
-    return slurm_jobs.states([job])[job].word
-
-
-def ended(cluster: Cluster, job: str) -> slurm_jobs.JobState:
-    return cluster.until(lambda: (state := slurm_jobs.states([job])[job]).alive is False and state)
+def ended(job: str) -> slurm_jobs.JobState:
+    return until(lambda: (state := slurm_jobs.states([job])[job]).alive is False and state)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +91,10 @@ def test_sbatchs_refusal_in_its_own_words(cluster, tmp_path):
 def test_states_with_and_without_accounting(cluster, submit, caplog):
     """Accounting and slurmctld each answer alone, too. A job that neither knows is never taken for a completed one."""
     job, run = submit(3)
-    assert ended(cluster, job) == slurm_jobs.JobState("COMPLETED", "None", False)
+    assert ended(job) == slurm_jobs.JobState("COMPLETED", "None", False)
     assert (Run.open(run.path).record["job_id"], Run.open(run.path).status) == (job, "complete")
     accounted = ["sacct", "-X", "-n", "-P", "-o", "State", "-j", job]
-    cluster.until(lambda: subprocess.run(accounted, capture_output=True, text=True, check=False).stdout == "COMPLETED\n")
+    until(lambda: subprocess.run(accounted, capture_output=True, text=True, check=False).stdout == "COMPLETED\n")
     assert not caplog.records
 
     cluster.kill("slurmdbd")
@@ -122,7 +118,7 @@ def test_states_with_and_without_accounting(cluster, submit, caplog):
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster, submit):
     job, run = submit(LONG)
     slurm_jobs.cancel([job])
-    assert ended(cluster, job).word == "CANCELLED"
+    assert ended(job).word == "CANCELLED"
     record = Run.open(run.path).record
     assert (record["status"], "requeue" in record) == ("cancelled", False)
     assert record["saved"] == run.rows("metrics.jsonl")[-1]["step"]
@@ -151,9 +147,9 @@ def is_requeued(job: str) -> None:
 def test_a_job_that_must_stop_saves_and_is_resumed_under_its_id(cluster, submit, happens, reason):
     job, run = submit(40)
     happens(job)
-    cluster.until(lambda: "requeue" in Run.open(run.path).record)
+    until(lambda: "requeue" in Run.open(run.path).record)
     assert Run.open(run.path).record["requeue"] == reason
-    assert ended(cluster, job).word == "COMPLETED"
+    assert ended(job).word == "COMPLETED"
     rows = run.rows("metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert {row["restart"] for row in rows} == {0, 1}
@@ -164,15 +160,15 @@ def test_a_job_that_must_stop_saves_and_is_resumed_under_its_id(cluster, submit,
 def test_a_job_out_of_time_too_often_or_killed_has_failed_and_its_log_says_why(cluster, submit, tmp_path):
     job, run = submit(LONG, max_timeouts=0)
     runs_out_of_time(job)
-    assert ended(cluster, job).word == "FAILED"
+    assert ended(job).word == "FAILED"
     assert "timed-out too many times" in "\n".join(last_lines(slurm.log_file(tmp_path / "jobs", job), 10))
     assert "saved" in Run.open(run.path).record
 
     job, run = submit(LONG)
-    cluster.until(lambda: Run.open(run.path).status == "running")
+    until(lambda: Run.open(run.path).status == "running")
     for process in cluster.processes(f"{job}.0"):
         os.kill(process, 9)
-    assert ended(cluster, job).word == "FAILED"
+    assert ended(job).word == "FAILED"
     tail = "\n".join(last_lines(slurm.log_file(tmp_path / "jobs", job), 10))
     assert "at work" in tail and "Killed" in tail
     assert Run.open(run.path).status == "lost"
@@ -182,23 +178,23 @@ def test_a_job_out_of_time_too_often_or_killed_has_failed_and_its_log_says_why(c
 def test_a_job_whose_node_is_lost_is_resumed_under_its_id(cluster, submit):
     """slurmd, slurmstepd and all of the job are gone at once, as when a machine loses its power; the node comes back."""
     job, run = submit(140)
-    cluster.until(lambda: len(run.rows("metrics.jsonl")) > 110)  # Slurm misses a job only some time after its start
+    until(lambda: len(run.rows("metrics.jsonl")) > 110)  # Slurm misses a job only some time after its start
     steps = subprocess.run(["pgrep", "-x", "slurmstepd"], capture_output=True, text=True, check=True).stdout.split()
     processes = cluster.processes(job)
     cluster.kill("slurmd")
     for process in [*map(int, steps), *processes]:
         os.kill(process, 9)
     cluster.start()
-    assert ended(cluster, job).word == "COMPLETED"
+    assert ended(job).word == "COMPLETED"
     assert [row["step"] for row in run.rows("metrics.jsonl") if row["restart"] == 1] == list(range(101, 141))
 
 
 @pytest.mark.slurm
 def test_a_job_may_submit_another(cluster, tmp_path):
     outer = slurm.submit(Submits(tmp_path), tmp_path / "jobs", slurm.SlurmSettings(time=5, cpus=2), "outer")
-    assert ended(cluster, outer).word == "COMPLETED"
+    assert ended(outer).word == "COMPLETED"
     inner = (tmp_path / "inner").read_text()
-    assert ended(cluster, inner).word == "COMPLETED"
+    assert ended(inner).word == "COMPLETED"
     shown = subprocess.run(["scontrol", "show", "job", inner], capture_output=True, text=True, check=True).stdout
     assert "CPUs/Task=1" in shown
 

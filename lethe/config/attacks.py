@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lethe.config.checks import Count, RunName, changed
+from lethe.config.checks import Count, RunName, Settings
 from lethe.config.evaluation import EvalSettings
-from lethe.config.training import LoraSettings, TextSource, TrainingSettings, refuse_weight
+from lethe.config.training import LoraSettings, Text, TrainingSettings
 from lethe.errors import LetheError
 
 AttackName = Literal["finetune", "noise", "quantize", "prune", "prompt"]
@@ -29,7 +29,7 @@ class TamperConfig(TrainingSettings):
     strengths: list[float] = field(default_factory=list)
     """How strong the attack is, the weakest first; []: usual values. noise: its standard deviation relative to the matrix's;
     quantize: bits, 8 or 4; prune: share of the weights that is set to 0; prompt: documents in the prompt."""
-    forget: str | TextSource = "lab:forget"
+    forget: Text = "lab:forget"
     """The attacker's text. Documents are ordered by their hash: unlearning uses the first ones, attacks the last ones."""
     num_train_examples: Count | None = None
     """Documents that the attacker has (0: all); null: all, up to 512. A prompt's documents are drawn from these."""
@@ -55,20 +55,18 @@ class TamperConfig(TrainingSettings):
     """Name of the run."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Settings.__post_init__(self)
         if self.attack != "finetune":
             self._refuse_training()
-        refuse_weight("forget", self.forget)
+        super().__post_init__()
         if not self.model:
             raise LetheError("model: name the model to attack, such as run:ID or lab:filtered")
-        if self.adapter == "train" and self.lora is not None:
-            raise LetheError("lora: has no effect with adapter train, which trains the adapter that is there; leave one out")
-        if self.attack == "finetune":
-            if self.strengths:
-                raise LetheError(f"strengths: {self.strengths} has no effect with attack finetune; leave it out")
-            return
-        self.strengths = self.strengths or [float(strength) for strength in STRENGTHS[self.attack]]
-        self._refuse_strengths()
+        why = "with adapter train, which trains the adapter that is there"
+        self.refuse_idle("lora", when=self.adapter == "train", why=why)
+        self.refuse_idle("strengths", when=self.attack == "finetune", why="with attack finetune")
+        if self.attack != "finetune":
+            self.strengths = self.strengths or [float(strength) for strength in STRENGTHS[self.attack]]
+            self._refuse_strengths()
 
     @property
     def reads_text(self) -> bool:
@@ -85,9 +83,7 @@ class TamperConfig(TrainingSettings):
         read = {"model", "attack", "strengths", "eval", "out", "name", "time_limit"}
         read |= {"forget", "num_train_examples", "overlap", "max_length"} if self.reads_text else {"save_model"}
         read |= {"seed"} if self.draws else set()
-        for name, value in changed(self).items():
-            if name not in read:
-                raise LetheError(f"{name}: {value} has no effect with attack {self.attack}; leave it out")
+        self.refuse_idle(*sorted({*self.changed()} - read), when=True, why=f"with attack {self.attack}")
         if self.eval.every not in {0, 10}:
             raise LetheError(f"eval.every: {self.eval.every} has no effect with attack {self.attack}; leave it out")
 

@@ -46,15 +46,27 @@ class Settings:
             for rule in () if value is None else rules[name]:
                 rule(name, value)
 
+    def changed(self) -> list[str]:
+        """The names of the settings that do not have their default value."""
+        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
+        return [field.name for field in fields if getattr(self, field.name) != default_of(field)]
 
-def changed(config: Any) -> dict[str, Any]:
-    """The settings that differ from their defaults."""
-    found = {}
-    for each in dataclasses.fields(config):
-        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
-        if getattr(config, each.name) != default:
-            found[each.name] = getattr(config, each.name)
-    return found
+    def refuse_idle(self, *names: str, when: bool, why: str) -> None:
+        """Refuse these settings `when` nothing would read them, if they do not have their default value.
+
+        Raises:
+            LetheError: names the setting and the reason.
+        """
+        for name in names:
+            if when and name in self.changed():
+                value = getattr(self, name)
+                given = "" if dataclasses.is_dataclass(value) else f"{value} "
+                raise LetheError(f"{name}: {given}has no effect {why}; leave it out")
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default value of a field; `dataclasses.MISSING` if it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @functools.cache
@@ -155,16 +167,17 @@ Layers = Annotated[list[int], _refuse_layers]
 RunName = Annotated[str, lambda _, name: refuse_name(name)]
 NameTemplate = Annotated[str, lambda _, name: name and refuse_name(name)]
 Duration = Annotated[str | int, lambda _, time: minutes(time)]
+"""Types of settings with their rules, named after what the setting is."""
 
 
-def minutes(time: str | int, name: str = "time") -> int:
+def minutes(time: str | int) -> int:
     """A Slurm time in whole minutes, rounded up: 90, "90", "90:00", "1:30:00", "1-12", "1-12:00", "1-12:00:00".
 
     Raises:
         LetheError: it has none of these forms, or is 0.
     """
     if isinstance(time, int) and time > 1440:  # YAML reads 12:00:00 without quotes as the number 43200
-        raise LetheError(f'{name}: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
+        raise LetheError(f'time: {time} minutes are more than a day; write it in quotes, such as "12:00:00" or "2-00:00:00"')
     parts = _TIME.fullmatch(str(time).strip())
     if parts:
         days, first, second, third = (int(part) if part else 0 for part in parts.groups())
@@ -172,7 +185,7 @@ def minutes(time: str | int, name: str = "time") -> int:
         seconds = 86400 * days + 3600 * first + 60 * second + third if with_hours else 60 * first + second
         if seconds:
             return -(-seconds // 60)
-    raise LetheError(f'{name}: expected minutes, or a time such as "12:00:00" or "2-00:00:00", got {time!r}')
+    raise LetheError(f'time: expected minutes, or a time such as "12:00:00" or "2-00:00:00", got {time!r}')
 
 
 def options(kind: Any) -> tuple[Any, ...]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from lethe.config.checks import Amount, Count, Dtype, Layers, Length, Positive, RunName, Seed, Settings, must_be
-from lethe.config.training import LAYERS, TextSource, refuse_weight
-from lethe.errors import LetheError
+from lethe.config.training import LAYERS, Text
 
 
 @dataclass
@@ -23,7 +22,7 @@ class AffineConfig(Settings):
     """The model whose activations are predicted."""
     source: str
     """The ignorant checkpoint whose activations are mapped."""
-    text: str | TextSource = "lab:retain"
+    text: Text = "lab:retain"
     """Text to fit on. Never forget text: the maps would carry the topic."""
     layers: Layers = field(default_factory=lambda: list(LAYERS))
     """Layers that get a map. Layer L is the residual stream after block L, from 0."""
@@ -46,10 +45,6 @@ class AffineConfig(Settings):
     name: RunName = "maps"
     """Name of the run."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_weight("text", self.text)
-
 
 @dataclass
 class AffineScoreConfig(Settings):
@@ -61,7 +56,7 @@ class AffineScoreConfig(Settings):
     """The model whose activations are predicted."""
     source: str
     """The checkpoint whose activations are mapped."""
-    text: str | TextSource = "lab:retain"
+    text: Text = "lab:retain"
     """Text to score on."""
     num_examples: Count = 0
     """How many of the documents that the maps were not fitted on to score on (0: all)."""
@@ -71,10 +66,6 @@ class AffineScoreConfig(Settings):
     """Documents in one forward pass. More documents need more memory."""
     dtype: Dtype = "float32"
     """Type of both models' weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_weight("text", self.text)
 
 
 @dataclass
@@ -110,8 +101,7 @@ class RunsConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every != 5.0 and not self.watch:
-            raise LetheError(f"every: {self.every} has no effect without watch; leave it out")
+        self.refuse_idle("every", when=not self.watch, why="without watch")
 
 
 @dataclass

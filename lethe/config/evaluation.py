@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Amount, Count, Dtype, RunName, Settings
-from lethe.errors import LetheError
+from lethe.config.checks import Amount, Count, Dtype, RunName, Settings, must_be
 
 LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
 
@@ -90,7 +89,7 @@ class EvaluateConfig(TaskSettings):
 class CompareConfig(TaskSettings):
     """Compare two models on the same questions: the difference, an exact McNemar test, and which answers changed."""
 
-    models: list[str]
+    models: Annotated[list[str], must_be("two references or runs", lambda models: len(models) == 2)]
     """Two model references, or evaluate runs. An evaluate run with samples is read, not evaluated again."""
     tasks: list[str] = field(default_factory=list)
     """Tasks or groups of lm-eval, folders of task files, or suites; []: those of the runs; without runs, the lab's."""
@@ -98,8 +97,3 @@ class CompareConfig(TaskSettings):
     """Type of the weights."""
     out: str = "runs"
     """Folder in which runs are looked up."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.models) != 2:
-            raise LetheError(f"models: expected two references or runs, got {len(self.models)}")

@@ -27,7 +27,7 @@ import yaml
 
 from lethe import files
 from lethe.config import options, recipes, renamed, spoken, to_dict
-from lethe.config.checks import refuse_text, refuse_unusable, types_of
+from lethe.config.checks import default_of, refuse_text, refuse_unusable, types_of
 from lethe.errors import LetheError, nearest, printable
 
 ANSWERED = {"config", "help", "print_config"}
@@ -262,8 +262,8 @@ def _variant(config: type, *given: Mapping[Any, Any]) -> type:
 
 def _defaults(config: type) -> dict[str, Any]:
     """Default values of nested settings as plain data, so that a recipe may change one setting of them."""
-    made = [(f.name, f.default_factory()) for f in dataclasses.fields(config) if f.default_factory is not dataclasses.MISSING]
-    return {name: to_dict(value) for name, value in made if dataclasses.is_dataclass(value)}
+    made = {f.name: default_of(f) for f in dataclasses.fields(config)}
+    return {name: to_dict(value) for name, value in made.items() if dataclasses.is_dataclass(value)}
 
 
 def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
@@ -313,7 +313,7 @@ def _described(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         texts |= {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(each).params}
     for f in dataclasses.fields(config):
         kind = types_of(config)[f.name]
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        default = default_of(f)
         fallback = "required" if default is dataclasses.MISSING else f"default: {json.dumps(default, default=to_dict)}"
         yield f"{prefix}{f.name}", f"{texts.get(f.name, '')} ({spoken(kind)}; {fallback})"
         for option in filter(dataclasses.is_dataclass, options(kind)):

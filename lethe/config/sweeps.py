@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Amount, Count, Duration, Fraction, NameTemplate, Positive, Settings, above, changed, must_be
+from lethe.config.checks import Amount, Count, Duration, Fraction, NameTemplate, Positive, Settings, above, must_be
 from lethe.errors import LetheError
 
 MOST_SEEDS = 1000
 SEEDS = f"a number from 1 to {MOST_SEEDS}, or a list of different seeds from 0 up to 2**32 - 1"
-READ_BY = {
-    **dict.fromkeys(("find", "width", "within", "reference"), ("boundary",)),
-    **dict.fromkeys(("hours", "warm_start", "sampler", "stop_early"), ("pareto",)),
-    "max_runs": ("boundary", "pareto"),
-}
-"""The kinds of sweeps that read a setting, where not all do."""
 
 
 def _are_seeds(seeds: int | list[int]) -> bool:
@@ -71,8 +65,7 @@ class LaunchSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.launcher == "local" and self.slurm != SlurmSettings():
-            raise LetheError("slurm: has no effect with launcher local; leave it out, or set launcher to slurm")
+        self.refuse_idle("slurm", when=self.launcher == "local", why="with launcher local")
 
     @property
     def seed_list(self) -> list[int]:
@@ -132,11 +125,11 @@ class SweepConfig(LaunchSettings):
                 f"chance_threshold: must be at least 0 and below retained_threshold, which is at most 1, "
                 f"got {self.chance_threshold} and {self.retained_threshold}"
             )
-        for name, given in changed(self).items():
-            if self.kind not in READ_BY.get(name, (self.kind,)):
-                raise LetheError(f"{name}: {given} has no effect with kind {self.kind}; leave it out")
-            if name in {"within", "reference"} and self.find != "retained":
-                raise LetheError(f"{name}: {given} has no effect without find retained; leave it out")
+        kind = f"with kind {self.kind}"
+        self.refuse_idle("find", "width", "within", "reference", when=self.kind != "boundary", why=kind)
+        self.refuse_idle("hours", "warm_start", "sampler", "stop_early", when=self.kind != "pareto", why=kind)
+        self.refuse_idle("max_runs", when=self.kind == "grid", why=kind)
+        self.refuse_idle("within", "reference", when=self.find != "retained", why="without find retained")
         if self.find == "retained" and self.within is None:
             raise LetheError("within: find retained needs the allowed loss, such as within: 0.01 for one point")
         if self.kind == "pareto" and not self.max_runs and not self.hours:

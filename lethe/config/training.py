@@ -31,16 +31,19 @@ class TextSource(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.template is not None and self.column != "text":
-            raise LetheError(f"column: {self.column} has no effect beside a template; leave one of them out")
-        if self.split != "train" and (self.source.startswith("lab:") or self.source.endswith((".jsonl", ".parquet", ".txt"))):
-            raise LetheError(f"split: {self.split} has no effect on '{self.source}', which is no hub data set; leave it out")
+        is_local = self.source.startswith("lab:") or self.source.endswith((".jsonl", ".parquet", ".txt"))
+        self.refuse_idle("column", when=self.template is not None, why="beside a template")
+        self.refuse_idle("split", when=is_local, why=f"on '{self.source}', which is no hub data set")
 
 
-def refuse_weight(name: str, text: str | TextSource | list[TextSource]) -> None:
-    """Refuse a weight of a text that is not part of a mixture."""
+def _refuse_weight(name: str, text: str | TextSource | list[TextSource]) -> None:
     if isinstance(text, TextSource) and text.weight != 1:
         raise LetheError(f"{name}.weight: {text.weight} has no effect on a text alone; it is for mixtures of retain text")
+
+
+Text = Annotated[str | TextSource, _refuse_weight]
+Texts = Annotated[str | TextSource | list[TextSource], _refuse_weight]
+"""A text, or a mixture."""
 
 
 def as_text_source(text: str | TextSource) -> TextSource:
@@ -109,7 +112,5 @@ class TrainingSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_steps > 0 and self.epochs != 1:
-            raise LetheError(f"epochs: {self.epochs} has no effect while max_steps is {self.max_steps}; set max_steps to -1")
-        if self.optimizer != "muon" and self.newton_schulz_dtype != "auto":
-            raise LetheError(f"newton_schulz_dtype: has no effect with optimizer {self.optimizer}; it is a setting of muon")
+        self.refuse_idle("epochs", when=self.max_steps > 0, why=f"while max_steps is {self.max_steps} instead of -1")
+        self.refuse_idle("newton_schulz_dtype", when=self.optimizer != "muon", why=f"with optimizer {self.optimizer}")

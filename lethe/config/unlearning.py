@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from lethe.config.checks import Count, Dtype, Layers, RunName, must_be
 from lethe.config.evaluation import EvalSettings
-from lethe.config.training import LoraSettings, TextSource, TrainingSettings, refuse_weight
+from lethe.config.training import LoraSettings, Text, Texts, TrainingSettings
 from lethe.errors import LetheError
 
 
@@ -20,9 +20,9 @@ class UnlearnSettings(TrainingSettings):
     source: str = ""
     """The ignorant checkpoint, such as lab:global_step900; auto: the latest one, found by a sweep over the model's checkpoints
     (auto:WHERE, if they are published elsewhere). Leave it out if neither the method nor rewind uses a source."""
-    forget: str | TextSource = "lab:forget"
+    forget: Text = "lab:forget"
     """Text to unlearn."""
-    retain: str | TextSource | list[TextSource] = "lab:retain"
+    retain: Texts = "lab:retain"
     """Text on which the model should stay as it is. A list of sources is a mixture, in proportion to their weights."""
     packing: Literal["none", "packed"] = "none"
     """none: one document a sequence, cut at max_length; packed: documents joined and split into sequences of max_length."""
@@ -54,21 +54,7 @@ class UnlearnSettings(TrainingSettings):
         super().__post_init__()
         if self.retain == []:
             raise LetheError("retain: name at least one text")
-        for name in ("forget", "retain"):
-            refuse_weight(name, getattr(self, name))
-        self.refuse_idle(
-            merge=self.merge and self.lora is None and "in full-rank training (lora: null), where there is no adapter"
-        )
-
-    def refuse_idle(self, **idle: Any) -> None:
-        """Refuse a setting that nothing would read. Each keyword is a setting, and why it has no effect (False: it has one).
-
-        Raises:
-            LetheError: names the setting and the reason.
-        """
-        for name, why in idle.items():
-            if why:
-                raise LetheError(f"{name}: {getattr(self, name)} has no effect {why}; leave it out")
+        self.refuse_idle("merge", when=self.lora is None, why="in full-rank training (lora: null), where there is no adapter")
 
     @property
     def finds_source(self) -> bool:

@@ -97,15 +97,11 @@ class Method(UnlearnSettings):
         needs = self.needs()
         if self.needs_source and not self.source:
             raise LetheError("source: name the ignorant checkpoint, or auto; `lethe checkpoints MODEL` finds it")
-        self.refuse_idle(
-            source=self.source
-            and not self.takes_source
-            and f"with method {own} and rewind 0, where no source checkpoint is used",
-            teacher_cache=self.teacher_cache != "auto"
-            and not any(need.teacher for need in needs.values())
-            and "on a recipe whose losses use no teacher",
-            layers=not self.reads_layers and self.layers != type(self).layers_by_default() and "without adapters",
-        )
+        unused = f"with method {own} and rewind 0, where no source checkpoint is used"
+        self.refuse_idle("source", when=not self.takes_source, why=unused)
+        no_teacher = not any(need.teacher for need in needs.values())
+        self.refuse_idle("teacher_cache", when=no_teacher, why="on a recipe whose losses use no teacher")
+        self.refuse_idle("layers", when=not self.reads_layers, why="without adapters")
 
     def needs(self) -> dict[str, Need]:
         """By text, `forget` or `retain`, what the loss reads; a text that it does not read is left out.
@@ -159,12 +155,6 @@ class Method(UnlearnSettings):
     def mapped_layers(self) -> tuple[int, ...]:
         """Layers whose affine maps the run holds."""
         return next((need.layers for need in self.needs().values() if need.mapped), ())
-
-    @classmethod
-    def layers_by_default(cls) -> list[int] | None:
-        """The value of `layers` where a recipe names none."""
-        field: Any = cls.__dataclass_fields__["layers"]
-        return field.default_factory() if callable(field.default_factory) else field.default
 
     @classmethod
     def variant(cls, given: Mapping[str, Any]) -> type[Method]:
@@ -243,7 +233,7 @@ class ForgetAndRetain(Method):
         super().__post_init__()
         if self.remove_coef == 0 and self.retain_coef == 0:
             raise LetheError("remove_coef and retain_coef are both 0, so nothing would be trained; raise one of them")
-        self.refuse_idle(retain_loss=self.retain_coef == 0 and self.retain_loss != "kl" and "while retain_coef is 0")
+        self.refuse_idle("retain_loss", when=self.retain_coef == 0, why="while retain_coef is 0")
         if self.layers is None and self.retain_loss == "mse":
             raise LetheError("layers: retain_loss mse compares activations; name at least one layer, such as [0, 1, 2]")
 

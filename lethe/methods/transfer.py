@@ -55,14 +55,9 @@ class Transfer(ForgetAndRetain):
         super().__post_init__()
         if self.layers is None:
             raise LetheError("layers: name at least one layer whose activations are moved, such as [0, 1, 2]")
-        self.refuse_idle(
-            affine_examples=self.affine != "fit" and self.affine_examples != MAPPED and "where no maps are fitted",
-            affine_convention=self.affine in {"fit", "none"}
-            and self.affine_convention != "auto"
-            and f"with affine {self.affine}",
-            cb_scale=self.remove_coef == 0 and self.cb_scale != "raw" and "while remove_coef is 0",
-            forget_kl_coef=self.remove_coef == 0 and self.forget_kl_coef != 0 and "while remove_coef is 0",
-        )
+        self.refuse_idle("affine_examples", when=self.affine != "fit", why="where no maps are fitted")
+        self.refuse_idle("affine_convention", when=self.affine in {"fit", "none"}, why=f"with affine {self.affine}")
+        self.refuse_idle("cb_scale", "forget_kl_coef", when=self.remove_coef == 0, why="while remove_coef is 0")
 
     def forget_need(self) -> Need:
         layers = tuple(sorted(self.layers or ()))

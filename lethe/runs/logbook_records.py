@@ -40,10 +40,8 @@ class Cell(NamedTuple):
 
 
 PLAN = {"updates": "steps", "forward_passes": "forward_passes", "effective_batch": "effective_batch"}
-FIELDS = {
-    kind: {name for each in configs for name in types_of(each)}
-    for kind, configs in (("unlearn", [*every()]), ("tamper", [c.TamperConfig]), ("evaluate", [c.EvaluateConfig]))
-}
+_CONFIGS: dict[str, list[type]] = {"unlearn": [*every()], "tamper": [c.TamperConfig], "evaluate": [c.EvaluateConfig]}
+FIELDS = {kind: {name for each in configs for name in types_of(each)} for kind, configs in _CONFIGS.items()}
 """The settings of each kind of run."""
 RESULTS = ("task", "point", "final")
 Said = dict[str, list[tuple[Column, Any]]]

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lethe import config as c
 from lethe.attacks.tampering import check_tamper
-from lethe.config.checks import changed
 from lethe.config.parse import build, from_recipe, from_settings
 from lethe.errors import LetheError, nearest, printable
 from lethe.models import refs
@@ -61,15 +60,16 @@ def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
         suite: c.SuiteConfig = from_recipe(c.SuiteConfig, path, models=config.models, suite=name)
     except LetheError as error:
         raise LetheError(f"suite: {str(error).removeprefix('config: ')}") from error
-    if others := changed(suite).keys() - PARTS - {"models", "suite"}:
+    if others := set(suite.changed()) - PARTS - {"models", "suite"}:
         raise LetheError(f"suite: '{path}' sets {min(others)}; a suite has {', '.join(sorted(PARTS))}")
     if not suite.attacks:
         raise LetheError(f"suite: '{path}' names no attacks; it needs attacks: with settings of `lethe tamper` by name")
     if unknown := [each for each in config.only if each not in suite.attacks]:
         raise LetheError(f"only: the suite has no attack '{unknown[0]}'{nearest(unknown[0], suite.attacks)}")
     chosen = {each: own for each, own in suite.attacks.items() if not config.only or each in config.only}
+    given = {each: getattr(config, each) for each in config.changed()}
     both = {"attacks": chosen, "only": [], "common": _over(suite.common, config.common)}
-    return dataclasses.replace(suite, **(changed(config) | both))
+    return dataclasses.replace(suite, **(given | both))
 
 
 class Suite(Planner):
