@@ -23,7 +23,7 @@ from lethe.models.architecture_check import refuse_untrainable
 from lethe.objectives.losses import head_of
 from lethe.runs.run import Run
 from lethe.text import corpora
-from lethe.training import parameters
+from lethe.training import optimizers
 from lethe.training.saves import save_artifact
 from lethe.training.trainer import RunTrainer, Sequences, keep_threads, weighted_means
 from lethe.unlearning.view import View
@@ -66,10 +66,10 @@ def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> R
         trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
         trainer.add_callback(LostUpdates(trainer))
         run.set_parents(**checked.parents(config))
-        warnings = parameters.untouched(model, config, list(range(len(blocks(model)))))
+        warnings = optimizers.untouched(model, config, list(range(len(blocks(model)))))
         for warning in warnings:
             logger.warning(warning)
-        run.update(plan=checked.plan | parameters.describe(model, config) | {"warnings": warnings})
+        run.update(plan=checked.plan | optimizers.describe(model, config) | {"warnings": warnings})
         trainer.evaluation.at(0, model, "Evaluating before the attack")
         trainer.train_with_bar(f"Attacking {config.model}")
         lines = run.rows("metrics.jsonl")

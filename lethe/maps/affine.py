@@ -29,7 +29,6 @@ from lethe.errors import LetheError
 from lethe.evaluation.requests import tokenizer_hash
 from lethe.files import sha256
 from lethe.home import cache_key, lethe_home, use
-from lethe.maps.check import split
 from lethe.maps.folder import CONVENTIONS, HASH, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention, refuse_altered
 from lethe.maps.ridge import RidgeSums, Score
 from lethe.models.activations import CONVENTION, blocks, read
@@ -145,7 +144,7 @@ def fit_on_text(
     model: nn.Module, source: nn.Module, tokenizer: Any, documents: list[corpora.Document], config: AffineConfig, text: Any
 ) -> AffineMap:
     """Fit on part of the documents and score on the others. The maps' record has text, token counts and scores."""
-    fitted, held = split(documents, config.held_out)
+    fitted, held = corpora.split(documents, config.held_out)
     sequences = [corpora.tokenise(part, tokenizer, config.max_length) for part in (fitted, held)]
 
     def pairs(part: list[list[int]]) -> Pairs:

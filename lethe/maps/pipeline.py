@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from lethe.config import MAPPED, AffineConfig, AffineScoreConfig, as_text_source, to_dict
 from lethe.errors import LetheError
 from lethe.files import refuse_run_folder, sha256
-from lethe.maps.check import pair_of, split
 from lethe.maps.folder import WEIGHTS, check_maps, facts_of, find_maps, layers_of, refuse_altered
 from lethe.models import refs
 from lethe.runs.machine import say_if_busy
@@ -25,12 +24,12 @@ def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
         LetheError: the models do not fit together, or the text cannot be used; raised before anything is written.
     """
     refuse_run_folder(config.out)
-    pair = pair_of(config.model, config.source, config.layers, config.out)
+    pair = refs.pair_of(config.model, config.source, config.layers, config.out)
     refs.refuse_length(config.max_length, *pair)
     if as_text_source(config.text).source == "lab:forget":
         raise LetheError("text: maps are never fitted on forget text, since they would restore the topic; give retain text")
     documents = corpora.select(config.text, config.num_examples, "front", "text", MAPPED)
-    split(documents, config.held_out)
+    corpora.split(documents, config.held_out)
     refs.verify(*pair)
     from lethe.maps.affine import fit_on_text
     from lethe.models.architecture_check import refuse_unreadable
@@ -61,7 +60,7 @@ def score_affine(config: AffineScoreConfig) -> MapScores:
         LetheError: there are no maps, they belong to another pair, or the models or the text cannot be used.
     """
     folder = find_maps(config.affine)
-    pair = pair_of(config.model, config.source, [0], "runs")
+    pair = refs.pair_of(config.model, config.source, [0], "runs")
     refs.refuse_length(config.max_length, *pair)
     conventions = check_maps(folder, *pair)
     for convention in conventions:

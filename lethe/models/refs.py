@@ -266,6 +266,19 @@ def refuse_mismatch(model: ModelRef, source: ModelRef) -> None:
         raise LetheError(f"source '{source.name}' and model '{model.name}' have different tokenizers; {todo}")
 
 
+def pair_of(model: str, source: str, layers: list[int], out: str) -> tuple[ModelRef, ModelRef]:
+    """Model and source, by reference.
+
+    Raises:
+        LetheError: their activations cannot be compared at these layers.
+    """
+    pair = resolve(model, out), resolve(source, out)
+    refuse_mismatch(*pair)
+    for ref in pair:
+        refuse_layers(ref, layers)
+    return pair
+
+
 def refuse_length(max_length: int, *models: ModelRef) -> None:
     """Refuse sequences longer than the window of one of the models."""
     for model in models:

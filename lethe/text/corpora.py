@@ -124,6 +124,14 @@ def select(
     return chosen
 
 
+def split(documents: list[Document], held_out: float) -> tuple[list[Document], list[Document]]:
+    """The documents to fit on, and the last ones, a share of `held_out`, to score on."""
+    count = max(1, round(held_out * len(documents)))
+    if count >= len(documents):
+        raise LetheError(f"affine: {len(documents)} documents are too few to hold {held_out:.0%} out; give more text")
+    return documents[:-count], documents[-count:]
+
+
 def fingerprint(documents: Iterable[Document]) -> str:
     """SHA-256 over the SHA-256 of the documents, in order."""
     digest = hashlib.sha256()

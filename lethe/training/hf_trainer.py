@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from lethe.config import TrainingSettings
 from lethe.runs.run import Run
 from lethe.training import saves
-from lethe.training.fast import fast_passes
+from lethe.training.merged_lora import fast_passes
 from lethe.training.optimizers import make_optimizer
 
 

@@ -5,7 +5,7 @@ and MLP too, and the two matrices of a LoRA adapter. Embeddings, output head, no
 tensors of experts are then trained by AdamW. The module that holds a parameter decides its route. Its size does not, because
 fused QKV and MLP matrices are as large as some embeddings.
 
-model -> routes -> parameter groups -> one torch Optimizer
+model -> routes -> parameter groups -> one torch Optimizer        routes -> what the plan says is trained
 
 The groups have the fields `name` and `algorithm`. With one Optimizer, one scheduler sets all learning rates, and one saved
 state holds everything.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +29,15 @@ from transformers.pytorch_utils import Conv1D
 
 from lethe.config import OptimizerName, TrainingSettings
 from lethe.models.activations import blocks
+from lethe.models.adapters import left_out
 from lethe.models.experts import fused, plain_linear, routers
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 MOMENTUM = 0.95
 BETAS, EPS = (0.9, 0.999), 1e-8
+SHARE = 0.01
+"""The plan has a warning if at least this share of the blocks' weights has no adapter, or is left to AdamW."""
 STATE_BYTES: dict[OptimizerName, int] = {"adamw": 8, "muon": 4, "adamw_8bit": 2}
 """Bytes of state that each optimizer stores per trained parameter."""
 
@@ -68,6 +72,25 @@ def routes(model: nn.Module, optimizer: OptimizerName) -> list[Route]:
     return found
 
 
+def layer_of(model: nn.Module) -> dict[str, str]:
+    """By parameter name, the block that it is in (`"0"`, `"1"`, …), or `"outside"`."""
+    owner = {id(p): str(i) for i, block in enumerate(blocks(model)) for p in block.parameters()}
+    return {name: owner.get(id(p), "outside") for name, p in model.named_parameters()}
+
+
+def describe(student: nn.Module, config: Any) -> dict[str, Any]:
+    """Trainable parameters by layer and role, and the routes summed by algorithm and role, for the plan."""
+    found, layers = routes(student, config.optimizer), layer_of(student)
+    by_layer: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for route in found:
+        by_layer[layers[route.name]][route.role] += math.prod(route.shape)
+    return {
+        "trainable_parameters": sum(math.prod(route.shape) for route in found),
+        "trainable_by_layer": {layer: dict(roles) for layer, roles in by_layer.items()},
+        "routing": routing_table(found),
+    }
+
+
 def routing_table(found: list[Route]) -> list[dict[str, Any]]:
     """The routes summed by algorithm and role: number of tensors and of parameters."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -76,6 +99,25 @@ def routing_table(found: list[Route]) -> list[dict[str, Any]]:
         row["tensors"] += 1
         row["parameters"] += math.prod(route.shape)
     return [{"algorithm": a, "role": r} | row for (a, r), row in sorted(rows.items())]
+
+
+def untouched(student: nn.Module, config: Any, layers: list[int]) -> list[str]:
+    """Warnings for the plan: the share of the blocks' weights that adapters leave as they are, or Muon leaves to AdamW."""
+    found = []
+    if config.lora and (share := left_out(student, config.lora, layers)) > SHARE and config.lora.targets != "attention":
+        found.append(
+            f"lora: {share:.0%} of the weights in the adapted blocks get no adapter (targets: {config.lora.targets}): "
+            f"LoRA adapts linear layers, not routers, nor experts that are stored as three-dimensional tensors; "
+            f"lora null trains all weights"
+        )
+    sizes: dict[str, int] = defaultdict(int)
+    for route in routes(student, config.optimizer) if config.optimizer == "muon" else ():
+        sizes[route.role] += math.prod(route.shape)
+    if sizes["experts"] and (share := sizes["experts"] / (sizes["experts"] + sizes["matrix"])) > SHARE:
+        found.append(
+            f"muon: experts, stored as three-dimensional tensors, are trained by AdamW: {share:.0%} of the blocks' matrices"
+        )
+    return found
 
 
 def make_optimizer(model: nn.Module, config: TrainingSettings) -> Optimizer:
@@ -215,9 +257,3 @@ def _role(module: nn.Module, short: str, parameter: Tensor, inside: bool, is_hea
     if any(parameter is one for one in fused(module)):
         return "experts"
     return "norm" if parameter.ndim == 1 else "other"
-
-
-def left_to_adamw(found: list[Route]) -> float:
-    """Of the weights of matrices and experts that are trained, the share that Muon does not take."""
-    sizes = {role: sum(math.prod(r.shape) for r in found if r.role == role) for role in ("matrix", "experts")}
-    return sizes["experts"] / max(1, sum(sizes.values()))

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,13 @@ class Sequences(Dataset):
         return sum(len(sequences[i % len(sequences)]) for sequences in self.texts.values())
 
 
-class Collate:
-    """Makes a batch: for each text `input_ids`, `mask` and `index`, the sequences' numbers."""
-
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
-
-    def __call__(self, items: list[dict[str, tuple[int, list[int]]]]) -> dict[str, dict[str, Tensor]]:
-        batch = {}
-        for name in items[0]:
-            ids, mask = corpora.pad([item[name][1] for item in items], self.pad_id)
-            batch[name] = {"input_ids": ids, "mask": mask, "index": torch.tensor([item[name][0] for item in items])}
-        return batch
+def collate(items: list[dict[str, tuple[int, list[int]]]], pad_id: int) -> dict[str, dict[str, Tensor]]:
+    """A batch: for each text `input_ids`, `mask` and `index`, the sequences' numbers."""
+    batch = {}
+    for name in items[0]:
+        ids, mask = corpora.pad([item[name][1] for item in items], pad_id)
+        batch[name] = {"input_ids": ids, "mask": mask, "index": torch.tensor([item[name][0] for item in items])}
+    return batch
 
 
 class RunTrainer(HfTrainer):
@@ -81,7 +77,7 @@ class RunTrainer(HfTrainer):
         sequences: Sequences,
         evaluation: EvalSettings,
     ):
-        super().__init__(run, config, model, sequences, Collate(tokenizer.pad_token_id))
+        super().__init__(run, config, model, sequences, partial(collate, pad_id=tokenizer.pad_token_id))
         self._losses: dict[str, float] = defaultdict(float)
         self._documents: dict[str, list[int]] = defaultdict(list)
         self._started = time.monotonic()

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lethe.text import corpora
-from lethe.training.parameters import layer_of
+from lethe.training.optimizers import layer_of
 
 AGREEMENT_ROWS, AGREEMENT_BATCH = 128, 8
 LANCZOS_STEPS = 32

@@ -13,7 +13,6 @@ from lethe.config import UNLEARNED, AffineConfig, as_text_source
 from lethe.errors import LetheError
 from lethe.evaluation.check import check_tasks
 from lethe.files import refuse_run_folder
-from lethe.maps.check import pair_of, split
 from lethe.maps.folder import check_maps, find_maps
 from lethe.methods.method import Method
 from lethe.models import refs
@@ -67,7 +66,7 @@ def check(config: Method) -> Checked:
     if config.maps and config.fits_maps:
         most = config.maps.documents
         checked.mapped = corpora.select(config.retain, None if most else 0, "front", "retain", most)
-        split(checked.mapped, AffineConfig.held_out)
+        corpora.split(checked.mapped, AffineConfig.held_out)
     refs.verify(model, *([checked.source] if checked.source else []))
     return checked
 
@@ -79,7 +78,7 @@ def check_source(config: Method, checked: Checked) -> None:
         LetheError: its activations cannot be compared with the model's, or the maps belong to another pair.
     """
     layers = config.layers if config.layers and config.reads_layers else [0]
-    model, source = pair_of(config.model, config.source, layers, config.out)
+    model, source = refs.pair_of(config.model, config.source, layers, config.out)
     if (model.path, model.revision, model.adapter, model.random) == (
         source.path,
         source.revision,

@@ -23,7 +23,7 @@ from lethe.models.adapters import add_adapters
 from lethe.models.architecture_check import refuse_unreadable, refuse_untrainable
 from lethe.runs.run import Run
 from lethe.text import corpora
-from lethe.training import parameters
+from lethe.training import optimizers
 from lethe.training.check import plan as training_plan
 from lethe.training.optimizers import needs_masters, newton_schulz_dtype
 from lethe.training.saves import save_artifact
@@ -140,7 +140,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     made = Prepared(config, checked, trainer, tokenizer, reference, source)
     _describe(made, plan, libraries)
     plan["maps"] = maps_plan
-    warnings += parameters.untouched(student, config, adapted_layers(config, student))
+    warnings += optimizers.untouched(student, config, adapted_layers(config, student))
     run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
     return made
 
@@ -196,7 +196,7 @@ def rewind(model: nn.Module, source: nn.Module, share: float) -> None:
 def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
     """Add to the plan what the loaded models and one batch show."""
     config, trainer, student = made.config, made.trainer, made.trainer.model
-    plan |= parameters.describe(student, config)  # type: ignore[arg-type]
+    plan |= optimizers.describe(student, config)  # type: ignore[arg-type]
     plan["teachers"] = teachers_plan(made, plan["epochs"])
     longest = max(len(row) for part in made.sequences.values() for row in part)
     plan["memory"] = memory.estimate(made, longest, document_bytes(trainer), libraries)

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lethe.training import parameters
-from lethe.training.fast import fast_passes
+from lethe.training.merged_lora import fast_passes
 
 if TYPE_CHECKING:
     from lethe.methods.method import Method
@@ -62,7 +61,7 @@ def probe(trainer: UnlearnTrainer) -> Probe:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
-    names = parameters.without_gradient(model)
+    names = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad()
     return Probe(names, seconds, scale)
 

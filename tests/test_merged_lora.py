@@ -14,7 +14,7 @@ from lethe.config import EvalSettings
 from lethe.lab.presets import active_preset
 from lethe.models import refs
 from lethe.models.adapters import add_adapters
-from lethe.training.fast import fast_passes
+from lethe.training.merged_lora import fast_passes
 
 IDS = torch.arange(3, 43).view(5, 8)
 
