@@ -12,7 +12,7 @@ import pytest
 
 from lethe import CheckpointsConfig, checkpoints
 from lethe.errors import LetheError
-from lethe.evaluation.checkpoint_sweep import annotate, at_chance, bisect, find_checkpoints, not_monotone
+from lethe.evaluation.checkpoint_sweep import annotate, at_chance, find_checkpoints, not_monotone, search
 from lethe.lab.presets import active_preset
 from lethe.models.checkpoint_folders import checkpoint_folders
 from lethe.models.refs import resolve
@@ -60,7 +60,7 @@ def searched(history: list[bool | None]) -> dict[int, bool | None]:
         found[i] = history[i]
         return history[i]
 
-    bisect(len(history), ignorant)
+    search(len(history), ignorant)
     return found
 
 
@@ -203,7 +203,7 @@ def test_a_killed_sweep_goes_on_and_a_second_one_is_free(lab, tmp_path, evaluati
     names = list(checkpoint_folders(lab / "checkpoints"))
     run = checkpoints(CheckpointsConfig("lab:final", search="all", limit=20, out=str(tmp_path)))
     assert [Path(path).name for path in done] == names
-    assert run.record["evaluations"] == {"done": len(names) - 3, "kept": 3}
+    assert run.record["evaluations"] == {"done": len(names) - 3, "cached": 3}
     again = checkpoints(CheckpointsConfig("lab:final", limit=20, out=str(tmp_path)))
     assert len(done) == len(names) and again.record["evaluations"]["done"] == 0
     checkpoints(CheckpointsConfig("lab:final", limit=21, out=str(tmp_path)))  # other questions are not those

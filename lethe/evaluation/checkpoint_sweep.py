@@ -1,7 +1,7 @@
 """The checkpoint sweep: evaluate a model's pretraining checkpoints and find the latest that does not know the topic.
 
 Such a checkpoint is *ignorant*: on the first task, the lower end of its accuracy's 95 % interval is not above chance. (Accuracy
-far below chance is no knowledge either.) The other tasks are reported beside it. A model learns a topic once, so `bisect`
+far below chance is no knowledge either.) The other tasks are reported beside it. A model learns a topic once, so `search`
 evaluates few checkpoints: the last one, then the middle of the remaining range, and at the end both neighbours of the answer.
 Results that contradict a single moment of learning are reported.
 
@@ -10,6 +10,7 @@ Results are cached in $LETHE_HOME by a hash of everything that they depend on, s
 
 from __future__ import annotations
 
+import bisect
 import importlib.metadata
 import json
 import math
@@ -63,11 +64,11 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
     run = run or Run.create("checkpoints", config.name, to_dict(config), config.out)
     with run.running(), bar("Evaluating checkpoints", _most(len(rows), config.search), "checkpoints") as advance:
         say_if_busy()
-        counts = {"done": 0, "kept": 0}
+        counts = {"done": 0, "cached": 0}
 
         def ignorant(i: int) -> bool | None:
             row = rows[i]
-            if not row["evals"]:
+            if not row["evals"] and "reason" not in row:
                 _measure(row, found[row["name"]], config, loaded, counts)
                 run.update(checkpoints=rows, evaluations=counts)
                 advance(1, row.get("reason") or f"{row['name']} {first} {row['evals'][first]['acc']:.3f}")
@@ -75,7 +76,7 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
             return at_chance(row["evals"][first]) if row["evals"] else None
 
         if config.search == "bisect":
-            bisect(len(rows), ignorant)
+            search(len(rows), ignorant)
         else:
             for i in range(len(rows)):
                 ignorant(i)
@@ -89,35 +90,27 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
     return run
 
 
-def bisect(count: int, ignorant: Callable[[int], bool | None]) -> None:
+def search(count: int, ignorant: Callable[[int], bool | None]) -> None:
     """Evaluate as few of `count` checkpoints as determine the latest ignorant one and its neighbours.
 
     The last checkpoint comes first, then the middle of the remaining range: at most 9 evaluations of 119 checkpoints.
-    `ignorant(i)` returns None for a checkpoint that cannot be evaluated. It is then left out.
+    `ignorant(i)` returns None for a checkpoint that cannot be evaluated. The one before it then answers for it.
     """
-    usable = list(range(count))
 
-    def is_ignorant(place: int) -> bool | None:
-        answer = ignorant(usable[place])
-        if answer is None:
-            del usable[place]
-        return answer
+    def knows(i: int) -> bool:
+        answer = ignorant(i)
+        while answer is None and i > 0:
+            i -= 1
+            answer = ignorant(i)
+        return answer is False
 
-    last = None
-    while usable and last is None:
-        last = is_ignorant(len(usable) - 1)
-    low, high = (len(usable) - 1, len(usable)) if last else (-1, len(usable) - 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        answer = is_ignorant(middle)
-        if answer is None:
-            high -= 1
-        elif answer:
-            low = middle
-        else:
-            high = middle
-    while low > 0 and is_ignorant(low - 1) is None:
-        low -= 1
+    latest = count - 1
+    if knows(latest):
+        latest = bisect.bisect_left(range(latest), True, key=knows) - 1
+    while latest >= 0 and ignorant(latest) is None:  # the one before it has answered for it
+        latest -= 1
+    while latest > 0 and ignorant(latest - 1) is None:
+        latest -= 1
 
 
 def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
@@ -187,7 +180,7 @@ def _measure(
         record = refs.record(refs.checked(ref))
         file = _cache_file(ref, record["sha256"], config, loaded)
         evals = _cached(file, list(loaded))
-        counts["kept"] += evals is not None
+        counts["cached"] += evals is not None
         if evals is None:
             model, tokenizer = refs.load(ref, config.dtype)
             evals = evaluate_model(
