@@ -34,7 +34,7 @@ from lethe.lab.presets import active_preset
 SEED = 1234
 MEASURED = ("acc", "correct_prob")
 SURE = 1000.0
-"""Lead in log-likelihood of the chosen answer, in made-up answers for a task's own function."""
+"""Lead in log-likelihood of the chosen answer, in made-up answers."""
 _loaded: dict[str, tuple[str, dict[str, list[Leaf]]]] = {}
 _tokenizers: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 
@@ -131,22 +131,15 @@ class Leaf:
     def _right(self, doc: dict[str, Any], answers: int) -> list[int] | None:
         """The positions of the right choices; None: the task has no choices.
 
-        The metrics of lm-eval compare with the target. A task's own function is called with made-up answers, in which each
-        choice wins in turn. Both are called here, so that faults appear before training.
+        A choice is right if the task's metric says so of made-up answers in which this choice wins.
         """
-        self._value(doc, [(0.0, False)] * answers)
-        if not self.multiple_choice:
+        choices = answers // self.requests_a_choice if self.multiple_choice else 0
+        rest = [(-1.0, False)] * (answers - choices)
+        if not choices:
+            self._value(doc, rest)
             return None
-        choices = answers // self.requests_a_choice
-        if callable(self.task.config.process_results):
-            rest = [(-1.0, False)] * (answers - choices)
-            sure = [[(0.0 if j == i else -SURE, j == i) for j in range(choices)] for i in range(choices)]
-            return [i for i in range(choices) if self._value(doc, sure[i] + rest) > 0.5]
-        gold = self.task.doc_to_text(doc) if self.task.multiple_input else self.task.doc_to_target(doc)
-        if isinstance(gold, str):
-            options = self.task.doc_to_choice(doc)
-            gold = options.index(gold) if gold in options else -1
-        return [i for i in range(choices) if (i in gold if isinstance(gold, list) else i == gold)]
+        sure = [[(0.0 if j == i else -SURE, j == i) for j in range(choices)] for i in range(choices)]
+        return [i for i in range(choices) if self._value(doc, sure[i] + rest) > 0.5]
 
     def _value(self, doc: dict[str, Any], responses: list[tuple[float, bool]]) -> float:
         """The metric of a question for these log-likelihoods."""
