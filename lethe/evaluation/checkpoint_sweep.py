@@ -199,7 +199,7 @@ def _cache_file(ref: refs.ModelRef, weights: str, config: CheckpointsConfig, loa
     from lethe.evaluation.requests import tokenizer_hash
 
     questions = {name: [leaf.definition for leaf in leaves] for name, leaves in loaded.items()}
-    versions = [importlib.metadata.version(name) for name in ("lethe-lm", "lm_eval", "torch", "transformers")]
+    versions = [importlib.metadata.version(name) for name in ("lethe-lm", "lm_eval", "tokenizers", "torch", "transformers")]
     tokens = tokenizer_hash(refs.tokenizer(ref))
     key = cache_key(FORMAT, versions, weights, ref.config, tokens, questions, config.limit, config.dtype)
     return lethe_home() / "evaluations" / f"{key}.json"

@@ -203,15 +203,12 @@ def _records(source: TextSource) -> Iterator[tuple[str, dict[str, Any]]]:
             raise LetheError(f"text '{name}': there is no such file")
         if path.suffix == ".parquet":
             return _parquet(path, source)
-        return _jsonl(path, name) if path.suffix == ".jsonl" else _txt(path, name)
+        if path.suffix == ".txt":
+            return ((where, {"text": line}) for where, line in _lines(path, name))
+        return _jsonl(path, name)
     if path.exists():
         raise LetheError(f"text '{name}': give a .jsonl, .parquet or .txt file, lab:forget, lab:retain or a hub data set")
     return _hub(source)
-
-
-def _txt(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, line in _lines(path, name):
-        yield where, {"text": line}
 
 
 def _jsonl(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
