@@ -124,18 +124,17 @@ def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
         refs.resolve(where, config.out)
         folder = refs.lab_folder() / "checkpoints"
         return {name: refs.resolve(f"lab:{name}", config.out) for name in checkpoint_folders(folder)}
-    if Path(where).is_dir():
-        names = list(checkpoint_folders(Path(where)))
+    if Path(where).is_dir():  # files are checked later, so that a damaged checkpoint does not hide the others
+        names = checkpoint_folders(Path(where))
+        found = {name: refs.ModelRef(f"{where}@{name}", str(Path(where) / name)) for name in names}
     elif where.count("/") == 1:
-        names = _branches(where)
+        found = {name: refs.ModelRef(f"{where}@{name}", where, name) for name in _branches(where)}
     else:
         raise LetheError(f"checkpoints: '{where}' is not a folder; give one, a repository of the hub, or lab:final")
-    if not names:
+    if not found:
         wanted = "folders or branches global_step…, step… or checkpoint-…"
         raise LetheError(f"checkpoints: '{where}' has no checkpoints ({wanted}); name where they are: --checkpoints")
-    if Path(where).is_dir():  # files are checked later, so that a damaged checkpoint does not hide the others
-        return {name: refs.ModelRef(f"{where}@{name}", str(Path(where) / name)) for name in names}
-    return {name: refs.ModelRef(f"{where}@{name}", where, name) for name in names}
+    return found
 
 
 def annotate(rows: list[dict[str, Any]], task: str, source: str | None = None) -> dict[str, Any] | None:
@@ -179,15 +178,14 @@ def _measure(
     try:
         record = refs.record(refs.checked(ref))
         file = _cache_file(ref, record["sha256"], config, loaded)
-        evals = _cached(file, list(loaded))
-        counts["cached"] += evals is not None
-        if evals is None:
+        if text := stored(file):
+            evals = {name: json.loads(text)["evals"][name] for name in loaded}
+        else:
             model, tokenizer = refs.load(ref, config.dtype)
-            evals = evaluate_model(
-                model, tokenizer, config.tasks, config.limit, task_data=config.task_data, num_fewshot=config.num_fewshot
-            )
+            data, shots = config.task_data, config.num_fewshot
+            evals = evaluate_model(model, tokenizer, config.tasks, config.limit, task_data=data, num_fewshot=shots)
             store(file, json.dumps({"ref": ref.name, "evals": evals}))
-            counts["done"] += 1
+        counts["cached" if text else "done"] += 1
     except LetheError as error:
         row["reason"] = str(error)
         return
@@ -203,12 +201,6 @@ def _cache_file(ref: refs.ModelRef, weights: str, config: CheckpointsConfig, loa
     tokens = tokenizer_hash(refs.tokenizer(ref))
     key = cache_key(FORMAT, versions, weights, ref.config, tokens, questions, config.limit, config.dtype)
     return lethe_home() / "evaluations" / f"{key}.json"
-
-
-def _cached(file: Path, tasks: list[str]) -> dict[str, Any] | None:
-    text = stored(file)
-    evals = {} if text is None else json.loads(text)["evals"]
-    return evals if list(evals) == tasks else None
 
 
 def _refuse_hopeless(rows: list[dict[str, Any]]) -> None:
