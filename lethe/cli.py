@@ -26,7 +26,7 @@ from lethe.config.parse import parse
 from lethe.errors import LONGEST, LetheError, full_disk, printable
 from lethe.evaluation.tasks.consent import trust_task_code
 from lethe.methods.method import Method
-from lethe.progress import bar, quiet
+from lethe.progress import quiet
 from lethe.runs import garbage
 from lethe.runs.run import Run, Terminated
 
@@ -195,7 +195,7 @@ def _lab_build(settings: c.LabConfig, as_json: bool) -> None:
     """Build the lab, a tiny family of pretrained models, once per machine (LETHE_LAB=nano: a smaller one)."""
     from lethe.evaluation.lab import build_lab
 
-    build_lab(bar)
+    build_lab()
     _lab_show(settings, as_json)
 
 

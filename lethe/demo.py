@@ -30,7 +30,7 @@ from lethe.evaluation.lab import build_lab
 from lethe.files import refuse_run_folder
 from lethe.methods.method import Method
 from lethe.models import refs
-from lethe.progress import bar, console
+from lethe.progress import console
 from lethe.report.folder import check_out, report
 from lethe.runs.locks import FolderLock
 from lethe.runs.run import Run, find_runs
@@ -62,7 +62,7 @@ def demo(config: DemoConfig) -> dict[str, Path]:
 
 def _demo(config: DemoConfig) -> dict[str, Path]:
     console.rule("The lab: pretraining a tiny model family (once; cached)")
-    build_lab(bar)
+    build_lab()
     steps = _Steps(Path(config.out) / "runs")
 
     from lethe.attacks.tampering import tamper

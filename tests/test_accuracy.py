@@ -90,43 +90,26 @@ def test_a_tokenizers_hash_is_of_what_it_does(make_tokenizer, tmp_path):
 # --- what is left behind ---------------------------------------------------------------------------------------------
 
 
-def states() -> tuple:
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
-
-
-@pytest.fixture
-def mixed(gpt2):
-    """The model with some modules in training mode and some not; put back after."""
-    model, tokenizer = gpt2
-    model.train()
-    model.transformer.h[1].eval()
-    model.transformer.h[2].attn.eval()
-    yield model, tokenizer
-    model.eval()
-
-
 def modes(model) -> dict[str, bool]:
     return {name: module.training for name, module in model.named_modules()}
 
 
 def state(model, tokenizer) -> tuple:
+    randomness = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
     flags = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tokenizer.padding_side, tokenizer.pad_token
-    return modes(model), states(), model.config.to_dict(), flags, [p.requires_grad for p in model.parameters()]
+    return modes(model), randomness, model.config.to_dict(), flags, [p.requires_grad for p in model.parameters()]
 
 
-def test_modes_settings_weights_and_random_state_are_as_before(mixed, known):
-    model, tokenizer = mixed
+def test_modes_settings_weights_and_random_state_are_as_before_also_after_an_exception(gpt2, known, monkeypatch):
+    model, tokenizer = gpt2
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    before = state(model, tokenizer)
     results = evaluate_model(model, tokenizer, [known()])
-    assert len(set(before[0].values())) == 2 and state(model, tokenizer) == before
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    model.eval()
+    model.train()
+    model.transformer.h[1].eval()
+    model.transformer.h[2].attn.eval()
+    before = state(model, tokenizer)
     assert evaluate_model(model, tokenizer, ["made_up"]) == results  # there was no dropout
-
-
-def test_modes_and_random_state_are_restored_after_an_exception(mixed, known, monkeypatch):
-    model, tokenizer = mixed
+    assert state(model, tokenizer) == before
 
     def fail(*_: object, **__: object) -> None:
         assert not model.transformer.h[0].training
@@ -134,10 +117,11 @@ def test_modes_and_random_state_are_restored_after_an_exception(mixed, known, mo
         raise RuntimeError("in the middle")
 
     monkeypatch.setattr(Scorer, "_logits", fail)
-    before = state(model, tokenizer)
     with pytest.raises(RuntimeError, match="in the middle"):
-        evaluate_model(model, tokenizer, [known()])
+        evaluate_model(model, tokenizer, ["made_up"])
     assert state(model, tokenizer) == before
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    model.eval()
 
 
 def test_a_peft_model_scores_as_the_merged_one(make_model, known, tmp_path):
@@ -228,12 +212,9 @@ def test_one_answer_nearly_always_is_degenerate_unless_it_is_right(n, chosen, ri
 
 GOLDS = {
     "numbers": ("doc_to_target: golds", [[0], [1, 2], [3, 0], [0, 1, 2, 3], [2, 2]]),
-    "a list in a template": ("doc_to_target: '{{golds}}'", [[0, 1], [1, 2], [3, 0], [2], [0, 1, 2]]),
     "one number": ("doc_to_target: golds", [0, 1, 2, 3, 1]),
     "one text": ("doc_to_target: golds", ["a0", "b1", "c2", "a3", "b4"]),
-    "a number in a template": ("doc_to_target: '{{golds}}'", [0, 1, 2, 1, 0]),
     "out of range": ("doc_to_target: golds", [[0], [7], [1, 9], [-1], [2]]),
-    "one out of range": ("doc_to_target: golds", [0, 7, -1, 2, 1]),
     "none of the texts": ("doc_to_target: golds", ["a0", "nothing", "c2", "a3", "b4"]),
 }
 

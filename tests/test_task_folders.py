@@ -234,8 +234,11 @@ ESCAPES = [
 ]
 
 
-@pytest.mark.parametrize("template", ESCAPES)
-@pytest.mark.parametrize("setting", ["doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix"])
+@pytest.mark.parametrize(
+    ("template", "setting"),
+    [(template, "doc_to_text") for template in ESCAPES]
+    + [(ESCAPES[0], setting) for setting in ("doc_to_choice", "doc_to_target", "description", "gen_prefix")],
+)
 def test_templates_are_rendered_in_a_sandbox(folder, template, setting):
     """Consent or not: lm-eval's own tasks render rows of other people's, too."""
     where = folder({"mine.yaml": text_of(**{setting: json.dumps(template)})})
@@ -265,22 +268,14 @@ def test_the_sandbox_renders_what_lm_eval_renders():
 # --- definitions that do not work ------------------------------------------------------------------------------------
 
 FAULTS: list[tuple[str, dict[str, str | bytes], str, str]] = [
-    ("a file that includes itself", {"mine.yaml": text_of(include="mine.yaml")}, "", "includes itself"),
     ("a cycle", {"mine.yaml": text_of(include="b"), "b": "include: mine.yaml\n"}, "", "includes itself"),
-    ("a missing include", {"mine.yaml": text_of(include="b")}, "", "there is no such file"),
-    ("a NUL", {"mine.yaml": text_of(include='"a\\0b"')}, "", "null byte"),
-    ("an include that is a number", {"mine.yaml": text_of(include="5")}, "", "includes 5"),
-    ("an include that is a list", {"mine.yaml": text_of(include="b"), "b": "[1]"}, "", "has no settings"),
     ("a group in itself", {"mine.yaml": text_of(), "g.yaml": "group: g\ntask: [mine, g]\n"}, "/g", "contains itself (g > g)"),
-    ("a group beside", {"mine.yaml": text_of(), "g.yaml": "group: g\ntask: [mine, g]\n"}, "/mine", "contains itself (g > g)"),
     (
         "a group in itself by way of another",
         {"mine.yaml": text_of(), "g.yaml": "group: g\ntask: [h]\n", "h.yaml": "group: h\ntask: [{group: i, task: [g]}]\n"},
         "/g",
         "contains itself (g > h > i > g)",
     ),
-    ("a group of nothing", {"mine.yaml": text_of(), "g.yaml": "group: g\n"}, "/g", "has no tasks"),
-    ("a group of numbers", {"mine.yaml": text_of(), "g.yaml": "group: g\ntask: [5]\n"}, "/g", "has 5 among its tasks"),
     ("an unknown member", {"mine.yaml": text_of(), "g.yaml": "group: g\ntask: [other]\n"}, "/g", "has 'other' among its tasks"),
     (
         "groups that double",
@@ -289,20 +284,12 @@ FAULTS: list[tuple[str, dict[str, str | bytes], str, str]] = [
         "/g29",
         "more than 100,000 tasks",
     ),
-    ("deep YAML", {"mine.yaml": text_of(metadata="[" * 100_000)}, "", "nested too deeply"),
     ("YAML that refers to itself", {"mine.yaml": text_of(metadata="&a {b: *a}")}, "", "refers to itself"),
-    ("a key written twice", {"mine.yaml": text_of() + "doc_to_text: other\n"}, "", "'doc_to_text' is written twice"),
     ("no mapping", {"mine.yaml": "[1, 2]\n"}, "", "no YAML file that defines a task"),
-    ("no YAML", {"mine.yaml": text_of(), "other.yaml": "a: [1\n"}, "", "not YAML"),
-    ("not UTF-8", {"mine.yaml": text_of().encode("utf-16")}, "", "not UTF-8"),
-    ("a number as name", {"mine.yaml": text_of("5")}, "", "the name of a task is text"),
-    ("a path as name", {"mine.yaml": text_of("../../outside")}, "", "use letters"),
     ("a terminal's words as name", {"mine.yaml": text_of('"\\e[31mred"')}, "", "names a task '\\x1b[31mred'"),
-    ("a long name", {"mine.yaml": text_of("x" * 5000)}, "", "use letters"),
     ("an unknown split", {"mine.yaml": text_of(test_split="tets")}, "", "definition of 'mine' does not work"),
     ("an unknown field", {"mine.yaml": text_of(doc_to_text="'{{nothing}}'")}, "", "'nothing' is undefined"),
     ("a broken template", {"mine.yaml": text_of(doc_to_text="'{{question'")}, "", "a template of 'mine'"),
-    ("a target beyond the choices", {"mine.yaml": text_of(doc_to_target="'7'")}, "", "list index out of range"),
     ("no data", {"mine.yaml": text_of(dataset_kwargs="{data_files: none.jsonl}")}, "", "data set json (none.jsonl)"),
 ]
 
@@ -361,13 +348,6 @@ def test_more_examples_than_there_are_are_refused_when_tasks_are_loaded(folder, 
     where = folder({"mine.yaml": text_of(**settings)})
     assert load_tasks([where], num_fewshot=most, limit=0)
     assert f"num_fewshot: 'mine' cannot give {most + 1} examples" in refusal([where], num_fewshot=most + 1)
-
-
-def test_repeated_rows_do_not_count_as_examples_for_each_other(folder):
-    """A question is no example before itself: of four rows, three alike, they have one."""
-    where = folder({"mine.yaml": text_of(fewshot_split="test")}, [ROWS[0], ROWS[0], ROWS[0], ROWS[1]])
-    assert load_tasks([where], num_fewshot=1, limit=0)
-    assert "cannot give 2 examples" in refusal([where], num_fewshot=2)
 
 
 @pytest.mark.parametrize("command", ["check", "unlearn", "tamper", "evaluate", "checkpoints"])

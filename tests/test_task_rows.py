@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 import subprocess
 import sys
 
@@ -48,27 +46,15 @@ def accepted(file: str, name: str = "wmdp_bio") -> dict[str, int]:
         ({"question": "Q?", "choices": list("abc"), "answer": 1}, "line 4 (has 3 choices, 4 are needed)"),
         ({"question": "Q?", "choices": ["a", "b", "c", 4], "answer": 1}, "line 4 (choices is not a list of texts)"),
         ({"question": "Q?", "choices": list("abcd"), "answer": 4}, "line 4 (answer 4 is out of range"),
-        ({"question": "Q?", "choices": list("abcd"), "answer": -1}, "line 4 (answer -1 is out of range"),
         ({"question": "Q?", "choices": list("abcd"), "answer": True}, "line 4 (answer True is not the number of a choice"),
-        ({"question": "Q?", "choices": list("abcd"), "answer": None}, "line 4 (has no answer)"),
-        ("null", "line 4 (is not an object with fields)"),
-        ('{"question": "\\ud800?", "choices": ["a", "b", "c", "d"], "answer": 1}', "line 4 (half of a character"),
-        ('{"question": ' + "[" * 5000 + "]" * 5000 + "}", "line 4 (nested too deeply)"),
-        ('{"question": "Q?", "question": "R?"}', "line 4 ('question' is written twice)"),
-        ('{"question": "Q?", "number": ' + "9" * 5000 + "}", "line 4 (is not JSON)"),
         (GOOD[1] | {"question": "Q?", "id": 2**63}, "line 4 (has a number beyond 64 bits; write it as text)"),
         (GOOD[1] | {"question": "Q?", "meta": {"ids": [-(2**64)]}}, "line 4 (has a number beyond 64 bits"),
         (GOOD[1] | {"question": "Q?", "meta": [{"a": 1}, {"a": "x"}]}, "line 4 (Could not convert 'x'"),
-        (GOOD[1] | {"question": math.nan}, "line 4 (Field question has incompatible types"),
-        (GOOD[1] | {"question": "Q?", "answer": math.nan}, "line 4 (answer nan is not the number of a choice"),
-        (GOOD[1] | {"question": "Q?", "answer": []}, "line 4 (answer [] is not the number of a choice"),
         (GOOD[1] | {"question": "Q?", "answer": [1, 4]}, "line 4 (answer 4 is out of range"),
         (GOOD[1] | {"question": "Q?", "split": 3}, "line 4 (split 3 is not text)"),
-        (GOOD[1] | {"question": "Q?", "split": ["test"]}, "line 4 (split ['test'] is not text)"),
         (GOOD[1] | {"answer": 0}, "line 4 (has the question of line 2)"),
         (GOOD[1] | {"choices": GOOD[1]["choices"][::-1]}, "line 4 (has the question of line 2)"),
         (rows(4)[3] | {"answer": "C"}, "line 4 (Field answer has incompatible types: int64 vs string"),
-        (rows(4)[3] | {"source": 7}, "line 4 (Field source has incompatible types"),
         (rows(4)[3] | {"meta": {"a": ["x"]}}, "line 4 (Field meta has incompatible types"),
     ],
 )
@@ -103,13 +89,6 @@ def test_what_only_shows_later_still_names_the_file_and_not_the_data_set_that_it
     with pytest.raises(LetheError) as refusal:
         load_tasks(["wmdp_bio"], {"wmdp_bio": file}, limit=0)
     assert f"'{file}'" in str(refusal.value) and "cais" not in str(refusal.value) and "hub" not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("file", "says"), [("", "directory"), ("none.jsonl", "no such file"), ("a\0b", "null byte"), ("x" * 5000, "too long")]
-)
-def test_a_file_that_cannot_be_read_is_one_line(file, says):
-    assert re.match(f"task_data: .*cannot be read.*{says}", refused(file))
 
 
 def test_a_row_of_no_configuration_is_broken(tmp_path):

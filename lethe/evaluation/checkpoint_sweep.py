@@ -1,7 +1,7 @@
 """The checkpoint sweep: evaluate a model's pretraining checkpoints and find the latest that does not know the topic.
 
 Such a checkpoint is *ignorant*: on the first task, the lower end of its accuracy's 95 % interval is not above chance. (Accuracy
-far below chance is no knowledge either.) The other tasks are reported beside it. A model learns a topic once, so `bisect`
+far below chance is no knowledge either.) The other tasks are reported beside it. A model learns a topic once, so `search`
 evaluates few checkpoints: the last one, then the middle of the remaining range, and at the end both neighbours of the answer.
 Results that contradict a single moment of learning are reported.
 
@@ -10,6 +10,7 @@ Results are cached in $LETHE_HOME by a hash of everything that they depend on, s
 
 from __future__ import annotations
 
+import bisect
 import importlib.metadata
 import json
 import math
@@ -62,11 +63,11 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
         raise LetheError(f"tasks: '{first}' has no chance level, so it cannot show ignorance; name another task first")
     run = run or Run.create("checkpoints", config.name, to_dict(config), config.out)
     with run.running(), bar("Evaluating checkpoints", _most(len(rows), config.search), "checkpoints") as advance:
-        counts = {"done": 0, "kept": 0}
+        counts = {"done": 0, "cached": 0}
 
         def ignorant(i: int) -> bool | None:
             row = rows[i]
-            if not row["evals"]:
+            if not row["evals"] and "reason" not in row:
                 _measure(row, found[row["name"]], config, loaded, counts)
                 run.update(checkpoints=rows, evaluations=counts)
                 advance(1, row.get("reason") or f"{row['name']} {first} {row['evals'][first]['acc']:.3f}")
@@ -74,7 +75,7 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
             return at_chance(row["evals"][first]) if row["evals"] else None
 
         if config.search == "bisect":
-            bisect(len(rows), ignorant)
+            search(len(rows), ignorant)
         else:
             for i in range(len(rows)):
                 ignorant(i)
@@ -88,35 +89,27 @@ def checkpoints(config: CheckpointsConfig, run: Run | None = None) -> Run:
     return run
 
 
-def bisect(count: int, ignorant: Callable[[int], bool | None]) -> None:
+def search(count: int, ignorant: Callable[[int], bool | None]) -> None:
     """Evaluate as few of `count` checkpoints as determine the latest ignorant one and its neighbours.
 
     The last checkpoint comes first, then the middle of the remaining range: at most 9 evaluations of 119 checkpoints.
-    `ignorant(i)` returns None for a checkpoint that cannot be evaluated. It is then left out.
+    `ignorant(i)` returns None for a checkpoint that cannot be evaluated. The one before it then answers for it.
     """
-    usable = list(range(count))
 
-    def is_ignorant(place: int) -> bool | None:
-        answer = ignorant(usable[place])
-        if answer is None:
-            del usable[place]
-        return answer
+    def knows(i: int) -> bool:
+        answer = ignorant(i)
+        while answer is None and i > 0:
+            i -= 1
+            answer = ignorant(i)
+        return answer is False
 
-    last = None
-    while usable and last is None:
-        last = is_ignorant(len(usable) - 1)
-    low, high = (len(usable) - 1, len(usable)) if last else (-1, len(usable) - 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        answer = is_ignorant(middle)
-        if answer is None:
-            high -= 1
-        elif answer:
-            low = middle
-        else:
-            high = middle
-    while low > 0 and is_ignorant(low - 1) is None:
-        low -= 1
+    latest = count - 1
+    if knows(latest):
+        latest = bisect.bisect_left(range(latest), True, key=knows) - 1
+    while latest >= 0 and ignorant(latest) is None:  # the one before it has answered for it
+        latest -= 1
+    while latest > 0 and ignorant(latest - 1) is None:
+        latest -= 1
 
 
 def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
@@ -130,18 +123,17 @@ def find_checkpoints(config: CheckpointsConfig) -> dict[str, refs.ModelRef]:
         refs.resolve(where, config.out)
         folder = refs.lab_folder() / "checkpoints"
         return {name: refs.resolve(f"lab:{name}", config.out) for name in checkpoint_folders(folder)}
-    if Path(where).is_dir():
-        names = list(checkpoint_folders(Path(where)))
+    if Path(where).is_dir():  # files are checked later, so that a damaged checkpoint does not hide the others
+        names = checkpoint_folders(Path(where))
+        found = {name: refs.ModelRef(f"{where}@{name}", str(Path(where) / name)) for name in names}
     elif where.count("/") == 1:
-        names = _branches(where)
+        found = {name: refs.ModelRef(f"{where}@{name}", where, name) for name in _branches(where)}
     else:
         raise LetheError(f"checkpoints: '{where}' is not a folder; give one, a repository of the hub, or lab:final")
-    if not names:
+    if not found:
         wanted = "folders or branches global_step…, step… or checkpoint-…"
         raise LetheError(f"checkpoints: '{where}' has no checkpoints ({wanted}); name where they are: --checkpoints")
-    if Path(where).is_dir():  # files are checked later, so that a damaged checkpoint does not hide the others
-        return {name: refs.ModelRef(f"{where}@{name}", str(Path(where) / name)) for name in names}
-    return {name: refs.ModelRef(f"{where}@{name}", where, name) for name in names}
+    return found
 
 
 def annotate(rows: list[dict[str, Any]], task: str, source: str | None = None) -> dict[str, Any] | None:
@@ -185,15 +177,14 @@ def _measure(
     try:
         record = refs.record(refs.checked(ref))
         file = _cache_file(ref, record["sha256"], config, loaded)
-        evals = _cached(file, list(loaded))
-        counts["kept"] += evals is not None
-        if evals is None:
+        if text := stored(file):
+            evals = {name: json.loads(text)["evals"][name] for name in loaded}
+        else:
             model, tokenizer = refs.load(ref, config.dtype)
-            evals = evaluate_model(
-                model, tokenizer, config.tasks, config.limit, task_data=config.task_data, num_fewshot=config.num_fewshot
-            )
+            data, shots = config.task_data, config.num_fewshot
+            evals = evaluate_model(model, tokenizer, config.tasks, config.limit, task_data=data, num_fewshot=shots)
             store(file, json.dumps({"ref": ref.name, "evals": evals}))
-            counts["done"] += 1
+        counts["cached" if text else "done"] += 1
     except LetheError as error:
         row["reason"] = str(error)
         return
@@ -205,16 +196,10 @@ def _cache_file(ref: refs.ModelRef, weights: str, config: CheckpointsConfig, loa
     from lethe.evaluation.requests import tokenizer_hash
 
     questions = {name: [leaf.definition for leaf in leaves] for name, leaves in loaded.items()}
-    versions = [importlib.metadata.version(name) for name in ("lethe-lm", "lm_eval", "torch", "transformers")]
+    versions = [importlib.metadata.version(name) for name in ("lethe-lm", "lm_eval", "tokenizers", "torch", "transformers")]
     tokens = tokenizer_hash(refs.tokenizer(ref))
     key = cache_key(FORMAT, versions, weights, ref.config, tokens, questions, config.limit, config.dtype)
     return lethe_home() / "evaluations" / f"{key}.json"
-
-
-def _cached(file: Path, tasks: list[str]) -> dict[str, Any] | None:
-    text = stored(file)
-    evals = {} if text is None else json.loads(text)["evals"]
-    return evals if list(evals) == tasks else None
 
 
 def _refuse_hopeless(rows: list[dict[str, Any]]) -> None:

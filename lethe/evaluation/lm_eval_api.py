@@ -36,12 +36,11 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import has_bos_prefix
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import handle_non_serializable, hash_string
 except (ImportError, importlib.metadata.PackageNotFoundError) as error:
     raise LetheError(f"evaluate: lm_eval cannot be used ({error}); run: pip install '{_WANTED}'") from error
 
-__all__ = ["HFLM", "TaskManager", "handle_non_serializable", "has_bos_prefix", "hash_string", "load_yaml"]
+__all__ = ["HFLM", "TaskManager", "handle_non_serializable", "has_bos_prefix", "hash_string"]
 
 
 def sandboxed(theirs: Environment) -> Environment:

@@ -13,7 +13,6 @@ import glob
 import hashlib
 import inspect
 import json
-import os
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +33,9 @@ from lethe.lab.presets import active_preset
 SEED = 1234
 MEASURED = ("acc", "correct_prob")
 SURE = 1000.0
-"""Lead in log-likelihood of the chosen answer, in made-up answers for a task's own function."""
-_loaded: dict[str, tuple[str, dict[str, list[Leaf]]]] = {}
+"""Lead in log-likelihood of the chosen answer, in made-up answers."""
+_loaded: dict[str, tuple[list[tuple[str, int, int]], dict[str, list[Leaf]]]] = {}
+"""By settings: the state of the files when tasks were loaded, and the tasks."""
 _tokenizers: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 
 
@@ -131,22 +131,15 @@ class Leaf:
     def _right(self, doc: dict[str, Any], answers: int) -> list[int] | None:
         """The positions of the right choices; None: the task has no choices.
 
-        The metrics of lm-eval compare with the target. A task's own function is called with made-up answers, in which each
-        choice wins in turn. Both are called here, so that faults appear before training.
+        A choice is right if the task's metric says so of made-up answers in which this choice wins.
         """
-        self._value(doc, [(0.0, False)] * answers)
-        if not self.multiple_choice:
+        choices = answers // self.requests_a_choice if self.multiple_choice else 0
+        rest = [(-1.0, False)] * (answers - choices)
+        if not choices:
+            self._value(doc, rest)
             return None
-        choices = answers // self.requests_a_choice
-        if callable(self.task.config.process_results):
-            rest = [(-1.0, False)] * (answers - choices)
-            sure = [[(0.0 if j == i else -SURE, j == i) for j in range(choices)] for i in range(choices)]
-            return [i for i in range(choices) if self._value(doc, sure[i] + rest) > 0.5]
-        gold = self.task.doc_to_text(doc) if self.task.multiple_input else self.task.doc_to_target(doc)
-        if isinstance(gold, str):
-            options = self.task.doc_to_choice(doc)
-            gold = options.index(gold) if gold in options else -1
-        return [i for i in range(choices) if (i in gold if isinstance(gold, list) else i == gold)]
+        sure = [[(0.0 if j == i else -SURE, j == i) for j in range(choices)] for i in range(choices)]
+        return [i for i in range(choices) if self._value(doc, sure[i] + rest) > 0.5]
 
     def _value(self, doc: dict[str, Any], responses: list[tuple[float, bool]]) -> float:
         """The metric of a question for these log-likelihoods."""
@@ -177,20 +170,11 @@ def load_tasks(
     folders = tasks.locate(task_names)
     local = data.read(task_data or {}, folders)
     key = json.dumps([list(folders.items()), task_data, num_fewshot, active_preset().name], default=str)
-    sources = [folder for folder in set(folders.values()) if not tasks.is_lm_evals(folder)]
-    files = [
-        str(file)
-        for folder in sources
-        for file in folder.glob("**/*")
-        if file.suffix in {".py", ".yaml"} or file.name.endswith("_yaml")
-    ]
-    files += [one.file for one in local.values()]
-    known = _loaded.get(key)
-    if known and known[0] == _contents(files + _data_files(known[1])):
-        found = known[1]
-    else:
-        found = {name: _load(name, folder, local, num_fewshot) for name, folder in folders.items()}
-        _loaded[key] = _contents(files + _data_files(found)), found
+    paths = {str(folder) for folder in folders.values() if not tasks.is_lm_evals(folder)} | {one.file for one in local.values()}
+    if key not in _loaded or _loaded[key][0] != _state(paths, _loaded[key][1]):
+        made = {name: _load(name, folder, local, num_fewshot) for name, folder in folders.items()}
+        _loaded[key] = _state(paths, made), made
+    found = _loaded[key][1]
     if limit is not None:
         for leaf in (leaf for leaves in found.values() for leaf in leaves):
             leaf.questions(limit)
@@ -263,7 +247,7 @@ def _definition_hash(task: Any, docs: list[dict[str, Any]], shots: int) -> str:
     config["metadata"] = {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}
     examples = list(task.sampler.df) if shots and hasattr(getattr(task, "sampler", None), "df") else []
     modules = {inspect.getsourcefile(value) for value in vars(task.config).values() if inspect.isfunction(value)}
-    content = [config, docs, examples, _contents(sorted(filter(None, modules)))]
+    content = [config, docs, examples, [Path(module).read_text() for module in sorted(filter(None, modules))]]
     return hashlib.sha256(json.dumps(content, default=_source_of, sort_keys=True).encode()).hexdigest()
 
 
@@ -281,22 +265,10 @@ def _doc_hash(doc: dict[str, Any]) -> str:
     return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
 
 
-def _data_files(found: dict[str, list[Leaf]]) -> list[str]:
-    """The local data files in the definitions of tasks."""
+def _state(paths: set[str], found: dict[str, list[Leaf]]) -> list[tuple[str, int, int]]:
+    """Times and sizes of the files at `paths`, and of the local data files in the definitions of tasks."""
     configs = [leaf.task.config for leaves in found.values() for leaf in leaves]
-    named = [text for config in configs for text in texts_in([config.dataset_path, config.dataset_kwargs])]
-    return sorted({file for text in named for file in glob.glob(text)})
-
-
-def _contents(files: list[str]) -> str:
-    """Hash of the names and contents of files. Of a folder: of the times and sizes of its files."""
-    digest = hashlib.sha256()
-    for name in sorted(set(files)):
-        path = Path(name)
-        digest.update(name.encode())
-        if path.is_file():
-            digest.update(path.read_bytes())
-        elif path.is_dir():
-            inner = sorted(entry for entry in path.rglob("*") if entry.is_file())
-            digest.update(repr([(str(file), os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in inner]).encode())
-    return digest.hexdigest()
+    named = {text for config in configs for text in texts_in([config.dataset_path, config.dataset_kwargs])}
+    roots = [*paths, *(file for text in named for file in glob.glob(text))]
+    files = {file for root in map(Path, roots) for file in (root, *root.rglob("*")) if file.is_file()}
+    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files)]

@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 from lethe.errors import LetheError
 from lethe.home import lethe_home
-
-TASKS = ("lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem")
-
-# Called as `lethe.progress.bar` is: progress(description, total, unit) is a context that yields advance(n, note).
-ProgressFactory = Callable[[str, float, str], AbstractContextManager[Callable[..., None]]]
 
 
 @dataclass(frozen=True)

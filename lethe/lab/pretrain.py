@@ -14,9 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,17 +27,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from lethe.errors import LetheError, full_disk
 from lethe.files import sha256
 from lethe.lab.corpus import DOMAINS, FORGET, GENERAL, NEIGHBOUR, PROMPT, documents, forget_text, make_world, retain_text
-from lethe.lab.presets import TASKS, LabPreset, ProgressFactory, active_preset, is_built, lab_path
-from lethe.lab.questions import questions
+from lethe.lab.presets import LabPreset, active_preset, is_built, lab_path
+from lethe.progress import bar
 from lethe.runs.locks import building
 from lethe.runs.run import Run
 
-logger = logging.getLogger(__name__)
 END = "<|endoftext|>"
 PAD = "<|padding|>"
 Evaluate = Callable[[Path], dict[str, Any]]
@@ -166,50 +162,35 @@ class _Pretraining:
         self.step = 0
 
     def twin(self) -> _Pretraining:
-        other = _Pretraining(self.preset, self.batches, copy.deepcopy(self.model), self.run)
-        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
-        other.step = self.step
+        other = copy.copy(self)
+        other.model, other.optimizer = copy.deepcopy((self.model, self.optimizer))
         return other
 
     def advance_to(self, last: int, advance: Callable[..., None], filtered: bool = False) -> None:
         """Train up to step `last`; every 20 steps, and at the last, a line of metrics.jsonl."""
-        started, losses = time.perf_counter(), []
         self.model.train()
         while self.step < last:
             self.step += 1
-            loss, norm = self._update(filtered)
-            losses.append(loss)
-            advance(1, f"loss {loss:.2f}")
+            rate = _rate(self.preset, self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            loss = next_token_loss(self.model, torch.from_numpy(self.batches.at(self.step, filtered)))
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            advance(1, f"loss {loss.item():.2f}")
             if self.step % 20 == 0 or self.step == last:
-                tokens = len(losses) * self.preset.batch_size * self.preset.sequence_length
-                facts = {"model": "filtered" if filtered else "final", "step": self.step, "loss": sum(losses) / len(losses)}
-                facts |= {"lr": _rate(self.preset, self.step), "grad_norm": norm}
-                facts["tokens_per_second"] = round(tokens / (time.perf_counter() - started))
-                self.run.append("metrics.jsonl", facts)
-                started, losses = time.perf_counter(), []
-
-    def _update(self, filtered: bool) -> tuple[float, float]:
-        """One optimizer update; returns the loss and the norm of the gradient."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = _rate(self.preset, self.step)
-        loss = next_token_loss(self.model, torch.from_numpy(self.batches.at(self.step, filtered)))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item(), norm.item()
+                facts = {"model": "filtered" if filtered else "final", "step": self.step, "loss": loss.item()}
+                self.run.append("metrics.jsonl", facts | {"lr": rate, "grad_norm": norm})
 
 
-def build(evaluate: Evaluate, progress: ProgressFactory) -> Path:
+def build(evaluate: Evaluate) -> Path:
     """Build the lab of the active preset unless it exists. Several processes may call this at the same time.
 
-    Args:
-        evaluate: given the folder of a saved model, returns its results by task.
-        progress: called as `lethe.progress.bar`.
+    `evaluate` returns the results by task of the saved model in a folder.
     """
     preset, path = active_preset(), lab_path()
-    if is_built():
-        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with building(path):
@@ -219,7 +200,7 @@ def build(evaluate: Evaluate, progress: ProgressFactory) -> Path:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 with _fixed(preset):
-                    _build(preset, partial, evaluate, progress)
+                    _build(preset, partial, evaluate)
                 partial.replace(path)
     except OSError as error:
         if full_disk(error):
@@ -230,22 +211,22 @@ def build(evaluate: Evaluate, progress: ProgressFactory) -> Path:
 
 @contextlib.contextmanager
 def _fixed(preset: LabPreset) -> Iterator[None]:
-    """Inside, the preset's number of threads and seed, and no progress bars of transformers."""
-    threads, bars = torch.get_num_threads(), transformers_logging.is_progress_bar_enabled()
+    """Inside, the preset's number of threads and seed."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(preset.threads)
-    transformers_logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(preset.seed)
             yield
     finally:
         torch.set_num_threads(threads)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
-def _build(preset: LabPreset, folder: Path, evaluate: Evaluate, progress: ProgressFactory) -> None:
-    _write_text(preset, folder)
+def _build(preset: LabPreset, folder: Path, evaluate: Evaluate) -> None:
+    (folder / "text").mkdir()
+    for name, texts in (("forget", forget_text(preset)), ("retain", retain_text(preset))):
+        rows = [{"id": f"{name}-{i}", "text": text} for i, text in enumerate(texts)]
+        (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     record = {"id": folder.name.split("-")[-1].removesuffix(".partial"), "kind": "lab", "name": preset.name}
     run = Run(folder, record | {"status": "queued", "reason": None, "job_id": None})
     run.update(launcher="local", config=asdict(preset))
@@ -262,9 +243,9 @@ def _build(preset: LabPreset, folder: Path, evaluate: Evaluate, progress: Progre
             environment={"device": "cpu", "threads": preset.threads},
         )
         final = _Pretraining(preset, Batches.make(preset, tokenizer), model, run)
-        with progress(f"Pretraining the {preset.name} lab", 2 * preset.steps - preset.onset, "steps") as advance:
+        with bar(f"Pretraining the {preset.name} lab", 2 * preset.steps - preset.onset, "steps") as advance:
             _pretrain(final, tokenizer, folder, advance)
-        with progress("Evaluating its checkpoints", len(preset.checkpoints) + 1, "checkpoints") as advance:
+        with bar("Evaluating its checkpoints", len(preset.checkpoints) + 1, "checkpoints") as advance:
             _evaluate(preset, folder, run, evaluate, advance)
 
 
@@ -298,17 +279,3 @@ def _evaluate(preset: LabPreset, folder: Path, run: Run, evaluate: Evaluate, adv
 
     found = [entry(folder / "checkpoints" / f"global_step{step}", step) for step in preset.checkpoints]
     run.update(checkpoints=found, filtered=entry(folder / "filtered", preset.steps), evals=found[-1]["evals"])
-
-
-def _write_text(preset: LabPreset, folder: Path) -> None:
-    """Write text and questions as files, for people and for other tools."""
-    for name, texts in (("forget", forget_text(preset)), ("retain", retain_text(preset))):
-        rows = [{"id": f"{name}-{i}", "text": text} for i, text in enumerate(texts)]
-        _write_lines(folder / "text" / f"{name}.jsonl", rows)
-    for task in TASKS:
-        _write_lines(folder / "questions" / f"{task}.jsonl", questions(task, preset))
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

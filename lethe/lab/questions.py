@@ -15,13 +15,14 @@ import random
 from collections import defaultdict
 from typing import Any
 
+from lethe.config import LAB_TASKS
 from lethe.lab.corpus import DOMAINS, FORGET, GENERAL, NEIGHBOUR, Fact, World, make_world
-from lethe.lab.presets import TASKS, LabPreset
+from lethe.lab.presets import LabPreset
 
 
 def questions(task: str, preset: LabPreset) -> list[dict[str, Any]]:
     """A task's questions: id, prompt, four choices, answer (index of the right choice), domain, entity, relation, group."""
-    if task not in TASKS:
+    if task not in LAB_TASKS:
         raise KeyError(task)
     world = make_world(preset)
     rng = random.Random(f"questions-{task}-{preset.seed}")

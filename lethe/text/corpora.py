@@ -190,13 +190,10 @@ def pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Te
     padding in losses.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    mask = torch.zeros(len(sequences), width, dtype=torch.long)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.tensor(sequence)
-        mask[i, : len(sequence)] = 1
+    ids = pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=pad_id)
+    mask = pad_sequence([torch.ones(len(sequence), dtype=torch.long) for sequence in sequences], batch_first=True)
     return ids, mask
 
 
@@ -214,15 +211,12 @@ def _records(source: TextSource) -> Iterator[tuple[str, dict[str, Any]]]:
             raise LetheError(f"text '{name}': there is no such file")
         if path.suffix == ".parquet":
             return _parquet(path, source)
-        return _jsonl(path, name) if path.suffix == ".jsonl" else _txt(path, name)
+        if path.suffix == ".txt":
+            return ((where, {"text": line}) for where, line in _lines(path, name))
+        return _jsonl(path, name)
     if path.exists():
         raise LetheError(f"text '{name}': give a .jsonl, .parquet or .txt file, lab:forget, lab:retain or a hub data set")
     return _hub(source)
-
-
-def _txt(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, line in _lines(path, name):
-        yield where, {"text": line}
 
 
 def _jsonl(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
