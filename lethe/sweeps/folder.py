@@ -68,7 +68,10 @@ class Sweep:
 
     def __init__(self, run: Run, config: Settings):
         self.run, self.out = run, run.path.parent
-        self.config = dataclasses.replace(config, out=str(self.out))  # the folder may have been moved
+        sections = {name: value for name in ("unlearn", "tamper") if (value := getattr(config, name, None))}
+        for name, section in sections.items():  # the folder may have been moved, and what the sweep sets itself is set anew
+            sections[name] = {key: value for key, value in section.items() if key not in {"out", "name"}}
+        self.config = dataclasses.replace(config, out=str(self.out), **sections)
         self.lock = FileLock(run.path / "sweep.lock")
         self.ended_runs: dict[tuple[str, int], list[Run]] = {}
         self.recorded = -math.inf

@@ -63,23 +63,13 @@ class Planner:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """All settings of the unlearning run that is varied."""
-        return self._section("unlearn", self.config.unlearn)
+        return c.to_dict(section("unlearn", "unlearn", self.config.unlearn, self.config.out))
 
     @cached_property
     def attack(self) -> dict[str, Any] | None:
         """All settings of the attack on every result; None without one."""
-        return None if self.config.tamper is None else self._section("tamper", self.config.tamper)
-
-    def _section(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return c.to_dict(from_settings(SETTINGS[name], given | self._own(name)))
-        except LetheError as error:
-            raise LetheError(f"{name}: {error}") from error
-
-    def _own(self, section: str) -> dict[str, Any]:
-        """The settings of a section that the sweep sets itself."""
-        own = {"out": self.config.out, "name": SETTINGS[section].name}
-        return own | ({"model": "@0"} if section == "tamper" else {})
+        given = self.config.tamper
+        return None if given is None else c.to_dict(section("tamper", "tamper", given, self.config.out))
 
     @cached_property
     def tasks(self) -> tuple[str, str]:
@@ -126,8 +116,6 @@ class Planner:
         Raises:
             LetheError: one of the runs could not work.
         """
-        self._refuse_without_effect("unlearn", self.config.unlearn, self.recipe)
-        self._refuse_without_effect("tamper", self.config.tamper or {}, self.attack)
         forget, _ = self.tasks
         if self.attack and forget not in self.attack["eval"]["tasks"]:
             raise LetheError(f"tamper: eval.tasks lacks {forget}, the forget task, which shows what the attack recovers")
@@ -137,13 +125,6 @@ class Planner:
             for point in self.samples():
                 self._check(self.plan(point, self.config.seed_list[:1]))
         return dataclasses.replace(self.config, unlearn=self.recipe, tamper=self.attack)
-
-    def _refuse_without_effect(self, section: str, given: dict[str, Any], recipe: dict[str, Any] | None) -> None:
-        for name, own in self._own(section).items():
-            if given.get(name, own) != own:
-                raise LetheError(f"{section}: {name}: {printable(given[name], 80)} has no effect in a sweep; leave it out")
-        if recipe and recipe["seed"]:
-            raise LetheError(f"{section}: seed: {recipe['seed']} has no effect in a sweep; give seeds: [{recipe['seed']}]")
 
     def samples(self) -> Iterable[Point]:
         """The points to check before anything runs: both ends of every range, and every listed value."""
@@ -290,6 +271,25 @@ class Planner:
     def summary(self, sweep: Sweep, found: list[Finding]) -> list[str]:
         """Sentences of this kind of sweep, between the regimes and the next step."""
         return []
+
+
+def section(where: str, kind: str, given: dict[str, Any], out: str, name: str = "") -> Any:
+    """The runs' settings from a section of the configuration, with those that the sweep sets itself.
+
+    Raises:
+        LetheError: a setting is wrong, or is one that the sweep sets itself.
+    """
+    own = {"out": out, "name": name or SETTINGS[kind].name} | ({"model": "@0"} if kind == "tamper" else {})
+    try:
+        for key, value in own.items():
+            if given.get(key, value) != value:
+                raise LetheError(f"{key}: {printable(given[key], 80)} has no effect in a sweep; leave it out")
+        made = from_settings(SETTINGS[kind], given | own)
+        if made.seed:
+            raise LetheError(f"seed: {made.seed} has no effect in a sweep; give seeds: [{made.seed}]")
+    except LetheError as error:
+        raise LetheError(f"{where}: {error}") from error
+    return made
 
 
 def baseline(model: str, evaluation: dict[str, Any], dtype: c.Dtype, out: str) -> Plan:
