@@ -78,7 +78,7 @@ def next_values(axis: Axis, edges: Iterable[Verdicts], width: float) -> list[flo
 def _between(axis: Axis, measured: list[float], verdicts: Verdicts, width: float) -> float | None:
     """The middle of the widest gap, or a quarter of it where the middle could not be measured; None if no value is left."""
     gaps = [(_excess(axis, below, above, width), below, above) for below, above in itertools.pairwise(measured)]
-    for _, below, above in sorted((gap for gap in gaps if gap[0] > 1), reverse=True):
+    for _, below, above in sorted((gap for gap in gaps if gap[0] > 1), key=lambda gap: -gap[0]):
         for share in (0.5, 0.25, 0.75):
             value = below ** (1 - share) * above**share if axis.log else (1 - share) * below + share * above
             value = round(value) if axis.whole else float(f"{value:.4g}")
