@@ -123,6 +123,7 @@ def test_a_file_that_is_no_suite_is_refused(tmp_path):
         ("attacks: {a: {lr: 1, lr: 2}}", "'lr' is written twice"),
         ("common: {}", "names no attacks"),
         ("attacks: {a: {}}\nboundd: 1", "boundd"),
+        ("attacks: {a: {}}\nseeds: 3", "sets seeds; a suite has attacks, common"),
     ):
         (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(LetheError, match=words):

@@ -63,13 +63,13 @@ class Planner:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """All settings of the unlearning run that is varied."""
-        return c.to_dict(section("unlearn", "unlearn", self.config.unlearn, self.config.out))
+        return c.to_dict(section("unlearn", self.config.unlearn, self.config.out))
 
     @cached_property
     def attack(self) -> dict[str, Any] | None:
         """All settings of the attack on every result; None without one."""
         given = self.config.tamper
-        return None if given is None else c.to_dict(section("tamper", "tamper", given, self.config.out))
+        return None if given is None else c.to_dict(section("tamper", given, self.config.out))
 
     @cached_property
     def tasks(self) -> tuple[str, str]:
@@ -273,8 +273,8 @@ class Planner:
         return []
 
 
-def section(where: str, kind: str, given: dict[str, Any], out: str, name: str = "") -> Any:
-    """The runs' settings from a section of the configuration, with those that the sweep sets itself.
+def section(kind: str, given: dict[str, Any], out: str, name: str = "") -> Any:
+    """The settings of runs of a kind from a section of the configuration, with those that the sweep sets itself.
 
     Raises:
         LetheError: a setting is wrong, or is one that the sweep sets itself.
@@ -288,7 +288,7 @@ def section(where: str, kind: str, given: dict[str, Any], out: str, name: str = 
         if made.seed:
             raise LetheError(f"seed: {made.seed} has no effect in a sweep; give seeds: [{made.seed}]")
     except LetheError as error:
-        raise LetheError(f"{where}: {error}") from error
+        raise LetheError(f"{name or kind}: {error}") from error
     return made
 
 

@@ -126,7 +126,7 @@ class Suite(Planner):
                 raise LetheError(f"attacks: {name}: expected settings of `lethe tamper`, got {printable(repr(own), 80)}")
             given = _over(self.config.common, own or {})
             given.pop("after", None)
-            made[name] = section(name, "tamper", given, self.config.out, name)
+            made[name] = section("tamper", given, self.config.out, name)
         return made
 
     @property
@@ -136,7 +136,8 @@ class Suite(Planner):
         Raises:
             LetheError: an attack follows one that is not there, saves no model, or follows another one itself.
         """
-        after = {name: own["after"] for name, own in self.config.attacks.items() if own and own.get("after") is not None}
+        given = {name: self.config.attacks[name] or {} for name in self.attacks}
+        after = {name: own["after"] for name, own in given.items() if own.get("after") is not None}
         for name, first in after.items():
             if str(first) not in self.attacks:
                 raise LetheError(f"{name}: after: there is no attack '{first}'{nearest(str(first), self.attacks)}")
