@@ -11,7 +11,7 @@ from lethe.config import SweepConfig, to_dict
 from lethe.launching import slurm
 from lethe.launching.work import work
 from lethe.runs.run import Run
-from lethe.sweeps.trust import trust
+from lethe.sweeps.trust import consent
 
 SLURM = {"launcher": "slurm", "slurm": {"setup": ["touch ran"], "extra": {"qos": "long"}}}
 
@@ -51,7 +51,7 @@ def test_consent_is_needed_once_for_the_same_values_and_not_for_those_of_ones_ow
     path = stored(storage="sqlite:///made.db")
     assert main(["sweep", "status", str(path), "--trust_record", "true"]) == 0 and Path("made.db").exists()
     assert main(["sweep", "status", str(path)]) == 0
-    trust(config(**SLURM))
+    consent(config(**SLURM), given=True)
     for settings, code in ((SLURM, 0), ({}, 0), ({"storage": "sqlite:///other.db"}, 2)):
         assert main(["sweep", "status", str(stored(**settings))]) == code
 

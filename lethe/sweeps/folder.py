@@ -35,7 +35,7 @@ from lethe.sweeps.planner import Planner
 from lethe.sweeps.reuse import complete_runs, inputs, key_of, made_from_the_same
 from lethe.sweeps.suite import Suite
 from lethe.sweeps.trials import STOPPED_EARLY, Plan, Trial
-from lethe.sweeps.trust import consented
+from lethe.sweeps.trust import consent
 
 logger = logging.getLogger(__name__)
 Settings = c.SweepConfig | c.SuiteConfig
@@ -59,7 +59,7 @@ def config_of(run: Run, trusts: bool) -> Settings:
         LetheError: it cannot be used, or runs or opens what the user has not agreed to.
     """
     config = settings_of(run, c.SuiteConfig if "suite" in run.record["config"] else c.SweepConfig)
-    consented(config, trusts)
+    consent(config, given=trusts)
     return config
 
 
@@ -215,12 +215,9 @@ class Sweep:
 
     def retry(self) -> int:
         """Queue failed and cancelled trials again, with the runs that they have. Returns how many."""
-        count = 0
         with self.lock:
-            for trial in self.trials():
-                failed = trial.frozen.state == TrialState.FAIL and trial.status != "diverged"
-                if not failed or not trial.is_shown:
-                    continue
+            failed = [t for t in self.trials() if t.is_shown and t.frozen.state == TrialState.FAIL and t.status != "diverged"]
+            for trial in failed:
                 attributes = {k: v for k, v in trial.frozen.user_attrs.items() if k not in OF_ONE_ATTEMPT}
                 if len(trial.runs(self.out)) < len(trial.get("runs", [])):  # a folder is missing: all are made again
                     del attributes["runs"]
@@ -232,8 +229,7 @@ class Sweep:
                         user_attrs=attributes | {"retry_of": trial.frozen.number},
                     )
                 )
-                count += 1
-        return count
+        return len(failed)
 
     def cancel(self) -> list[Trial]:
         """Ask the controller and the runs of every unfinished trial to stop. Returns these trials."""
