@@ -52,7 +52,8 @@ def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
     try:
         suite: c.SuiteConfig = from_recipe(c.SuiteConfig, path, models=config.models, suite=name)
     except LetheError as error:
-        raise LetheError(f"suite: {str(error).removeprefix('config: ')}") from error
+        where = "" if str(error).startswith("config: ") else f"'{path}': "
+        raise LetheError(f"suite: {where}{str(error).removeprefix('config: ')}") from error
     if others := changed(suite).keys() - PARTS - {"models", "suite"}:
         raise LetheError(f"suite: '{path}' sets {min(others)}; a suite has {', '.join(sorted(PARTS))}")
     if not suite.attacks:
