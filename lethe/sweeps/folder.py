@@ -124,11 +124,11 @@ class Sweep:
             if plan.key in known:
                 continue
             known.add(plan.key)
-            if plan.number is None:
+            proposed = "number" in plan.facts
+            if not proposed:
                 study.add_trial(plan.frozen())
-            frozen = study.get_trials(deepcopy=False)[-1 if plan.number is None else plan.number]
-            trial = Trial(study, frozen, self.ended_runs)
-            if plan.number is not None:  # Optuna's own trial, which has nothing but its point yet
+            trial = Trial(study, study.get_trials(deepcopy=False)[plan.facts.get("number", -1)], self.ended_runs)
+            if proposed:  # Optuna's own trial, which has nothing but its point yet
                 trial.set(**plan.attributes())
             found = self.measured(plan)
             if len(found) == len(plan.stages):

@@ -145,11 +145,8 @@ class Planner:
             where = printable(", ".join(f"{name} {value}" for name, value in plan.point.items()), 200)
             raise LetheError(f"at {where}: {error}") from error
 
-    def plan(self, point: Point, seeds: list[int], number: int | None = None) -> Plan:
-        """For each seed, the unlearning run at a point and, if the sweep has one, the attack on its result.
-
-        `number` is that of Optuna's trial, if Optuna proposed the point.
-        """
+    def plan(self, point: Point, seeds: list[int], **facts: Any) -> Plan:
+        """For each seed, the unlearning run at a point and, if the sweep has one, the attack on its result."""
         stages: list[Stage] = []
         for seed in seeds:
             settings = axes.settings_at(self.recipe, point) | {"seed": seed}
@@ -161,7 +158,7 @@ class Planner:
                 stages.append(("tamper", attack | {"model": model, "seed": seed, "name": f"{name}-attack"}))
         first = stages[0][1]
         name = first["name"] if len(seeds) == 1 else axes.name_at(self.config.name, first, point, None)
-        return Plan(name, stages, point, seeds[0], number=number, axes=self.axes)
+        return Plan(name, stages, point, seeds[0], facts, self.axes)
 
     def references(self) -> list[Plan]:
         """The evaluation of every model that is unlearned."""
@@ -296,7 +293,7 @@ def baseline(model: str, evaluation: dict[str, Any], dtype: c.Dtype, out: str) -
     """The evaluation of the original model, as the runs are evaluated."""
     how = {name: evaluation[name] for name in ("limit", "task_data", "num_fewshot")}
     settings = c.EvaluateConfig(model, evaluation["tasks"], **how, dtype=dtype, out=out, name="baseline")
-    return Plan("baseline", [("evaluate", c.to_dict(settings))], reference=True, facts={"model": model})
+    return Plan("baseline", [("evaluate", c.to_dict(settings))], facts={"reference": True, "model": model})
 
 
 def short(result: Result) -> Result:
