@@ -10,9 +10,13 @@ from sweeping import TASKS, config, trials
 
 from lethe.config import ResumeConfig, SweepStatusConfig
 from lethe.launching import launchers
+from lethe.results.regimes import Estimate
 from lethe.runs.run import Run
+from lethe.sweeps.boundary import plateau
 from lethe.sweeps.controller import Sweep, status, sweep
 from lethe.sweeps.folder import planner_of
+from lethe.sweeps.pareto import is_clearly_worse
+from lethe.sweeps.planner import advice
 from lethe.sweeps.resuming import resume
 
 LR = {"low": 1e-4, "high": 1.0, "log": True}
@@ -134,18 +138,25 @@ def test_a_boundary_is_bracketed_where_the_regimes_change(made_up, tmp_path):
     assert all(words in said for words in ("Neither task fell up to", "Both tasks are at chance from", "One seed"))
 
 
-def test_an_axis_that_does_not_reach_both_is_not_bracketed_and_names_the_next(made_up, tmp_path):
-    run = sweep(config(tmp_path, kind="boundary", vary={"lr": {"low": 1e-4, "high": 2e-3}}))
+@pytest.mark.parametrize(
+    ("vary", "words", "other"),
+    [
+        ({"lr": {"low": 1e-4, "high": 2e-3}}, "from lr", "max_steps"),
+        ({"max_steps": {"low": 2, "high": 8}}, "from max_steps 2 on nothing changes", "lr"),
+    ],
+)
+def test_an_axis_that_does_not_reach_both_is_not_bracketed_and_names_the_next(made_up, tmp_path, vary, words, other):
+    run = sweep(config(tmp_path, kind="boundary", vary=vary))
     said = " ".join(run.record["conclusions"])
-    assert "Not bracketed" in said and "Try another axis: max_steps" in said
+    assert "Not bracketed" in said and words in said and f"Try another axis: {other}." in said
     assert len(run.record["trials"]) == 3
 
 
 def test_the_largest_rate_that_retains_enough_is_found(made_up, tmp_path):
     run = sweep(config(tmp_path, kind="boundary", find="retained", within=0.1, vary={"lr": LR}, width=1.5))
     largest = max(lr for lr, _ in measured(run) if lr < rate(3e-2, 0.65 / 0.75))
-    said = f"lab_retain is within 10 points of baseline up to lr {largest:g}, and no longer at"
-    assert run.record["conclusions"][0].lower().startswith(said)
+    said = f"Retain accuracy (lab_retain) is at most 10 points below baseline up to lr {largest:g}, and no longer at"
+    assert run.record["conclusions"][0].startswith(said)
 
 
 def test_a_sweep_of_an_earlier_version_is_resumed(made_up, tmp_path):
@@ -185,9 +196,47 @@ def test_every_setting_is_run_with_every_seed_and_pareto_takes_means(made_up, tm
     monkeypatch.setattr(MadeUp, "evals", lambda self, lr: lower(plain(self, lr), next(lost)))
     run = sweep(config(tmp_path / "pareto", kind="pareto", vary={"lr": LR}, seeds=2, max_runs=1))
     (trial,) = run.record["trials"][1:]
-    means = lower(plain(MadeUp(), trial["point"]["lr"]), 0.04)
-    assert len(trial["runs"]) == 2 and all(trial["evals"][task]["acc"] == pytest.approx(means[task]["acc"]) for task in TASKS)
+    for task, mean in lower(plain(MadeUp(), trial["point"]["lr"]), 0.04).items():
+        assert trial["evals"][task]["acc"] == pytest.approx(mean["acc"])
+    assert len(trial["runs"]) == 2
 
 
 def lower(evals: dict, by: float) -> dict:
     return {task: result | {"acc": result["acc"] - by} for task, result in evals.items()}
+
+
+def test_a_plateau_is_where_nothing_changes_beyond_the_intervals():
+    def shares(values):
+        return {float(x): [Estimate(v, v - 0.05, v + 0.05) for v in pair] for x, pair in values.items()}
+
+    measured = shares({1: (0.95, 1.0), 2: (0.7, 1.0), 4: (0.41, 0.98), 8: (0.4, 0.99), 16: (0.39, 0.98)})
+    assert plateau(measured) == 4.0
+    assert plateau({1 / x: each for x, each in measured.items()}) == 0.25
+    assert plateau(shares({1: (0.9, 1.0), 2: (0.5, 1.0)})) is None
+
+
+def test_a_run_is_hopeless_only_when_two_were_better_in_both_beyond_the_intervals():
+    def results(*values, half=0.02):
+        return tuple({"acc": value, "low": value - half, "high": value + half} for value in values)
+
+    worse, better = results(0.8, 0.6), results(0.5, 0.9)
+    assert is_clearly_worse(worse, [better, better])
+    for other in (results(0.5, 0.6), results(0.78, 0.63), ()):
+        assert not is_clearly_worse(worse, [better, other])
+    assert not is_clearly_worse(worse, [])
+
+
+@pytest.mark.parametrize(
+    ("regimes", "words"),
+    [
+        (["neither", "neither"], "raise lr"),
+        (["both"], "lower lr, raise retain_coef"),
+        (["neither", "partial"], "lower lr a little and raise remove_coef"),
+        (["neither", "both"], "between neither and both"),
+        (["selective", "both"], "attack"),
+        (["inverted"], "retain"),
+        ([], "no run was measured"),
+    ],
+)
+def test_advice_follows_the_rules_of_thumb(regimes, words):
+    assert words in advice(regimes)

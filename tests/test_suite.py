@@ -102,8 +102,8 @@ def test_an_attack_that_draws_nothing_is_repeated_where_one_that_follows_it_draw
         ({"general_bound": 1.5}, "general_bound"),
         ({"attacks": {"one": {}, "two": {"eval": {"limit": 9}}}}, "eval.limit: one has 40, two has 9"),
         ({"attacks": {"one": {"lr": 1e-3}, "two": {"lr": 1e-3}}}, "two on lab:global_step120 has the settings of one"),
-        ({"attacks": {"full": {"model": "lab:final"}}}, "full: model: has no effect in a suite; name the models"),
-        ({"common": COMMON | {"seed": 3}}, "full: seed: has no effect in a suite; name the seeds"),
+        ({"attacks": {"full": {"model": "lab:final"}}}, "full: model: lab:final has no effect in a sweep; leave it out"),
+        ({"common": COMMON | {"seed": 3}}, r"full: seed: 3 has no effect in a sweep; give seeds: \[3\]"),
         ({"attacks": {"full": 5}}, "attacks: full: expected settings of `lethe tamper`, got 5"),
         ({"suite": "standard"}, "no effect beside attacks"),
         ({"seeds": 1000, "models": [f"lab:filtered{'/' * i}" for i in range(20)]}, "runs, at most 10000 are allowed"),
@@ -123,6 +123,7 @@ def test_a_file_that_is_no_suite_is_refused(tmp_path):
         ("attacks: {a: {lr: 1, lr: 2}}", "'lr' is written twice"),
         ("common: {}", "names no attacks"),
         ("attacks: {a: {}}\nboundd: 1", "boundd"),
+        ("attacks: {a: {}}\nseeds: 3", "sets seeds; a suite has attacks, common"),
     ):
         (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(LetheError, match=words):

@@ -292,20 +292,6 @@ def test_cancelled_runs_are_a_status_and_retry_restarts_them(slow_sweep, undistu
 
 
 @pytest.mark.slow
-def test_a_failed_run_that_is_retried_begins_anew(lab, tmp_path):
-    """It failed by its own time limit. With that raised in its record, it resumes from its save."""
-    long = recipe(max_steps=200, num_train_examples=64, save_every=5, time_limit=0.0005)
-    with pytest.raises(LetheError, match="time limit reached"):
-        sweep(config(tmp_path, vary={"retain_coef": [1]}, unlearn=long))
-    (made,) = tmp_path.glob("sweep-*")
-    run = next(run for run in find_runs(tmp_path) if run.record["kind"] == "unlearn")
-    assert run.status == "failed"
-    run.update(config={"time_limit": 0.0})
-    retry(SweepRetryConfig(str(made), str(tmp_path)))
-    assert Run.open(run.path).status == "complete" and len(run.rows("metrics.jsonl")) == 200
-
-
-@pytest.mark.slow
 def test_a_missing_study_is_an_error_and_loses_no_run(grid, tmp_path):
     journal = grid.path / "study.journal"
     journal.rename(tmp_path / "kept")

@@ -11,7 +11,7 @@ from lethe.config import SweepConfig, to_dict
 from lethe.launching import slurm
 from lethe.launching.worker import work
 from lethe.runs.run import Run
-from lethe.sweeps.trust import trust
+from lethe.sweeps.trust import consent
 
 SLURM = {"launcher": "slurm", "slurm": {"setup": ["touch ran"], "extra": {"qos": "long"}}}
 
@@ -31,10 +31,6 @@ def stored(**settings) -> Path:
     return Run.create("sweep", "grid", to_dict(config(**settings)), "runs").path
 
 
-def commands(path: Path) -> list[list[str]]:
-    return [["resume", str(path)], *(["sweep", name, str(path)] for name in ("status", "retry", "cancel"))]
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [(SLURM, '{"slurm.setup": ["touch ran"], "slurm.extra": {"qos": "long"}}'), ({"storage": "sqlite:///made.db"}, "made.db")],
@@ -42,8 +38,8 @@ def commands(path: Path) -> list[list[str]]:
 )
 def test_what_a_record_runs_or_opens_is_shown_and_refused_without_consent(settings, said, capsys):
     path = stored(**settings)
-    for words in commands(path):
-        assert main(words) == 2
+    for words in ("resume", "sweep status", "sweep retry", "sweep cancel"):
+        assert main([*words.split(), str(path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line and "--trust_record true" in line
     work([path])  # as a trial of another sweep, in a worker
@@ -51,18 +47,13 @@ def test_what_a_record_runs_or_opens_is_shown_and_refused_without_consent(settin
     assert not Path("made.db").exists()
 
 
-def test_consent_is_needed_once(capsys):
+def test_consent_is_needed_once_for_the_same_values_and_not_for_those_of_ones_own_sweeps():
     path = stored(storage="sqlite:///made.db")
     assert main(["sweep", "status", str(path), "--trust_record", "true"]) == 0 and Path("made.db").exists()
     assert main(["sweep", "status", str(path)]) == 0
-    other = stored(storage="sqlite:///other.db")
-    assert main(["sweep", "status", str(other)]) == 2
-
-
-def test_what_the_user_has_started_a_sweep_with_needs_no_consent():
-    trust(config(**SLURM))
-    assert main(["sweep", "status", str(stored(**SLURM))]) == 0
-    assert main(["sweep", "status", str(stored())]) == 0
+    consent(config(**SLURM), given=True)
+    for settings, code in ((SLURM, 0), ({}, 0), ({"storage": "sqlite:///other.db"}, 2)):
+        assert main(["sweep", "status", str(stored(**settings))]) == code
 
 
 def test_consent_that_nothing_reads_is_refused(capsys):

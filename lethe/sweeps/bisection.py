@@ -10,6 +10,7 @@ Pure functions over numbers. Nothing here imports torch or Optuna.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -53,7 +54,7 @@ def bracket(axis: Axis, verdicts: Verdicts, width: float) -> Bracket:
     below, above = agreed[last][0], agreed[first][0]
     monotone = all(verdict != before for _, verdict in agreed[first:])
     disagreeing = tuple(value for value, _ in agreed[last + 1 : first])
-    sharp = all(_is_sharp(axis, a, b, width) for a, b in itertools.pairwise([below, *disagreeing, above]))
+    sharp = all(_excess(axis, a, b, width) <= 1 for a, b in itertools.pairwise([below, *disagreeing, above]))
     return Bracket("found" if sharp else "open", below, above, before, monotone, disagreeing)
 
 
@@ -76,9 +77,8 @@ def next_values(axis: Axis, edges: Iterable[Verdicts], width: float) -> list[flo
 
 def _between(axis: Axis, measured: list[float], verdicts: Verdicts, width: float) -> float | None:
     """The middle of the widest gap, or a quarter of it where the middle could not be measured; None if no value is left."""
-    for below, above in sorted(itertools.pairwise(measured), key=lambda gap: -_ratio(axis, *gap)):
-        if _is_sharp(axis, below, above, width):
-            continue
+    gaps = [(_excess(axis, below, above, width), below, above) for below, above in itertools.pairwise(measured)]
+    for _, below, above in sorted((gap for gap in gaps if gap[0] > 1), key=lambda gap: -gap[0]):
         for share in (0.5, 0.25, 0.75):
             value = below ** (1 - share) * above**share if axis.log else (1 - share) * below + share * above
             value = round(value) if axis.whole else float(f"{value:.4g}")
@@ -87,16 +87,11 @@ def _between(axis: Axis, measured: list[float], verdicts: Verdicts, width: float
     return None
 
 
-def _is_sharp(axis: Axis, below: float, above: float, width: float) -> bool:
-    """Whether two values are close enough. From 0, which has no factor, a hundredth of the axis is."""
+def _excess(axis: Axis, below: float, above: float, width: float) -> float:
+    """How far apart two values are, where up to 1 is close enough. From 0, which has no factor, a hundredth of the axis is."""
     if axis.whole and above - below <= 1:
-        return True
-    return _ratio(axis, below, above) <= width if below > 0 else above - below <= (axis.high - axis.low) / 100
-
-
-def _ratio(axis: Axis, below: float, above: float) -> float:
-    """How far apart two values are, as a factor; below 0 and from 0, by their distance as a share of the axis."""
-    return above / below if below > 0 else 1 + 2 * (above - below) / (axis.high - axis.low)
+        return 0.0
+    return math.log(above / below) / math.log(width) if below > 0 else 100 * (above - below) / (axis.high - axis.low)
 
 
 def _agreed(verdicts: Sequence[bool] | None) -> bool | None:

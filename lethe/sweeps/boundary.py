@@ -138,7 +138,7 @@ class Boundary(Planner):
         verdict = {
             "neither": "neither task fell",
             "both": "both tasks are at chance",
-            "retained": f"{self.tasks[1]} is within {points:g} points of {self.config.reference}",
+            "retained": f"retain accuracy ({self.tasks[1]}) is at most {points:g} points below {self.config.reference}",
         }[name]
         disagreeing = ", ".join(f"{value:g}" for value in bracket.disagreeing)
         if bracket.status == "not measured":

@@ -23,7 +23,7 @@ from lethe.runs.run import STOP, Run, find_runs
 from lethe.sweeps import journal
 from lethe.sweeps.folder import CANCELLED, Settings, Sweep, planner_of
 from lethe.sweeps.trials import Trial
-from lethe.sweeps.trust import trust
+from lethe.sweeps.trust import consent
 
 SECONDS_BETWEEN_ROUNDS = {"local": 0.5, "slurm": 2.0}
 SECONDS_BETWEEN_RECORDS = 1.0
@@ -155,7 +155,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
             journal.storage_of(config.storage, Path(config.out))
         run = Run.create("sweep", planner.title, c.to_dict(config), config.out)
         run.update(goal=config.goal, plan={"runs": planner.expected})
-        trust(config)
+        consent(config, given=True)
     with run.running():
         made = Sweep(run, config)
         Controller(made).control()

@@ -35,7 +35,7 @@ from lethe.sweeps.planner import Planner
 from lethe.sweeps.reuse import complete_runs, inputs, key_of, made_from_the_same
 from lethe.sweeps.suite import Suite
 from lethe.sweeps.trials import STOPPED_EARLY, Plan, Trial
-from lethe.sweeps.trust import consented
+from lethe.sweeps.trust import consent
 
 logger = logging.getLogger(__name__)
 Settings = c.SweepConfig | c.SuiteConfig
@@ -59,7 +59,7 @@ def config_of(run: Run, trusts: bool) -> Settings:
         LetheError: it cannot be used, or runs or opens what the user has not agreed to.
     """
     config = settings_of(run, c.SuiteConfig if "suite" in run.record["config"] else c.SweepConfig)
-    consented(config, trusts)
+    consent(config, given=trusts)
     return config
 
 
@@ -68,7 +68,10 @@ class Sweep:
 
     def __init__(self, run: Run, config: Settings):
         self.run, self.out = run, run.path.parent
-        self.config = dataclasses.replace(config, out=str(self.out))  # the folder may have been moved
+        sections = {name: value for name in ("unlearn", "tamper") if (value := getattr(config, name, None))}
+        for name, section in sections.items():  # the folder may have been moved, and what the sweep sets itself is set anew
+            sections[name] = {key: value for key, value in section.items() if key not in {"out", "name"}}
+        self.config = dataclasses.replace(config, out=str(self.out), **sections)
         self.lock = FileLock(run.path / "sweep.lock")
         self.ended_runs: dict[tuple[str, int], list[Run]] = {}
         self.recorded = -math.inf
@@ -121,11 +124,11 @@ class Sweep:
             if plan.key in known:
                 continue
             known.add(plan.key)
-            if plan.number is None:
+            proposed = "number" in plan.facts
+            if not proposed:
                 study.add_trial(plan.frozen())
-            frozen = study.get_trials(deepcopy=False)[-1 if plan.number is None else plan.number]
-            trial = Trial(study, frozen, self.ended_runs)
-            if plan.number is not None:  # Optuna's own trial, which has nothing but its point yet
+            trial = Trial(study, study.get_trials(deepcopy=False)[plan.facts.get("number", -1)], self.ended_runs)
+            if proposed:  # Optuna's own trial, which has nothing but its point yet
                 trial.set(**plan.attributes())
             found = self.measured(plan)
             if len(found) == len(plan.stages):
@@ -212,12 +215,9 @@ class Sweep:
 
     def retry(self) -> int:
         """Queue failed and cancelled trials again, with the runs that they have. Returns how many."""
-        count = 0
         with self.lock:
-            for trial in self.trials():
-                failed = trial.frozen.state == TrialState.FAIL and trial.status != "diverged"
-                if not failed or not trial.is_shown:
-                    continue
+            failed = [t for t in self.trials() if t.is_shown and t.frozen.state == TrialState.FAIL and t.status != "diverged"]
+            for trial in failed:
                 attributes = {k: v for k, v in trial.frozen.user_attrs.items() if k not in OF_ONE_ATTEMPT}
                 if len(trial.runs(self.out)) < len(trial.get("runs", [])):  # a folder is missing: all are made again
                     del attributes["runs"]
@@ -229,8 +229,7 @@ class Sweep:
                         user_attrs=attributes | {"retry_of": trial.frozen.number},
                     )
                 )
-                count += 1
-        return count
+        return len(failed)
 
     def cancel(self) -> list[Trial]:
         """Ask the controller and the runs of every unfinished trial to stop. Returns these trials."""

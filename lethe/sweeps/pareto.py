@@ -135,7 +135,7 @@ class Pareto(Planner):
         for axis in self.axes:
             if axis.applies(point, self.recipe):
                 point[axis.name] = suggested(trial, axis)
-        plan = self.plan(point, self.config.seed_list, trial.number)
+        plan = self.plan(point, self.config.seed_list, number=trial.number)
         if plan.key not in begun:
             return plan
         sweep.study.tell(trial, state=optuna.trial.TrialState.FAIL)

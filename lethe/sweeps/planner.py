@@ -63,23 +63,13 @@ class Planner:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """All settings of the unlearning run that is varied."""
-        return self._section("unlearn", self.config.unlearn)
+        return c.to_dict(section("unlearn", self.config.unlearn, self.config.out))
 
     @cached_property
     def attack(self) -> dict[str, Any] | None:
         """All settings of the attack on every result; None without one."""
-        return None if self.config.tamper is None else self._section("tamper", self.config.tamper)
-
-    def _section(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return c.to_dict(from_settings(SETTINGS[name], given | self._own(name)))
-        except LetheError as error:
-            raise LetheError(f"{name}: {error}") from error
-
-    def _own(self, section: str) -> dict[str, Any]:
-        """The settings of a section that the sweep sets itself."""
-        own = {"out": self.config.out, "name": SETTINGS[section].name}
-        return own | ({"model": "@0"} if section == "tamper" else {})
+        given = self.config.tamper
+        return None if given is None else c.to_dict(section("tamper", given, self.config.out))
 
     @cached_property
     def tasks(self) -> tuple[str, str]:
@@ -126,8 +116,6 @@ class Planner:
         Raises:
             LetheError: one of the runs could not work.
         """
-        self._refuse_without_effect("unlearn", self.config.unlearn, self.recipe)
-        self._refuse_without_effect("tamper", self.config.tamper or {}, self.attack)
         forget, _ = self.tasks
         if self.attack and forget not in self.attack["eval"]["tasks"]:
             raise LetheError(f"tamper: eval.tasks lacks {forget}, the forget task, which shows what the attack recovers")
@@ -137,13 +125,6 @@ class Planner:
             for point in self.samples():
                 self._check(self.plan(point, self.config.seed_list[:1]))
         return dataclasses.replace(self.config, unlearn=self.recipe, tamper=self.attack)
-
-    def _refuse_without_effect(self, section: str, given: dict[str, Any], recipe: dict[str, Any] | None) -> None:
-        for name, own in self._own(section).items():
-            if given.get(name, own) != own:
-                raise LetheError(f"{section}: {name}: {printable(given[name], 80)} has no effect in a sweep; leave it out")
-        if recipe and recipe["seed"]:
-            raise LetheError(f"{section}: seed: {recipe['seed']} has no effect in a sweep; give seeds: [{recipe['seed']}]")
 
     def samples(self) -> Iterable[Point]:
         """The points to check before anything runs: both ends of every range, and every listed value."""
@@ -164,11 +145,8 @@ class Planner:
             where = printable(", ".join(f"{name} {value}" for name, value in plan.point.items()), 200)
             raise LetheError(f"at {where}: {error}") from error
 
-    def plan(self, point: Point, seeds: list[int], number: int | None = None) -> Plan:
-        """For each seed, the unlearning run at a point and, if the sweep has one, the attack on its result.
-
-        `number` is that of Optuna's trial, if Optuna proposed the point.
-        """
+    def plan(self, point: Point, seeds: list[int], **facts: Any) -> Plan:
+        """For each seed, the unlearning run at a point and, if the sweep has one, the attack on its result."""
         stages: list[Stage] = []
         for seed in seeds:
             settings = axes.settings_at(self.recipe, point) | {"seed": seed}
@@ -180,7 +158,7 @@ class Planner:
                 stages.append(("tamper", attack | {"model": model, "seed": seed, "name": f"{name}-attack"}))
         first = stages[0][1]
         name = first["name"] if len(seeds) == 1 else axes.name_at(self.config.name, first, point, None)
-        return Plan(name, stages, point, seeds[0], number=number, axes=self.axes)
+        return Plan(name, stages, point, seeds[0], facts, self.axes)
 
     def references(self) -> list[Plan]:
         """The evaluation of every model that is unlearned."""
@@ -292,11 +270,30 @@ class Planner:
         return []
 
 
+def section(kind: str, given: dict[str, Any], out: str, name: str = "") -> Any:
+    """The settings of runs of a kind from a section of the configuration, with those that the sweep sets itself.
+
+    Raises:
+        LetheError: a setting is wrong, or is one that the sweep sets itself.
+    """
+    own = {"out": out, "name": name or SETTINGS[kind].name} | ({"model": "@0"} if kind == "tamper" else {})
+    try:
+        for key, value in own.items():
+            if given.get(key, value) != value:
+                raise LetheError(f"{key}: {printable(given[key], 80)} has no effect in a sweep; leave it out")
+        made = from_settings(SETTINGS[kind], given | own)
+        if made.seed:
+            raise LetheError(f"seed: {made.seed} has no effect in a sweep; give seeds: [{made.seed}]")
+    except LetheError as error:
+        raise LetheError(f"{name or kind}: {error}") from error
+    return made
+
+
 def baseline(model: str, evaluation: dict[str, Any], dtype: c.Dtype, out: str) -> Plan:
     """The evaluation of the original model, as the runs are evaluated."""
     how = {name: evaluation[name] for name in ("limit", "task_data", "num_fewshot")}
     settings = c.EvaluateConfig(model, evaluation["tasks"], **how, dtype=dtype, out=out, name="baseline")
-    return Plan("baseline", [("evaluate", c.to_dict(settings))], reference=True, facts={"model": model})
+    return Plan("baseline", [("evaluate", c.to_dict(settings))], facts={"reference": True, "model": model})
 
 
 def short(result: Result) -> Result:

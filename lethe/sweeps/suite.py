@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lethe import config as c
 from lethe.attacks.tampering import check_tamper
-from lethe.config.parse import build, from_recipe, from_settings
+from lethe.config.parse import build, from_recipe
 from lethe.errors import LetheError, nearest, printable
 from lethe.models import refs
 from lethe.results.attacks import attack_tasks
 from lethe.results.study import Study
 from lethe.runs.run import Run
-from lethe.sweeps.planner import MOST_RUNS, Planner, baseline, short
+from lethe.sweeps.planner import MOST_RUNS, Planner, baseline, section, short
 from lethe.sweeps.trials import Plan, Stage, Trial
 
 if TYPE_CHECKING:
@@ -36,13 +36,6 @@ if TYPE_CHECKING:
 
 SUITES = Path(__file__).parent.parent / "attacks" / "suites"
 PARTS = {"goal", "general_bound", "common", "controls", "attacks"}
-INSTEAD = {
-    "model": "name the models: models",
-    "seed": "name the seeds: seeds",
-    "out": "set out of the suite",
-    "name": "an attack is named by its key",
-}
-"""Settings of `lethe tamper` that the suite sets itself, and what to set instead."""
 
 
 def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
@@ -59,7 +52,8 @@ def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
     try:
         suite: c.SuiteConfig = from_recipe(c.SuiteConfig, path, models=config.models, suite=name)
     except LetheError as error:
-        raise LetheError(f"suite: {str(error).removeprefix('config: ')}") from error
+        where = "" if str(error).startswith("config: ") else f"'{path}': "
+        raise LetheError(f"suite: {where}{str(error).removeprefix('config: ')}") from error
     if others := set(suite.changed()) - PARTS - {"models", "suite"}:
         raise LetheError(f"suite: '{path}' sets {min(others)}; a suite has {', '.join(sorted(PARTS))}")
     if not suite.attacks:
@@ -134,12 +128,7 @@ class Suite(Planner):
                 raise LetheError(f"attacks: {name}: expected settings of `lethe tamper`, got {printable(repr(own), 80)}")
             given = _over(self.config.common, own or {})
             given.pop("after", None)
-            if idle := next((key for key in INSTEAD if key in given), None):
-                raise LetheError(f"{name}: {idle}: has no effect in a suite; {INSTEAD[idle]}")
-            try:
-                made[name] = from_settings(c.TamperConfig, given | {"model": "@0", "out": self.config.out, "name": name})
-            except LetheError as error:
-                raise LetheError(f"{name}: {error}") from error
+            made[name] = section("tamper", given, self.config.out, name)
         return made
 
     @property
@@ -149,7 +138,8 @@ class Suite(Planner):
         Raises:
             LetheError: an attack follows one that is not there, saves no model, or follows another one itself.
         """
-        after = {name: own["after"] for name, own in self.config.attacks.items() if own and own.get("after") is not None}
+        given = {name: self.config.attacks[name] or {} for name in self.attacks}
+        after = {name: own["after"] for name, own in given.items() if own.get("after") is not None}
         for name, first in after.items():
             if str(first) not in self.attacks:
                 raise LetheError(f"{name}: after: there is no attack '{first}'{nearest(str(first), self.attacks)}")

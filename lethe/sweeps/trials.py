@@ -27,14 +27,15 @@ STOPPED_EARLY = "stopped early"
 
 @dataclass
 class Plan:
-    """What a trial runs, and its point on the axes. `number` is set if Optuna proposed it and has a trial for it."""
+    """What a trial runs, and its point on the axes.
+
+    `facts` are further attributes of the trial. `number` is one if Optuna proposed the point and has a trial for it.
+    """
 
     name: str
     stages: list[Stage]
     point: Point = field(default_factory=dict)
     seed: int | None = None
-    reference: bool = False
-    number: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     axes: list[Axis] = field(default_factory=list)
 
@@ -46,8 +47,7 @@ class Plan:
     def attributes(self) -> dict[str, Any]:
         """The user attributes of its trial."""
         own = {"name": self.name, "stages": self.stages, "point": self.point, "seed": self.seed, "key": self.key}
-        own |= {"reference": True} if self.reference else {}
-        return own | ({} if self.number is None else {"number": self.number}) | self.facts
+        return own | self.facts
 
     def frozen(self, values: list[float] | None = None) -> FrozenTrial:
         """The trial to add to the Optuna study: complete if it has values, else still to be run."""

@@ -9,40 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any
 
 from lethe.config import LaunchSettings
 from lethe.errors import LetheError, printable
 from lethe.home import lethe_home, store, stored
 
 
-def trust(config: LaunchSettings) -> None:
-    """Store that the user agrees to what these settings run or open."""
-    if named := _named(config):
-        store(_file(named), json.dumps(named))
-
-
-def consented(config: LaunchSettings, trusts: bool) -> None:
-    """Refuse a record whose settings run or open what the user has not agreed to. `trusts`: the user agrees now.
+def consent(config: LaunchSettings, given: bool) -> None:
+    """Store the user's consent to what these settings run or open, if it is `given` now. Refuse them if it never was.
 
     Raises:
         LetheError: names those settings.
     """
-    if trusts:
-        trust(config)
-    named = _named(config)
-    if named and stored(_file(named)) is None:
+    named = {"slurm.setup": config.slurm.setup, "slurm.extra": config.slurm.extra, "storage": config.storage}
+    named = {name: value for name, value in named.items() if value}
+    file = lethe_home() / "trusted" / f"{hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()}.json"
+    if named and given:
+        store(file, json.dumps(named))
+    elif named and stored(file) is None:
         shown = printable(json.dumps(named, ensure_ascii=False), 600)
         raise LetheError(
             f"sweep: its record has {shown}, which Lethe would run or open as you; if you trust it, add --trust_record true"
         )
-
-
-def _named(config: LaunchSettings) -> dict[str, Any]:
-    named = {"slurm.setup": config.slurm.setup, "slurm.extra": config.slurm.extra, "storage": config.storage}
-    return {name: value for name, value in named.items() if value}
-
-
-def _file(named: dict[str, Any]) -> Path:
-    return lethe_home() / "trusted" / f"{hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()}.json"
