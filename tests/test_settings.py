@@ -15,7 +15,7 @@ import yaml
 from lethe import Transfer
 from lethe import config as c
 from lethe.cli import COMMANDS, main
-from lethe.config import EvalSettings, LoraSettings, TamperConfig, TextSource
+from lethe.config import EvalSettings, LoraSettings, TamperConfig, TextSource, to_dict
 from lethe.config.parse import from_recipe, parse
 from lethe.errors import LetheError
 from lethe.runs.run import Run
@@ -98,6 +98,13 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(recip
     assert config.eval == EvalSettings(["lab_retain"], every=10, limit=7)
     assert config.forget == TextSource("forget.jsonl", template="{c}")
     assert config.remove_coef == Transfer(source="x").remove_coef
+    assert made("--lr", "3", "--config", recipe()).lr == 3.0
+
+
+def test_a_runs_record_is_a_recipe_of_the_run(recipe):
+    """run.json's config, through JSON and YAML, makes the config again."""
+    config = Transfer(source="x", forget=TextSource("a.jsonl"), lora=None, lr=1e-5, layers=[1])
+    assert made("--config", recipe(yaml.safe_dump(json.loads(json.dumps(to_dict(config)))))) == config
 
 
 def test_a_later_recipe_overrides_an_earlier_one(recipe, tmp_path):

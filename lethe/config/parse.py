@@ -45,19 +45,15 @@ def parse(command: str, config: type, words: list[str], example: str, positional
     """
     settings = _settings(_named(words, config, positional))
     given = {name: values[0] for name, values in settings if len(values) == 1}
-    found = {i: _read(values) for i, (name, values) in enumerate(settings) if name == "config"}
-    config = _variant(config, *(content for _, content in found.values()), given)
+    parts = [_read(values) for name, values in settings if name == "config"]
+    config = _variant(config, *(content for _, content in parts), given)
     if "help" in dict(settings):
         sys.stdout.write(_help(command, config, example, about))
         raise SystemExit(0)
     known = fields_of(config)
     if unknown := [name for name, _ in settings if name not in {*known, *ANSWERED}]:
         raise LetheError(f"there is no setting '--{unknown[0]}'{_advice(unknown[0], known, config)}")
-    parts = [
-        found.get(i) or (None, _nested(name, _value(name, known[name], values)))
-        for i, (name, values) in enumerate(settings)
-        if name in {*known, "config"}
-    ]
+    parts += [(None, _nested(name, _value(name, known[name], values))) for name, values in settings if name in known]
     made = _combined(config, parts)
     if "print_config" in dict(settings):
         sys.stdout.write(yaml.safe_dump(to_dict(made), sort_keys=False, allow_unicode=True))
@@ -297,7 +293,7 @@ def _help(command: str, config: type, example: str, about: str) -> str:
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    recipe = "A recipe: a YAML file, or a name that `lethe recipes` lists. Later settings override it."
+    recipe = "A recipe: a YAML file, or a name that `lethe recipes` lists. Other options override it."
     parser.add_argument("--config", metavar="RECIPE", help=recipe)
     parser.add_argument("--print_config", action="store_true", help="Print the settings as a recipe, and do nothing else.")
     parser.add_argument("--json", action="store_true", help="Print the answer as JSON alone.")

@@ -10,13 +10,14 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-USUAL = gc.get_threshold()
+SELDOM = (100_000, 50, 50)
+_usual = gc.get_threshold()
 
 
 @contextlib.contextmanager
 def seldom() -> Iterator[None]:
     """For a whole command: rare collections until a run begins, and none when the process ends."""
-    gc.set_threshold(100_000, 50, 50)
+    gc.set_threshold(*SELDOM)
     try:
         yield
     finally:
@@ -24,5 +25,6 @@ def seldom() -> Iterator[None]:
 
 
 def as_usual() -> None:
-    """Collect as often as Python does by default."""
-    gc.set_threshold(*USUAL)
+    """Inside a command: collect as often as Python does by default. Elsewhere this changes nothing."""
+    if gc.get_threshold() == SELDOM:
+        gc.set_threshold(*_usual)
