@@ -14,7 +14,6 @@ from lethe.results.regimes import Estimate
 from lethe.runs.run import Run
 from lethe.sweeps.boundary import plateau
 from lethe.sweeps.controller import Sweep, status, sweep
-from lethe.sweeps.folder import planner_of
 from lethe.sweeps.pareto import is_clearly_worse
 from lethe.sweeps.planner import advice
 from lethe.sweeps.resuming import resume
@@ -68,18 +67,6 @@ def test_a_sweep_is_not_over_while_a_worker_has_yet_to_say_that_it_is_done(made_
     assert len(bisected.record["trials"]) > 5 and all("wider than" not in said for said in bisected.record["conclusions"])
     spent = sweep(config(tmp_path / "b", kind="pareto", vary={"lr": LR}, max_runs=6))
     assert len(trials(spent)) == 7
-
-
-def test_the_text_of_a_sweep_is_read_once_for_all_its_settings(made_up, tmp_path, monkeypatch):
-    from lethe.text import corpora
-
-    read = []
-    plain = corpora._read
-    monkeypatch.setattr(corpora, "_read", lambda source: read.append(source.source) or plain(source))
-    planner_of(config(tmp_path, vary={"lr": LR | {"steps": 9}})).checked()
-    assert sorted(read) == ["lab:forget", "lab:retain"]
-    corpora.read("lab:forget")
-    assert len(read) == 3  # afterwards, a text is read as it stands then
 
 
 def test_pareto_begins_evenly_over_the_axes_and_repeats_itself_with_one_job(made_up, tmp_path):
