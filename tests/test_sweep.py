@@ -42,6 +42,7 @@ from lethe.sweeps.resuming import resume
         ({"vary": {"retain_coef": [1, -1]}}, "at retain_coef -1: retain_coef: must be at least 0"),
         ({"vary": {"layers": [[0, 1], [0, 99]]}}, "99"),
         ({"unlearn": {"recipe": "nowhere.yaml"}}, "cannot be read"),
+        ({"unlearn": {"config": "lab"}}, "unlearn: there is no setting 'config'"),
         ({"unlearn": {"lerning_rate": 1}}, "lerning_rate"),
         ({"kind": "boundary"}, "takes one axis"),
         ({"kind": "pareto"}, "max_runs: a pareto sweep needs a budget"),

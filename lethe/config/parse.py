@@ -61,7 +61,7 @@ def parse(command: str, config: type, words: list[str], example: str, positional
     return made
 
 
-def from_recipe(config: type, recipe: str | Path | None, **overrides: Any) -> Any:
+def from_recipe(config: type, recipe: str | Path | None, /, **overrides: Any) -> Any:
     """The config object of a recipe (a file, or the name of a recipe that comes with Lethe; None: all defaults).
 
     `overrides` are settings that replace those of the recipe, as they would on the command line.
