@@ -104,7 +104,7 @@ def test_runs_have_equal_keys_if_their_numbers_must_be_equal():
         ({"lr": {"low": 1, "high": 2, "steps": 100_000_000}}, "at most 1000, got 100000000"),
         ({"lr / retain_coef / remove_coef": [1]}, "divides twice"),
         ({"retain_coef": [1], "retain_coef / remove_coef": [2]}, "twice"),
-        ({"kept_threshold": [0.8]}, "no setting 'kept_threshold'"),
+        ({"kept_threshold": [0.8]}, "no setting 'kept_threshold'; it is called retained_threshold now"),
     ],
 )
 def test_what_makes_no_axis_is_refused(vary, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -186,3 +187,27 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path):
     with pytest.raises(LetheError, match="cannot write in"):
         demo(DemoConfig(str(tmp_path / "demo")))
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_process_that_is_stopped_for_long_is_not_lost(run):
+    with working(run.path) as process:
+        process.send_signal(signal.SIGSTOP)
+        clock_set(run.path, -TWO_DAYS)
+        assert Run.open(run.path).status == "running"
+        with pytest.raises(HeldError):
+            Run.open(run.path).hold()
+
+
+@pytest.mark.slow
+def test_of_two_that_resume_a_run_at_once_one_does_and_one_is_refused(lab, tmp_path):
+    run = Run.create("evaluate", "trial", to_dict(EvaluateConfig("lab:final", ["lab_retain"], limit=8)), tmp_path / "runs")
+    both = [
+        subprocess.Popen([sys.executable, "-m", "lethe.cli", "resume", str(run.path)], stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    (refused,) = [text for text, process in zip(said, both, strict=True) if process.returncode]
+    assert len(refused.splitlines()) == 1
+    record = json.loads((run.path / "run.json").read_text())
+    assert record["status"] == "complete"

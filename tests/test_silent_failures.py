@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from lethe import AffineConfig, LoraSettings, Transfer, fit_affine, unlearn
+from lethe import AffineConfig, LoraSettings, TamperConfig, Transfer, fit_affine, tamper, unlearn
 from lethe.config import EvalSettings, TextSource
 from lethe.errors import LetheError
 from lethe.maps.folder import HASH, METADATA, WEIGHTS
@@ -287,3 +287,18 @@ def test_the_plan_says_before_training_what_the_run_does(lab, tmp_path):
     update = {"weights", "gradients", "optimizer", "teachers", "maps", "activations", "caches"}
     assert set(plan["memory"]) == update | {"libraries", "other", "buffers"}
     assert not (tmp_path / "check").exists()
+
+
+def test_an_attack_keeps_float32_weights_whatever_the_models_type(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, lora=None, dtype="bfloat16", max_steps=1))
+    attack = tamper(
+        TamperConfig(
+            model=str(run.path),
+            num_train_examples=16,
+            max_steps=3,
+            lr=2e-5,
+            eval=EvalSettings(["lab_forget_robust"], limit=4),
+            out=str(tmp_path),
+        )
+    )
+    assert attack.record["losses"]["lost_updates"] < 0.01

@@ -11,7 +11,6 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from lethe.config.renamed import advice
 from lethe.errors import UNSEEN, LetheError, printable
 from lethe.files import refuse_name
 
@@ -27,6 +26,14 @@ DEEPEST = 20
 MOST = 100_000
 FREE = {"goal", "title", "template", "setup", "extra", "storage", "where"}
 """Settings that may have long text, or several lines. None of them names a file, a model or a task."""
+RENAMED = {
+    "kept_threshold": "it is called retained_threshold now",
+    "prune": "it is called stop_early now",
+    "forget_loss": "write method: transfer or method: distill now; for both: method: transfer with forget_kl_coef: 1",
+    "find: keeps": "write find: retained now",
+    "packing: blocks": "write packing: packed now",
+}
+"""What to write instead of settings and values of version 0.1.0."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -41,7 +48,7 @@ class Settings:
             refuse_unusable(name, value)
             if not fits(value, kind):
                 given = printable(value if isinstance(value, str) and value else repr(value), 80)
-                new = advice(name, value)
+                new = RENAMED.get(f"{name}: {value}")
                 raise LetheError(f"{name}: expected {spoken(kind)}, got {given}" + (f"; {new}" if new else ""))
             for rule in () if value is None else rules[name]:
                 rule(name, value)

@@ -26,8 +26,8 @@ import docstring_parser
 import yaml
 
 from lethe import files
-from lethe.config import options, recipes, renamed, spoken, to_dict
-from lethe.config.checks import default_of, refuse_text, refuse_unusable, types_of
+from lethe.config import options, recipes, spoken, to_dict
+from lethe.config.checks import RENAMED, default_of, refuse_text, refuse_unusable, types_of
 from lethe.errors import LetheError, nearest, printable
 
 ANSWERED = {"config", "help", "print_config"}
@@ -274,7 +274,7 @@ def fields_of(config: type, prefix: str = "") -> dict[str, Any]:
 
 def _advice(name: str, known: dict[str, Any], config: Any) -> str:
     """What to write instead of an unknown setting: its new name, the method that has it, or the nearest setting."""
-    if new := renamed.advice(name):
+    if new := RENAMED.get(name.rsplit(".", 1)[-1]):
         return f"; {new}"
     if hasattr(config, "elsewhere") and (owner := config.elsewhere(name)):
         return f"; it is a setting of method {owner}"

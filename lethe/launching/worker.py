@@ -20,8 +20,7 @@ from typing import Any
 
 import lethe
 from lethe import config as c
-from lethe.config.parse import build, fields_of
-from lethe.config.renamed import current
+from lethe.config.parse import build
 from lethe.errors import LetheError, printable
 from lethe.evaluation.tasks.consent import trust_task_code
 from lethe.methods.method import Method
@@ -39,6 +38,8 @@ SETTINGS: dict[str, Any] = {
     "affine": c.AffineConfig,
 }
 """The settings of each kind of run that can be resumed alone."""
+RENAMED = {"kept_threshold": "retained_threshold", "prune": "stop_early"}
+"""Settings of sweeps by the names that records of earlier versions have."""
 SECONDS_TO_NAME_JOB = 30
 
 
@@ -159,8 +160,10 @@ def settings_of(run: Run, kind: type) -> Any:
     """
     settings = run.record["config"]
     if run.record["kind"] == "sweep":
-        settings = current(settings, fields_of(kind))
-        if settings.get("unlearn"):  # a recipe of an earlier version
+        settings = {RENAMED.get(name, name): value for name, value in settings.items()}
+        if settings.get("find") == "keeps":
+            settings["find"] = "retained"
+        if settings.get("unlearn"):
             settings["unlearn"] = Method.of_record(settings["unlearn"])
     try:
         return build(kind, settings | {"out": str(run.path.parent)})

@@ -158,8 +158,17 @@ class Method(UnlearnSettings):
 
     @classmethod
     def variant(cls, given: Mapping[str, Any]) -> type[Method]:
-        """The class that has the settings of a recipe: that of its `method`."""
-        return cls if cls is not Method else named(given.get("method") or DEFAULT)
+        """The class that has the settings of a recipe: that of its `method`.
+
+        Raises:
+            LetheError: a recipe of another method is read as one of this class.
+        """
+        method = given.get("method")
+        if cls is Method:
+            return named(method or DEFAULT)
+        if method and named(method) is not cls:
+            raise LetheError(f"method: the recipe is one of {method}, and not of {cls.__name__}")
+        return cls
 
     @classmethod
     def elsewhere(cls, setting: str) -> str | None:

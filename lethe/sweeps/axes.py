@@ -23,9 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lethe.config import LoraSettings, TamperConfig
-from lethe.config.checks import options
+from lethe.config.checks import RENAMED, options
 from lethe.config.parse import build, fields_of, numbers
-from lethe.config.renamed import advice
 from lethe.errors import LetheError, nearest, printable
 from lethe.methods.method import all_fields
 
@@ -59,9 +58,6 @@ class Axis:
         different = {json.dumps(value, sort_keys=True) for value in json.loads(json.dumps(self.values), parse_int=float)}
         if len(different) < len(self.values):
             raise LetheError(f"has a value twice in {printable(self.values, 80)}; name each once")
-        for value in self.values:
-            if now := advice(self.name, value):
-                raise LetheError(f"{value}: {now}")
         if not self.values and (not self.low < self.high or (self.log and self.low <= 0)):
             above = " and start above 0" * self.log
             raise LetheError(f"must rise from low to high{above}, got {self.low:g} to {self.high:g}")
@@ -243,5 +239,5 @@ def _refuse_unknown(name: str, attacked: bool) -> None:
     if bare == "eval" or bare.startswith("eval."):
         raise LetheError(f"{name} changes how runs are measured, so that they could not be compared; leave it out")
     if bare not in known:
-        now = advice(bare)
+        now = RENAMED.get(bare)
         raise LetheError(f"there is no setting '{name}'{f'; {now}' if now else nearest(bare, known)}")
