@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from broken_folders import LOADED, POINTER, REFUSED, WEIGHTS, adapter, both, gone, sharded, tensors
+from broken_folders import LOADED, REFUSED, WEIGHTS, adapter, both, gone, sharded, tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lethe.cli import main
 from lethe.errors import LetheError
-from lethe.files import UnreadableError, text_of
 from lethe.models import refs
 
 
@@ -195,7 +194,7 @@ def test_repositories_of_the_hub_are_looked_at_as_folders_are(plain, tmp_path):
     assert good == "loaded", done.stderr
     assert "model 'org/fewer': the weights hold tensors that config.json (3 blocks) does not describe" in fewer
     assert "model 'org/adapter' holds model.safetensors and adapter_config.json" in adapter
-    assert "model 'org/pickled': has no model.safetensors and no" in pickled
+    assert "model 'org/pickled' has no model.safetensors and no" in pickled
 
 
 # --- tokens that begin and end a text --------------------------------------------------------------------------------
@@ -259,9 +258,3 @@ def test_an_adapter_in_a_run_names_its_run(folder, capsys, lab):
     both(adapter, gone("config.json", WEIGHTS))(folder)
     (folder.parent / "run.json").write_text("{}")
     assert f"name its run: '{folder.parent}'" in evaluated(capsys, folder)
-
-
-def test_a_pointer_of_git_lfs_is_not_text(tmp_path):
-    (tmp_path / "text.jsonl").write_text(POINTER)
-    with pytest.raises(UnreadableError, match="git lfs pull"):
-        text_of(tmp_path / "text.jsonl")
