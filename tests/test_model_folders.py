@@ -178,8 +178,8 @@ from lethe.errors import LetheError
 for name in ("good", "fewer", "adapter", "pickled"):
     try:
         refs.verify(refs.resolve(f"org/{name}"))
-        refs.load(refs.resolve(f"org/{name}@main"))
-        print("loaded")
+        model, tokenizer = refs.load(refs.resolve(f"org/{name}@main"))
+        print(model.name_or_path, tokenizer.name_or_path, refs.weight_hash(refs.resolve(f"org/{name}"))[:11])
     except LetheError as error:
         print(error)
 """
@@ -191,7 +191,7 @@ def test_repositories_of_the_hub_are_looked_at_as_folders_are(plain, tmp_path):
         [sys.executable, "-c", REPOSITORIES, str(plain), str(tmp_path / "home")], capture_output=True, text=True, check=False
     )
     good, fewer, adapter, pickled = done.stdout.splitlines()
-    assert good == "loaded", done.stderr
+    assert good == "org/good org/good commit:aaaa", done.stderr
     assert "model 'org/fewer': the weights hold tensors that config.json (3 blocks) does not describe" in fewer
     assert "model 'org/adapter' holds model.safetensors and adapter_config.json" in adapter
     assert "model 'org/pickled' has no model.safetensors and no" in pickled

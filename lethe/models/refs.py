@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RANDOM_SEED = 0
+TOKENIZER = "tokenizer.json"
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-TOKENIZER = "tokenizer.json"
 WINDOW_KEYS = ("max_position_embeddings", "n_positions")
 
 
@@ -161,6 +161,7 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
             )
             model, report = loaded
             model_folder.refuse_report(ref.name, report, model_folder.depth_of(config))
+            model.name_or_path = model.config.name_or_path = ref.path  # adapters name the repository, not its snapshot here
         for name, value in dropouts.items():
             setattr(model.config, name, value)
         if ref.adapter:
@@ -226,7 +227,7 @@ def tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(ref.folder, trust_remote_code=False)
-    found.padding_side = "right"
+    found.padding_side, found.name_or_path = "right", ref.path
     size = ref.vocabulary or len(found)
     ids = (found.pad_token_id, found.eos_token_id, found.bos_token_id, found.unk_token_id, 0)
     usable = next(number for number in ids if number is not None and number < size)
