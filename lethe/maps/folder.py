@@ -47,7 +47,7 @@ def find_maps(name: str, out: str | Path = "runs") -> Path:
         return Path(name)
     if name.count("/") != 1:
         raise LetheError(f"affine: '{name}' is not a folder of maps; give one, run:ID, a repository of the hub, fit or none")
-    return snapshot(name, "main", [WEIGHTS, METADATA], "affine")
+    return snapshot(name, "main", [WEIGHTS, METADATA], "affine: maps")
 
 
 def check_maps(
