@@ -69,11 +69,7 @@ def shapes(file: Path) -> Shapes:
 
 
 def part(name: str, path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the model `name`.
-
-    Raises:
-        LetheError: the file has none.
-    """
+    """The JSON object in a file of the model `name`."""
     try:
         found = json_of(text_of(path))
         if not isinstance(found, dict):

@@ -296,11 +296,7 @@ def refuse_layers(model: ModelRef, layers: list[int]) -> None:
 
 
 def lab_folder() -> Path:
-    """The folder of the active lab.
-
-    Raises:
-        LetheError: it has not been built.
-    """
+    """The folder of the active lab."""
     if not presets.is_built():
         raise LetheError(f"the lab '{presets.active_preset().name}' is not built yet; build it: lethe lab build")
     return presets.lab_path()
