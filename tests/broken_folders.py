@@ -152,8 +152,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "weights empty": (text(WEIGHTS, ""), "cut short or damaged"),
     "weights cut": (cut(WEIGHTS, 5000), "cut short or damaged"),
     "weights a broken link": (as_broken_link(WEIGHTS), "model.safetensors cannot be read (No such file"),
-    "weights gone": (gone(WEIGHTS), f"has no {WEIGHTS} and no {INDEX}; save it"),
-    "weights pickled": (lambda d: (d / WEIGHTS).rename(d / "model.pt"), "only model.pt, and Lethe reads no pickles"),
+    "weights gone": (gone(WEIGHTS), f"has no {WEIGHTS} and no {INDEX}; Lethe reads no pickles"),
+    "weights pickled": (lambda d: (d / WEIGHTS).rename(d / "model.pt"), "only model.pt; Lethe reads no pickles"),
     "weights of another name": (lambda d: (d / WEIGHTS).rename(d / "x.safetensors"), "only x.safetensors"),
     "whole and distributed": (
         lambda d: shutil.copy(d / WEIGHTS, d / "shard-00000-model-00001-of-00001.safetensors"),

@@ -177,14 +177,6 @@ def test_a_second_backward_pass_through_the_same_graph_gives_the_same(tiny_chunk
         assert torch.equal(2 * a, b)
 
 
-def test_few_tokens_go_the_plain_way(monkeypatch):
-    """As it is quicker there: by default as long as all the logits are no more than a chunk's."""
-    monkeypatch.setattr(losses, "sum_over_tokens", lambda *args: pytest.fail("chunked"))
-    problem = Problem()
-    assert torch.equal(problem.loss("kl", "chunked"), problem.loss("kl", "plain"))
-    assert torch.equal(problem.loss("ce", "chunked"), problem.loss("ce", "plain"))
-
-
 class Largest(TorchDispatchMode):
     """Records the most elements that any operation's floating-point output had."""
 

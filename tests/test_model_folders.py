@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from broken_folders import LOADED, POINTER, REFUSED, WEIGHTS, adapter, both, gone, sharded, tensors
+from broken_folders import LOADED, REFUSED, WEIGHTS, adapter, both, gone, sharded, tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lethe.cli import main
 from lethe.errors import LetheError
-from lethe.files import UnreadableError, text_of
 from lethe.models import refs
 
 
@@ -149,7 +148,7 @@ def test_the_hash_is_of_the_files_that_are_loaded(folder, plain):
 
 
 REPOSITORIES = """
-import json, os, shutil, sys
+import dataclasses, json, os, shutil, sys
 from pathlib import Path
 
 plain, home = map(Path, sys.argv[1:])
@@ -179,10 +178,17 @@ from lethe.errors import LetheError
 for name in ("good", "fewer", "adapter", "pickled"):
     try:
         refs.verify(refs.resolve(f"org/{name}"))
-        refs.load(refs.resolve(f"org/{name}@main"))
-        print("loaded")
+        model, tokenizer = refs.load(refs.resolve(f"org/{name}@main"))
+        print(model.name_or_path, tokenizer.name_or_path, refs.weight_hash(refs.resolve(f"org/{name}"))[:11])
     except LetheError as error:
         print(error)
+good = refs.resolve("org/good")
+hashes = {refs.weight_hash(good)}
+for name in ("one", "two"):
+    (home / name).mkdir()
+    (home / name / "adapter_model.safetensors").write_text(name)
+    hashes.add(refs.weight_hash(dataclasses.replace(good, adapter=str(home / name))))
+print(len(hashes))
 """
 
 
@@ -191,11 +197,12 @@ def test_repositories_of_the_hub_are_looked_at_as_folders_are(plain, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", REPOSITORIES, str(plain), str(tmp_path / "home")], capture_output=True, text=True, check=False
     )
-    good, fewer, adapter, pickled = done.stdout.splitlines()
-    assert good == "loaded", done.stderr
+    good, fewer, adapter, pickled, hashes = done.stdout.splitlines()
+    assert good == "org/good org/good commit:aaaa", done.stderr
     assert "model 'org/fewer': the weights hold tensors that config.json (3 blocks) does not describe" in fewer
     assert "model 'org/adapter' holds model.safetensors and adapter_config.json" in adapter
-    assert "model 'org/pickled': has no model.safetensors and no" in pickled
+    assert "model 'org/pickled' has no model.safetensors and no" in pickled
+    assert hashes == "3"  # an adapter counts
 
 
 # --- tokens that begin and end a text --------------------------------------------------------------------------------
@@ -259,9 +266,3 @@ def test_an_adapter_in_a_run_names_its_run(folder, capsys, lab):
     both(adapter, gone("config.json", WEIGHTS))(folder)
     (folder.parent / "run.json").write_text("{}")
     assert f"name its run: '{folder.parent}'" in evaluated(capsys, folder)
-
-
-def test_a_pointer_of_git_lfs_is_not_text(tmp_path):
-    (tmp_path / "text.jsonl").write_text(POINTER)
-    with pytest.raises(UnreadableError, match="git lfs pull"):
-        text_of(tmp_path / "text.jsonl")

@@ -39,7 +39,7 @@ def chunks(request, monkeypatch):
 
 
 CASES = {
-    **{f"mean {m:g}, alpha {a:g}": (planted(3000, m), a, 500) for m in (0.0, 1.0, 20.0, 200.0) for a in (0.01, 1.0, 100.0)},
+    **{f"mean {m:g}, alpha {a:g}": (planted(3000, m), a, 500) for m, a in ((0.0, 1.0), (1.0, 100.0), (200.0, 0.01))},
     "small batches": (planted(3000, 200.0), 0.01, 3),
     "rank deficient": (planted(2000, 1.0, rank=4), 0.01, 100),
     "fewer tokens than dimensions": (planted(5, 0.0), 0.5, 2),
@@ -132,21 +132,6 @@ def test_activations_that_are_not_finite_are_refused():
     x[3, 2] = torch.inf
     with pytest.raises(LetheError, match="not finite"):
         streamed(x, y, 100).solve(0.01)
-
-
-def test_bias_is_not_penalised():
-    x, y = planted(500, 0.0)
-    weight, bias = streamed(x, y + 1000, 100).solve(1e9)
-    assert weight.abs().max() < 1e-3
-    assert torch.allclose(bias, (y + 1000).mean(0), rtol=1e-4)
-
-
-def test_without_a_penalty_degenerate_activations_are_solved_or_refused():
-    try:
-        weight, _ = streamed(*planted(2000, 0.0, rank=4), 100).solve(0.0)
-    except LetheError:
-        return
-    assert torch.isfinite(weight).all()
 
 
 def test_score_is_that_of_scikit_learn():

@@ -16,17 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from lab_runs import assert_same, interruptible, start, wait_for, written
+from lab_runs import interruptible, written
 
 import lethe.home
 from lethe import LoraSettings, unlearn
-from lethe.config import ResumeConfig
 from lethe.maps.affine import AffineMap
 from lethe.methods.method import Need
 from lethe.models import refs
 from lethe.objectives.losses import head_of
 from lethe.runs import locks
-from lethe.sweeps.resuming import resume
 from lethe.text import corpora
 from lethe.unlearning import teacher_cache as caching
 from lethe.unlearning.trainer import UnlearnTrainer
@@ -271,16 +269,3 @@ def test_auto_caches_what_is_seen_again_and_says_why(lab, tmp_path):
     again = unlearn(interruptible(tmp_path / "runs", max_steps=8))
     assert all(how == "cached: a complete cache exists" for how in again.record["plan"]["teachers"].values())
     assert written(again)[0] == written(once)[0]
-
-
-@pytest.mark.slow
-def test_a_run_with_a_cache_killed_at_any_step_ends_in_the_same_bits(lab, tmp_path, monkeypatch):
-    monkeypatch.undo()  # the killed run is another process: both use the lab's home
-    whole = unlearn(interruptible(tmp_path / "whole", teacher_cache="cached"))
-    process = start("unlearn", interruptible(tmp_path / "killed", teacher_cache="cached"), tmp_path)
-    run = wait_for(process, tmp_path / "killed", "metrics.jsonl", 8)
-    process.kill()
-    process.communicate()
-    resumed = resume(ResumeConfig(str(run.path)))
-    assert_same(resumed, whole)
-    assert resumed.record["teachers"] == whole.record["teachers"]

@@ -51,10 +51,8 @@ def by_hand(model: torch.nn.Module, run: Run, row: int) -> tuple[float, float]:
     return cb / forget_tokens, retain / retain_tokens
 
 
-@pytest.mark.parametrize("lora", [LoraSettings(dropout=0.0), None], ids=["lora", "full"])
-def test_losses_of_first_and_later_steps_are_those_of_the_formulas(lab, tmp_path, lora):
-    shorter = unlearn(recipe(tmp_path, lora=lora, max_steps=5))
-    longer = unlearn(recipe(tmp_path, lora=lora, max_steps=6))
+def test_losses_of_first_and_later_steps_are_those_of_the_formulas(lab, tmp_path):
+    shorter, longer = (unlearn(recipe(tmp_path, max_steps=steps)) for steps in (5, 6))
     rows = longer.rows("metrics.jsonl")
     assert rows[:5] == [
         row | {"tokens_per_second": rows[i]["tokens_per_second"]} for i, row in enumerate(shorter.rows("metrics.jsonl"))
@@ -65,10 +63,7 @@ def test_losses_of_first_and_later_steps_are_those_of_the_formulas(lab, tmp_path
     assert rows[0]["cb_loss"] == pytest.approx(cb, rel=1e-4)
     assert rows[0]["retain_kl_loss"] == pytest.approx(0, abs=1e-6) and kl == pytest.approx(0, abs=1e-6)
 
-    after_five = AutoModelForCausalLM.from_pretrained(shorter.path / "model" if lora is None else resolve("lab:final").path)
-    if lora:
-        after_five = PeftModel.from_pretrained(after_five, shorter.path / "adapter")
-    cb, kl = by_hand(after_five.eval(), longer, 5)
+    cb, kl = by_hand(PeftModel.from_pretrained(target, shorter.path / "adapter").eval(), longer, 5)
     assert kl > 1e-5
     assert rows[5]["cb_loss"] == pytest.approx(cb, rel=1e-3)
     assert rows[5]["retain_kl_loss"] == pytest.approx(kl, rel=1e-2, abs=1e-7)
@@ -92,13 +87,6 @@ def test_accumulation_changes_nothing_but_the_batches(lab, tmp_path):
         assert a["forget_tokens"] == b["forget_tokens"]
         for term in ("cb_loss", "retain_kl_loss", "grad_norm", "loss"):
             assert a[term] == pytest.approx(b[term], rel=2e-3, abs=1e-6)
-
-
-def test_adapters_sit_on_blocks_up_to_the_last_forget_layer_alone(lab, tmp_path):
-    run = unlearn(recipe(tmp_path, layers=[1, 3], max_steps=1))
-    names = load_file(run.path / "adapter" / "adapter_model.safetensors").keys()
-    assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == {0, 1, 2, 3}
-    assert sum(".layers.0." in name for name in names) == 8  # A and B of QKV, attention output and the two of the MLP
 
 
 def test_equal_seeds_give_equal_weights_and_other_seeds_other_ones(lab, tmp_path):
@@ -158,22 +146,17 @@ def test_gradient_checkpointing_changes_memory_alone(lab, tmp_path, lora):
             assert a[term] == pytest.approx(b[term], rel=1e-4, abs=1e-6)
 
 
-def test_rewinding_to_the_source_starts_at_the_source(lab, tmp_path):
+def test_rewinding_starts_at_the_source_or_at_the_mean_of_the_weights(lab, tmp_path):
     run = unlearn(recipe(tmp_path, rewind=1.0, affine="none", schedule="constant", remove_coef=1, max_steps=1))
     assert run.rows("metrics.jsonl")[0]["cb_loss"] == pytest.approx(0, abs=1e-8)
     assert run.rows("metrics.jsonl")[0]["retain_kl_loss"] > 0.05
     assert {"base", "adapter"} <= run.record["artifacts"].keys()
-    ours = load_file(run.path / "base" / "model.safetensors")
-    source = load_file(Path(resolve(run.record["config"]["source"]).path) / "model.safetensors")
-    assert all(torch.equal(ours[name], source[name]) for name in source)
-
-
-def test_rewinding_half_way_is_the_mean_of_the_weights(lab, tmp_path):
-    run = unlearn(recipe(tmp_path, rewind=0.5, max_steps=1, lr=1e-12))
+    half = unlearn(recipe(tmp_path, rewind=0.5, max_steps=1, lr=1e-12))
     ends = [load_file(Path(resolve(ref).path) / "model.safetensors") for ref in ("lab:final", run.record["config"]["source"])]
-    ours = load_file(run.path / "base" / "model.safetensors")
-    for name, weight in ours.items():
-        torch.testing.assert_close(weight, (ends[0][name] + ends[1][name]) / 2)
+    bases = [load_file(each.path / "base" / "model.safetensors") for each in (run, half)]
+    for name, weight in ends[1].items():
+        assert torch.equal(bases[0][name], weight)
+        torch.testing.assert_close(bases[1][name], (ends[0][name] + weight) / 2)
 
 
 def test_muon_trains_and_each_groups_rate_is_logged(lab, tmp_path):

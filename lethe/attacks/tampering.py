@@ -75,7 +75,6 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
         refs.verify(ref)
         return CheckedAttack(ref, [], {"steps": len(config.strengths)}, None)
     refs.refuse_length(config.max_length, ref)
-    refuse_unavailable(config)
     refuse_rank(config, ref)
     everything = corpora.read(config.forget)
     documents = corpora.take(everything, config.num_train_examples, "back", "forget text", ATTACKED)
@@ -92,6 +91,7 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
             f"forget: {shared} of the attack's {len(documents)} documents were used to unlearn '{config.model}'; "
             f"{lower}, or set overlap to allow"
         )
+    refuse_unavailable(config)
     refs.verify(ref)
     steps = {"steps": len(config.strengths), "unique_examples": len(documents)}
     return CheckedAttack(ref, documents, plan(config, len(documents)) if config.attack == "finetune" else steps, shared)

@@ -76,7 +76,7 @@ def load_maps(folder: Path, layers: list[int] | None = None, convention: str = C
     """The maps in `folder` for `layers` (None: for all its layers); `convention` says how layers are numbered there.
 
     Raises:
-        LetheError: the maps cannot be read, were altered, lacks a layer, or has values that are not finite.
+        LetheError: the maps cannot be read, were altered, lack a layer, or have values that are not finite.
     """
     facts, offset = facts_of(folder), CONVENTIONS[convention]
     have = layers_of(refuse_altered(folder, facts.get(HASH)), convention)

@@ -29,11 +29,7 @@ CONVENTIONS = {"block_output": 0, "hidden_states": 1}
 
 
 def find_maps(name: str, out: str | Path = "runs") -> Path:
-    """The folder of maps that `name` refers to: a folder, a run (its folder or run:ID) or a repository of the hub.
-
-    Raises:
-        LetheError: there are no maps.
-    """
+    """The folder of maps that `name` refers to: a folder, a run (its folder or run:ID) or a repository of the hub."""
     if name.startswith("run:") or (Path(name) / "run.json").exists():
         run = find_run(name.removeprefix("run:"), out)
         folder = run.artifact("affine")
@@ -47,7 +43,7 @@ def find_maps(name: str, out: str | Path = "runs") -> Path:
         return Path(name)
     if name.count("/") != 1:
         raise LetheError(f"affine: '{name}' is not a folder of maps; give one, run:ID, a repository of the hub, fit or none")
-    return snapshot(name, "main", [WEIGHTS, METADATA], "affine")
+    return snapshot(name, "main", [WEIGHTS, METADATA], "affine: maps")
 
 
 def check_maps(

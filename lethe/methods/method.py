@@ -194,11 +194,7 @@ def names() -> list[str]:
 
 
 def named(name: str) -> type[Method]:
-    """The method of that name.
-
-    Raises:
-        LetheError: there is none; names the nearest.
-    """
+    """The method of that name."""
     if name not in names():
         raise LetheError(f"method: there is no method '{printable(name, 80)}'{nearest(str(name), names())}")
     module = importlib.import_module(f"lethe.methods.{name}")

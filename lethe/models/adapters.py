@@ -45,9 +45,6 @@ def linear_layers(model: nn.Module, last: int, targets: str = "all") -> list[str
 
     The names of their classes identify attention modules. Routers of experts get no adapter. Nor do layers that PEFT would
     mistake for experts by their names, since it would adapt the experts of all blocks instead.
-
-    Raises:
-        LetheError: there are none of this kind.
     """
     attention, no_target = _attention(model, last), routers(model)
     kinds = {

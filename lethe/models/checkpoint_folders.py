@@ -21,11 +21,7 @@ def step_of(name: str) -> int | None:
 
 
 def checkpoint_of(folder: Path, name: str) -> Path:
-    """The checkpoint of this name, or else the only one of this step: `step900` also finds `checkpoint-900`.
-
-    Raises:
-        LetheError: there is none, or there are several.
-    """
+    """The checkpoint of this name, or else the only one of this step: `step900` also finds `checkpoint-900`."""
     known = checkpoint_folders(folder)
     same = [other for other in known if step_of(other) == step_of(name)]
     if name not in known and len(same) != 1:

@@ -69,11 +69,7 @@ def shapes(file: Path) -> Shapes:
 
 
 def part(name: str, path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the model `name`.
-
-    Raises:
-        LetheError: the file has none.
-    """
+    """The JSON object in a file of the model `name`."""
     try:
         found = json_of(text_of(path))
         if not isinstance(found, dict):
@@ -128,8 +124,9 @@ def refuse_weights(name: str, folder: Path) -> Shapes:
         raise adapter_alone(name, folder)
     if not files:
         others = ", ".join(sorted(printable(path.name) for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)[:3])
-        found = f"; it has only {others}, and Lethe reads no pickles" if others else ""
-        raise LetheError(f"model '{name}' has no {WEIGHTS} and no {INDEX}{found}; save it: model.save_pretrained(FOLDER)")
+        found = f", only {others}" if others else ""
+        todo = "Lethe reads no pickles: save it by model.save_pretrained(FOLDER)"
+        raise LetheError(f"model '{name}' has no {WEIGHTS} and no {INDEX}{found}; {todo}")
     rivals = sorted(path.name for path in folder.glob("shard-*-model-*.safetensors"))  # transformers prefers these
     if with_adapter or rivals:
         beside = ADAPTER[0] if with_adapter else rivals[0]

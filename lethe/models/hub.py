@@ -32,9 +32,6 @@ def snapshot(repository: str, revision: str, patterns: list[str], what: str = "m
     """The folder of a repository at one commit, with the files that these patterns match. Its name is the commit.
 
     `what`: what the repository was named as, for the error.
-
-    Raises:
-        LetheError: it cannot be read.
     """
     from huggingface_hub import snapshot_download
 

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RANDOM_SEED = 0
+TOKENIZER = "tokenizer.json"
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-TOKENIZER = "tokenizer.json"
 WINDOW_KEYS = ("max_position_embeddings", "n_positions")
 
 
@@ -161,6 +161,7 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
             )
             model, report = loaded
             model_folder.refuse_report(ref.name, report, model_folder.depth_of(config))
+            model.name_or_path = model.config.name_or_path = ref.path  # adapters name the repository, not its snapshot here
         for name, value in dropouts.items():
             setattr(model.config, name, value)
         if ref.adapter:
@@ -226,7 +227,7 @@ def tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(ref.folder, trust_remote_code=False)
-    found.padding_side = "right"
+    found.padding_side, found.name_or_path = "right", ref.path
     size = ref.vocabulary or len(found)
     ids = (found.pad_token_id, found.eos_token_id, found.bos_token_id, found.unk_token_id, 0)
     usable = next(number for number in ids if number is not None and number < size)
@@ -236,12 +237,15 @@ def tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
 
 
 def weight_hash(ref: ModelRef) -> str:
-    """An identifier of the weights: SHA-256 of the safetensors files, or the commit of a repository of the hub."""
+    """An identifier of the weights: SHA-256 of the safetensors files, or the commit of a repository of the hub.
+
+    An adapter counts: its file is hashed with those of the model, or after the commit.
+    """
     if ref.random:
         return f"random:seed{RANDOM_SEED}:{sha256(ref.folder / 'config.json')}"
-    if ref.revision:
-        return f"commit:{ref.folder.name}"
     adapter = [Path(ref.adapter) / ADAPTER[1]] if ref.adapter else []
+    if ref.revision:
+        return "+".join([f"commit:{ref.folder.name}", *map(sha256, adapter)])
     return sha256(*model_folder.weight_files(ref.name, ref.folder), *adapter)
 
 
@@ -295,11 +299,7 @@ def refuse_layers(model: ModelRef, layers: list[int]) -> None:
 
 
 def lab_folder() -> Path:
-    """The folder of the active lab.
-
-    Raises:
-        LetheError: it has not been built.
-    """
+    """The folder of the active lab."""
     if not presets.is_built():
         raise LetheError(f"the lab '{presets.active_preset().name}' is not built yet; build it: lethe lab build")
     return presets.lab_path()

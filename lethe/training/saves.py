@@ -38,11 +38,7 @@ FILES = ("weights.safetensors", "optimizer.pt", "scheduler.pt", "random.pt", "tr
 
 
 def begin(folder: Path, model: nn.Module) -> None:
-    """Save the trained parameters before the first update, for a run that diverges before its first planned save.
-
-    Raises:
-        LetheError: they cannot be written.
-    """
+    """Save the trained parameters before the first update, for a run that diverges before its first planned save."""
     temporary = folder / f".{BEGIN}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,6 @@ def check(config: Method) -> Checked:
     if {d.id for d in checked.forget} & {d.id for d in checked.retain}:
         raise LetheError("forget and retain text share documents; remove these from one of the two")
     _refuse_types(config)
-    refuse_unavailable(config)
     refuse_rank(config, model)
     if config.packing == "none":
         plan(config, max(len(checked.forget), len(checked.retain)))
@@ -67,6 +66,7 @@ def check(config: Method) -> Checked:
         most = config.maps.documents
         checked.mapped = corpora.select(config.retain, None if most else 0, "front", "retain", most)
         corpora.split(checked.mapped, AffineConfig.held_out)
+    refuse_unavailable(config)
     refs.verify(model, *([checked.source] if checked.source else []))
     return checked
 

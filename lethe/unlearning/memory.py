@@ -80,11 +80,7 @@ def _bytes(model: nn.Module) -> int:
 
 
 def refuse_too_much(parts: dict[str, int]) -> None:
-    """Refuse a run that does not fit into memory. The models are already loaded.
-
-    Raises:
-        LetheError: the estimate exceeds the free memory.
-    """
+    """Refuse a run that does not fit into memory. The models are already loaded."""
     free, needed = available_memory(), sum(parts.values())
     if needed - parts["libraries"] - parts["weights"] - parts["teachers"] > free:
         raise LetheError(

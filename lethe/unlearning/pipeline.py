@@ -58,11 +58,7 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
 
 
 def inspect(config: Method) -> dict[str, Any]:
-    """The plan of a run as it would be recorded, from the loaded models, without training; nothing is left behind.
-
-    Raises:
-        LetheError: the recipe cannot work.
-    """
+    """The plan of a run as it would be recorded, from the loaded models, without training; nothing is left behind."""
     config, checked = _checked(config)
     from lethe.unlearning.prepare import prepare
 
