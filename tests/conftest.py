@@ -131,6 +131,12 @@ def make_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A $LETHE_HOME for this test alone."""
+    monkeypatch.setenv("LETHE_HOME", str(tmp_path / "home"))
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of the datasets library for tests alone."""

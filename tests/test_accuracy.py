@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -25,12 +24,7 @@ from lethe.evaluation.accuracy import Scorer, evaluate_model, measure, value_of
 from lethe.evaluation.tasks.consent import trust_task_code
 from lethe.runs.run import Run
 
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path) -> Path:
-    """Requests are kept away from the user's own."""
-    monkeypatch.setenv("LETHE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def test_accuracy_stderr_and_facts_are_those_of_simple_evaluate(gpt2, known, tmp_path):

@@ -19,15 +19,10 @@ from lethe.errors import LetheError
 from lethe.evaluation import scoring, token_trees
 from lethe.evaluation.accuracy import Scorer, evaluate_model
 
+pytestmark = pytest.mark.usefixtures("own_home")
+
 MODELS = [(name, name in {"llama", "olmo2", "gpt_neox_sequential"}) for name in PLAIN] + [("llama", False)]
 """Architectures, and whether their tokenizer begins each text with <s>."""
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path) -> Path:
-    """Requests are kept away from the user's own."""
-    monkeypatch.setenv("LETHE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=[f"{name}-{'bos' if bos else 'plain'}" for name, bos in MODELS])
@@ -113,6 +108,23 @@ def test_a_long_passage_is_run_once_for_its_questions_and_many_answers_to_one_ar
     plain = HFLM(pretrained=gpt2[0], tokenizer=gpt2[1], batch_size=1)
     expected = [plain._loglikelihood_tokens([(("", ""), *one)], disable_tqdm=True)[0] for one in asked]
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("in_trees", [True, False], ids=["trees", "separately"])
+def test_requests_of_all_forms_are_scored_as_each_by_itself(gpt2, monkeypatch, in_trees):
+    """Few different tokens, so that requests share prefixes and are equal but for the place where the answer begins."""
+    plain = HFLM(pretrained=gpt2[0], tokenizer=gpt2[1], batch_size=1)
+    monkeypatch.setattr(Scorer, "_supports", lambda *_: in_trees)
+    for seed in range(8):
+        rng = random.Random(seed)
+        words = lambda n: [rng.randrange(3, 8) for _ in range(n)]  # noqa: E731, B023
+        start = words(rng.choice([0, 9]))
+        contexts = [start + words(rng.randint(1, rng.choice([4, 30, 70]))) for _ in range(8)]
+        asked = [(context, words(rng.randint(1, 5))) for context in contexts for _ in range(3)]
+        expected = [plain._loglikelihood_tokens([(("", ""), *one)], disable_tqdm=True)[0] for one in asked]
+        found = Scorer(*gpt2).score(asked)
+        assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

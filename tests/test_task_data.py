@@ -21,14 +21,10 @@ from lethe.errors import LetheError
 from lethe.evaluation import tasks
 from lethe.evaluation.accuracy import evaluate_model, load_tasks
 
+pytestmark = pytest.mark.usefixtures("own_home")
+
 LM_EVAL = Path(lm_eval.__file__).parent / "tasks"
 ROBUST = tuple(p.stem.removeprefix("wmdp_bio_robust_") for p in sorted(tasks.OWN.glob("wmdp_bio_robust_*.yaml")))
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path) -> None:
-    """Requests are kept away from the user's own."""
-    monkeypatch.setenv("LETHE_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,7 @@ from lethe.evaluation import tasks
 from lethe.evaluation.accuracy import load_tasks
 from lethe.evaluation.tasks import data
 
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path) -> None:
-    """Requests are kept away from the user's own."""
-    monkeypatch.setenv("LETHE_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 GOOD = rows(3)

@@ -18,6 +18,7 @@ import gc
 import inspect
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -40,8 +41,6 @@ TOKENS_PER_BATCH_ON_GPU = 16384
 LOGITS_PER_BATCH = 2**27
 COMPARED = 8
 """Requests of a tree, about, that are compared with lm-eval."""
-SEPARATE = 100
-"""Requests that lm-eval scores between two steps of the progress bar."""
 _supported: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool, bool], tuple[bool, int, int]]] = WeakKeyDictionary()
 """By kind of tree: whether the model supports it, and the width and the padding in tokens that this was tested with."""
 
@@ -131,10 +130,16 @@ class Scorer(HFLM):
         return results
 
     def _separately(self, requests: list[Encoded]) -> Iterator[dict[int, tuple[float, bool]]]:
-        """The results by number that lm-eval gives, one input at a time."""
-        for start in range(0, len(requests), SEPARATE):
-            some = [(("", ""), *request) for request in requests[start : start + SEPARATE]]
-            yield dict(enumerate(super()._loglikelihood_tokens(some, disable_tqdm=True), start))
+        """The results by number that lm-eval gives, one input at a time.
+
+        Contexts are scored one by one, because lm-eval confuses equal inputs whose contexts end at different places.
+        """
+        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, (context, _) in enumerate(requests):
+            by_context[tuple(context)].append(number)
+        for numbers in by_context.values():
+            some = [(("", ""), *requests[number]) for number in numbers]
+            yield dict(zip(numbers, super()._loglikelihood_tokens(some, disable_tqdm=True), strict=True))
 
     def _in_trees(self, trees: list[Tree], requests: list[Encoded]) -> Iterator[dict[int, tuple[float, bool]]]:
         """The results by number, of a batch at a time. If a batch does not fit into memory, it and later ones are halved."""
@@ -308,8 +313,8 @@ class Scorer(HFLM):
             logger.info("token trees failed: %s", (str(error).splitlines() or [type(error).__name__])[0])
             return False
         rounding = 1e-4 if self._forward.dtype == torch.float32 else 2e-2
-        apart = [value for some in self._separately([requests[i] for i in numbers]) for value, _ in some.values()]
-        pairs = [(value, together[number][0]) for number, value in zip(numbers, apart, strict=True)]
+        apart = [pair for some in self._separately([requests[i] for i in numbers]) for pair in some.items()]
+        pairs = [(value, together[numbers[i]][0]) for i, (value, _) in apart]
         return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)
 
 

@@ -38,7 +38,7 @@ from lethe.runs.run import Run
 
 END = "<|endoftext|>"
 PAD = "<|padding|>"
-Evaluate = Callable[[Path], dict[str, Any]]
+Evaluate = Callable[[GPTNeoXForCausalLM, PreTrainedTokenizerFast], dict[str, Any]]
 
 
 def train_tokenizer(preset: LabPreset) -> PreTrainedTokenizerFast:
@@ -188,7 +188,7 @@ class _Pretraining:
 def build(evaluate: Evaluate) -> Path:
     """Build the lab of the active preset unless it exists. Several processes may call this at the same time.
 
-    `evaluate` returns the results by task of the saved model in a folder.
+    `evaluate` returns the results of a model by task.
     """
     preset, path = active_preset(), lab_path()
     try:
@@ -243,39 +243,24 @@ def _build(preset: LabPreset, folder: Path, evaluate: Evaluate) -> None:
             environment={"device": "cpu", "threads": preset.threads},
         )
         final = _Pretraining(preset, Batches.make(preset, tokenizer), model, run)
-        with bar(f"Pretraining the {preset.name} lab", 2 * preset.steps - preset.onset, "steps") as advance:
-            _pretrain(final, tokenizer, folder, advance)
-        with bar("Evaluating its checkpoints", len(preset.checkpoints) + 1, "checkpoints") as advance:
-            _evaluate(preset, folder, run, evaluate, advance)
+        run.update(**_pretrain(final, tokenizer, folder, evaluate))
 
 
-def _pretrain(final: _Pretraining, tokenizer: PreTrainedTokenizerFast, folder: Path, advance: Callable[..., None]) -> None:
-    """Train the final model and the twin, and save the checkpoints."""
-    preset = final.preset
-    twin = final
-    for step in preset.checkpoints:
-        final.advance_to(step, advance)
-        _save(final.model, tokenizer, folder / "checkpoints" / f"global_step{step}")
-        if step == preset.onset:
-            twin = final.twin()
-    twin.advance_to(preset.steps, advance, filtered=True)
-    _save(twin.model, tokenizer, folder / "filtered")
+def _pretrain(final: _Pretraining, tokenizer: PreTrainedTokenizerFast, folder: Path, evaluate: Evaluate) -> dict[str, Any]:
+    """Train the final model and the twin; save and evaluate each checkpoint. Returns their fields of run.json."""
+    preset, twin, found = final.preset, final, []
 
+    def saved(training: _Pretraining, path: Path) -> dict[str, Any]:
+        training.model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        facts = {"name": path.name, "step": training.step, "tokens": training.step * preset.batch_size * preset.sequence_length}
+        return facts | {"sha256": sha256(path / "model.safetensors"), "evals": evaluate(training.model, tokenizer)}
 
-def _save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _evaluate(preset: LabPreset, folder: Path, run: Run, evaluate: Evaluate, advance: Callable[..., None]) -> None:
-    """Evaluate each checkpoint and the twin on all five tasks, and record the results in run.json."""
-
-    def entry(path: Path, step: int) -> dict[str, Any]:
-        evals = evaluate(path)
-        advance(1)
-        tokens = step * preset.batch_size * preset.sequence_length
-        digest = sha256(path / "model.safetensors")
-        return {"name": path.name, "step": step, "tokens": tokens, "sha256": digest, "evals": evals}
-
-    found = [entry(folder / "checkpoints" / f"global_step{step}", step) for step in preset.checkpoints]
-    run.update(checkpoints=found, filtered=entry(folder / "filtered", preset.steps), evals=found[-1]["evals"])
+    with bar(f"Pretraining the {preset.name} lab", 2 * preset.steps - preset.onset, "steps") as advance:
+        for step in preset.checkpoints:
+            final.advance_to(step, advance)
+            found.append(saved(final, folder / "checkpoints" / f"global_step{step}"))
+            if step == preset.onset:
+                twin = final.twin()
+        twin.advance_to(preset.steps, advance, filtered=True)
+        return {"checkpoints": found, "filtered": saved(twin, folder / "filtered"), "evals": found[-1]["evals"]}
