@@ -200,8 +200,8 @@ def test_repositories_of_the_hub_are_looked_at_as_folders_are(plain, tmp_path):
     good, fewer, adapter, pickled, hashes = done.stdout.splitlines()
     assert good == "org/good org/good commit:aaaa", done.stderr
     assert "model 'org/fewer': the weights hold tensors that config.json (3 blocks) does not describe" in fewer
-    assert "model 'org/adapter' holds whole weights and an adapter beside them" in adapter
-    assert "model 'org/pickled': there is no model.safetensors and no" in pickled
+    assert "model 'org/adapter' holds model.safetensors and adapter_config.json" in adapter
+    assert "model 'org/pickled' has no model.safetensors and no" in pickled
     assert hashes == "3"  # an adapter counts
 
 
