@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lethe.evaluation.accuracy import evaluate_model
     from lethe.evaluation.checkpoint_sweep import checkpoints
     from lethe.evaluation.comparison import compare
-    from lethe.evaluation.evaluating import evaluate
+    from lethe.evaluation.pipeline import evaluate
     from lethe.maps.affine import AffineMap
     from lethe.maps.pipeline import fit_affine, score_affine
     from lethe.sweeps.controller import sweep
@@ -43,7 +43,7 @@ _LATER = {
     "AffineMap": "maps.affine",
     "checkpoints": "evaluation.checkpoint_sweep",
     "compare": "evaluation.comparison",
-    "evaluate": "evaluation.evaluating",
+    "evaluate": "evaluation.pipeline",
     "evaluate_model": "evaluation.accuracy",
     "fit_affine": "maps.pipeline",
     "score_affine": "maps.pipeline",

@@ -260,7 +260,7 @@ def _unlearn(settings: Method, as_json: bool) -> None:
 
 @command("evaluate", "lethe evaluate lab:final --tasks lab_forget_robust lab_retain", "model", runs_tasks=True)
 def _evaluate(settings: c.EvaluateConfig, as_json: bool) -> None:
-    from lethe.evaluation.evaluating import evaluate
+    from lethe.evaluation.pipeline import evaluate
     from lethe.report.tables import evals_table
 
     run = evaluate(settings)

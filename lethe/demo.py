@@ -67,7 +67,7 @@ def _demo(config: DemoConfig) -> dict[str, Path]:
 
     from lethe.attacks.tampering import tamper
     from lethe.evaluation.checkpoint_sweep import checkpoints
-    from lethe.evaluation.evaluating import evaluate
+    from lethe.evaluation.pipeline import evaluate
     from lethe.maps.pipeline import fit_affine
     from lethe.unlearning.pipeline import unlearn
 

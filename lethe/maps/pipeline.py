@@ -9,7 +9,6 @@ from lethe.errors import LetheError
 from lethe.files import refuse_run_folder, sha256
 from lethe.maps.folder import WEIGHTS, check_maps, facts_of, find_maps, layers_of, refuse_altered
 from lethe.models import refs
-from lethe.runs.machine import say_if_busy
 from lethe.runs.run import Run
 from lethe.text import corpora
 
@@ -39,7 +38,6 @@ def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
         refuse_unreadable(each, ref.name, config.max_length)
     run = run or Run.create("affine", config.name, to_dict(config), config.out)
     with run.running():
-        say_if_busy()
         maps = fit_on_text(model, source, tokenizer, documents, config, config.text)
         maps.record |= {"model": refs.record(pair[0]), "source": refs.record(pair[1])}
         maps.save(run.path / "affine")

@@ -8,7 +8,6 @@ from lethe.config import EvaluateConfig, to_dict
 from lethe.evaluation.check import check_tasks
 from lethe.files import refuse_run_folder
 from lethe.models import refs
-from lethe.runs.machine import say_if_busy
 from lethe.runs.run import Run
 
 
@@ -32,7 +31,6 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
     with run.running():
         run.set_parents(model=refs.record(ref))
         (run.path / "samples.jsonl").unlink(missing_ok=True)
-        say_if_busy()
         samples: dict[str, list[dict[str, Any]]] = {}
         missing: dict[str, str] = {}
         title, data, shots = f"Evaluating {config.model}", config.task_data, config.num_fewshot
