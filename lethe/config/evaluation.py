@@ -36,7 +36,7 @@ class EvalSettings(TaskSettings):
     """Evaluation during and after a run."""
 
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
-    """Tasks or groups of lm-eval, folders of task files, or suites."""
+    """Tasks or groups of lm-eval, folders of task files, or names from suites."""
     every: Count = 0
     """Updates between two evaluations (0: evaluate at the end only). A smaller number gives a finer curve and takes longer."""
 
@@ -50,7 +50,7 @@ class CheckpointsConfig(TaskSettings):
     checkpoints: str | None = None
     """The folder or hub repository that has the checkpoints; null: the model's own."""
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
-    """Tasks or groups of lm-eval, folders of task files, or suites. The first task decides which checkpoint is ignorant."""
+    """Tasks or groups of lm-eval, folders of task files, or names from suites. The first task decides which checkpoint is ignorant."""
     search: Literal["bisect", "all"] = "bisect"
     """bisect: bisect for the latest ignorant checkpoint, and evaluate its neighbours too; all: evaluate every checkpoint."""
     source: str | None = None
@@ -72,7 +72,7 @@ class EvaluateConfig(TaskSettings):
     model: str
     """The model: any model reference, such as lab:final or run:ID."""
     tasks: list[str] = field(default_factory=lambda: list(LAB_TASKS))
-    """Tasks or groups of lm-eval, folders of task files, or suites."""
+    """Tasks or groups of lm-eval, folders of task files, or names from suites."""
     samples: bool = False
     """Write the log-likelihoods of every question to samples.jsonl, so that `lethe compare` can read them."""
     dtype: Dtype = "float32"
