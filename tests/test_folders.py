@@ -31,17 +31,17 @@ CONFIGS = [
         ("", "is not a name"),
         ("  ", "is not a name"),
         ("..", "is not a name"),
-        ("a\x1b[31mb", "has control characters"),
-        ("a\nb", "has control characters"),
-        ("a\u202eb", "has control characters"),
+        ("a\x1b[31mb", "control character"),
+        ("a\nb", "control character"),
+        ("a\u202eb", "control character"),
         ("x" * 235, "234 bytes at most"),
-        ("知" * 100, "234 bytes at most"),
-        ("x" * 100_000, "234 bytes at most"),
+        ("知" * 100, "at most|allows 255 for one name"),
+        ("x" * 100_000, "at most|allows 255 for one name"),
     ],
 )
 def test_a_name_that_no_folder_can_have_is_refused(make, name, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(LetheError, match=f"^name: .*{said}") as caught:
+    with pytest.raises(LetheError, match=f"^name: .*({said})") as caught:
         make(name=name)
     assert len(str(caught.value)) < 300 and list(tmp_path.iterdir()) == []
 
