@@ -53,6 +53,10 @@ _LATER = {
 }
 
 
+_OWN = [name for name, value in globals().items() if str(getattr(value, "__module__", "")).startswith("lethe.")]
+__all__ = sorted({*_LATER, *_OWN})  # noqa: PLE0605
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'lethe' has no attribute '{name}'")

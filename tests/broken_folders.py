@@ -116,6 +116,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "config gone": (gone("config.json"), "has no config.json, so it is not the folder of a model"),
     "gptq": (settings(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised (gptq"),
     "bitsandbytes": (settings(quantization_config={"load_in_4bit": True}), "quantised ({'load_in_4bit': True}"),
+    "more experts a token than there are": (
+        settings(num_local_experts=2, num_experts_per_tok=9),
+        "num_experts_per_tok is 9 in config.json, of 2 experts",
+    ),
     "activation": (settings(hidden_act="nonsense"), "no model can be built from config.json (KeyError: 'nonsense')"),
     "heads": (settings(num_attention_heads=5), "not a multiple of the number of attention heads (5)"),
     "no heads": (settings(num_key_value_heads=0), "no model can be built from config.json (ZeroDivisionError"),
@@ -160,6 +164,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "so it is ambiguous",
     ),
     "a shard gone": (sharded(lambda d, where: (d / "b.safetensors").unlink()), "b.safetensors cannot be read (No such file"),
+    "a shard twice": (
+        sharded(lambda d, where: shutil.copy(d / "a.safetensors", d / "b.safetensors")),
+        "is in another shard too",
+    ),
     "an index of half": (
         sharded(lambda d, where: write_index(d, {name: file for name, file in where.items() if file == "a.safetensors"})),
         "lacks weights",

@@ -201,10 +201,12 @@ def test_numbers_do_not_hang_on_the_memory_that_is_free(gpt2, tmp_path, cache, m
     assert found[1] == pytest.approx(found[0], abs=1e-4) and found[2] == pytest.approx(found[0], abs=1e-4)
 
 
-def test_one_question_that_does_not_fit_is_a_refusal_and_another_error_is_not_swallowed(gpt2, monkeypatch):
+@pytest.mark.parametrize("in_trees", [True, False])
+def test_one_question_that_does_not_fit_is_a_refusal_and_another_error_is_not_swallowed(gpt2, monkeypatch, in_trees):
     for error, expected in ((MemoryError(), "does not fit into memory"), (RuntimeError("shapes"), "shapes")):
-        monkeypatch.setattr(Scorer, "_run", lambda *_, error=error: (_ for _ in ()).throw(error))
-        monkeypatch.setattr(Scorer, "_supports", lambda *_: True)
+        for kind, name in ((Scorer, "_run"), (HFLM, "_loglikelihood_tokens")):
+            monkeypatch.setattr(kind, name, lambda *_, error=error, **given: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(Scorer, "_supports", lambda *_: in_trees)
         with pytest.raises((LetheError, RuntimeError), match=expected):
             Scorer(*gpt2).score([([5, 6], [7])])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lethe.errors import LetheError
-from lethe.evaluation import lm_eval_api
+from lethe.evaluation import lm_eval_api, tasks
 
 
 @pytest.mark.parametrize("version", ["0.4.9.2", "0.4.12", "0.4.14", "0.5.0", "1.0"])
@@ -37,3 +37,16 @@ def test_the_command_line_refuses_another_lm_eval_before_it_writes_anything(lab,
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("lethe: evaluate: lm_eval 0.4.20 is installed")
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"mmlu": 5}'])
+def test_a_damaged_index_of_tasks_is_made_again(monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("LETHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tasks, "_scan", lambda root: {"mmlu": "mmlu/default"})
+    for content in (None, damage):
+        tasks._lm_eval_tasks.cache_clear()
+        if content is not None:
+            (file,) = (tmp_path / "tasks").iterdir()
+            file.write_text(content, errors="surrogatepass")
+        assert [folder.name for folder in tasks._lm_eval_tasks().values()] == ["default"]
+    tasks._lm_eval_tasks.cache_clear()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +351,34 @@ def test_a_killed_run_resumes_with_its_own_maps_without_the_cached_ones(lab, tmp
     monkeypatch.setattr(affine, "lethe_home", lambda: tmp_path / "empty")
     monkeypatch.setattr(affine, "fit_on_text", lambda *args: pytest.fail("fitted again"))
     assert_same(resume(ResumeConfig(str(run.path))), whole)
+
+
+FITTER = """
+import json, sys, time
+from lethe.maps import affine
+from lethe.text import corpora
+from lethe.models import refs
+from lethe.config import AffineConfig
+fit = affine.fit_on_text
+def slow(*args):
+    with open(sys.argv[4], "a") as log:
+        log.write("fit\\n")
+    time.sleep(1)
+    return fit(*args)
+affine.fit_on_text = slow
+(model, tokenizer), (source, _) = (refs.load(refs.resolve(name)) for name in sys.argv[1:3])
+config = AffineConfig("m", "s", text=sys.argv[3], layers=[0, 3], max_length=16, batch_size=7)
+parents = {"model": {"sha256": "1"}, "source": {"sha256": "2"}}
+maps = affine.fit_once(model, source, tokenizer, corpora.read(sys.argv[3])[:40], config, config.text, parents)
+print(maps.weight[3].double().sum().item())
+"""
+
+
+def test_of_two_processes_at_once_one_fits_and_both_have_the_maps(world, tmp_path):
+    files = [world / "target", world / "source", world / "text.jsonl", tmp_path / "log"]
+    command = [sys.executable, "-c", FITTER, *map(str, files)]
+    home = os.environ | {"LETHE_HOME": str(tmp_path / "home")}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": home}
+    results = [process.communicate() for process in [subprocess.Popen(command, **pipes) for _ in range(2)]]
+    assert results[0][0] == results[1][0] != "", results
+    assert (tmp_path / "log").read_text() == "fit\n"

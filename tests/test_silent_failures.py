@@ -302,3 +302,10 @@ def test_an_attack_keeps_float32_weights_whatever_the_models_type(lab, tmp_path)
         )
     )
     assert attack.record["losses"]["lost_updates"] < 0.01
+
+
+def test_the_reference_of_full_rank_training_is_the_model_as_it_was(lab, tmp_path):
+    run = unlearn(recipe(tmp_path, lora=None))
+    losses = [row["retain_kl_loss"] for row in run.rows("metrics.jsonl")]
+    assert losses[0] == pytest.approx(0, abs=1e-6)
+    assert all(loss > 1e-5 for loss in losses[1:])

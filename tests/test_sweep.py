@@ -334,3 +334,17 @@ def test_a_run_is_not_taken_over_when_a_file_that_it_reads_has_changed(lab, tmp_
     assert trials(sweep(made))["retain_coef1"]["reused"]
     data.write_text("\n".join(map(json.dumps, rows[1:])))
     assert not trials(sweep(made))["retain_coef1"]["reused"]
+
+
+@pytest.mark.slow
+def test_a_failed_run_that_is_retried_begins_anew(lab, tmp_path):
+    """It failed by its own time limit. With that raised in its record, it resumes from its save."""
+    long = recipe(max_steps=200, num_train_examples=64, save_every=5, time_limit=0.0005)
+    with pytest.raises(LetheError, match="time limit reached"):
+        sweep(config(tmp_path, vary={"retain_coef": [1]}, unlearn=long))
+    (made,) = tmp_path.glob("sweep-*")
+    run = next(run for run in find_runs(tmp_path) if run.record["kind"] == "unlearn")
+    assert run.status == "failed"
+    run.update(config={"time_limit": 0.0})
+    retry(SweepRetryConfig(str(made), str(tmp_path)))
+    assert Run.open(run.path).status == "complete" and len(run.rows("metrics.jsonl")) == 200

@@ -3,8 +3,8 @@
 A recipe (YAML), the command line and Python all build these same objects, and each command is one function of
 one of them: a method -> `unlearn()`, `TamperConfig` -> `tamper()` and so on. The string below a field is
 its help text. Nothing here imports torch, so that the command line answers at once. The range of a setting stands in
-its type, a check of several settings in `__post_init__`. Checks that need the model or the text are in the `check.py`
-of each package.
+its type, a check of several settings in `__post_init__`. Checks that need the model or the text stand at the beginning
+of the command's own function.
 """
 
 from __future__ import annotations

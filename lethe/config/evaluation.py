@@ -50,7 +50,8 @@ class CheckpointsConfig(TaskSettings):
     checkpoints: str | None = None
     """The folder or hub repository that has the checkpoints; null: the model's own."""
     tasks: list[str] = field(default_factory=lambda: ["lab_forget_robust", "lab_retain"])
-    """Tasks or groups of lm-eval, folders of task files, or names from suites. The first task decides which checkpoint is ignorant."""
+    """Tasks or groups of lm-eval, folders of task files, or names from suites. The first one decides which checkpoint is
+    ignorant."""
     search: Literal["bisect", "all"] = "bisect"
     """bisect: bisect for the latest ignorant checkpoint, and evaluate its neighbours too; all: evaluate every checkpoint."""
     source: str | None = None

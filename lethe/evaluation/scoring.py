@@ -133,13 +133,22 @@ class Scorer(HFLM):
         """The results by number that lm-eval gives, one input at a time.
 
         Contexts are scored one by one, because lm-eval confuses equal inputs whose contexts end at different places.
+
+        Raises:
+            LetheError: an input does not fit into memory.
         """
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (context, _) in enumerate(requests):
             by_context[tuple(context)].append(number)
         for numbers in by_context.values():
             some = [(("", ""), *requests[number]) for number in numbers]
-            yield dict(zip(numbers, super()._loglikelihood_tokens(some, disable_tqdm=True), strict=True))
+            try:
+                found = super()._loglikelihood_tokens(some, disable_tqdm=True)
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                raise _too_long(max(len(context) + len(answer) for _, context, answer in some)) from error
+            yield dict(zip(numbers, found, strict=True))
 
     def _in_trees(self, trees: list[Tree], requests: list[Encoded]) -> Iterator[dict[int, tuple[float, bool]]]:
         """The results by number, of a batch at a time. If a batch does not fit into memory, it and later ones are halved."""
@@ -153,10 +162,7 @@ class Scorer(HFLM):
                 if not _out_of_memory(error):
                     raise
                 if len(batch) == 1:
-                    raise LetheError(
-                        f"evaluate: a question of {len(batch[0].tokens)} tokens does not fit into memory by itself; "
-                        f"free memory, or use dtype bfloat16"
-                    ) from error
+                    raise _too_long(len(batch[0].tokens)) from error
             if found is None:  # outside of the handler, where the error no longer holds the failed batch's tensors
                 gc.collect()
                 if self.device.type == "cuda":
@@ -339,6 +345,11 @@ def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:
 def _logsumexp(logits: Tensor) -> Tensor:
     """log Σ exp over the vocabulary in float32, in chunks, because logits are the largest tensor in memory."""
     return torch.cat([part.float().logsumexp(-1) for part in logits.split(64)])
+
+
+def _too_long(tokens: int) -> LetheError:
+    advice = "free memory, or use dtype bfloat16"
+    return LetheError(f"evaluate: a question of {tokens} tokens does not fit into memory by itself; {advice}")
 
 
 def _out_of_memory(error: BaseException) -> bool:

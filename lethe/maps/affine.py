@@ -187,10 +187,13 @@ def fit_once(
     def fitted() -> AffineMap:
         return fit_on_text(model, source, tokenizer, documents, config, text)
 
-    try:
-        build_once(folder, lambda: _is_whole(folder), lambda partial: fitted().save(partial))
+    def cached() -> AffineMap:
         maps = load_maps(folder, config.layers)
         use(folder, maps)
+        return maps
+
+    try:
+        maps = build_once(folder, lambda: _is_whole(folder), lambda partial: fitted().save(partial), cached)
     except OSError as error:
         logger.warning("fitted maps cannot be cached in %s (%s)", folder.parent, error.strerror or error)
         maps = fitted()

@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 OTHER_HEADS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 OWN_CONFIG = "take the model's own config.json"
 Shapes = dict[str, tuple[str, list[int]]]
 """The type and shape of each tensor by name."""
@@ -91,6 +92,11 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         how = printable(method or quantised, 80)
         raise LetheError(f"model '{name}': its weights are quantised ({how}) and cannot be trained; use the original model")
+    settings = text_settings(config)
+    experts = [settings[key] for key in EXPERTS if type(settings.get(key)) is int]
+    used = settings.get("num_experts_per_tok")
+    if experts and type(used) is int and used > experts[0]:
+        raise LetheError(f"model '{name}': num_experts_per_tok is {used} in config.json, of {experts[0]} experts; {OWN_CONFIG}")
     listed = config.get("architectures")
     heads = [str(head) for head in listed] if isinstance(listed, list) else []
     both = config.get("is_encoder_decoder") is True
@@ -134,9 +140,12 @@ def refuse_weights(name: str, folder: Path) -> Shapes:
     tensors: Shapes = {}
     for file in files:
         try:
-            tensors |= shapes(file)
+            shard = shapes(file)
         except UnreadableError as error:
             raise unreadable(name, file.name, error) from error
+        if twice := sorted(tensors.keys() & shard.keys()):
+            raise unreadable(name, file.name, f"{printable(twice[0], 120)} is in another shard too")
+        tensors |= shard
     return tensors
 
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import psutil
 
@@ -30,6 +30,7 @@ from lethe.errors import LetheError
 from lethe.home import evict
 
 LOCK = "work.lock"
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -98,10 +99,13 @@ def building(folder: Path) -> Iterator[None]:
         yield
 
 
-def build_once(folder: Path, is_whole: Callable[[], bool], build: Callable[[Path], None], room: int = 0) -> None:
-    """Build what is cached in `folder`, unless it is whole: by one process, in a folder of another name, while others wait.
+def build_once(
+    folder: Path, is_whole: Callable[[], bool], build: Callable[[Path], None], load: Callable[[], T], room: int = 0
+) -> T:
+    """What `load` reads from the cache in `folder`, which is built first unless it is whole: by one process, while others wait.
 
-    A damaged folder is built again. The least recently used folders beside it are evicted, to make `room` in bytes.
+    It is built in a folder of another name. A damaged folder is built again. The least recently used folders beside it are
+    evicted, to make `room` in bytes.
 
     Raises:
         OSError: it cannot be written; nothing of it is left.
@@ -110,7 +114,7 @@ def build_once(folder: Path, is_whole: Callable[[], bool], build: Callable[[Path
     folder.parent.mkdir(parents=True, exist_ok=True)
     with building(folder):
         if is_whole():
-            return
+            return load()
         if folder.exists():
             logger.warning("the cache %s is damaged; building it again", folder)
         for rest in (folder, partial):  # left by a process that was killed: the lock is ours
@@ -122,6 +126,7 @@ def build_once(folder: Path, is_whole: Callable[[], bool], build: Callable[[Path
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        return load()
 
 
 def identity(pid: int | None = None) -> dict[str, Any]:

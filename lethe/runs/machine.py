@@ -74,16 +74,19 @@ def _git_commit() -> str | None:
     return out.stdout.strip() if out.returncode == 0 else None
 
 
-@functools.cache
 def say_if_busy() -> None:
     """Warn, once a process, if other programs leave fewer free cores than torch has threads.
 
     Call it while this process itself is idle. Work without torch, such as a sweep's controller, has no threads.
     """
     torch: Any = sys.modules.get("torch")
-    if torch is None or torch.get_num_threads() == 1 or torch.cuda.is_available():
-        return
-    threads, cores = torch.get_num_threads(), psutil.cpu_count() or 1
+    if torch is not None and torch.get_num_threads() > 1 and not torch.cuda.is_available():
+        _say_if_busy(torch.get_num_threads())
+
+
+@functools.cache
+def _say_if_busy(threads: int) -> None:
+    cores = psutil.cpu_count() or 1
     if warning := crowded(threads, cores, cores * psutil.cpu_percent(SECONDS) / 100):
         logger.info(warning)  # into the run's log
         console.print(f"lethe: {warning}", soft_wrap=True, markup=False)

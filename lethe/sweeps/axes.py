@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lethe.config import LoraSettings, TamperConfig
-from lethe.config.checks import RENAMED, options
+from lethe.config.checks import RENAMED, Settings, options
 from lethe.config.parse import build, fields_of, numbers
 from lethe.errors import LetheError, nearest, printable
 from lethe.methods.method import all_fields
@@ -38,7 +38,7 @@ BRACES = re.compile(r"\{(.*?)\}")
 
 
 @dataclass
-class Axis:
+class Axis(Settings):
     """One axis: listed `values`, or a range from `low` to `high`. `when` limits it to points where settings have those values.
 
     Raises:
@@ -54,6 +54,7 @@ class Axis:
     when: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.whole = int in options(_known(self.name).get(self.name.removeprefix(ATTACK)))
         different = {json.dumps(value, sort_keys=True) for value in json.loads(json.dumps(self.values), parse_int=float)}
         if len(different) < len(self.values):
@@ -126,7 +127,7 @@ def _parse(name: str, given: Any, attacked: bool) -> Axis:
             raise LetheError("divides twice; a ratio divides one setting by another")
         for each in name.split(RATIO):
             _refuse_unknown(each, attacked)
-        if not isinstance(given, dict) or (unknown := set(given) - KEYS):
+        if not isinstance(given, dict) or (unknown := set(map(str, given)) - KEYS):
             wrong = nearest(min(unknown), KEYS) if isinstance(given, dict) else ""
             raise LetheError(
                 f"must be a list, or low and high (with log, steps, when), got {printable(repr(given), 80)}{wrong}"

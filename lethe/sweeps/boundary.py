@@ -1,7 +1,7 @@
 """Sweeps of kind `boundary`: bisection along one axis, and its answer in sentences. `bisection.py` chooses the values.
 
-Every complete trial gives a verdict for each boundary that is looked for (`_judges`). `edges` collects them by value, `propose`
-measures where the verdict changes, and `conclusions` says between which values it does.
+Every complete trial gives a verdict for each boundary that is looked for (`_verdict`). `edges` collects them by value,
+`propose` measures where the verdict changes, and `conclusions` says between which values it does.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,9 +107,12 @@ class Suite(Planner):
                         f"set it for all, in common"
                     )
         known: dict[str, str] = {}
+        for name, attack in self.attacks.items():
+            settings = c.to_dict(dataclasses.replace(attack, name="attack"))
+            after = (self.config.attacks[name] or {}).get("after")
+            if (same := known.setdefault(json.dumps([settings, after], sort_keys=True), name)) != name:
+                raise LetheError(f"attacks: {name} has the settings of {same}; leave one of them out")
         for plan in self.plans:
-            if (same := known.setdefault(plan.key, plan.name)) != plan.name:
-                raise LetheError(f"attacks: {plan.name} has the settings of {same}; leave one of them out")
             try:
                 check_tamper(build(c.TamperConfig, plan.stages[0][1]))
             except LetheError as error:
@@ -126,9 +130,8 @@ class Suite(Planner):
         for name, own in self.config.attacks.items():
             if not isinstance(own, dict | None):
                 raise LetheError(f"attacks: {name}: expected settings of `lethe tamper`, got {printable(repr(own), 80)}")
-            given = _over(self.config.common, own or {})
-            given.pop("after", None)
-            made[name] = section("tamper", given, self.config.out, name)
+            settings = {each: value for each, value in (own or {}).items() if each != "after"}
+            made[name] = section("tamper", _over(self.config.common, settings), self.config.out, name)
         return made
 
     @property

@@ -149,6 +149,12 @@ def variances_of(teacher: Teacher, sequences: list[list[int]], pad_id: int) -> d
     return found
 
 
+def tokens_of(documents: list[corpora.Document], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """The estimated number of tokens in documents, from the first of them."""
+    some = documents[:SCORED_DOCUMENTS]
+    return sum(map(len, corpora.tokenise(some, tokenizer, max_length))) * len(documents) // len(some) if some else 0
+
+
 def first(sequences: list[list[int]], tokens: int) -> list[list[int]]:
     """The first sequences that together have this many tokens, or all."""
     count = total = 0

@@ -21,16 +21,19 @@ RECOMPUTED = 4
 """Memory of one block's recomputation and gradients under gradient checkpointing, as a multiple of its activations.
 
 An upper bound of what was measured."""
+TOKEN = 40
+"""Bytes of a token id in a Python list."""
 BUFFERS, LATER = 0.08, 96 * 2**20
 """Reserve for memory that the estimate does not list: a share of the sum, and the bytes that libraries allocate later."""
 
 
-def estimate(made: Prepared, width: int, document: int, libraries: int) -> dict[str, int]:
+def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: int) -> dict[str, int]:
     """Estimated peak memory in bytes by part. The sum is that of the process on a CPU, and that of the device on a GPU.
 
     Args:
         width: tokens of the longest document.
         document: bytes of activations that the longest pair of documents saves for the backward pass.
+        tokens: number of tokens in the text that maps are fitted on.
         libraries: bytes that the process used before it loaded a model.
 
     Logits are counted four times: those of two models, and the float32 intermediates of the KL. If the output heads are
@@ -61,7 +64,8 @@ def estimate(made: Prepared, width: int, document: int, libraries: int) -> dict[
     }
     update = found["gradients"] + found["optimizer"] + found["activations"]
     end = found["optimizer"] + max(moved, 4 * AGREEMENT_BATCH * width * text.vocab_size)
-    found["other"] = max(0, max(sums_bytes(hidden, mapped), end) - update)
+    fit = sums_bytes(hidden, mapped) + (0 if torch.cuda.is_available() else TOKEN * tokens)
+    found["other"] = max(0, max(fit, end) - update)
     return found | {"buffers": LATER + round(BUFFERS * sum(found.values()))}
 
 

@@ -199,7 +199,8 @@ def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
     plan |= optimizers.describe(student, config)  # type: ignore[arg-type]
     plan["teachers"] = teachers_plan(made, plan["epochs"])
     longest = max(len(row) for part in made.sequences.values() for row in part)
-    plan["memory"] = memory.estimate(made, longest, document_bytes(trainer), libraries)
+    tokens = maps.tokens_of(made.checked.mapped, made.tokenizer, config.max_length)
+    plan["memory"] = memory.estimate(made, longest, document_bytes(trainer), tokens, libraries)
     cached = [text for text, how in plan["teachers"].items() if how.startswith("cached")]
     plan["memory"]["caches"] = sum(teacher_cache.size_of(trainer.teachers[text], made.sequences[text]) for text in cached)
     memory.refuse_too_much(plan["memory"])

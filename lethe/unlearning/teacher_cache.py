@@ -138,13 +138,13 @@ def open_or_build(teacher: Teacher, text: str, sequences: list[list[int]]) -> Ca
     key = key_of(teacher, sequences)
     folder = folder_of(key)
     try:
-        build_once(
+        return build_once(
             folder,
             lambda: is_whole(folder, key),
             lambda partial: _build(teacher, text, sequences, partial, key),
+            lambda: Cache(folder, sequences),
             size_of(teacher, sequences),
         )
-        return Cache(folder, sequences)
     except OSError as error:
         logger.warning("no teacher cache for the %s text (%s); its teacher runs live", text, error.strerror or error)
         return None
