@@ -101,7 +101,7 @@ def test_an_attack_that_draws_nothing_is_repeated_where_one_that_follows_it_draw
         ({"attacks": {"full": {}, "second": {"after": "full"}}}, "save_model: true"),
         ({"general_bound": 1.5}, "general_bound"),
         ({"attacks": {"one": {}, "two": {"eval": {"limit": 9}}}}, "eval.limit: one has 40, two has 9"),
-        ({"attacks": {"one": {"lr": 1e-3}, "two": {"lr": 1e-3}}}, "two on lab:global_step120 has the settings of one"),
+        ({"attacks": {"one": {"lr": 1e-3}, "two": {"lr": 1e-3}}}, "attacks: two has the settings of one"),
         ({"attacks": {"full": {"model": "lab:final"}}}, "full: model: lab:final has no effect in a sweep; leave it out"),
         ({"common": COMMON | {"seed": 3}}, r"full: seed: 3 has no effect in a sweep; give seeds: \[3\]"),
         ({"attacks": {"full": 5}}, "attacks: full: expected settings of `lethe tamper`, got 5"),
