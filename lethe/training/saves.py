@@ -81,7 +81,7 @@ def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: 
             f"the save at step {step} could not be written ({str(error).splitlines()[0]}); earlier saves are intact: "
             f"make room and resume with lethe resume"
         ) from error
-    planned = [kept for kept in steps(folder) if every and kept % every == 0]
+    planned = [step for step in steps(folder) if every and step % every == 0]
     for old in set(steps(folder)[KEPT:]) - set(planned[:1]):
         shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
     if planned:

@@ -47,10 +47,10 @@ def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: 
     state = STATE_BYTES[config.optimizer] + 4 * needs_masters(student, config.optimizer)
     text = student.config.get_text_config()
     batch, hidden = config.per_device_train_batch_size, text.hidden_size
-    kept = batch * document
+    saved = batch * document
     if config.gradient_checkpointing:  # the blocks' inputs of both texts, and what computing one block again takes
         inputs = 2 * text.num_hidden_layers * trained[0].element_size() * batch * width * hidden
-        kept = RECOMPUTED * kept // text.num_hidden_layers + inputs
+        saved = RECOMPUTED * saved // text.num_hidden_layers + inputs
     logits = 4 * 4 * (min(batch * width, CHUNK) if trainer.head is not None else batch * width) * text.vocab_size
     mapped = len(config.mapped_layers)
     found = {
@@ -60,7 +60,7 @@ def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: 
         "maps": 4 * mapped * hidden * (hidden + 1),
         "gradients": moved,
         "optimizer": state * numbers,
-        "activations": kept + logits,
+        "activations": saved + logits,
     }
     update = found["gradients"] + found["optimizer"] + found["activations"]
     end = found["optimizer"] + max(moved, 4 * AGREEMENT_BATCH * width * text.vocab_size)
