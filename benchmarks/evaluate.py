@@ -1,11 +1,10 @@
-"""How fast Lethe evaluates, beside lm-eval's own `hf` model in the same process, on the same model and questions.
+"""The speed of evaluation: questions per second of Lethe and of lm-eval's `hf` model, in one process.
 
     python benchmarks/evaluate.py                     # a random GPT-NeoX of width 384, six blocks
     python benchmarks/evaluate.py --model FOLDER      # a model of your own
 
-Both score batches of the same limit (tokens a batch here, where they may be smaller; as many rows of the longest question
-there), in turns, so that whatever else the machine does falls on both. Prints a table of medians and ratios; a ratio is the
-median over the turns.
+Both score the same questions with the same model, in batches of at most as many tokens. They take turns. Prints medians, and
+the ratio as the median over the turns.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Summing up for affine maps: its share of the machine's float32 matrix-product rate, and its memory and error.
+"""Fitting affine maps: FLOP utilisation, memory and numerical error.
 
     python benchmarks/maps.py
 
-Width 1024, 6 layers, batches of 1024 tokens. The rate of the machine is that of xᵀ x and yᵀ x at the size of a chunk of the
-sums, measured in turn with the sums, chunk by chunk, in one process. Medians are given, and minima, which a busy machine
-disturbs less. The work of the sums is counted as 4 · tokens · width² a layer, which is Σ x xᵀ and Σ y xᵀ: the change of basis
-is not counted. The error is the difference of R²,
-and of predictions in spreads of y (root of the mean square), from a solution in float64 throughout, on text whose means are
-20 spreads away and where two dimensions are a thousand times as wide as the others.
+Width 1024, 6 layers, batches of 1024 tokens. The peak is that of the matmuls xᵀ x and yᵀ x on chunks of the same size,
+measured in turns with the accumulation of Σ x xᵀ and Σ y xᵀ. These two count 4 · tokens · width² FLOPs a layer. The change of
+basis is not counted. Prints medians and minima.
+
+The error is the difference to a solution in float64: of R², and of predictions in units of y's standard deviation. The text
+has means that are 20 standard deviations away from 0, and two dimensions that are a thousand times as wide as the others.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def main() -> None:
     held.solve(ALPHA)
     tensors = [held.chunk, held.centre, held.basis, held.gram, held.cross]
     print(f"{torch.get_num_threads()} threads; {CHUNK} tokens a chunk")
-    print(f"{'':28}{'median':>8}{'minimum':>9}")
-    for name, of in (("float32 products, GFLOP/s", None), ("share of it: sums", "sums"), ("share of it: first chunk", "first")):
+    print(f"{'':26}{'median':>8}{'minimum':>9}")
+    kinds = (("float32 matmuls, GFLOP/s", None), ("utilisation: accumulation", "sums"), ("utilisation: first chunk", "first"))
+    for name, of in kinds:
         row = []
         for best in (statistics.median, min):
             products = best(found["products"])

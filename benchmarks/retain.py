@@ -1,10 +1,9 @@
-"""The retain term in blocks beside the plain formula: time and extra memory, forward and backward, output heads included.
+"""The retain loss in chunks of tokens, compared with the plain formula: time and extra memory, output head included.
 
     python benchmarks/retain.py
 
-Times are interleaved in one process, plain, blocked, plain, …, and the medians are compared. Memory is the rise of the
-peak of resident memory over what the process held before, in a fresh process for each; a trained head's gradient, which
-both have to make, is taken off.
+Forward and backward passes take turns in one process, and medians are compared. Memory is the rise of the peak of resident
+memory, in a fresh process for each variant. The gradient of a trained head, which both variants compute, is subtracted.
 """
 
 from __future__ import annotations
@@ -82,8 +81,8 @@ def memory(how: str, shape: tuple[int, ...], trained: bool) -> float:
 def main() -> None:
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads")
-    columns = ["head", "time", "MiB plain", "MiB blocked", "memory"]
-    print(f"{'words':>6} {'hidden':>6} {'tokens':>9}" + "".join(f"{name:>12}" for name in columns))
+    columns = ["head", "time", "MiB plain", "MiB chunked", "memory"]
+    print(f"{'vocab':>6} {'hidden':>6} {'tokens':>9}" + "".join(f"{name:>12}" for name in columns))
     for shape in SHAPES:
         for trained in (False, True):
             ratio = Case(*shape, trained).time_ratio()

@@ -1,15 +1,18 @@
-"""An unlearning step beside a plain one, as a ratio and as a share of the machine's float32 matrix-product rate.
+"""The time of one update of unlearning: a plain loop, live teachers and cached teachers, with ratios and FLOP utilisation.
 
     python benchmarks/step.py [CASE …]
 
-On the built-in lab's model (set LETHE_LAB for another preset): LoRA of rank 16 on five of six blocks, retain term KL. Each
-case is batch × tokens of each kind and a dropout. Four things take turns in one process, updates with everything a run does
-(clipping, AdamW, logging): `plain`, a loop as one would write it (two live teachers run in full, full logits, a pass for
-each text, PEFT's own forward); Lethe with live teachers; Lethe with cached ones; and products of float32 matrices,
-1024 × 1024, for the rate (`sizes`: the part of it that products of the model's own sizes reach). The work of a step counts
-two operations per multiplication: forward, and the gradient with respect to the input; the adapters' own products; the head
-on retain text; attention as the causal half; all of it for every token, also where Lethe computes it once for a token that
-comes more than once. Gradients of frozen weights, teachers, and blocks that a term does not need are not counted.
+Measured on the built-in lab's model (LETHE_LAB selects another preset): LoRA of rank 16 on five of six blocks, retain loss
+KL. A case is a batch size, a number of tokens per document, and a dropout. Four things take turns in one process:
+
+    plain     a simple training loop: both teachers run in full, full logits, one pass per text, PEFT's own forward
+    live      Lethe with `teacher_cache: live`
+    cached    Lethe with `teacher_cache: cached`
+    matmuls   float32 matrices, 1024 × 1024, for the peak (`sizes`: the share of it that the model's own sizes reach)
+
+An update includes clipping, AdamW and logging. The FLOPs of an update count two operations per multiplication: the forward
+pass, the gradients of inputs, the adapters' matmuls, the output head on retain text, and the causal half of attention. They
+do not count gradients of frozen weights, teachers, or blocks that no loss needs.
 """
 
 from __future__ import annotations
@@ -207,7 +210,7 @@ def case(batch: int, width: int, dropout: float, folder: Path) -> None:
 
 
 def main() -> None:
-    print(f"{torch.get_num_threads()} threads; milliseconds an update, medians; share: of the rate of products")
+    print(f"{torch.get_num_threads()} threads; milliseconds an update, medians; columns in %: FLOP utilisation")
     print(
         f"{'batch':>9}{'dropout':>8}{'GFLOP/s':>10}{'sizes':>8}{'GFLOP':>9}{'plain':>9}{'live':>9}{'cached':>9}{'plain/c':>9}{'live/c':>9}"
         f"{'plain':>8}{'live':>8}{'cached':>8}"
