@@ -82,7 +82,7 @@ def main() -> None:
     held.solve(ALPHA)
     tensors = [held.chunk, held.centre, held.basis, held.gram, held.cross]
     print(f"{torch.get_num_threads()} threads; {CHUNK} tokens a chunk")
-    print(f"{'':26}{'median':>8}{'minimum':>9}")
+    print(f"{'':28}{'median':>8}{'minimum':>9}")
     kinds = (("float32 matmuls, GFLOP/s", None), ("utilisation: accumulation", "sums"), ("utilisation: first chunk", "first"))
     for name, of in kinds:
         row = []
