@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,13 @@ def json_of(text: str, twice: bool = False) -> Any:
 
 
 def yaml_of(text: str, loader: type | None = None) -> Any:
-    """A YAML value; `loader` is a subclass of `Loader`.
+    """A YAML value; `loader` is a subclass of `Loader`, by default `SettingsLoader`.
 
     Raises:
         UnreadableError: the text is not YAML, is nested too deeply, or has a key twice.
     """
     try:
-        return yaml.load(text, loader or Loader)
+        return yaml.load(text, loader or SettingsLoader)
     except RecursionError as error:
         raise UnreadableError("nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
@@ -98,6 +99,26 @@ class Loader(yaml.SafeLoader):
         if twice is not None:
             raise yaml.YAMLError(f"'{twice}' is written twice")
         return super().construct_mapping(node, deep)
+
+
+class SettingsLoader(Loader):
+    """Settings: `1e-3` is a number, as in YAML 1.2, and a date is text. What stands in quotes is text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [rule for rule in rules if not rule[0].endswith(":timestamp")]
+        for first, rules in Loader.yaml_implicit_resolvers.items()
+    }
+
+
+SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+class SettingsDumper(yaml.SafeDumper):
+    """Writes settings so that `SettingsLoader` reads the same: a text such as 1e-3 in quotes."""
+
+    yaml_implicit_resolvers = SettingsLoader.yaml_implicit_resolvers
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

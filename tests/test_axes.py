@@ -25,7 +25,7 @@ def test_a_grid_is_every_combination():
 @pytest.mark.parametrize(
     ("name", "given", "expected"),
     [
-        ("lr", {"low": "1e-4", "high": 1e-1, "log": True, "steps": 4}, [1e-4, 1e-3, 1e-2, 1e-1]),
+        ("lr", {"low": 1e-4, "high": 1e-1, "log": True, "steps": 4}, [1e-4, 1e-3, 1e-2, 1e-1]),
         ("max_steps", {"low": 10, "high": 1000, "log": True, "steps": 5}, [10, 32, 100, 316, 1000]),  # whole numbers
     ],
 )

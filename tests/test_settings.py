@@ -148,6 +148,12 @@ def test_text_is_taken_as_it_is_written(value):
     assert made("--source", "x", "--name", value).name == value
 
 
+def test_what_a_recipe_has_in_quotes_is_text_and_1e_3_is_a_number(recipe):
+    config = made("--config", recipe("source: x\nname: '1e-3'\nlr: 1e-3\n"))
+    assert (config.name, config.lr) == ("1e-3", 0.001)
+    assert made("--config", recipe("source: x\nname: 2024-01-31\n")).name == "2024-01-31"
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -175,6 +181,8 @@ def test_overrides_of_a_recipe_from_python_arrive_as_they_are(recipe, overrides)
         ["--lora", "null", "--layers", "1"],
         ["--forget", "plain.jsonl", "--name", "5", "--eval.tasks", "a", "b"],
         ["--remove_coef", "2e1", "--name", "a: b"],
+        ["--lr", "2e-5", "--name", "1e-3"],
+        ["--name", "2024-01-31"],
     ],
 )
 def test_print_config_is_a_recipe_that_makes_the_same_object(recipe, tmp_path, capsys, words):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import inspect
 import itertools
 import json
@@ -56,7 +55,7 @@ def parse(command: str, config: type, words: list[str], example: str, positional
     parts += [(None, _nested(name, _value(name, known[name], values))) for name, values in settings if name in known]
     made = _combined(config, parts)
     if "print_config" in dict(settings):
-        sys.stdout.write(yaml.safe_dump(to_dict(made), sort_keys=False, allow_unicode=True))
+        sys.stdout.write(yaml.dump(to_dict(made), Dumper=files.SettingsDumper, sort_keys=False, allow_unicode=True))
         raise SystemExit(0)
     return made
 
@@ -72,7 +71,7 @@ def from_recipe(config: type, recipe: str | Path | None, /, **overrides: Any) ->
 
 def from_settings(config: type, given: Mapping[str, Any]) -> Any:
     """The config object of a section of a recipe: settings, with `recipe` as the recipe to start from."""
-    overrides = {name: numbers(value) for name, value in given.items() if name != "recipe"}
+    overrides = {name: value for name, value in given.items() if name != "recipe"}
     return from_recipe(config, given.get("recipe"), **overrides)
 
 
@@ -174,7 +173,7 @@ def _word(name: str, kind: Any, word: str) -> Any:
         raise LetheError(f"{name}: '{printable(word, 80)}' cannot be read ({error})") from error
     if isinstance(value, dict | list):
         refuse_unusable(name, value)
-    return numbers(value)
+    return value
 
 
 def _pairs(name: str, words: list[str], typed: bool) -> dict[str, Any]:
@@ -187,17 +186,6 @@ def _pairs(name: str, words: list[str], typed: bool) -> dict[str, Any]:
     if len(found) < len(parts):
         raise LetheError(f"{name}: a name is written twice in {' '.join(words)}; write each once")
     return found
-
-
-def numbers(value: Any) -> Any:
-    """`value` with text such as "1e-3", which YAML 1.1 does not read as a number, as numbers, and with dates as text."""
-    if isinstance(value, list):
-        return [numbers(item) for item in value]
-    if isinstance(value, dict):
-        return {key: numbers(item) for key, item in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return str(value) if isinstance(value, datetime.date) else value
 
 
 def _read(recipe: list[str]) -> Part:
@@ -214,7 +202,7 @@ def _read(recipe: list[str]) -> Part:
         raise LetheError(f"config: '{recipe[0]}': {str(error).removeprefix(': ')}") from error
     if not isinstance(content, dict):
         raise LetheError(f"config: '{recipe[0]}' holds no settings; a recipe is a list of name: value lines")
-    return recipe[0], numbers(content)
+    return recipe[0], content
 
 
 def _combined(config: type, parts: Iterable[Part]) -> Any:

@@ -17,7 +17,6 @@ from markdown_it.tree import SyntaxTreeNode
 
 from lethe import config as c
 from lethe.config.checks import fits, options, refuse_unusable, types_of
-from lethe.config.parse import numbers
 from lethe.errors import LetheError, printable
 from lethe.files import yaml_of
 from lethe.methods.method import every
@@ -266,7 +265,7 @@ def setting(key: str, text: str) -> dict[str, Any] | None:
     if any(option is str or get_origin(option) is Literal for option in options(kind)):
         return {name: value[1].lower() if name == "optimizer" else value[1]}
     try:
-        read = numbers(yaml_of(value[1]))
+        read = yaml_of(value[1])
         refuse_unusable(name, read)
     except LetheError:
         return None

@@ -24,7 +24,7 @@ from typing import Any
 
 from lethe.config import LoraSettings, TamperConfig
 from lethe.config.checks import RENAMED, Settings, options
-from lethe.config.parse import build, fields_of, numbers
+from lethe.config.parse import build, fields_of
 from lethe.errors import LetheError, nearest, printable
 from lethe.methods.method import all_fields
 
@@ -121,7 +121,7 @@ def parse(vary: Mapping[str, Any], attacked: bool = False) -> list[Axis]:
 def _parse(name: str, given: Any, attacked: bool) -> Axis:
     """One entry of `vary`."""
     name = RATIO.join(part.strip() for part in name.split("/"))
-    given = numbers({"values": given} if isinstance(given, list) else given)
+    given = {"values": given} if isinstance(given, list) else given
     try:
         if name.count(RATIO) > 1:
             raise LetheError("divides twice; a ratio divides one setting by another")
