@@ -86,7 +86,7 @@ def yaml_of(text: str, loader: type | None = None) -> Any:
         return yaml.load(text, loader or SettingsLoader)
     except RecursionError as error:
         raise UnreadableError("nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45 in a task
         raise UnreadableError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
