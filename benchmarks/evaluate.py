@@ -2,6 +2,7 @@
 
     python benchmarks/evaluate.py                     # a random GPT-NeoX of width 384, six blocks
     python benchmarks/evaluate.py --model FOLDER      # a model of your own
+    python benchmarks/evaluate.py --without prefix    # Lethe without one of its speed-ups in place of lm-eval
 
 Both score the same questions with the same model, in batches of at most as many tokens. They take turns. Prints medians, and
 the ratio as the median over the turns.
@@ -21,10 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
 WORDS = "river mill copper salt harbour lantern clockmaker wheel island apprentice brass sea founder trade resin coal"
+WITHOUT = {"trees": ("MIN_SHARED", 2), "several": ("MIN_SHARED", 1), "prefix": ("MIN_PREFIX", 10**9)}
+"""Values of constants in `token_trees` that turn off: trees, several questions in one tree, the prefix that a task shares."""
 ABOUT = "The following are multiple choice questions (with answers) about biology."
 
 
@@ -55,14 +59,15 @@ def questions_in_forms(count: int, seed: int) -> list[dict]:
     ]
 
 
-def task_folder(folder: Path, name: str, rows: list[dict], letters: bool) -> Path:
-    """A task in lm-eval's own format, in the words of wmdp_bio or as a cloze."""
+def task_folder(folder: Path, name: str, rows: list[dict], letters: bool, examples: int = 0) -> Path:
+    """A task in lm-eval's own format, in the words of wmdp_bio or as a cloze. `examples` stand before all its questions."""
     file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = "".join(f"\\n{letter}. {{{{choices[{i}]}}}}" for i, letter in enumerate("ABCD"))
     text = f"{{{{question.strip()}}}}{options}\\nAnswer:" if letters else "{{question.strip()}}"
     choices = '["A", "B", "C", "D"]' if letters else "choices"
-    about = f"{ABOUT}\\n\\n" if letters else ""
+    solved = [f"{row['question']} {' '.join(row['choices'])}\\nAnswer: A" for row in questions(examples, 40, 1)]
+    about = "".join(f"{part}\\n\\n" for part in [ABOUT, *solved]) if letters else ""
     (folder / f"{name}.yaml").write_text(
         f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test\n"
         f'output_type: multiple_choice\nnum_fewshot: 0\ndescription: "{about}"\ndoc_to_text: "{text}"\n'
@@ -135,6 +140,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a batch")
+    parser.add_argument("--without", choices=WITHOUT, help="compare with Lethe without this, and not with lm-eval")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         os.environ.setdefault("LETHE_HOME", home)
@@ -146,7 +152,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lethe import cli
-    from lethe.evaluation import requests, scoring
+    from lethe.evaluation import requests, scoring, token_trees
     from lethe.evaluation.accuracy import evaluate_model
 
     cli.quiet()
@@ -159,15 +165,17 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         model, tokenizer = random_model(args.width, args.vocabulary)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{type(model).__name__}, {size:.1f} M parameters, {args.questions} questions, {args.tokens} tokens a batch")
-    print(f"{'':52}{'lm-eval hf':>12}{'lethe':>12}{'ratio':>9}")
+    other = f"no {args.without}" if args.without else "lm-eval hf"
+    print(f"{'':52}{other:>12}{'lethe':>12}{'ratio':>9}")
     for title, name, rows in (
         ("cloze, 4 choices, context of 200 tokens", "bench_cloze", questions(args.questions, 190, 0)),
         ("letters, in the words of WMDP", "bench_letters", questions(args.questions, 40, 0)),
+        ("letters, behind five examples", "bench_letters_5", questions(args.questions, 40, 0)),
         ("cloze, one word after a form and a name", "bench_forms", questions_in_forms(min(1440, 12 * args.questions), 0)),
     ):
         place = folder / name
         place.mkdir()
-        task_folder(place, name, rows, letters=name == "bench_letters")
+        task_folder(place, name, rows, letters="letters" in name, examples=5 * name.endswith("5"))
         leaf = requests.load_tasks([f"{place}/{name}"])[name][0]
         with contextlib.redirect_stderr(io.StringIO()):
             leaf.task.build_all_requests()
@@ -180,7 +188,11 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
             return scorer.score(scorer.encode([one.args for one in instances]))
 
         def theirs(instances: list = instances, hflm: HFLM = hflm) -> list:
-            return hflm.loglikelihood(instances, disable_tqdm=True)
+            if not args.without:
+                return hflm.loglikelihood(instances, disable_tqdm=True)
+            name, value = WITHOUT[args.without]
+            with unittest.mock.patch.object(token_trees, name, value):
+                return ours(instances)
 
         both = zip(ours(), theirs(), strict=True)
         worst = max(abs(a - b) / max(1e-4, 1e-5 * abs(b)) for (a, _), (b, _) in both)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -210,3 +212,12 @@ def test_padding_is_on_the_right_and_the_mask_counts_tokens():
     ids, mask = corpora.pad([[5, 6, 7], [8], [9, 0]], 0)
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0], [9, 0, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]  # a token that happens to be the padding token still counts
+
+
+def test_a_disk_that_is_full_while_a_data_set_is_downloaded_is_not_blamed_on_its_name(monkeypatch):
+    def full(*args, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("datasets.load_dataset", full)
+    with pytest.raises(OSError, match="No space left"):
+        corpora.read("some/text")

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lethe.errors import LetheError, printable
+from lethe.errors import LetheError, full_disk, printable
 from lethe.evaluation import tasks
 from lethe.evaluation.lm_eval_api import handle_non_serializable, hash_string
 from lethe.evaluation.scoring import Encoded, Scorer
@@ -214,6 +214,8 @@ def _load(name: str, folder: Path, local: dict[str, data.LocalData], num_fewshot
     except LetheError:
         raise
     except Exception as error:  # data sets, the network and definitions fail in many ways
+        if full_disk(error):
+            raise
         why = reason(error)
         if isinstance(error, ImportError):
             raise LetheError(f"tasks: the functions of '{name}' cannot be imported ({why}); install what they need") from error

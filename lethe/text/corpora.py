@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lethe import files
 from lethe.config import TextSource, as_text_source
-from lethe.errors import LetheError, nearest
+from lethe.errors import LetheError, full_disk, nearest
 from lethe.models import refs
 
 if TYPE_CHECKING:
@@ -264,6 +264,8 @@ def _hub(source: TextSource) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         found = datasets.load_dataset(name, configuration or None, split=source.split)
     except Exception as error:  # load_dataset raises errors of many libraries
+        if full_disk(error):
+            raise
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LetheError(f"text '{source.source}' is neither a file nor a hub data set ({why}); give one of them") from error
     return ((f"row {number}", row) for number, row in enumerate(found, 1))
