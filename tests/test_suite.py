@@ -102,6 +102,11 @@ def test_an_attack_that_draws_nothing_is_repeated_where_one_that_follows_it_draw
         ({"general_bound": 1.5}, "general_bound"),
         ({"attacks": {"one": {}, "two": {"eval": {"limit": 9}}}}, "eval.limit: one has 40, two has 9"),
         ({"attacks": {"one": {"lr": 1e-3}, "two": {"lr": 1e-3}}}, "attacks: two has the settings of one"),
+        (
+            {"attacks": {"one": {"save_model": True}, "two": {"after": "one"}, "three": {"after": "one"}}},
+            "attacks: three has the settings of two",
+        ),
+        ({"common": COMMON | {"after": "full"}}, "full: there is no setting 'after'"),
         ({"attacks": {"full": {"model": "lab:final"}}}, "full: model: lab:final has no effect in a sweep; leave it out"),
         ({"common": COMMON | {"seed": 3}}, r"full: seed: 3 has no effect in a sweep; give seeds: \[3\]"),
         ({"attacks": {"full": 5}}, "attacks: full: expected settings of `lethe tamper`, got 5"),
