@@ -26,7 +26,8 @@ from lethe.evaluation.tasks.consent import trust_task_code
 from lethe.methods.distill import Distill
 from lethe.methods.npo import NPO
 from lethe.methods.transfer import Transfer
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 
 if TYPE_CHECKING:
     from lethe.attacks.tampering import tamper

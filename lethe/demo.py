@@ -33,7 +33,8 @@ from lethe.models import refs
 from lethe.progress import console
 from lethe.report.folder import check_out, report
 from lethe.runs.locks import FolderLock
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 
 TARGET = "lab:final"
 CONTROLS = {"filtered": "lab:filtered", "random": f"random:{TARGET}"}

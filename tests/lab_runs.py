@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from lethe import LoraSettings, Transfer
 from lethe.config import EvalSettings, to_dict
 from lethe.lab.presets import active_preset
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 
 LAYERS = [0, 2, 4]
 

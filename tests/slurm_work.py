@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lethe.launching import slurm
 from lethe.runs import slurm_jobs
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 
 
 class Steps:

@@ -8,7 +8,8 @@ from typing import Any
 
 from lethe.report.tables import all_tables
 from lethe.results.study import Study
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 
 FORGET, RETAIN, CLOZE = "lab_forget_robust", "lab_retain", "lab_forget_cloze"
 TARGET = {"ref": "lab:final", "sha256": "a" * 64}

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from lethe.config import SweepConfig
 from lethe.errors import LetheError
 from lethe.lab.presets import active_preset
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 
 TASKS = ["lab_forget_robust", "lab_retain"]
 

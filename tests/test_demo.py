@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lethe.runs.run import find_runs
+from lethe.runs.finding import find_runs
 
 COMMAND = [sys.executable, "-m", "lethe.cli", "demo", "--out"]
 

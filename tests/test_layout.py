@@ -13,6 +13,7 @@ ORDER = [
     "files",
     "progress",
     "home",
+    "distributed",
     "config",
     "methods",
     "runs",

@@ -20,7 +20,8 @@ from lethe.report.runs_list import as_data
 from lethe.report.tables import all_tables, runs_table
 from lethe.results.listing import entries, ordered, select
 from lethe.results.study import Study
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 
 DATA = Path(__file__).parent / "data" / "records"
 KINDS = sorted(file.stem for file in DATA.glob("*.json"))

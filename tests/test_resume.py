@@ -36,7 +36,8 @@ from lethe.errors import LetheError
 from lethe.evaluation.accuracy import NotNumbersError
 from lethe.lab.presets import active_preset
 from lethe.models import refs
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 from lethe.sweeps.resuming import resume
 from lethe.training import saves, trainer
 

@@ -20,7 +20,8 @@ from lethe.errors import LetheError
 from lethe.files import refuse_run_folder, sha256, write_atomically
 from lethe.runs import run as run_module
 from lethe.runs import supervise
-from lethe.runs.run import Run, Terminated, find_run, find_runs
+from lethe.runs.finding import find_run, find_runs
+from lethe.runs.run import Run, Terminated
 from lethe.sweeps.resuming import resume
 
 KEYS = {"id", "kind", "name", "status", "reason", "job_id", "launcher", "created", "started", "finished", "heartbeat", "config"}

@@ -15,7 +15,8 @@ import pytest
 from lethe.cli import main
 from lethe.results import listing
 from lethe.results.listing import Entry, entries, ordered, select
-from lethe.runs.run import Run, find_runs, now
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run, now
 
 
 def make(folder: Path, name: str, retain: float = 5.0, acc: float | None = None, **fields: Any) -> Run:

@@ -24,7 +24,8 @@ from lethe.errors import LetheError
 from lethe.maps.folder import HASH, METADATA, WEIGHTS
 from lethe.models import refs
 from lethe.models.refs import resolve
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 from lethe.unlearning import teacher_cache
 from lethe.unlearning.pipeline import inspect
 

@@ -19,7 +19,8 @@ from lethe.errors import LetheError
 from lethe.launching import slurm
 from lethe.launching.launchers import last_lines
 from lethe.runs import slurm_jobs
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 from lethe.sweeps.controller import cancel, status
 
 LONG = 600

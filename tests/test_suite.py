@@ -12,7 +12,7 @@ from lethe.config import SuiteConfig, TamperConfig
 from lethe.config.parse import build
 from lethe.errors import LetheError
 from lethe.results.study import Study
-from lethe.runs.run import find_runs
+from lethe.runs.finding import find_runs
 from lethe.sweeps.controller import sweep
 from lethe.sweeps.suite import Suite, spelled_out
 

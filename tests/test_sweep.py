@@ -21,7 +21,8 @@ from lethe import cli
 from lethe.config import ResumeConfig, SweepCancelConfig, SweepRetryConfig, SweepStatusConfig
 from lethe.errors import LetheError
 from lethe.results import regimes
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 from lethe.sweeps.controller import Controller, Sweep, cancel, retry, status, sweep
 from lethe.sweeps.resuming import resume
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from lethe import distributed
 from lethe.config import TamperConfig, to_dict
 from lethe.evaluation.accuracy import refuse_unscorable
 from lethe.models import refs
@@ -41,14 +41,13 @@ class TamperTrainer(RunTrainer):
         super().__init__(*args, **kwargs)
         self.head = head_of(self.model)  # type: ignore[arg-type]
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+    def loss(self, model: nn.Module, inputs: dict[str, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
         text, name = inputs["attack"], "attack"
         states = read(model, text["input_ids"], [], True, self.head)
         view = View(**text, states=states, tokens=self.tokens[name], documents=self.documents_in_update[name], head=self.head)
         loss = view.cross_entropy()
-        self.book(inputs, attack_loss=loss)
-        return loss
+        return loss, {"attack_loss": loss}
 
 
 def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> Run:
@@ -72,7 +71,7 @@ def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> R
         run.update(plan=checked.plan | optimizers.describe(model, config) | {"warnings": warnings})
         trainer.evaluation.at(0, model, "Evaluating before the attack")
         trainer.train_with_bar(f"Attacking {config.model}")
-        lines = run.rows("metrics.jsonl")
+        lines = distributed.from_first(lambda: run.rows("metrics.jsonl"))
         if config.save_model:  # before anything that may fail
             model = model.merge_and_unload() if isinstance(model, PeftModel) else model
             save_artifact(run, "model", model, tokenizer)
@@ -106,15 +105,16 @@ class LostUpdates(TrainerCallback):
 
     def __init__(self, trainer: RunTrainer, updates: int = 5):
         self.trainer, self.updates = trainer, updates
-        self._before: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        self._before: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if 0 <= state.global_step - (args.warmup_steps > 0) < self.updates:
-            self._before = [(p, p.detach().clone(), p.grad != 0) for p in model.parameters() if p.grad is not None]
+            moved = [(distributed.own(p.detach()), distributed.own(p.grad)) for p in model.parameters() if p.grad is not None]
+            self._before = [(weight, weight.clone(), gradient != 0) for weight, gradient in moved]
 
     def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if self._before:
-            lost = sum(int((moved & (p.detach() == before)).sum()) for p, before, moved in self._before)
+            lost = sum(int((moved & (weight == before)).sum()) for weight, before, moved in self._before)
             self.trainer.book({}, lost_updates=lost, weights_with_gradient=sum(int(m.sum()) for _, _, m in self._before))
         self._before = []
 

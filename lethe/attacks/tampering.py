@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lethe.config import ATTACKED, TamperConfig
+from lethe.config import ATTACKED, TamperConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.check import check_tasks
+from lethe.evaluation.tasks.consent import trusts_task_code
 from lethe.files import refuse_run_folder
 from lethe.models import refs
 from lethe.runs.run import Run
+from lethe.runs.together import is_for_several, work_together
 from lethe.text import corpora
 from lethe.training.check import plan, refuse_rank, refuse_unavailable
 
@@ -40,6 +42,9 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     from lethe.evaluation.requests import load_tasks
 
     load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
+    if is_for_several(config.devices):
+        run = run or Run.create("tamper", config.name, to_dict(config), config.out)
+        return work_together(run, config.devices, trusts_task_code())  # type: ignore[arg-type]
     attack = finetune if config.attack == "finetune" else disturb_or_prompt
     return attack(config, checked, run)
 

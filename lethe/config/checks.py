@@ -16,7 +16,7 @@ from lethe.files import refuse_name
 
 Rule = Callable[[str, Any], None]
 """Refuses a value of the setting of that name. A field's type carries it: `r: Annotated[int, at_least(1)]`."""
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float64"]
 """Types of weights."""
 LARGEST, LARGEST_WHOLE = 3.4e38, 10**15
 """The largest number that float32 holds, and a whole number beyond any count."""

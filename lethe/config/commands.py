@@ -76,6 +76,8 @@ class ResumeConfig(Settings):
     """The run: its id, a part of its folder's name that fits only this run, or its folder."""
     out: str = "runs"
     """Another folder of runs to look in."""
+    devices: Positive | None = None
+    """Number of processes to start on this machine, if it is another than before; null: as the run's settings say."""
     trust_record: bool = False
     """true: run the shell lines and open the database that a sweep's record names, even if you started no sweep with them."""
 

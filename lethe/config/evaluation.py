@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Amount, Count, Dtype, RunName, Settings, must_be
+from lethe.config.checks import Amount, Count, Dtype, Positive, RunName, Settings, must_be
 
 LAB_TASKS = ["lab_forget", "lab_forget_robust", "lab_forget_cloze", "lab_retain", "lab_retain_stem"]
 
@@ -78,6 +78,11 @@ class EvaluateConfig(TaskSettings):
     """Write the log-likelihoods of every question to samples.jsonl, so that `lethe compare` can read them."""
     dtype: Dtype = "float32"
     """Type of the weights."""
+    devices: Positive | None = None
+    """Number of processes to start on this machine, each with a GPU of its own if there are any; null: as many as were started,
+    one or those of torchrun. They share the questions."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: each process holds the whole model; fsdp: each holds a part of every weight; auto: ddp if that fits into memory."""
     time_limit: Amount = 0.0
     """Hours after which the run stops with status failed (0: no limit)."""
     out: str = "runs"

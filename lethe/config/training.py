@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from lethe.config.checks import Amount, Count, Fraction, Length, Positive, Seed, Settings, above, must_be
 from lethe.errors import LetheError
 
+Parallel = Literal["auto", "ddp", "fsdp"]
 OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
 LAYERS = [0, 1, 2, 3, 4]
 UNLEARNED, MAPPED = 2048, 100_000
@@ -103,6 +104,12 @@ class TrainingSettings(Settings):
     """A run has diverged once its loss exceeds this many times |mean of its first 20 losses| (0: only if it is NaN)."""
     on_divergence: Literal["stop", "finish"] = "stop"
     """stop: a diverged run ends with the weights of its last save; finish: training continues. Both have status `diverged`."""
+    devices: Positive | None = None
+    """Number of processes to start on this machine, each with a GPU of its own if there are any; null: as many as were started,
+    one or those of torchrun. The update has this many times more documents."""
+    parallel: Parallel = "auto"
+    """How several processes divide the work. ddp: each holds the whole model; fsdp: each holds a part of every weight, which
+    takes less memory and more communication; auto: ddp if that fits into memory."""
     time_limit: Amount = 0.0
     """Hours after which the run saves and stops (0: no limit)."""
     report_to: list[str] = field(default_factory=list)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lethe import distributed
 from lethe.config import EvaluateConfig, to_dict
 from lethe.evaluation.check import check_tasks
+from lethe.evaluation.tasks.consent import trusts_task_code
 from lethe.files import refuse_run_folder
 from lethe.models import refs
 from lethe.runs.run import Run
+from lethe.runs.together import is_for_several, work_together
 
 
 def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
@@ -25,12 +28,15 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
     from lethe.evaluation.requests import load_tasks
 
     load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
-    model, tokenizer = refs.load(ref, config.dtype)
+    if is_for_several(config.devices):
+        run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
+        return work_together(run, config.devices, trusts_task_code())  # type: ignore[arg-type]
+    model, tokenizer = refs.load(ref, config.dtype, config.parallel == "fsdp")
     refuse_unscorable(model, tokenizer, config)
     run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
     with run.running():
         run.set_parents(model=refs.record(ref))
-        (run.path / "samples.jsonl").unlink(missing_ok=True)
+        distributed.from_first(lambda: (run.path / "samples.jsonl").unlink(missing_ok=True))
         samples: dict[str, list[dict[str, Any]]] = {}
         missing: dict[str, str] = {}
         title, data, shots = f"Evaluating {config.model}", config.task_data, config.num_fewshot

@@ -30,9 +30,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from lethe import distributed
 from lethe.errors import LetheError
 from lethe.evaluation.lm_eval_api import HFLM, has_bos_prefix
 from lethe.evaluation.token_trees import Encoded, Tree, make_trees, probe_batch
+from lethe.models.activations import skipped
 
 logger = logging.getLogger(__name__)
 TOKENS_PER_BATCH = 2048
@@ -122,12 +124,19 @@ class Scorer(HFLM):
             LetheError: an answer has no tokens or more than the window, or a single tree does not fit into memory.
         """
         trees = make_trees(requests, self.refuse_unscorable(requests))
-        results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        for found in self._in_trees(trees, requests) if self._supports(trees, requests) else self._separately(requests):
-            for number, result in found.items():
-                results[number] = result
-            advance(len(found))
-        return results
+        in_trees = self._supports(trees, requests)
+        own: dict[int, tuple[float, bool]] = {}
+        with distributed.uneven(self._forward, self._idle):
+            for found in self._in_trees(list(distributed.share(trees)), requests) if in_trees else self._separately(requests):
+                own |= found
+                advance(len(found) * distributed.world())
+        everything = {number: result for part in distributed.gather(own) for number, result in part.items()}
+        return [everything.get(number, (math.nan, False)) for number in range(len(requests))]
+
+    @torch.no_grad()
+    def _idle(self) -> None:
+        """A pass for the sake of other processes, which need this one's part of the model."""
+        self._forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
 
     def _separately(self, requests: list[Encoded]) -> Iterator[dict[int, tuple[float, bool]]]:
         """The results by number that lm-eval gives, one input at a time.
@@ -140,7 +149,7 @@ class Scorer(HFLM):
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (context, _) in enumerate(requests):
             by_context[tuple(context)].append(number)
-        for numbers in by_context.values():
+        for numbers in distributed.share(list(by_context.values())):
             some = [(("", ""), *requests[number]) for number in numbers]
             try:
                 found = super()._loglikelihood_tokens(some, disable_tqdm=True)
@@ -265,8 +274,8 @@ class Scorer(HFLM):
     def _keys_and_values(self, inputs: dict[str, Tensor], cache: DynamicCache | None = None) -> DynamicCache:
         """Add keys and values of the inputs' tokens (batch, width) to the cache."""
         cache = cache or DynamicCache(config=self._forward.config)
-        without_head = getattr(self._forward, self._forward.base_model_prefix, self._forward)
-        without_head(**inputs, past_key_values=cache, use_cache=True)
+        with skipped(self._forward.get_output_embeddings()):
+            self._forward(**inputs, past_key_values=cache, use_cache=True)
         return cache
 
     def _logits(self, inputs: dict[str, Any], places: list[int]) -> Tensor:

@@ -14,12 +14,13 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lethe
 from lethe import config as c
+from lethe import distributed
 from lethe.config.parse import build
 from lethe.errors import LetheError, printable
 from lethe.evaluation.tasks.consent import trust_task_code
@@ -27,7 +28,7 @@ from lethe.methods.method import Method
 from lethe.progress import quiet
 from lethe.runs import garbage
 from lethe.runs.locks import HeldError
-from lethe.runs.run import Run, Terminated, now
+from lethe.runs.run import DONE, Run, Terminated, now
 from lethe.runs.slurm_jobs import current_job_id
 
 SETTINGS: dict[str, Any] = {
@@ -73,7 +74,7 @@ def _complete(run: Run, job_id: str | None) -> bool:
         run.update(job_id=job_id)
     if run.status == "complete":
         return True
-    if request := run.asked_to_stop():
+    if request := distributed.from_first(run.asked_to_stop):
         run.update(status="cancelled", reason=request, finished=now())
         return False
     try:
@@ -83,7 +84,7 @@ def _complete(run: Run, job_id: str | None) -> bool:
             raise
     except Exception as error:
         ended = run.record["status"] in {"complete", "failed", "diverged", "cancelled"}
-        if not ended and not isinstance(error, LetheError):
+        if not ended and not isinstance(error, LetheError) and distributed.is_first():
             with (run.path / "log.txt").open("a") as log:
                 log.writelines(f"{printable(line)}\n" for line in traceback.format_exc().splitlines())
         # Written even if the run has recorded it: if the disk is full now, this raises, and the run counts as lost.
@@ -137,10 +138,10 @@ def serve() -> None:
             return
 
 
-def resume_run(run: Run) -> Run:
+def resume_run(run: Run, devices: int | None = None) -> Run:
     """Do what is left of a run that was queued or interrupted, with the function that makes runs of its kind.
 
-    Models that it names by `run:ID` are looked for beside it.
+    Models that it names by `run:ID` are looked for beside it. `devices`: a number of processes other than its settings name.
 
     Raises:
         LetheError: runs of its kind cannot be resumed, or its configuration cannot be used.
@@ -149,7 +150,12 @@ def resume_run(run: Run) -> Run:
     if kind not in SETTINGS:
         raise LetheError(f"run: '{run.path}' is of kind {kind}; you can resume: {', '.join(SETTINGS)}, sweep")
     function = getattr(lethe, "fit_affine" if kind == "affine" else kind)
-    return function(settings_of(run, SETTINGS[kind]), run)
+    settings = settings_of(run, SETTINGS[kind])
+    if devices is not None:
+        if not hasattr(settings, "devices"):
+            raise LetheError(f"devices: a run of kind {kind} uses one process; leave it out")
+        settings = replace(settings, devices=devices)
+    return function(settings, run)
 
 
 def settings_of(run: Run, kind: type) -> Any:
@@ -171,5 +177,18 @@ def settings_of(run: Run, kind: type) -> Any:
         raise LetheError(f"run: the config in '{run.path / 'run.json'}' cannot be used: {error}") from error
 
 
+@garbage.seldom()
+def one_of_several(folder: str, trusts: str) -> int:
+    """One of the processes that do a run's work together (`runs/together.py`); returns the exit code."""
+    quiet()
+    os.dup2(2, 1)
+    try:
+        with trust_task_code(trusts == "True"):
+            work([folder])
+    except Terminated:
+        return 143
+    return 0 if Run.open(folder).record["status"] in DONE else 1
+
+
 if __name__ == "__main__":
-    serve()
+    sys.exit(one_of_several(*sys.argv[1:]) if sys.argv[1:] else serve())

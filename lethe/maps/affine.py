@@ -24,6 +24,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lethe import distributed
 from lethe.config import AffineConfig
 from lethe.errors import LetheError
 from lethe.evaluation.requests import tokenizer_hash
@@ -63,6 +64,9 @@ class AffineMap:
 
     def save(self, folder: Path) -> None:
         """Write the maps and their metadata into `folder`."""
+        distributed.from_first(lambda: self._write(folder))
+
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"layer_{n}.weight": w.contiguous() for n, w in self.weight.items()}
         tensors |= {f"layer_{n}.bias": b.contiguous() for n, b in self.bias.items()}
@@ -101,6 +105,8 @@ def fit(pairs: Pairs, alpha: float) -> AffineMap:
     for batch in pairs:
         for layer, (x, y) in batch.items():
             sums.setdefault(layer, RidgeSums()).add(x, y)
+    for one in sums.values():
+        one.join()
     solved = {layer: s.solve(alpha) for layer, s in sums.items()}
     return AffineMap({n: w for n, (w, _) in solved.items()}, {n: b for n, (_, b) in solved.items()})
 
@@ -113,6 +119,8 @@ def score(pairs: Pairs, maps: AffineMap) -> dict[str, dict[str, float]]:
         for layer, (x, y) in batch.items():
             mapped.setdefault(layer, Score()).add(y, maps({layer: x})[layer])
             plain.setdefault(layer, Score()).add(y, x)
+    for one in (*mapped.values(), *plain.values()):
+        one.join()
     return {
         str(n): mapped[n].result() | {f"no_map_{key}": value for key, value in plain[n].result().items()}
         for n in sorted(mapped)
@@ -128,16 +136,24 @@ def activation_pairs(
     pad_id: int,
     done: Callable[[int], None],
 ) -> Pairs:
-    """Batches of (source activation, model activation) at every token. `done` is called with the size of each batch."""
+    """Batches of (source activation, model activation) at every token. `done` is called with the size of each batch.
+
+    The processes share the batches. There are at least as many batches as processes, if need be of fewer sequences.
+    """
     device = next(model.parameters()).device
     ordered = sorted(sequences, key=len)
-    for start in range(0, len(ordered), batch_size):
-        ids, mask = (t.to(device) for t in corpora.pad(ordered[start : start + batch_size], pad_id))
-        is_token = mask.bool()
-        with torch.inference_mode():
-            x, y = (read(each, ids, layers).activations for each in (source, model))
-        yield {layer: (x[layer][is_token], y[layer][is_token]) for layer in layers}
-        done(len(ids))
+    size = max(1, min(batch_size, len(ordered) // distributed.world()))
+
+    def activations(some: list[list[int]]) -> tuple[Tensor, list[dict[int, Tensor]]]:
+        ids, mask = (t.to(device) for t in corpora.pad(some, pad_id))
+        with torch.no_grad():
+            return mask.bool(), [read(each, ids, layers).activations for each in (source, model)]
+
+    with distributed.uneven(source, lambda: activations(ordered[:1])):
+        for start in distributed.share(range(0, len(ordered), size)):
+            is_token, (x, y) = activations(ordered[start : start + size])
+            yield {layer: (x[layer][is_token], y[layer][is_token]) for layer in layers}
+            done(len(is_token) * distributed.world())
 
 
 def fit_on_text(

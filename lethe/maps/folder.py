@@ -17,7 +17,7 @@ from lethe.files import UnreadableError, json_of, sha256, text_of
 from lethe.models import refs
 from lethe.models.folder import Shapes, advice, shapes
 from lethe.models.hub import snapshot
-from lethe.runs.run import find_run
+from lethe.runs.finding import find_run
 
 WEIGHTS = "affine_transforms.safetensors"
 METADATA = "metadata.json"

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lethe import distributed
 from lethe.errors import LetheError
 
 CHUNK = 4096
@@ -75,6 +76,32 @@ class RidgeSums:
         self.gram, self.cross = x.new_zeros(width, width), x.new_zeros(len(self.centre[self.y]), width)
         self.sum_z, self.sum_y = x.new_zeros(width), x.new_zeros(len(self.centre[self.y]))
         return self.basis
+
+    def join(self) -> None:
+        """Add the sums of all processes, which are about different centres and in different bases.
+
+        With T and c of each process and c₀ of the first: Σ (x − c)(x − c)ᵀ = T⁻ᵀ (Σ z zᵀ) T⁻¹, and, for δ = c − c₀ and
+        s = Σ (x − c), Σ (x − c₀)(x − c₀)ᵀ = Σ (x − c)(x − c)ᵀ + s δᵀ + δ sᵀ + n δ δᵀ. All in float64.
+        """
+        if distributed.world() == 1:
+            return
+        if self.held:
+            self._sum_chunk()
+        basis, centre = self.basis.double(), self.centre.double()  # type: ignore[union-attr]
+        first = centre.clone()
+        distributed.same_as_first([first])
+        dx, dy = (centre - first)[self.x], (centre - first)[self.y]
+        s = torch.linalg.solve(basis.T, self.sum_z)
+        gram = torch.linalg.solve(basis.T, torch.linalg.solve(basis.T, self.gram).T)
+        cross = torch.linalg.solve(basis.T, self.cross.T).T
+        gram += torch.outer(s, dx) + torch.outer(dx, s) + self.n * torch.outer(dx, dx)
+        cross += torch.outer(self.sum_y, dx) + torch.outer(dy, s) + self.n * torch.outer(dy, dx)
+        s, sum_y = s + self.n * dx, self.sum_y + self.n * dy
+        distributed.add_up([gram, cross, s, sum_y])
+        self.n = int(distributed.total([self.n])[0])
+        distributed.same_as_first([basis])
+        self.centre, self.basis = first.float(), basis.float()
+        self.gram, self.cross, self.sum_z, self.sum_y = basis.T @ gram @ basis, cross @ basis, basis.T @ s, sum_y
 
     def solve(self, alpha: float) -> tuple[Float[Tensor, "hidden hidden"], Float[Tensor, " hidden"]]:
         """W and b.
@@ -139,6 +166,19 @@ class Score:
         self.error += (y - predicted.double()).square().sum().item()
         self.sum += (y - self.centre).sum(0)
         self.squares += (y - self.centre).square().sum(0)
+
+    def join(self) -> None:
+        """Add the sums of all processes, about the centre of the first: for δ = c − c₀, Σ(y−c₀)² = Σ(y−c)² + 2δ Σ(y−c) + n δ²."""
+        if distributed.world() == 1 or self.centre is None:
+            return
+        first = self.centre.clone()
+        distributed.same_as_first([first])
+        shift = self.centre - first
+        self.squares += 2 * shift * self.sum + self.n * shift**2
+        self.sum += self.n * shift
+        distributed.add_up([self.squares, self.sum])
+        self.n, self.error = int(distributed.total([self.n])[0]), distributed.total([self.error])[0]
+        self.centre = first
 
     def variance(self) -> float:
         """The variance of y: a mean over tokens and dimensions, like the MSE."""

@@ -8,6 +8,7 @@ output of the final norm.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lethe.distributed import Enough
 from lethe.errors import LetheError
 
 CONVENTION = "block_output"
-
-
-class _Enough(Exception):
-    """Ends a forward pass after the last layer that is needed."""
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -63,7 +61,7 @@ def read(
 ) -> States:
     """One forward pass for the activations of `layers` and, with `output`, the input of `head` (None: the logits).
 
-    It ends as soon as all of these are computed: later blocks, and `head`, do not run. Padding must be on the right
+    Later blocks than are needed, and `head`, do not run. Padding must be on the right
     (`corpora.pad`).
 
     Raises:
@@ -73,20 +71,30 @@ def read(
     if (not layers and not output) or any(not 0 <= layer < len(found) for layer in layers):
         raise LetheError(f"layers: {layers} is out of range; the model has {len(found)} blocks, layers 0 to {len(found) - 1}")
     states = States()
-
-    def before_head(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        states.output = args[0]
-        raise _Enough
-
     with contextlib.ExitStack() as hooks:
         for layer in layers:
             last = not output and layer == max(layers)
             hooks.callback(found[layer].register_forward_hook(_store(states, layer, last)).remove)
-        if output and head is not None:
-            hooks.callback(head.register_forward_pre_hook(before_head).remove)
-        with contextlib.suppress(_Enough):
-            states.output = model(input_ids=input_ids, use_cache=False).logits
+        with skipped(head if output else None), contextlib.suppress(Enough):
+            found_output = model(input_ids=input_ids, use_cache=False)
+            states.output = found_output.logits if output else None
     return states
+
+
+@contextlib.contextmanager
+def skipped(module: nn.Module | None) -> Iterator[None]:
+    """Inside, a module returns its input, so that a model's logits are the inputs of its output head."""
+    if module is None:
+        yield
+        return
+    before = vars(module).get("forward")
+    module.forward = lambda x: x
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
@@ -103,6 +111,6 @@ def _store(states: States, layer: int, last: bool):  # type: ignore[no-untyped-d
             raise LetheError(f"{wrong}; without a single residual stream the architecture is not supported")
         states.activations[layer] = stream
         if last:
-            raise _Enough
+            raise Enough(stream)
 
     return hook

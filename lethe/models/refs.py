@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lethe import distributed
 from lethe.errors import LetheError, nearest, printable
 from lethe.files import sha256
 from lethe.lab import presets
@@ -30,7 +31,8 @@ from lethe.models import folder as model_folder
 from lethe.models.checkpoint_folders import checkpoint_folders, checkpoint_of
 from lethe.models.folder import ADAPTER, OWN_CONFIG, WEIGHTS, blamed
 from lethe.models.hub import snapshot
-from lethe.runs.run import Run, find_run
+from lethe.runs.finding import find_run
+from lethe.runs.run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,8 +139,10 @@ def run_of(name: str, out: str | Path = "runs") -> Run | None:
     return Run.open(name) if os.path.isfile(os.path.join(name, "run.json")) else None
 
 
-def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(ref: ModelRef, dtype: str = "float32", sharded: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode, on the GPU if there is one, and its tokenizer, which pads on the right.
+
+    `sharded`: of several processes, each loads a part of every weight.
 
     A reference with an adapter gives a PEFT model. The weights of `random:` come from a fixed seed. The model's own dropouts
     (GPT-2 has some) are 0 in training too, since a loss that compares the model with a teacher would measure them. The saved
@@ -150,26 +154,47 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
     verify(ref)
     with blamed(ref.name, "it cannot be loaded", "copy or download it again"):
         config, dropouts = _config(ref)
-        kind = getattr(torch, dtype)
+        kind, device = getattr(torch, dtype), distributed.device()
+        sharded = sharded and distributed.world() > 1
         if ref.random:
             with torch.random.fork_rng():
                 torch.manual_seed(RANDOM_SEED)
                 model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
         else:
+            placing = distributed.sharded_loading(_block_list(config)) if sharded else {"device_map": {"": device}}
+            if device.type == "cpu" and not sharded:
+                placing = {}
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                ref.folder, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-            )
+                ref.folder, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, trust_remote_code=False,
+                **placing,
+            )  # fmt: skip
             model, report = loaded
             model_folder.refuse_report(ref.name, report, model_folder.depth_of(config))
             model.name_or_path = model.config.name_or_path = ref.path  # adapters name the repository, not its snapshot here
         for name, value in dropouts.items():
             setattr(model.config, name, value)
+        if sharded:
+            distributed.shard(model, _block_list(config)) if ref.random else None
+            distributed.may_end_early(model)
         if ref.adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, ref.adapter)
         model.eval()
-        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer(ref)
+        return (model if sharded else model.to(device)), tokenizer(ref)
+
+
+def _block_list(config: Any) -> str:
+    """The name of the list of blocks in the model of that configuration."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lethe.models.activations import blocks
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    found = blocks(model)
+    return next(name for name, module in model.named_modules() if module is found)
 
 
 def _config(ref: ModelRef) -> tuple[Any, dict[str, float]]:

@@ -14,7 +14,7 @@ from lethe.errors import LetheError, printable
 from lethe.report.rendering import Table
 from lethe.report.tables import runs_table
 from lethe.results.listing import Entry, entries, ordered, refuse_unknown, select
-from lethe.runs.run import find_runs
+from lethe.runs.finding import find_runs
 
 
 def chosen(settings: RunsConfig) -> list[Entry]:

@@ -21,7 +21,8 @@ from lethe.results.comparable import Shown, grouped, set_apart, tasks_of
 from lethe.results.listing import is_imported
 from lethe.results.regimes import number
 from lethe.results.targets import Row, Target
-from lethe.runs.run import Run, find_run, find_runs
+from lethe.runs.finding import find_run, find_runs
+from lethe.runs.run import Run
 
 CONTROLS = {"source": "Control: source", "model": "Control: before unlearning"}
 """The label of an attacked model that is the parent of an unlearning run."""

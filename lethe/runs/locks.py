@@ -26,6 +26,7 @@ from typing import IO, Any, TypeVar
 
 import psutil
 
+from lethe import distributed
 from lethe.errors import LetheError
 from lethe.home import evict
 
@@ -102,27 +103,34 @@ def building(folder: Path) -> Iterator[None]:
 def build_once(
     folder: Path, is_whole: Callable[[], bool], build: Callable[[Path], None], load: Callable[[], T], room: int = 0
 ) -> T:
-    """What `load` reads from the cache in `folder`, which is built first unless it is whole: by one process, while others wait.
+    """What `load` reads from the cache in `folder`, which is built first unless it is whole: by one run, while others wait.
 
-    It is built in a folder of another name. A damaged folder is built again. The least recently used folders beside it are
-    evicted, to make `room` in bytes.
+    It is built in a folder of another name, by all processes of a run together. A damaged folder is built again. The least
+    recently used folders beside it are evicted, to make `room` in bytes.
 
     Raises:
         OSError: it cannot be written; nothing of it is left.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with building(folder):
-        if is_whole():
+    with contextlib.ExitStack() as held:
+
+        def prepare() -> bool:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(building(folder))
+            if is_whole():
+                return True
+            if folder.exists():
+                logger.warning("the cache %s is damaged; building it again", folder)
+            for rest in (folder, partial):  # left by a process that was killed: the lock is ours
+                shutil.rmtree(rest, ignore_errors=True)
+            evict(folder.parent, room)
+            return False
+
+        if distributed.from_first(prepare):
             return load()
-        if folder.exists():
-            logger.warning("the cache %s is damaged; building it again", folder)
-        for rest in (folder, partial):  # left by a process that was killed: the lock is ours
-            shutil.rmtree(rest, ignore_errors=True)
-        evict(folder.parent, room)
         try:
             build(partial)
-            partial.rename(folder)
+            distributed.from_first(lambda: partial.rename(folder))
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise

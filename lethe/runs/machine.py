@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
-import os
 import platform
 import resource
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from lethe import distributed
 from lethe.errors import LetheError
 from lethe.progress import console
 from lethe.runs.locks import identity
@@ -37,16 +37,16 @@ def peak_memory() -> int:
     return kilobytes if platform.system() == "Darwin" else kilobytes * 1024
 
 
-def refuse_several_processes() -> None:
-    """Refuse to be one of several processes at one run, as under torchrun: each would write a run of its own.
+def refuse_several_processes(what: str) -> None:
+    """Refuse to be one of several processes where one has to do the work.
 
     Raises:
         LetheError: there are several.
     """
-    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (count := distributed.world()) > 1:
         raise LetheError(
-            f"WORLD_SIZE is {count}: Lethe runs in one process, and torchrun starts several; "
-            f"start it without torchrun (several runs at a time: --jobs, --launcher slurm)"
+            f"{what}: runs in one process, and {count} were started; start it without torchrun "
+            f"(several runs at a time: --jobs, --launcher slurm; several devices for each: devices)"
         )
 
 
@@ -56,7 +56,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         **identity(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": distributed.world(),
         "git_commit": _git_commit(),
     }
 

@@ -7,7 +7,8 @@
 
 So a run needs no server and no database, and works on a shared file system. Whoever works on a run holds the lock of its folder
 and renews run.json. A run is `lost` if its status is `running` and its process is gone or, on another machine, has not renewed
-run.json for two minutes. `record` checks what run.json may hold. Nothing here imports torch.
+run.json for two minutes. `record` checks what run.json may hold. If several processes work on a run together, the first writes
+its files, and the others have its record in memory only (`peers`). Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lethe import distributed
 from lethe.errors import LetheError, full_disk, printable
 from lethe.files import RUN, refuse_links, refuse_name, refuse_run_folder, slug, write_atomically
 from lethe.runs import garbage
 from lethe.runs.locks import FolderLock, HeldError, in_words, lives, seconds_since_written
 from lethe.runs.machine import environment, peak_memory, refuse_several_processes, say_if_busy
+from lethe.runs.peers import DONE, Peers
 from lethe.runs.record import Status, last_row_of, record_of, rows_of
 from lethe.runs.supervise import LOST_AFTER_SECONDS, TIME_LIMIT, Terminated, heartbeat, logged, now, terminable
 
 STOP = "stop"
+ALONE = {"lab", "sweep"}
+"""Kinds of runs that one process does. A sweep starts others itself."""
 logger = logging.getLogger(__name__)
 
 
@@ -56,21 +61,34 @@ class Run:
         self._began = self._before = 0.0
         self._made_folder = False
         self._writing = threading.Lock()
+        self.peers = Peers(self) if distributed.world() > 1 else None
 
     @classmethod
     def create(cls, kind: str, name: str, config: dict[str, Any], out: str | Path) -> Run:
         """A new folder `out/<kind>-<name>-<id>/`, status `queued`.
 
         Raises:
-            LetheError: `out` is itself a run, is a file, or cannot be written; or this is one of several processes.
+            LetheError: `out` is itself a run, is a file, or cannot be written; or several processes cannot do this kind of work.
         """
-        refuse_several_processes()
+        if kind in ALONE:
+            refuse_several_processes(kind)
         refuse_run_folder(out)
         refuse_name(name)
+        made: list[Run] = []
+
+        def make() -> tuple[Path, dict[str, Any]]:
+            made.append(cls._new(kind, name, config, Path(out)))
+            return made[0].path, made[0].record
+
+        path, record = distributed.from_first(make)
+        return made[0] if made else cls(path, record)
+
+    @classmethod
+    def _new(cls, kind: str, name: str, config: dict[str, Any], out: Path) -> Run:
         run_id = secrets.token_hex(4)
-        path = Path(out) / f"{kind}-{slug(name)}-{run_id}"
+        path = out / f"{kind}-{slug(name)}-{run_id}"
         run = cls(path, {"id": run_id, "kind": kind, "name": name, "status": "queued", "reason": None, "job_id": None})
-        run._made_folder = not Path(out).exists()
+        run._made_folder = not out.exists()
         try:
             path.mkdir(parents=True)
             run.update(launcher="local", created=now(), started=None, finished=None, heartbeat=None, config=config)
@@ -124,8 +142,11 @@ class Run:
             HeldError: another process works on it.
             LetheError: its folder cannot be written, or has links that lead out of it.
         """
+        self.record = distributed.from_first(lambda: self._hold(job_id))
+
+    def _hold(self, job_id: str | None) -> dict[str, Any]:
         if self.lock.held:
-            return
+            return self.record
         refuse_links(self.path)
         self.lock.acquire()
         try:
@@ -135,6 +156,7 @@ class Run:
         except LetheError:
             self.lock.release()
             raise
+        return self.record
 
     def _refuse_held(self) -> None:
         """Refuse a run that is in use according to its record, although the lock is free: on file systems without locks."""
@@ -150,7 +172,8 @@ class Run:
     def discard(self) -> None:
         """Remove the folder of a run that was refused before it did anything."""
         self.lock.release()
-        shutil.rmtree(self.path)
+        if distributed.is_first():
+            shutil.rmtree(self.path)
         if self._made_folder:
             with contextlib.suppress(OSError):  # there are other runs in it by now
                 self.path.parent.rmdir()
@@ -161,7 +184,8 @@ class Run:
             for key, value in fields.items():
                 old = self.record.get(key)
                 self.record[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-            write_atomically(self.path / RUN, json.dumps(self.record, indent=2, default=str))
+            if distributed.is_first():
+                write_atomically(self.path / RUN, json.dumps(self.record, indent=2, default=str))
 
     def try_to_record(self, **facts: Callable[[], Any]) -> None:
         """Record what each function returns. One that fails is logged, with its reason under `missing`: the run continues."""
@@ -194,6 +218,8 @@ class Run:
 
     def append(self, file: str, row: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl` or `curve.jsonl`."""
+        if not distributed.is_first():
+            return
         with (self.path / file).open("ab+") as lines:
             if lines.seek(0, os.SEEK_END):
                 lines.seek(-1, os.SEEK_END)
@@ -206,7 +232,7 @@ class Run:
         rows, wrong = rows_of(self.path / file)
         if wrong:
             lines = ", ".join(map(str, wrong[:5])) + " …" * (len(wrong) > 5)
-            _say_once(f"{self.path / file}: line {lines} cannot be read; left out")
+            say_once(f"{self.path / file}: line {lines} cannot be read; left out")
         return rows
 
     def last_row(self, file: str) -> dict[str, Any] | None:
@@ -230,7 +256,7 @@ class Run:
     def keep_until(self, step: int) -> None:
         """Drop lines of metrics, batches and curve after `step`: a resumed run writes them again."""
         for file in ("metrics.jsonl", "batches.jsonl", "curve.jsonl"):
-            if (self.path / file).exists():
+            if distributed.is_first() and (self.path / file).exists():
                 lines = [json.dumps(row) + "\n" for row in self.rows(file) if row["step"] <= step]
                 write_atomically(self.path / file, "".join(lines))
 
@@ -247,7 +273,7 @@ class Run:
         self._before = (self.record.get("environment") or {}).get("seconds") or 0.0
         self._began = time.monotonic()
         try:
-            with terminable(self), self._recorded(), logged(self.path / "log.txt"), heartbeat(self):
+            with terminable(self), self._recorded(), logged(self.path), heartbeat(self):
                 facts = {"started": self.record.get("started") or now(), "finished": None, "heartbeat": now()}
                 self.update(status="running", reason=None, environment=environment(), **facts)
                 garbage.as_usual()
@@ -260,13 +286,21 @@ class Run:
     def _recorded(self) -> Iterator[None]:
         """Record how the work inside ends."""
         status, reason = "complete", None
+        if self.peers:
+            self.peers.begin()
         try:
             yield
         except KeyboardInterrupt as error:
             status = "failed" if self.stopping == TIME_LIMIT else "cancelled"
             reason = str(error) or "interrupted from the keyboard"
+            if self.peers and (first := self.peers.ended_first()):
+                status, reason = first
+                raise LetheError(f"{reason}; resume with: {self._resume_command}") from error
             raise
         except BaseException as error:
+            if self.peers and (first := self.peers.ended_first()):
+                status, reason = first
+                raise LetheError(f"{reason}; resume with: {self._resume_command}") from error
             shown = self._full(error) if full_disk(error) else error
             status, reason = "failed", f"{type(shown).__name__}: {shown}"
             if shown is not error:
@@ -277,6 +311,8 @@ class Run:
                 status = "diverged" if status == "complete" else status
                 reason = "; then ".join(filter(None, [self.record["divergence"]["reason"], reason]))
             took = {"peak_memory": peak_memory(), "seconds": self._seconds()}
+            if self.peers:
+                self.peers.end("diverged" if self.diverged and status == "complete" else status, reason)
             try:
                 self.update(status=status, reason=reason, finished=now(), heartbeat=now(), environment=took)
             except OSError as error:
@@ -324,59 +360,23 @@ class Run:
         if self.stopping:
             raise self.terminated()
 
+    def agree_to_stop(self) -> bool:
+        """Whether any of the run's processes has received a request to stop, which then is one to all of them."""
+        if not self.peers:
+            return bool(self.stopping)
+        if distributed.total([bool(self.stopping)])[0]:
+            self.stopping = next(filter(None, distributed.gather(self.stopping)))
+        return bool(self.stopping)
+
 
 _logged: set[str] = set()
 
 
-def _say_once(what: str) -> None:
+def say_once(what: str) -> None:
     """Log an error, once a process: lists and reports lack what it names."""
     if what not in _logged:
         logger.error("%s", what)
     _logged.add(what)
-
-
-def find_runs(folder: str | Path) -> list[Run]:
-    """Every run in `folder` (or in its `runs/`), oldest first. `folder` may be a run itself, or a sweep with its runs."""
-    folder = Path(folder)
-    if os.path.exists(folder / RUN):
-        first = Run.open(folder)
-        return [first, *_readable(folder.parent / name for name in first.record.get("runs") or [])]
-    runs = _readable(file.parent for file in (*folder.glob(f"*/{RUN}"), *folder.glob(f"runs/*/{RUN}")))
-    return sorted(runs, key=lambda run: (run.record.get("created") or "", run.id))
-
-
-def _readable(folders: Iterable[Path]) -> list[Run]:
-    """The runs in these folders. One that cannot be read is logged and left out."""
-    runs = []
-    for folder in folders:
-        try:
-            runs.append(Run.open(folder))
-        except LetheError as error:
-            _say_once(f"{error}; left out")
-    return runs
-
-
-def find_run(run_id: str, out: str | Path = "runs") -> Run:
-    """The run of this id, unique part of a folder's name, or folder. Looks in `out`, `runs/` and `*/runs/`.
-
-    Raises:
-        LetheError: there is none, or more than one.
-    """
-    if not run_id:
-        raise LetheError("run: names no run; write run:ID")
-    if os.path.exists(Path(run_id) / RUN):
-        return Run.open(run_id)
-    files = [*Path(out).glob("*/run.json"), *Path("runs").glob("*/run.json"), *Path().glob("*/runs/*/run.json")]
-    folders = {file.parent.resolve(): file.parent for file in files}
-    exact = [path for path in folders.values() if path.name.endswith(f"-{run_id}")]
-    found = exact or [path for path in folders.values() if run_id in path.name]
-    if len(found) == 1:
-        return Run.open(found[0])
-    if found:
-        raise LetheError(
-            f"run:{run_id} matches {len(found)} runs ({', '.join(sorted(p.name for p in found)[:4])}); give the whole id"
-        )
-    raise LetheError(f"run:{run_id} is not in '{out}', runs/ or */runs/; `lethe runs FOLDER` lists the runs of a folder")
 
 
 def seconds_since(timestamp: str | None) -> float:

@@ -1,7 +1,7 @@
 """What accompanies a run's work: its log file, its heartbeat, and requests to stop it.
 
-A thread renews the run's record every `HEARTBEAT_SECONDS`, and every second looks for a file `stop` in the run's folder and at
-its time limit. A request to stop becomes SIGTERM, which raises `Terminated` in the main thread. While the run is `deferring`,
+A thread renews the run's record every `HEARTBEAT_SECONDS`, and every second looks for a file `stop` in the run's folder, at its
+time limit, and at the run's other processes. A request to stop becomes SIGTERM, which raises `Terminated` in the main thread. While the run is `deferring`,
 it only sets `run.stopping`.
 """
 
@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lethe import distributed
 from lethe.errors import LetheError, PlainFormatter, full_disk
+from lethe.runs.peers import END_SECONDS
 
 if TYPE_CHECKING:
     from lethe.runs.run import Run
@@ -51,9 +53,15 @@ class _LogFile(logging.FileHandler):
 
 
 @contextlib.contextmanager
-def logged(file: Path) -> Iterator[None]:
-    """Inside, messages go to `file` too, and so does the traceback of an unexpected error."""
-    handler = _LogFile(file)
+def logged(folder: Path) -> Iterator[None]:
+    """Inside, messages go to log.txt in the run's folder too, and so does the traceback of an unexpected error.
+
+    Of several processes, the first writes log.txt, and each other one its errors to log-rankN.txt.
+    """
+    handler = _LogFile(folder / "log.txt")
+    if not distributed.is_first():
+        handler = _LogFile(folder / f"log-rank{distributed.rank()}.txt", delay=True)
+        handler.setLevel(logging.ERROR)
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -85,7 +93,14 @@ def heartbeat(run: Run) -> Iterator[None]:
 def _watch(run: Run, done: threading.Event) -> None:
     began = renewed = time.monotonic()
     limit = 3600 * float((run.record.get("config") or {}).get("time_limit") or 0) or float("inf")
+    lost_at = None
     while not done.wait(min(POLL_SECONDS, max(0.1, began + limit - time.monotonic()))):
+        if run.peers:
+            run.peers.beat()
+            if found := run.peers.lost():
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > END_SECONDS:
+                    run.peers.abandon(*found)
         if time.monotonic() - renewed >= HEARTBEAT_SECONDS:
             renewed = time.monotonic()
             with contextlib.suppress(OSError):

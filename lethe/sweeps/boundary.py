@@ -14,7 +14,7 @@ from lethe import config as c
 from lethe.errors import LetheError
 from lethe.results import regimes
 from lethe.results.listing import number
-from lethe.runs.run import find_run
+from lethe.runs.finding import find_run
 from lethe.sweeps import axes, bisection
 from lethe.sweeps.planner import Finding, Planner
 from lethe.sweeps.trials import Plan, Trial

@@ -19,7 +19,8 @@ from lethe.errors import LetheError
 from lethe.files import refuse_run_folder
 from lethe.launching import launchers
 from lethe.progress import bar
-from lethe.runs.run import STOP, Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import STOP, Run
 from lethe.sweeps import journal
 from lethe.sweeps.folder import CANCELLED, Settings, Sweep, planner_of
 from lethe.sweeps.trials import Trial

@@ -26,7 +26,8 @@ from lethe.launching import launchers
 from lethe.launching.slurm import log_file
 from lethe.launching.worker import settings_of
 from lethe.runs import slurm_jobs
-from lethe.runs.run import Run, find_run
+from lethe.runs.finding import find_run
+from lethe.runs.run import Run
 from lethe.sweeps import journal
 from lethe.sweeps.boundary import Boundary
 from lethe.sweeps.grid import Grid

@@ -16,7 +16,8 @@ import optuna
 from lethe import config as c
 from lethe.errors import LetheError
 from lethe.results.listing import is_imported
-from lethe.runs.run import Run, find_runs, seconds_since
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run, seconds_since
 from lethe.sweeps import axes
 from lethe.sweeps.axes import Point
 from lethe.sweeps.planner import Finding, Planner, Result

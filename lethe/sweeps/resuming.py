@@ -7,11 +7,13 @@ what it has measured. An evaluation or a fit of maps starts again.
 from __future__ import annotations
 
 from lethe import config as c
+from lethe import distributed
 from lethe.errors import LetheError
 from lethe.launching.worker import resume_run
 from lethe.results.listing import is_imported
 from lethe.runs.machine import refuse_several_processes
-from lethe.runs.run import STOP, Run, find_run
+from lethe.runs.finding import find_run
+from lethe.runs.run import STOP, Run
 from lethe.sweeps.controller import sweep
 from lethe.sweeps.folder import config_of
 
@@ -22,7 +24,6 @@ def resume(config: c.ResumeConfig) -> Run:
     Raises:
         LetheError: there is no such run, it has ended, another process works on it, or what it was made from has changed.
     """
-    refuse_several_processes()
     run = find_run(config.run.removeprefix("run:"), config.out)
     if is_imported(run):
         raise LetheError(f"run: '{config.run}' was imported from {run.record['imported']['file']}; there is nothing to resume")
@@ -30,12 +31,15 @@ def resume(config: c.ResumeConfig) -> Run:
     run.hold()
     try:
         _refuse_ended(run)  # since it was read
-        (run.path / STOP).unlink(missing_ok=True)
+        distributed.from_first(lambda: (run.path / STOP).unlink(missing_ok=True))
         if run.record["kind"] == "sweep":
+            refuse_several_processes("sweep")
+            if config.devices:
+                raise LetheError("devices: a sweep's runs have their own number of devices; leave it out")
             return sweep(config_of(run, config.trust_record), run)
         if config.trust_record:
             raise LetheError(f"trust_record: has no effect on a run of kind {run.record['kind']}; leave it out")
-        return resume_run(run)
+        return resume_run(run, config.devices)
     finally:
         run.lock.release()
 

@@ -17,7 +17,8 @@ from lethe.maps.folder import WEIGHTS, find_maps
 from lethe.methods.method import Method
 from lethe.models import refs
 from lethe.results.listing import is_imported
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 from lethe.text import corpora
 
 NO_EFFECT_ON_NUMBERS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache", "fast"}

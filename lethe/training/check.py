@@ -6,29 +6,34 @@ import importlib.util
 import math
 from typing import Any
 
+from lethe import distributed
 from lethe.config import TamperConfig, TrainingSettings, UnlearnSettings
 from lethe.errors import LetheError, printable
 from lethe.models import refs
 
 
-def plan(config: TrainingSettings, examples: int) -> dict[str, Any]:
-    """How long a run is: `steps` are optimizer updates, `forward_passes` batches, on one device.
+def plan(config: TrainingSettings, examples: int, effective_batch: int | None = None) -> dict[str, Any]:
+    """How long a run is: `steps` are optimizer updates, `forward_passes` the batches of one device.
 
-    `unique_examples` is the number of documents of each kind (of the larger kind, when they differ).
+    `unique_examples` is the number of documents of each kind (of the larger kind, when they differ). `effective_batch` is that
+    of a resumed run, which keeps it if it had another number of processes.
     """
-    batches = math.ceil(examples / config.per_device_train_batch_size)
-    per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    processes = distributed.world()
+    effective_batch = effective_batch or config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    per_epoch = math.ceil(examples / effective_batch)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
     if config.warmup_steps >= steps:
         raise LetheError(
             f"warmup_steps: a run of {steps} updates never reaches lr {config.lr:g} with {config.warmup_steps}; lower it"
         )
     whole, rest = divmod(steps, per_epoch)
+    in_update = math.ceil(effective_batch / (config.per_device_train_batch_size * processes))
+    last = math.ceil((examples % effective_batch or effective_batch) / (config.per_device_train_batch_size * processes))
     return {
         "unique_examples": examples,
         "steps": steps,
-        "forward_passes": whole * batches + min(batches, rest * config.gradient_accumulation_steps),
-        "effective_batch": config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        "forward_passes": whole * ((per_epoch - 1) * in_update + last) + rest * in_update,
+        "effective_batch": effective_batch,
         "epochs": steps / per_epoch,
         "first_epoch_steps": per_epoch,
     }

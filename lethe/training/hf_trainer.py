@@ -1,20 +1,22 @@
 """transformers' Trainer, with what Lethe changes about it: every override of one of Trainer's methods is in this file.
 
 Trainer runs the loop. In each update it calls, in this order: `get_batch_samples`, `compute_loss` for each batch, `log`, and,
-when a callback asks for it, `_save_checkpoint`. Methods with an underscore are private to transformers, so pyproject.toml names
+when a callback asks for it, `_save_checkpoint`. An update has the same documents whatever the number of processes. Methods with an underscore are private to transformers, so pyproject.toml names
 the versions that Lethe is tested with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from lethe import distributed
 from lethe.config import TrainingSettings
 from lethe.runs.run import Run
 from lethe.training import saves
@@ -25,16 +27,24 @@ from lethe.training.optimizers import make_optimizer
 class HfTrainer(Trainer):
     """A Trainer with Lethe's optimizers, saves and token counts. `RunTrainer` adds a run's records.
 
-    `tokens` holds the number of tokens by text, without padding, over the whole current update. `documents_in_update` holds the
-    number of documents. `learning_rates` holds the rate of each parameter group that the update steps with.
+    A subclass defines `loss`, from losses that are means over the whole update, and `book`, which logs them.
+
+    `tokens` holds the number of tokens by text, without padding, over the whole current update, of all processes.
+    `documents_in_update` holds the number of documents. `learning_rates` holds the rate of each parameter group that the update steps with.
     """
 
-    def __init__(self, run: Run, config: TrainingSettings, model: nn.Module, data: Dataset, collate: Any):
+    may_miss_gradients = False
+    """Whether some trained parameters may get no gradient, which several processes have to know."""
+
+    def __init__(self, run: Run, config: TrainingSettings, model: nn.Module, data: Any, collate: Any):
         self.run, self.config = run, config
+        self.order = Order(len(data), config, run.record["plan"]["effective_batch"] if "plan" in run.record else None)
         self.tokens: dict[str, int] = {}
         self.documents_in_update: dict[str, int] = {}
         self.learning_rates: dict[str, float] = {}
-        super().__init__(model, _arguments(run, config), data_collator=collate, train_dataset=data)
+        distributed.start()
+        super().__init__(model, _arguments(run, config, self.order), data_collator=collate, train_dataset=data)
+        self.is_distributed_loading_by_transformers = False  # Lethe averages gradients itself
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the update, not of the batch
         self.remove_callback(ProgressCallback)  # Lethe has its own bar
         self.remove_callback(PrinterCallback)
@@ -45,26 +55,69 @@ class HfTrainer(Trainer):
             self.optimizer = make_optimizer(self.model, self.config)  # type: ignore[arg-type]
         return self.optimizer
 
+    def loss(self, model: nn.Module, inputs: dict[str, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and its parts by name: this batch's part of means over the update."""
+        raise NotImplementedError
+
+    def book(self, inputs: dict[str, dict[str, Tensor]], **losses: Tensor | float) -> None:
+        """Add a batch's documents, and its part of the update's losses, to the log of this update."""
+        raise NotImplementedError
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+        """The loss of a batch, times the number of processes: their gradients are averaged, and their losses are parts of a sum.
+
+        A batch of no documents, of a process that has fewer than others, is a pass whose loss does not count.
+        """
+        loss, parts = model(inputs) if model is not self.model else self.loss(model, inputs)
+        if isinstance(inputs, Filler):
+            return 0 * loss
+        self.book(inputs, **parts)
+        return loss * distributed.world()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's batches. Trainer's own loader would repeat documents, so that all processes have equally many."""
+
+        def collate(items: list[Any]) -> Any:
+            return self.data_collator(items) if items else Filler(self.data_collator([self.train_dataset[0]]))  # type: ignore[index]
+
+        pin = self.args.dataloader_pin_memory
+        return DataLoader(self.train_dataset, batch_sampler=self.order, collate_fn=collate, pin_memory=pin)  # type: ignore[arg-type]
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """The model, inside a module that averages gradients if there are several processes."""
+        return distributed.averaged(self.model, self.loss, self.may_miss_gradients) or model  # type: ignore[arg-type]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the whole gradient. With sharded parameters, Trainer's is not a number yet."""
+        return distributed.whole(super()._get_grad_norm(model, grad_norm))
+
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, dict[str, Tensor]]], Any]:
         """The batches of one update. Counts their tokens first, because the loss is a mean over all tokens of the update."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.tokens = {name: sum(int(b[name]["mask"].sum()) for b in batches) for name in (batches[0] if batches else {})}
-        self.documents_in_update = {name: sum(len(b[name]["mask"]) for b in batches) for name in self.tokens}
+        names, real = list(batches[0] if batches else {}), [b for b in batches if not isinstance(b, Filler)]
+        tokens = [sum(int(b[name]["mask"].sum()) for b in real) for name in names]
+        counts = list(map(int, distributed.total(tokens + [sum(len(b[name]["mask"]) for b in real) for name in names])))
+        self.tokens = dict(zip(names, counts, strict=False))
+        self.documents_in_update = dict(zip(names, counts[len(names) :], strict=True))
         # The scheduler changes the rates before Trainer logs the update.
         self.learning_rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}  # type: ignore[union-attr]
         return batches, count
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train with fast passes. They end with the training, so that saving and evaluating afterwards use PEFT's code."""
+        if distributed.rank():  # processes must not draw the same dropout
+            torch.manual_seed(dropout_seed(self.config.seed))
         with fast_passes(self.model, self.config.fast):  # type: ignore[arg-type]
             return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write Lethe's own save: complete or absent, and checked by hash. A diverged run must not overwrite a good save."""
         ending = self.run.diverged and self.config.on_divergence == "stop"
-        if not ending and all(bool(p.isfinite().all()) for p in saves.trained(self.model).values()):  # type: ignore[arg-type]
+        distributed.gathered_away(self.model)  # type: ignore[arg-type]
+        broken = [not distributed.own(p).isfinite().all() for p in saves.trained(self.model).values()]  # type: ignore[arg-type]
+        if not ending and not distributed.total([any(broken)])[0]:
             parts = (self.model, self.optimizer, self.lr_scheduler, self.state)
             saves.write(self.run.path / "saves", self.state.global_step, *parts, every=self.config.save_every)  # type: ignore[arg-type]
             self.run.beat()
@@ -88,7 +141,58 @@ class HfTrainer(Trainer):
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
 
-def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
+class Filler(dict):
+    """A batch whose loss does not count."""
+
+
+class Order(Sampler):
+    """Which documents are in which batch of this process: lists of indices, for one epoch.
+
+    Every epoch has another order, from the seed. An update takes the next `effective_batch` documents of it. The processes share
+    these evenly, and split their part into batches of `per_device_train_batch_size`. All have equally many batches, so a process
+    with fewer documents ends with empty ones. The last update of an epoch may have fewer documents.
+
+    `effective_batch`: that of the run that is resumed, which may have had another number of processes.
+    """
+
+    def __init__(self, examples: int, config: TrainingSettings, effective_batch: int | None = None):
+        self.examples, self.seed, self.size = examples, config.seed, config.per_device_train_batch_size
+        given = self.size * config.gradient_accumulation_steps * distributed.world()
+        self.effective_batch = effective_batch or given
+        self.batches_in_update = self._batches_of(self.effective_batch)
+        self.set_epoch(0)
+
+    @property
+    def batch_sampler(self) -> Order:
+        """Where Trainer looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def _batches_of(self, documents: int) -> int:
+        """Batches of each process in an update of so many documents."""
+        return -(-documents // (self.size * distributed.world()))
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.examples, self.effective_batch)
+        return whole * self.batches_in_update + self._batches_of(rest)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        for start in range(0, self.examples, self.effective_batch):
+            update = order[start : start + self.effective_batch]
+            own = list(distributed.share(update))
+            for first in range(0, self._batches_of(len(update)) * self.size, self.size):
+                yield own[first : first + self.size]
+
+
+def dropout_seed(seed: int) -> int:
+    """The seed of this process's dropout."""
+    return seed + 7919 * distributed.rank()
+
+
+def _arguments(run: Run, config: TrainingSettings, order: Order) -> TrainingArguments:
     scheduler = config.lr_scheduler_type
     arguments = TrainingArguments(
         output_dir=str(run.path),
@@ -96,7 +200,7 @@ def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_steps=order.batches_in_update,
         learning_rate=config.lr,
         lr_scheduler_type="constant_with_warmup" if scheduler == "constant" else scheduler,  # `constant` has no warm-up
         warmup_steps=config.warmup_steps,
@@ -113,6 +217,7 @@ def _arguments(run: Run, config: TrainingSettings) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=[],
         use_cpu=not torch.cuda.is_available(),
+        ddp_backend=distributed.backend(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # with several GPUs Trainer would wrap the model and multiply the batch

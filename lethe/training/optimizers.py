@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from lethe import distributed
 from lethe.config import OptimizerName, TrainingSettings
 from lethe.models.activations import blocks
 from lethe.models.adapters import left_out
@@ -145,7 +146,7 @@ def make_optimizer(model: nn.Module, config: TrainingSettings) -> Optimizer:
 
 def needs_masters(model: nn.Module, optimizer: OptimizerName) -> bool:
     """Whether float32 master weights are needed: in a smaller type, rounding would often undo an update."""
-    return optimizer != "adamw_8bit" and any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters())
+    return optimizer != "adamw_8bit" and any(p.requires_grad and p.dtype.itemsize < 4 for p in model.parameters())
 
 
 def newton_schulz_dtype(setting: str) -> torch.dtype:
@@ -183,15 +184,35 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._muon if group["algorithm"] == "muon" else self._adamw
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    weight, state = self._master(parameter), self.state[parameter]
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    update(weight, parameter.grad.to(weight.dtype), state, group)
-                    if weight is not parameter:
-                        parameter.copy_(weight)
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            size = distributed.world() if group["algorithm"] == "muon" else 1
+            for start in range(0, len(trained), size):
+                self._step(trained[start : start + size], group)
         return loss
+
+    def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update as many matrices as there are processes, or one other parameter. Of sharded ones, each process has its part."""
+        updates = []
+        for parameter in parameters:
+            weight, state = self._master(parameter), self.state[parameter]
+            mine, gradient = distributed.own(weight), distributed.own(parameter.grad).to(weight.dtype)  # type: ignore[arg-type]
+            mine.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["algorithm"] == "muon":
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                buffer = distributed.own(state["momentum_buffer"]).lerp_(gradient, 1 - MOMENTUM)
+                updates.append(torch.lerp(gradient, buffer, MOMENTUM))
+            else:
+                self._adamw(weight, gradient, state, group)
+        whole = distributed.orthogonal_updates(updates, parameters, lambda matrix: orthogonalise(matrix, self.newton_schulz_dtype))
+        for parameter, update in zip(parameters, whole, strict=False):
+            weight = self._master(parameter)
+            outputs, inputs = reversed(weight.shape) if group["transposed"] else weight.shape
+            mine = distributed.own(weight)
+            mine.add_(update.to(mine.dtype), alpha=-group["lr"] * math.sqrt(max(1, outputs / inputs)))
+        for parameter in parameters:
+            if (weight := self._master(parameter)) is not parameter:
+                parameter.copy_(weight)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the state has the type that it was saved in: torch would round float32 state to the weights' type."""
@@ -203,31 +224,23 @@ class Muon(Optimizer):
                 self.state[parameter][name] = value.to(parameter.device, copy=True) if name != "step" else value.clone()
 
     def _master(self, parameter: Tensor) -> Tensor:
-        """The float32 weight that an update changes: the parameter itself, or its master weight."""
-        if parameter.dtype == torch.float32:
+        """The weight that an update changes: the parameter itself, or its float32 master weight."""
+        if parameter.dtype.itemsize >= 4:
             return parameter
         state = self.state[parameter]
         if "master" not in state:
             state["master"] = parameter.detach().float()
         return state["master"]
 
-    def _muon(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        buffer = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-        update = orthogonalise(torch.lerp(gradient, buffer, MOMENTUM), self.newton_schulz_dtype)
-        outputs, inputs = reversed(weight.shape) if group["transposed"] else weight.shape
-        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * math.sqrt(max(1, outputs / inputs)))
-
     def _adamw(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if "step" not in state:
             state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         state["step"] += 1
-        step = state["step"].item()
-        mean = state["exp_avg"].lerp_(gradient, 1 - BETAS[0])
-        square = state["exp_avg_sq"].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        step, own = state["step"].item(), distributed.own
+        mean = own(state["exp_avg"]).lerp_(gradient, 1 - BETAS[0])
+        square = own(state["exp_avg_sq"]).mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
         scale = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
-        weight.addcdiv_(mean, scale, value=-group["lr"] / (1 - BETAS[0] ** step))
+        own(weight).addcdiv_(mean, scale, value=-group["lr"] / (1 - BETAS[0] ** step))
 
 
 def orthogonalise(matrix: Float[Tensor, "rows columns"], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:

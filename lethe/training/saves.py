@@ -7,13 +7,15 @@
 
 A save is written into a folder of another name, synced and renamed. It counts only if every file is as its manifest says. So
 a kill or a full disk leaves earlier saves intact. Every parameter is saved and loaded under its name in memory, because formats
-that rename weights can lose some of them, such as an output head.
+that rename weights can lose some of them, such as an output head. Of sharded parameters the whole values are saved, by the first
+process. So a run can be resumed with another number of processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -27,10 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lethe import distributed
 from lethe.errors import LetheError
 from lethe.files import sha256
 from lethe.runs.run import Run
 
+logger = logging.getLogger(__name__)
 KEPT = 2
 BEGIN = "begin.safetensors"
 MANIFEST = "manifest.json"
@@ -39,10 +43,15 @@ FILES = ("weights.safetensors", "optimizer.pt", "scheduler.pt", "random.pt", "tr
 
 def begin(folder: Path, model: nn.Module) -> None:
     """Save the trained parameters before the first update, for a run that diverges before its first planned save."""
+    weights = _whole(trained(model))
+    distributed.from_first(lambda: _begin(folder, weights))
+
+
+def _begin(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     temporary = folder / f".{BEGIN}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained(model), temporary)
+        save_file(weights, temporary)
         _sync(temporary)
         temporary.rename(folder / BEGIN)
     except (OSError, SafetensorError) as error:
@@ -60,13 +69,19 @@ def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: 
     Raises:
         LetheError: it cannot be written; earlier saves are intact.
     """
+    weights, moments = _whole(trained(model)), _whole(optimizer.state_dict())
+    draws = distributed.gather(random_state())
+    return distributed.from_first(lambda: _write(folder, step, weights, moments, scheduler.state_dict(), draws, state, every))
+
+
+def _write(folder: Path, step: int, weights: Any, moments: Any, schedule: Any, draws: Any, state: Any, every: int) -> Path:
     final, temporary = folder / f"step-{step}", folder / f".step-{step}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        save_file(trained(model), temporary / "weights.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        torch.save(scheduler.state_dict(), temporary / "scheduler.pt")
-        torch.save(random_state(), temporary / "random.pt")
+        save_file(weights, temporary / "weights.safetensors")
+        torch.save(moments, temporary / "optimizer.pt")
+        torch.save(schedule, temporary / "scheduler.pt")
+        torch.save(draws[0] | ({"others": draws[1:]} if draws[1:] else {}), temporary / "random.pt")
         state.save_to_json(str(temporary / "trainer_state.json"))
         facts = {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in FILES}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": facts}, indent=2))
@@ -141,18 +156,37 @@ def load_weights(save: Path, model: nn.Module) -> None:
         LetheError: the save has other parameters than the model trains.
     """
     saved = load_file(save / "weights.safetensors" if save.is_dir() else save)
+    distributed.gathered_away(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if saved.keys() != parameters.keys():
         other = sorted(saved.keys() ^ parameters.keys())
         raise LetheError(f"'{save}' does not fit the model: {len(other)} parameters differ, such as {other[0]}")
     for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+        parameter.copy_(distributed.put(saved[name], parameter))
 
 
 def load_optimizer(save: Path, optimizer: Any, scheduler: Any) -> None:
     """Load a save's optimizer and scheduler state."""
-    optimizer.load_state_dict(torch.load(save / "optimizer.pt", weights_only=True, map_location="cpu"))
+    saved = torch.load(save / "optimizer.pt", weights_only=True, map_location="cpu")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, state in saved["state"].items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape:
+                state[name] = distributed.put(value, parameters[number])
+    optimizer.load_state_dict(saved)
     scheduler.load_state_dict(torch.load(save / "scheduler.pt", weights_only=True))
+
+
+def _whole(state: Any) -> Any:
+    """Nested dicts and lists with whole tensors in place of sharded ones. Only the first process keeps these, on the CPU."""
+    if isinstance(state, dict):
+        return {name: _whole(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [_whole(value) for value in state]
+    if not distributed.is_sharded(state):
+        return state
+    full = distributed.whole(state)
+    return full.cpu() if distributed.is_first() else None
 
 
 def random_state() -> dict[str, Any]:
@@ -169,8 +203,14 @@ def random_state() -> dict[str, Any]:
 
 
 def load_random(save: Path) -> None:
-    """Set the random state to a save's."""
+    """Set the random state of this process to a save's. One that a smaller number of processes wrote has no state for some."""
     state = torch.load(save / "random.pt", weights_only=True)
+    states = [state, *state.get("others", [])]
+    if len(states) != distributed.world():
+        logger.warning("the save is of %d processes: dropout is drawn anew in %d", len(states), distributed.world())
+    if distributed.rank() >= len(states):
+        return
+    state = states[distributed.rank()]
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
@@ -192,6 +232,11 @@ def _sync(path: Path) -> None:
 def save_artifact(run: Run, kind: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save a model or an adapter as the run's artifact `kind`."""
     folder = run.path / kind
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    run.update(artifacts={kind: {"path": kind, "sha256": sha256(*folder.glob("*.safetensors"))}})
+    if distributed.is_first() or (kind != "adapter" and distributed.sharded_modules(model)):
+        model.save_pretrained(folder)  # all processes gather a sharded model, and transformers lets the first write it
+
+    def describe() -> str:
+        tokenizer.save_pretrained(folder)
+        return sha256(*folder.glob("*.safetensors"))
+
+    run.update(artifacts={kind: {"path": kind, "sha256": distributed.from_first(describe)}})

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from lethe import distributed
 from lethe.config import EvalSettings, TrainingSettings
 from lethe.evaluation.accuracy import NotNumbersError, evaluate_model, value_of
 from lethe.progress import Advance, bar
@@ -63,10 +64,7 @@ def collate(items: list[dict[str, tuple[int, list[int]]]], pad_id: int) -> dict[
 
 
 class RunTrainer(HfTrainer):
-    """A Trainer that writes one line to metrics.jsonl and one to batches.jsonl for each optimizer update.
-
-    A subclass defines `compute_loss` from losses that are means over the whole update, and passes them to `book`.
-    """
+    """A Trainer that writes one line to metrics.jsonl and one to batches.jsonl for each optimizer update."""
 
     def __init__(
         self,
@@ -93,12 +91,18 @@ class RunTrainer(HfTrainer):
         for name, value in losses.items():
             self._losses[name] += value.item() if isinstance(value, Tensor) else value
 
+    def changing(self) -> dict[str, float]:
+        """Settings that change during the run, for the log: their values in the update that was made last."""
+        return {}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" not in logs:
             super().log(logs, start_time)
             return
         now = time.monotonic()
-        row: dict[str, Any] = {"step": self.state.global_step, "loss": logs["loss"]} | self._losses
+        sums = distributed.total(list(self._losses.values()))
+        row: dict[str, Any] = {"step": self.state.global_step, "loss": logs["loss"]}
+        row |= dict(zip(self._losses, sums, strict=True)) | self.changing()
         row["lr"] = self.learning_rates
         row["grad_norm"] = logs.get("grad_norm")
         row |= {f"{name}_tokens": count for name, count in self.tokens.items()}
@@ -106,7 +110,9 @@ class RunTrainer(HfTrainer):
         row["tokens_per_second"] = round(sum(self.tokens.values()) / max(1e-9, now - self._started), 1)
         self._started = now
         self.run.append("metrics.jsonl", row)
-        self.run.append("batches.jsonl", {"step": self.state.global_step} | self._documents)
+        parts = distributed.gather(dict(self._documents))
+        documents = {name: [index for part in parts for index in part.get(name, [])] for name in self.tokens}
+        self.run.append("batches.jsonl", {"step": self.state.global_step} | documents)
         self._losses.clear()
         self._documents.clear()
         self._look_for_divergence(row["step"], row["loss"])
@@ -139,7 +145,9 @@ class RunTrainer(HfTrainer):
         weights from before the first update.
         """
         planned = self.planned_steps()
-        save, done = self._resume_point()
+        save, done = distributed.from_first(self._resume_point)
+        self.run.keep_until(done)
+        self._first_losses = distributed.from_first(lambda: [row["loss"] for row in self.run.rows("metrics.jsonl")[:FIRST_UPDATES]])
         with bar(description, planned) as advance:
             advance(done)
             self.add_callback(_Bar(advance, self.evaluation))
@@ -152,17 +160,15 @@ class RunTrainer(HfTrainer):
             self._fall_back()
 
     def _resume_point(self) -> tuple[Path | None, int]:
-        """The newest complete save and its step. Removes the records of later updates, which are repeated."""
+        """The newest complete save and its step. The records of later updates, which are repeated, are removed."""
         save = saves.newest(self.run.path / "saves")
         done = int(save.name.removeprefix("step-")) if save else 0
         reached = max((row["step"] for row in self.run.rows("metrics.jsonl")), default=0)
         if reached > done:
             again = f"resuming from update {done}, the newest complete save; {reached - done} updates are repeated"
             logger.warning(again if save else f"starting again: there is no complete save of the {reached} updates")
-        self.run.keep_until(done)
         if self.run.diverged and self.run.record["divergence"]["step"] > done:  # the updates that led to it are repeated
             self.run.update(divergence=None)
-        self._first_losses = [row["loss"] for row in self.run.rows("metrics.jsonl")[:FIRST_UPDATES]]
         return save, done
 
     def _train_timed(self, save: Path | None) -> None:
@@ -186,7 +192,7 @@ class RunTrainer(HfTrainer):
 
     def clear_saves(self) -> None:
         """Remove the saves of a run that is complete."""
-        if self.run.status == "complete":
+        if self.run.record["status"] == "complete" and distributed.is_first():
             saves.clear(self.run.path / "saves")
 
 
@@ -209,7 +215,8 @@ class Evaluation(TrainerCallback):
 
     def known(self, step: int) -> bool:
         """Whether the run has an evaluation at `step`, made by this process or before the run was resumed."""
-        evals = [line["evals"] for line in self.run.rows("curve.jsonl") if line["step"] == step]
+        lines = distributed.from_first(lambda: self.run.rows("curve.jsonl"))
+        evals = [line["evals"] for line in lines if line["step"] == step]
         if evals:
             self.last = (step, evals[-1])
         return bool(self.last and self.last[0] == step)
@@ -250,7 +257,7 @@ class Evaluation(TrainerCallback):
     def _record_divergence(self, step: int, why: str) -> None:
         if self.run.diverged:
             return
-        rows = self.run.rows("metrics.jsonl")
+        rows = distributed.from_first(lambda: self.run.rows("metrics.jsonl"))
         logged = rows and rows[-1]["step"] == step
         losses = {"first_loss": rows[0]["loss"], "loss": rows[-1]["loss"]} if logged else {}
         self.run.update(divergence={"step": step, "reason": f"step {step}: {why}"} | losses)
@@ -282,8 +289,9 @@ class _Saving(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         due = state.global_step >= state.max_steps or (self.every and state.global_step % self.every == 0)
-        control.should_save = bool(due or self.run.stopping)
-        control.should_training_stop |= bool(self.run.stopping)
+        stopping = self.run.agree_to_stop()
+        control.should_save = bool(due or stopping)
+        control.should_training_stop |= stopping
 
 
 class _Bar(TrainerCallback):

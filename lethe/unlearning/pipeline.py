@@ -13,12 +13,16 @@ import logging
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from lethe import distributed
 from lethe.config import CheckpointsConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.checkpoint_sweep import checkpoints
+from lethe.evaluation.tasks.consent import trusts_task_code
 from lethe.methods.method import Method
 from lethe.results import regimes
+from lethe.runs.machine import refuse_several_processes
 from lethe.runs.run import Run
+from lethe.runs.together import is_for_several, work_together
 from lethe.unlearning.check import Checked, check, check_source
 
 if TYPE_CHECKING:
@@ -38,11 +42,13 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
         LetheError: the recipe cannot work; nothing is left behind.
     """
     config, checked = _checked(config)
+    resumed = run is not None
+    run = run or Run.create("unlearn", config.name, to_dict(config), config.out)
+    if is_for_several(config.devices):
+        return work_together(run, config.devices, trusts_task_code())  # type: ignore[arg-type]
     from lethe.training.trainer import keep_threads
     from lethe.unlearning.prepare import cache_teachers, prepare
 
-    resumed = run is not None
-    run = run or Run.create("unlearn", config.name, to_dict(config), config.out)
     made = prepare(run, config, checked, resumed)
     with run.running():
         keep_threads(run)
@@ -60,6 +66,7 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
 def inspect(config: Method) -> dict[str, Any]:
     """The plan of a run as it would be recorded, from the loaded models, without training; nothing is left behind."""
     config, checked = _checked(config)
+    refuse_several_processes("check")
     from lethe.unlearning.prepare import prepare
 
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +123,7 @@ def _finish(run: Run, made: Prepared) -> None:
     if config.lora and config.merge:
         student = student.merge_and_unload()
     save_artifact(run, "adapter" if config.lora and not config.merge else "model", student, made.tokenizer)
-    lines = run.rows("metrics.jsonl")
+    lines = distributed.from_first(lambda: run.rows("metrics.jsonl"))
     names = [name for name in lines[-1] if name.endswith("_loss")]
     units = {name: f"{'retain' if name.startswith('retain_') else 'forget'}_{made.unit(name)}" for name in names}
     run.try_to_record(

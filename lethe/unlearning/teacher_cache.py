@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ import transformers
 from jaxtyping import Int
 from torch import Tensor
 
+from lethe import distributed
 from lethe.files import sha256
 from lethe.home import lethe_home, use
 from lethe.models.activations import States
@@ -151,34 +153,60 @@ def open_or_build(teacher: Teacher, text: str, sequences: list[list[int]]) -> Ca
 
 
 def _build(teacher: Teacher, text: str, sequences: list[list[int]], folder: Path, key: dict[str, Any]) -> None:
-    folder.mkdir()
+    """Write the outputs on all sequences. The processes share the batches, and each writes where its tokens belong."""
     device: Any = teacher.model.device
     count = max(1, TOKENS // max(map(len, sequences)))
-    digests: dict[str, Any] = {}
+    starts = [0, *itertools.accumulate(map(len, sequences))]
+
+    def outputs(some: list[list[int]]) -> dict[str, Tensor]:
+        ids, mask = (t.to(device) for t in corpora.pad(some, 0))
+        states = teacher.live(ids)
+        found = {f"layer_{n}.bin": values for n, values in states.activations.items()}
+        found |= {} if states.output is None else {"output.bin": states.output}
+        return {name: values[mask.bool()] for name, values in found.items()}
+
     facts: dict[str, dict[str, Any]] = {}
+    failed: OSError | None = None
+    files: dict[str, BinaryIO] = {}
+    distributed.from_first(folder.mkdir)
     with contextlib.ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
         advance = stack.enter_context(bar(f"Computing the teacher's outputs on the {text} text", len(sequences), "documents"))
-        for start in range(0, len(sequences), count):
-            ids, mask = (t.to(device) for t in corpora.pad(sequences[start : start + count], 0))
-            states = teacher.live(ids)
-            found = {f"layer_{n}.bin": values for n, values in states.activations.items()}
-            found |= {} if states.output is None else {"output.bin": states.output}
-            for name, values in found.items():
-                if name not in files:
-                    files[name] = stack.enter_context((folder / name).open("wb"))
-                    digests[name] = hashlib.sha256(name.encode())  # as `files.sha256` begins
-                    facts[name] = {"dtype": str(values.dtype).removeprefix("torch."), "width": values.shape[-1], "size": 0}
-                data = _bytes(values[mask.bool()])
-                files[name].write(data)
-                digests[name].update(data)
-                facts[name]["size"] += len(data)
-            advance(len(ids))
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    for name, digest in digests.items():
-        facts[name]["sha256"] = digest.hexdigest()
+        stack.enter_context(distributed.uneven(teacher.model, lambda: outputs(sequences[:1])))
+        for start in distributed.share(range(0, len(sequences), count)):
+            found = outputs(sequences[start : start + count])
+            try:
+                for name, values in found.items() if failed is None else ():
+                    if name not in files:
+                        files[name] = stack.enter_context(open(folder / name, "r+b", opener=_made))
+                        facts[name] = {"dtype": str(values.dtype).removeprefix("torch."), "width": values.shape[-1]}
+                    files[name].seek(starts[start] * values.shape[-1] * values.dtype.itemsize)
+                    files[name].write(_bytes(values))
+            except OSError as error:  # the others need this process's part of the model until they are done
+                failed = error
+            advance(len(sequences[start : start + count]) * distributed.world())
+        try:
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            failed = failed or error
+    for error in distributed.gather(failed):
+        if error is not None:
+            raise error
+    facts = {name: fact for part in distributed.gather(facts) for name, fact in part.items()}
+    distributed.from_first(lambda: _write_manifest(folder, key, facts, starts[-1]))
+
+
+def _made(path: str, flags: int) -> int:
+    """Opens a file for writing somewhere in it, and makes it if no other process has."""
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _write_manifest(folder: Path, key: dict[str, Any], facts: dict[str, dict[str, Any]], tokens: int) -> None:
+    for name, fact in facts.items():
+        fact |= {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        if fact["size"] != tokens * fact["width"] * getattr(torch, fact["dtype"]).itemsize:
+            raise OSError(f"{lethe_home()} is not on a file system that all nodes share")
     with (folder / MANIFEST).open("w") as manifest:
         json.dump({"key": key, "files": facts}, manifest, indent=2)
         manifest.flush()

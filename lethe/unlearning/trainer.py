@@ -44,11 +44,9 @@ class UnlearnTrainer(RunTrainer):
         """How far the run is after so many updates."""
         return Progress(done, self.first_epoch_steps, self.steps)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+    def loss(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Losses]:
         """The method's loss on one batch of an update."""
-        loss, losses = self.losses(model, inputs, self.progress(self.state.global_step))
-        self.book(inputs, **losses)
-        return loss
+        return self.losses(model, inputs, self.progress(self.state.global_step))
 
     def losses(self, model: nn.Module, batch: Batch, progress: Progress, silent: str | None = None) -> tuple[Tensor, Losses]:
         """The loss and its parts, without those of the text `silent`."""
@@ -72,8 +70,6 @@ class UnlearnTrainer(RunTrainer):
             documents=self.documents_in_update[name],
         )
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            coefficients = self.config.coefficients(self.progress(self.state.global_step - 1))
-            self.book({}, **{f"{name}_t": value for name, value in coefficients.items()})
-        super().log(logs, start_time)
+    def changing(self) -> dict[str, float]:
+        coefficients = self.config.coefficients(self.progress(self.state.global_step - 1))
+        return {f"{name}_t": value for name, value in coefficients.items()}

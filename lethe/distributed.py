@@ -1,0 +1,406 @@
+"""Several processes at one run. All that Lethe knows of ranks and shards is in this file.
+
+`lethe unlearn --devices N`, torchrun, `accelerate launch` or Slurm start N processes (ranks), each with one device. All execute
+the same code with the same settings:
+
+    from_first          a value that rank 0 determines; it alone writes files       share     this process's part of some work
+    total, gather       values of all processes, added or listed                    uneven    loops of different length
+
+`ddp`: each process holds the whole model, and gradients are averaged (`averaged`, DistributedDataParallel). `fsdp`: each process
+holds a part of every parameter (`sharded_loading`, FSDP2 by transformers). A block's parameters are gathered while it computes.
+Frozen weights are sharded too, while adapters, which are small, are whole and averaged.
+
+    whole, put          between a sharded parameter and its whole value             orthogonal_updates    Muon on shards
+
+With one process, every function is the plain thing that it replaces. torch is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lethe.errors import LetheError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+HOURS = 6
+"""How long a process waits for the others before PyTorch gives up. One that died or hangs is found earlier (`runs/peers.py`)."""
+SECONDS_TO_SAVE = 600
+"""How long processes may take to save after a request to stop, before they are killed."""
+OTHER_ENGINES = {
+    "ACCELERATE_USE_FSDP": "set parallel: fsdp instead",
+    "ACCELERATE_USE_DEEPSPEED": "set parallel: fsdp instead",
+    "ACCELERATE_USE_MEGATRON_LM": "set parallel: fsdp instead",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "set parallel: fsdp instead",
+}
+"""Switches of `accelerate launch` that would replace Lethe's own way to use several devices, or would be ignored."""
+
+
+def world() -> int:
+    """Number of processes at this run."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK") or 0) if world() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this process writes the run's files and speaks to the user."""
+    return rank() == 0
+
+
+def refuse_other_engines() -> None:
+    """Refuse settings of `accelerate launch` that Lethe does not follow.
+
+    Raises:
+        LetheError: it would shard the model, or compute in another type, behind the recipe's back.
+    """
+    for name, todo in OTHER_ENGINES.items():
+        if os.environ.get(name, "false").lower() in {"true", "1"}:
+            raise LetheError(f"{name}: Lethe does not use this engine of accelerate; {todo}, and launch without it")
+    if (kind := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        raise LetheError(f"accelerate launch: mixed precision {kind} is not used; set dtype in the recipe, and launch with no")
+
+
+def refuse_devices(devices: int | None) -> None:
+    """Refuse a number of devices that this machine does not have, or that is not the number of processes started.
+
+    Raises:
+        LetheError: names both numbers.
+    """
+    import torch
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world())
+    if devices and world() > 1 and devices != here:
+        raise LetheError(f"devices: {devices}, but {here} processes were started on this machine; leave devices out")
+    if devices and torch.cuda.is_available() and devices > torch.cuda.device_count():
+        raise LetheError(f"devices: {devices}, but this machine has {torch.cuda.device_count()} GPUs; lower it")
+
+
+def spawn(devices: int, module: str, *arguments: str) -> None:
+    """Start `python -m MODULE ARGUMENTS` once per device with PyTorch's elastic launcher, and wait until all have ended.
+
+    They share the cores. What becomes of them is for them to record. A request to stop this process is passed on.
+
+    Raises:
+        KeyboardInterrupt: this process was asked to stop, and the others have stopped.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it prints a page when a process ends
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=devices, run_id=uuid.uuid4().hex, max_restarts=0, local_addr="localhost",
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.5, logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )  # fmt: skip
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
+        except ChildFailedError:
+            pass
+        except SignalException as error:
+            raise KeyboardInterrupt(error.sigval.name) from error
+
+
+@functools.cache
+def start() -> None:
+    """Join the other processes, once; does nothing for one process."""
+    if world() == 1:
+        return
+    import torch
+    from torch import distributed as dist
+
+    refuse_other_engines()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+    if not dist.is_initialized():
+        dist.init_process_group(backend(), timeout=timedelta(hours=HOURS))
+
+
+def backend() -> str | None:
+    """The library that carries what the processes exchange; None for one process."""
+    import torch
+
+    if world() == 1:
+        return None
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def device() -> torch.device:
+    """The device of this process: its GPU if there is one, else the CPU."""
+    import torch
+
+    start()
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """What `function` returns or raises in rank 0, in every process."""
+    if world() == 1:
+        return function()
+    from torch import distributed as dist
+
+    start()
+    outcome: list[Any] = [None, None]
+    if is_first():
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error if isinstance(error, LetheError | OSError) else RuntimeError(f"{type(error).__name__}: {error}")
+            dist.broadcast_object_list(outcome, group=_control())
+            raise
+    dist.broadcast_object_list(outcome, group=_control())
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, by rank."""
+    if world() == 1:
+        return [value]
+    from torch import distributed as dist
+
+    start()
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value, group=_control())
+    return found
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """The sums over all processes of a few numbers."""
+    if world() == 1:
+        return list(values)
+    import torch
+    from torch import distributed as dist
+
+    start()
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, group=_control())
+    return tensor.tolist()
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes."""
+    if world() > 1:
+        from torch import distributed as dist
+
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def same_as_first(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by that of rank 0."""
+    if world() > 1:
+        from torch import distributed as dist
+
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def share(work: Sequence[T]) -> Sequence[T]:
+    """This process's part of a list: every N-th item."""
+    return work[rank() :: world()]
+
+
+@functools.cache
+def _control() -> Any:
+    """The processes as a group that exchanges small messages on the CPU, also where tensors go through NCCL."""
+    from torch import distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=HOURS))
+
+
+# Training
+
+
+def averaged(model: nn.Module, loss: Callable[[nn.Module, Any], Any], may_miss: bool) -> nn.Module | None:
+    """A module that computes `loss(model, batch)` and averages the gradients of `model` over the processes.
+
+    None where nothing has to be averaged: for one process, and where FSDP2 does it. `may_miss`: some parameters may get no
+    gradient.
+    """
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    if world() == 1 or all(is_sharded(p) for p in model.parameters() if p.requires_grad):
+        return None
+
+    class Loss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch: Any) -> Any:
+            return loss(self.model, batch)
+
+    start()
+    return DistributedDataParallel(Loss(), init_sync=False, broadcast_buffers=False, find_unused_parameters=may_miss)
+
+
+# Sharded models
+
+
+def sharded_loading(blocks: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for FSDP2: each process reads its part of each parameter.
+
+    Args:
+        blocks: the name of the list of blocks, such as "gpt_neox.layers".
+    """
+    from transformers.distributed import DistributedConfig
+
+    start()
+    return {"distributed_config": DistributedConfig(fsdp_size=world(), fsdp_plan={f"{blocks}.*": "free_full_weight"})}
+
+
+def shard(model: nn.Module, blocks: str) -> None:
+    """Shard a model that every process holds whole, as `sharded_loading` does."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.get_submodule(blocks).children():
+        fully_shard(block)
+    fully_shard(model)
+
+
+class Enough(Exception):
+    """Ends a forward pass early. `output` is the last tensor that is needed."""
+
+    def __init__(self, output: Tensor):
+        super().__init__()
+        self.output = output
+
+
+def may_end_early(model: nn.Module) -> None:
+    """Let forward passes of a sharded model end in `Enough`: FSDP2's hooks after the pass have to run even then."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def until_enough(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except Enough as enough:
+            return (enough.output,)
+
+    model.forward = until_enough
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a part of one, with the other parts in other processes."""
+    return world() > 1 and hasattr(tensor, "device_mesh")
+
+
+def gathered_away(model: nn.Module) -> None:
+    """Free the parameters that FSDP2 keeps gathered after a pass, so that a model's parameters are its parts again."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole value of a tensor. Every process has to call it."""
+    found: Any = tensor
+    return found.full_tensor() if is_sharded(tensor) else tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; it shares the tensor's memory."""
+    found: Any = tensor
+    return found.to_local() if is_sharded(tensor) else tensor
+
+
+def put(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor in the form of `like`, which may be sharded. Every process has the whole value."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    place: Any = like
+    return distribute_tensor(value.to(like.device), place.device_mesh, place.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def uneven(model: nn.Module, idle: Callable[[], Any]) -> Iterator[None]:
+    """Inside, processes may run different numbers of forward passes of a sharded model.
+
+    All processes gather a sharded model's parameters together. So a process that is done joins the passes of the others with
+    `idle`, a pass over any tokens that reads the same layers.
+    """
+    if not sharded_modules(model):
+        yield
+        return
+    passing = True
+
+    def announce(module: nn.Module, args: Any) -> None:
+        if passing:
+            total([1.0])
+
+    handle = sharded_modules(model)[0].register_forward_pre_hook(announce, prepend=True)
+    try:
+        yield
+        passing = False
+        while total([0.0])[0]:
+            idle()
+    finally:
+        handle.remove()
+
+
+def orthogonal_updates(
+    updates: Sequence[Tensor], matrices: Sequence[Tensor], orthogonalise: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """`orthogonalise` of the whole update of each matrix; of sharded matrices, `updates` and the result are this process's parts.
+
+    There are at most as many matrices as processes. Each process gathers and computes one of them.
+    """
+    if not updates or not is_sharded(matrices[0]):
+        return [orthogonalise(update) for update in updates]
+    import torch
+    from torch import distributed as dist
+
+    mine = None
+    for owner, (update, matrix) in enumerate(zip(updates, matrices, strict=True)):
+        part = _rows(update, -(-len(matrix) // world()))
+        parts = [torch.empty_like(part) for _ in range(world())] if owner == rank() else None
+        dist.gather(part, parts, dst=owner)
+        if parts is not None:
+            mine = orthogonalise(torch.cat(parts)[: len(matrix)]).to(update.dtype)
+    results = []
+    for owner, (update, matrix) in enumerate(zip(updates, matrices, strict=True)):
+        rows = -(-len(matrix) // world())
+        result = update.new_empty(rows, *update.shape[1:])
+        parts = list(_rows(mine, rows * world()).chunk(world())) if owner == rank() and mine is not None else None
+        dist.scatter(result, parts, src=owner)
+        results.append(result[: len(update)])
+    return results
+
+
+def _rows(matrix: Tensor, rows: int) -> Tensor:
+    """The matrix with zeros below it, so that it has so many rows."""
+    padded = matrix.new_zeros(rows, *matrix.shape[1:])
+    padded[: len(matrix)] = matrix
+    return padded
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules that FSDP2 gathers as a unit, the whole model first; none if the model is not sharded."""
+    if world() == 1:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

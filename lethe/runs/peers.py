@@ -1,0 +1,117 @@
+"""The processes of one run watch each other, so that all of them end when one dies, fails or hangs.
+
+    run/ranks/0.json, 1.json, …     host and number of each process; how it ended, if it failed
+
+Each process renews its file. A process counts as lost if its file says that it failed, if it is gone, or if it has not renewed
+its file for `HUNG_AFTER` seconds. The others then wait for it in vain, perhaps inside a library where no signal is handled. So a
+thread of each looks at the files, the lowest rank that is left records the run as failed, and all end. With one process there
+are no such files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lethe import distributed
+from lethe.errors import printable
+from lethe.files import write_atomically
+from lethe.runs.locks import identity, in_words, lives, seconds_since_written
+from lethe.runs.record import record_of
+
+if TYPE_CHECKING:
+    from lethe.runs.run import Run
+
+RANKS = "ranks"
+DONE = {"complete", "diverged"}
+BEAT_SECONDS = 5
+HUNG_AFTER = 40
+"""Seconds without a beat after which a process counts as hung."""
+END_SECONDS = 6
+"""How long a process may take to end by itself once another is lost."""
+LOOK_SECONDS = 3
+"""How long to look for another process that ended first, before an error counts as this process's own."""
+
+
+class Peers:
+    """The processes of a run, as this one sees them."""
+
+    def __init__(self, run: Run):
+        self.folder = run.path / RANKS
+        self.path = run.path
+        self.own = self.folder / f"{distributed.rank()}.json"
+        self.others = [self.folder / f"{n}.json" for n in range(distributed.world()) if n != distributed.rank()]
+        self._beaten = 0.0
+
+    def begin(self) -> None:
+        """Forget the processes of an earlier attempt, and say that this one works."""
+
+        def renew() -> None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+
+        distributed.from_first(renew)
+        write_atomically(self.own, json.dumps(identity()))
+        distributed.gather(None)
+
+    def beat(self) -> None:
+        """Renew this process's file, every few seconds."""
+        if time.monotonic() - self._beaten >= BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.utime(self.own)
+
+    def end(self, status: str, reason: str | None) -> None:
+        """Say how this process ended; nothing is left to say when the first is done."""
+        if status in DONE and distributed.is_first():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        with contextlib.suppress(OSError):
+            write_atomically(self.own, json.dumps(identity() | {"status": status, "reason": reason, "time": time.time()}))
+
+    def lost(self) -> tuple[str, str] | None:
+        """Status and reason of a process that ended first; None if all work or are complete."""
+        failed: list[tuple[float, str, str]] = []
+        for file in self.others:
+            facts = _facts(file)
+            who = f"rank {file.stem}"
+            if facts.get("status") in DONE:
+                continue
+            if "status" in facts:
+                failed.append((facts["time"], facts["status"], f"{who}: {facts['reason']}"))
+            elif facts and lives(facts) is False:
+                return "failed", f"{who} ({in_words(facts)}) died"
+            elif facts and (silent := seconds_since_written(file)) > HUNG_AFTER:
+                return "failed", f"{who} ({in_words(facts)}) has not answered for {silent:.0f} s"
+        return min(failed)[1:] if failed else None
+
+    def ended_first(self) -> tuple[str, str] | None:
+        """As `lost`, for a process that is ending itself: the others may be about to be found."""
+        deadline = time.monotonic() + LOOK_SECONDS
+        while (found := self.lost()) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
+    def abandon(self, status: str, reason: str) -> None:
+        """End this process, whatever it waits for, because another is lost. The lowest rank that is left records that."""
+        left = [file for file in (self.own, *self.others) if lives(_facts(file)) and "status" not in _facts(file)]
+        if min(left, key=lambda file: int(file.stem), default=self.own) == self.own:
+            with contextlib.suppress(Exception):
+                record = record_of(self.path)
+                if record["status"] == "running":
+                    write_atomically(self.path / "run.json", json.dumps(record | {"status": status, "reason": reason}, indent=2))
+            print(f"lethe: {printable(reason)}; resume with: lethe resume {printable(self.path)}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
