@@ -106,9 +106,10 @@ def prepare(run: Run, config: Method, checked: Checked, resumed: bool = False) -
 
 def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     libraries = memory.taken()
-    model, tokenizer = refs.load(checked.model, config.dtype)
+    sharded = config.parallel == "fsdp"
+    model, tokenizer = refs.load(checked.model, config.dtype, sharded)
     refuse_unscorable(model, tokenizer, config.eval)
-    reference, source = _teacher_models(config, checked)
+    reference, source = _teacher_models(config, checked, sharded)
     parents = {"model": refs.record(checked.model)}
     parents |= {"source": refs.record(checked.source)} if checked.source else {}
     parents["forget"] = corpora.record(config.forget, checked.forget)
@@ -131,7 +132,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     dataset = Sequences(
         **{name: corpora.sequences_of(documents[name], tokenizer, config.max_length, config.packing) for name in config.needs()}
     )
-    plan = training_plan(config, len(dataset)) | {"documents": {name: len(part) for name, part in documents.items()}}
+    plan = training_plan(config, len(dataset), run.record.get("plan", {}).get("effective_batch")) | {"documents": {name: len(part) for name, part in documents.items()}}
     plan["tokens"] = round(sum(map(dataset.tokens, range(len(dataset)))) * plan["epochs"])
     trainer = UnlearnTrainer(
         run, config, student.train(), tokenizer, dataset, config.eval,
@@ -145,15 +146,15 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     return made
 
 
-def _teacher_models(config: Method, checked: Checked) -> tuple[nn.Module, nn.Module | None]:
+def _teacher_models(config: Method, checked: Checked, sharded: bool) -> tuple[nn.Module, nn.Module | None]:
     """The reference and, where the run uses one, the source; frozen, in evaluation mode."""
     dtype = config.teacher_dtype or config.dtype
-    reference, _ = refs.load(checked.model, dtype)
-    source = refs.load(checked.source, dtype)[0] if checked.source else None
+    reference, _ = refs.load(checked.model, dtype, sharded)
+    source = refs.load(checked.source, dtype, sharded)[0] if checked.source else None
     for model in (reference, source):
         if model is not None:
             model.eval().requires_grad_(False)
-    if source is not None and changes.same_weights(source, reference):
+    if source is not None and not sharded and changes.same_weights(source, reference):
         raise LetheError(
             f"source: '{config.source}' has the weights of '{config.model}'; name a checkpoint that has not learned the topic"
         )
