@@ -51,6 +51,7 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
         made.fit_maps(run)
         made.measure_variance(run)
         cache_teachers(run, made)
+        made.free_teachers()
         made.trainer.train_with_bar(f"Unlearning {config.name}")
         _finish(run, made)
     made.trainer.clear_saves()
@@ -110,11 +111,13 @@ def _finish(run: Run, made: Prepared) -> None:
     from lethe.training.saves import save_artifact
     from lethe.training.trainer import weighted_means
     from lethe.unlearning import changes
+    from lethe.unlearning.frozen import Frozen
 
     config, trainer = made.config, made.trainer
     student: Any = trainer.model
     if config.lora and config.merge:
         student = student.merge_and_unload()
+        made.reference = Frozen(made.checked.model, config.teacher_dtype or config.dtype)  # merging overwrote it
     save_artifact(run, "adapter" if config.lora and not config.merge else "model", student, made.tokenizer)
     lines = run.rows("metrics.jsonl")
     names = [name for name in lines[-1] if name.endswith("_loss")]
@@ -123,6 +126,13 @@ def _finish(run: Run, made: Prepared) -> None:
         losses=lambda: weighted_means(lines, units),
         plan=lambda: {"tokens": sum(line.get(f"{text}_tokens", 0) for line in lines for text in ("forget", "retain"))},
         agreement=lambda: changes.agreement(student, made.compared(), made.pad_id),
-        update_by_layer=lambda: changes.update_by_layer(student, made.reference),
+        update_by_layer=lambda: _update_by_layer(student, made),
     )
     run.update(evals=trainer.evaluation.at(trainer.state.global_step, student, f"Evaluating {config.name}"))
+
+
+def _update_by_layer(student: Any, made: Prepared) -> dict[str, dict[str, float]]:
+    from lethe.unlearning import changes
+
+    with made.reference.weights() as before:
+        return changes.update_by_layer(student, before)
