@@ -47,10 +47,8 @@ def _predicted(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[T
 
 
 @torch.no_grad()
-def update_by_layer(student: nn.Module, before: Callable[[str], Tensor]) -> dict[str, dict[str, float]]:
+def update_by_layer(student: nn.Module, target: Frozen) -> dict[str, dict[str, float]]:
     """Per block, `distance` ‖θ − θ₀‖ from the target's weights, and `stable_rank` of the update.
-
-    `before` gives the target's value of a parameter by its name in the model without adapters.
 
     The stable rank of a matrix is ‖ΔW‖_F² / ‖ΔW‖₂², between 1 and its rank. That of a block is the mean over its
     matrices that have changed, with one matrix per expert. Adapters count as the matrices that they add.
@@ -59,9 +57,10 @@ def update_by_layer(student: nn.Module, before: Callable[[str], Tensor]) -> dict
     ranks: dict[str, list[float]] = defaultdict(list)
     base = inner(student)
     layers = {name.replace(".base_layer.", "."): layer for name, layer in layer_of(base).items()}
-    for name, square, stable in _updates(base, before):
-        squares[layers[name]] += square
-        ranks[layers[name]] += stable if layers[name] != "outside" else []
+    with target.weights() as before:
+        for name, square, stable in _updates(base, before):
+            squares[layers[name]] += square
+            ranks[layers[name]] += stable if layers[name] != "outside" else []
     return {
         layer: {"distance": math.sqrt(square)}
         | ({"stable_rank": sum(ranks[layer]) / len(ranks[layer])} if ranks[layer] else {})

@@ -126,13 +126,6 @@ def _finish(run: Run, made: Prepared) -> None:
         losses=lambda: weighted_means(lines, units),
         plan=lambda: {"tokens": sum(line.get(f"{text}_tokens", 0) for line in lines for text in ("forget", "retain"))},
         agreement=lambda: changes.agreement(student, made.compared(), made.pad_id),
-        update_by_layer=lambda: _update_by_layer(student, made),
+        update_by_layer=lambda: changes.update_by_layer(student, made.reference),
     )
     run.update(evals=trainer.evaluation.at(trainer.state.global_step, student, f"Evaluating {config.name}"))
-
-
-def _update_by_layer(student: Any, made: Prepared) -> dict[str, dict[str, float]]:
-    from lethe.unlearning import changes
-
-    with made.reference.weights() as before:
-        return changes.update_by_layer(student, before)

@@ -8,13 +8,13 @@ while they run: once maps are fitted and outputs cached, `free_teachers` drops t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lethe.errors import LetheError, full_disk
@@ -215,8 +215,7 @@ def _student(
 ) -> nn.Module:
     """The model that is trained: rewound towards the source and with adapters, where the recipe says so."""
     if config.rewind and source is not None:
-        with source.weights() as weight:
-            rewind(model, weight, config.rewind)
+        rewind(model, source, config.rewind)
     if config.lora is None:
         return model.requires_grad_(True)
     if config.rewind and not config.merge:
@@ -230,17 +229,18 @@ def adapted_layers(config: Method, model: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
-def rewind(model: nn.Module, source: Callable[[str], Tensor], share: float) -> None:
-    """θ ← (1 − share) θ_model + share θ_source, weight by weight, in place. `source` gives a weight by its name.
+def rewind(model: nn.Module, source: Frozen, share: float) -> None:
+    """θ ← (1 − share) θ_model + share θ_source, weight by weight, in place.
 
     Raises:
         LetheError: a weight of the source is not finite.
     """
-    for name, parameter in model.named_parameters():
-        theirs = source(name)
-        if not theirs.isfinite().all():
-            raise LetheError(f"source: {name} is not finite, so the source diverged or is damaged; give another")
-        parameter.lerp_(theirs.to(parameter), share)
+    with source.weights() as weight:
+        for name, parameter in model.named_parameters():
+            theirs = weight(name)
+            if not theirs.isfinite().all():
+                raise LetheError(f"source: {name} is not finite, so the source diverged or is damaged; give another")
+            parameter.lerp_(theirs.to(parameter), share)
 
 
 def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
