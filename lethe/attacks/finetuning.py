@@ -41,7 +41,7 @@ class TamperTrainer(RunTrainer):
         super().__init__(*args, **kwargs)
         self.head = head_of(self.model)  # type: ignore[arg-type]
 
-    def loss(self, model: nn.Module, inputs: dict[str, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, inputs: dict[str, dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
         text, name = inputs["attack"], "attack"
         states = read(model, text["input_ids"], [], True, self.head)

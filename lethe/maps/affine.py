@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lethe import distributed
 from lethe.config import AffineConfig
+from lethe.distributed import device
 from lethe.errors import LetheError
 from lethe.evaluation.requests import tokenizer_hash
 from lethe.files import sha256
@@ -140,13 +141,12 @@ def activation_pairs(
 
     The processes share the batches. There are at least as many batches as processes, if need be of fewer sequences.
     """
-    device = next(model.parameters()).device
     ordered = sorted(sequences, key=len)
     size = max(1, min(batch_size, len(ordered) // distributed.world()))
 
     def activations(some: list[list[int]]) -> tuple[Tensor, list[dict[int, Tensor]]]:
-        ids, mask = (t.to(device) for t in corpora.pad(some, pad_id))
-        with torch.no_grad():
+        ids, mask = (t.to(device()) for t in corpora.pad(some, pad_id))
+        with torch.no_grad():  # not inference_mode: what a model caches then could not be used in training
             return mask.bool(), [read(each, ids, layers).activations for each in (source, model)]
 
     with distributed.uneven(source, lambda: activations(ordered[:1])):
@@ -183,15 +183,13 @@ def fit_on_text(
 
 
 def fit_once(
-    model: nn.Module,
-    source: nn.Module,
+    fitted: Callable[[], AffineMap],
     tokenizer: Any,
     documents: list[corpora.Document],
     config: AffineConfig,
-    text: Any,
     parents: dict[str, dict[str, str]],
 ) -> AffineMap:
-    """As `fit_on_text`, but maps of the same weights (`parents`), text and settings are cached in $LETHE_HOME/maps.
+    """What `fitted` gives, unless maps of the same weights (`parents`), text and settings are cached in $LETHE_HOME/maps.
 
     If the cache cannot be written, each process fits.
     """
@@ -199,9 +197,6 @@ def fit_once(
     weights = {role: parent["sha256"] for role, parent in parents.items()}
     key = cache_key(settings, weights, corpora.fingerprint(documents), tokenizer_hash(tokenizer))
     folder = lethe_home() / "maps" / key
-
-    def fitted() -> AffineMap:
-        return fit_on_text(model, source, tokenizer, documents, config, text)
 
     def cached() -> AffineMap:
         maps = load_maps(folder, config.layers)
@@ -214,7 +209,7 @@ def fit_once(
         logger.warning("fitted maps cannot be cached in %s (%s)", folder.parent, error.strerror or error)
         maps = fitted()
     maps.record |= parents
-    return maps.to(next(model.parameters()).device)
+    return maps.to(device())
 
 
 def _is_whole(folder: Path) -> bool:
@@ -265,7 +260,7 @@ def score_maps(
     found: dict[str, LayerScores] = {}
     with bar("Scoring maps", len(sequences) * len(conventions), "documents") as advance:
         for convention in conventions:
-            maps = load_maps(folder, layers or layers_of(tensors, convention, len(blocks(model))), convention).to(model.device)
+            maps = load_maps(folder, layers or layers_of(tensors, convention, len(blocks(model))), convention).to(device())
             pairs = activation_pairs(model, source, sequences, maps.layers, batch_size, pad_id, advance)
             found[convention] = score(pairs, maps)
     return MapScores(recorded_convention(facts_of(folder)) is not None, found)

@@ -139,65 +139,60 @@ def run_of(name: str, out: str | Path = "runs") -> Run | None:
     return Run.open(name) if os.path.isfile(os.path.join(name, "run.json")) else None
 
 
-def load(ref: ModelRef, dtype: str = "float32", sharded: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    ref: ModelRef, dtype: str = "float32", last: int | None = None, sharded: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode, on the GPU if there is one, and its tokenizer, which pads on the right.
-
-    `sharded`: of several processes, each loads a part of every weight.
 
     A reference with an adapter gives a PEFT model. The weights of `random:` come from a fixed seed. The model's own dropouts
     (GPT-2 has some) are 0 in training too, since a loss that compares the model with a teacher would measure them. The saved
-    configuration preserves them.
+    configuration preserves them. With `last`, only blocks 0 to `last` are in memory, for passes that end there.
+    With `sharded`, each of several processes loads a part of every weight.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from lethe.models import loading
+
     verify(ref)
     with blamed(ref.name, "it cannot be loaded", "copy or download it again"):
-        config, dropouts = _config(ref)
-        kind, device = getattr(torch, dtype), distributed.device()
-        sharded = sharded and distributed.world() > 1
+        config, dropouts = configuration(ref)
+        kind, sharded = getattr(torch, dtype), sharded and distributed.world() > 1
+        inside = loading.block_list(loading.on_meta(config, kind)) if sharded else ""
+        how = distributed.sharded_loading(inside) if sharded else {}
         if ref.random:
             with torch.random.fork_rng():
                 torch.manual_seed(RANDOM_SEED)
                 model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
         else:
-            placing = distributed.sharded_loading(_block_list(config)) if sharded else {"device_map": {"": device}}
-            if device.type == "cpu" and not sharded:
-                placing = {}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                ref.folder, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, trust_remote_code=False,
-                **placing,
-            )  # fmt: skip
-            model, report = loaded
-            model_folder.refuse_report(ref.name, report, model_folder.depth_of(config))
+            part = None
+            if last is not None and not ref.adapter and last + 1 < model_folder.depth_of(config):
+                with model_folder.silent():
+                    part = loading.first_blocks(ref.folder, config, kind, last, **how)
+            if part is None:
+                part, report = loading.pretrained(ref.folder, config, kind, **how)
+                model_folder.refuse_report(ref.name, report, model_folder.depth_of(config))
+            model = part
             model.name_or_path = model.config.name_or_path = ref.path  # adapters name the repository, not its snapshot here
         for name, value in dropouts.items():
             setattr(model.config, name, value)
         if sharded:
-            distributed.shard(model, _block_list(config)) if ref.random else None
+            if ref.random:
+                distributed.shard(model, inside)
             distributed.may_end_early(model)
         if ref.adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, ref.adapter)
         model.eval()
-        return (model if sharded else model.to(device)), tokenizer(ref)
+        if not sharded:
+            model.to(distributed.device())
+        if last is not None and not sharded:
+            loading.drop_after(model, last)
+        return model, tokenizer(ref)
 
 
-def _block_list(config: Any) -> str:
-    """The name of the list of blocks in the model of that configuration."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from lethe.models.activations import blocks
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    found = blocks(model)
-    return next(name for name, module in model.named_modules() if module is found)
-
-
-def _config(ref: ModelRef) -> tuple[Any, dict[str, float]]:
+def configuration(ref: ModelRef) -> tuple[Any, dict[str, float]]:
     """The configuration with dropouts at 0, and their rates in config.json."""
     from transformers import AutoConfig
 
@@ -234,7 +229,7 @@ def _download_weights(ref: ModelRef) -> None:
 def _verified(ref: ModelRef, files: tuple[tuple[str, int, int], ...]) -> None:
     """`verify`, cached for the same names, sizes and times of files."""
     with blamed(ref.name, "config.json cannot be used", OWN_CONFIG):
-        config, _ = _config(ref)
+        config, _ = configuration(ref)
     model_folder.refuse_misfit(ref.name, config, None if ref.random else model_folder.refuse_weights(ref.name, ref.folder))
     if (ref.folder / TOKENIZER).exists():
         model_folder.part(ref.name, ref.folder / TOKENIZER)  # if it is damaged, transformers would read other files instead

@@ -16,6 +16,7 @@ from lethe.unlearning.changes import AGREEMENT_BATCH
 
 if TYPE_CHECKING:
     from lethe.unlearning.prepare import Prepared
+    from lethe.unlearning.view import Teacher
 
 RECOMPUTED = 4
 """Memory of one block's recomputation and gradients under gradient checkpointing, as a multiple of its activations.
@@ -27,7 +28,9 @@ BUFFERS, LATER = 0.08, 96 * 2**20
 """Reserve for memory that the estimate does not list: a share of the sum, and the bytes that libraries allocate later."""
 
 
-def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: int) -> dict[str, int]:
+def estimate(
+    made: Prepared, width: int, document: int, tokens: int, libraries: int, teachers: dict[str, str]
+) -> dict[str, int]:
     """Estimated peak memory in bytes by part. The sum is that of the process on a CPU, and that of the device on a GPU.
 
     Args:
@@ -35,6 +38,7 @@ def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: 
         document: bytes of activations that the longest pair of documents saves for the backward pass.
         tokens: number of tokens in the text that maps are fitted on.
         libraries: bytes that the process used before it loaded a model.
+        teachers: by text, whether its teacher is cached or live. A cached one is in memory until its cache is built.
 
     Logits are counted four times: those of two models, and the float32 intermediates of the KL. If the output heads are
     known, these are the logits of one chunk of tokens (`objectives.losses`). `other` is what fitting maps, a save or the
@@ -53,10 +57,12 @@ def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: 
         saved = RECOMPUTED * saved // text.num_hidden_layers + inputs
     logits = 4 * 4 * (min(batch * width, CHUNK) if trainer.head is not None else batch * width) * text.vocab_size
     mapped = len(config.mapped_layers)
+    before = loaded(made)
+    held = sum(_held(trainer.teachers, teachers).values())
     found = {
         "libraries": libraries,
         "weights": _bytes(student),
-        "teachers": sum(_bytes(model) for model in (made.source, made.reference) if model),
+        "teachers": held,
         "maps": 4 * mapped * hidden * (hidden + 1),
         "gradients": moved,
         "optimizer": state * numbers,
@@ -64,7 +70,7 @@ def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: 
     }
     update = found["gradients"] + found["optimizer"] + found["activations"]
     end = found["optimizer"] + max(moved, 4 * AGREEMENT_BATCH * width * text.vocab_size)
-    fit = sums_bytes(hidden, mapped) + (0 if torch.cuda.is_available() else TOKEN * tokens)
+    fit = before - held + sums_bytes(hidden, mapped) + (0 if torch.cuda.is_available() else TOKEN * tokens)
     found["other"] = max(0, max(fit, end) - update)
     return found | {"buffers": LATER + round(BUFFERS * sum(found.values()))}
 
@@ -79,14 +85,25 @@ def taken() -> int:
     return 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
+def _held(found: dict[str, Teacher], how: dict[str, str]) -> dict[int, int]:
+    """Bytes of each teacher's model that training holds: all of a live one, the output head of a cached one."""
+    heads = {id(t.model): _bytes(t.head) for t in found.values() if t.head is not None and t.model.bytes}
+    return heads | {id(t.model): t.model.bytes for text, t in found.items() if not how[text].startswith("cached")}
+
+
+def loaded(made: Prepared) -> int:
+    """Bytes of the teachers' models that are in memory now."""
+    return sum(model.bytes for model in (made.source, made.reference) if model)
+
+
 def _bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def refuse_too_much(parts: dict[str, int]) -> None:
-    """Refuse a run that does not fit into memory. The models are already loaded."""
+def refuse_too_much(parts: dict[str, int], teachers: int) -> None:
+    """Refuse a run that does not fit into memory. The models are already loaded, with `teachers` bytes of teachers."""
     free, needed = available_memory(), sum(parts.values())
-    if needed - parts["libraries"] - parts["weights"] - parts["teachers"] > free:
+    if needed - parts["libraries"] - parts["weights"] - teachers > free:
         raise LetheError(
             f"memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free beside the models; "
             f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing"

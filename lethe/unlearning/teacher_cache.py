@@ -28,6 +28,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lethe import distributed
+from lethe.distributed import device
 from lethe.files import sha256
 from lethe.home import lethe_home, use
 from lethe.models.activations import States
@@ -72,8 +73,7 @@ class Cache:
 
 def key_of(teacher: Teacher, sequences: list[list[int]]) -> dict[str, Any]:
     """All that a teacher's outputs on `sequences` depend on."""
-    model: Any = teacher.model
-    need, maps = teacher.need, teacher.maps
+    model, need, maps = teacher.model, teacher.need, teacher.maps
     configuration = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
     return {
         "format": FORMAT,
@@ -95,8 +95,8 @@ def folder_of(key: dict[str, Any]) -> Path:
 
 def size_of(teacher: Teacher, sequences: list[list[int]]) -> int:
     """Bytes of a cache."""
-    model: Any = teacher.model
-    need, settings = teacher.need, model.config.get_text_config()
+    model, need = teacher.model, teacher.need
+    settings = model.config.get_text_config()
     mapped = 4 if teacher.maps else model.dtype.itemsize
     ending = settings.hidden_size if teacher.head is not None else settings.vocab_size
     widths = mapped * len(need.layers) * settings.hidden_size + model.dtype.itemsize * need.logits * ending
@@ -154,12 +154,11 @@ def open_or_build(teacher: Teacher, text: str, sequences: list[list[int]]) -> Ca
 
 def _build(teacher: Teacher, text: str, sequences: list[list[int]], folder: Path, key: dict[str, Any]) -> None:
     """Write the outputs on all sequences. The processes share the batches, and each writes where its tokens belong."""
-    device: Any = teacher.model.device
     count = max(1, TOKENS // max(map(len, sequences)))
     starts = [0, *itertools.accumulate(map(len, sequences))]
 
     def outputs(some: list[list[int]]) -> dict[str, Tensor]:
-        ids, mask = (t.to(device) for t in corpora.pad(some, 0))
+        ids, mask = (t.to(device()) for t in corpora.pad(some, 0))
         states = teacher.live(ids)
         found = {f"layer_{n}.bin": values for n, values in states.activations.items()}
         found |= {} if states.output is None else {"output.bin": states.output}
@@ -171,7 +170,8 @@ def _build(teacher: Teacher, text: str, sequences: list[list[int]], folder: Path
     distributed.from_first(folder.mkdir)
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(bar(f"Computing the teacher's outputs on the {text} text", len(sequences), "documents"))
-        stack.enter_context(distributed.uneven(teacher.model, lambda: outputs(sequences[:1])))
+        model = stack.enter_context(teacher.model.running())
+        stack.enter_context(distributed.uneven(model, lambda: outputs(sequences[:1])))
         for start in distributed.share(range(0, len(sequences), count)):
             found = outputs(sequences[start : start + count])
             try:
@@ -190,9 +190,8 @@ def _build(teacher: Teacher, text: str, sequences: list[list[int]], folder: Path
                 os.fsync(file.fileno())
         except OSError as error:
             failed = failed or error
-    for error in distributed.gather(failed):
-        if error is not None:
-            raise error
+    for one in filter(None, distributed.gather(failed)):
+        raise one
     facts = {name: fact for part in distributed.gather(facts) for name, fact in part.items()}
     distributed.from_first(lambda: _write_manifest(folder, key, facts, starts[-1]))
 
