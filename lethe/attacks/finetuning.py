@@ -53,7 +53,7 @@ class TamperTrainer(RunTrainer):
 def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> Run:
     """Train on the attacker's text, and evaluate in between."""
     model: Any
-    model, tokenizer = refs.load(checked.model, "float32")
+    model, tokenizer = refs.load(checked.model, "float32", sharded=config.parallel == "fsdp")
     refuse_unscorable(model, tokenizer, config.eval)
     if not isinstance(model, PeftModel):
         refuse_untrainable(model, config.model, config.max_length)
@@ -86,6 +86,7 @@ def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> R
 
 def _attacked(model: Any, config: TamperConfig, checked: CheckedAttack) -> Any:
     """The model with the weights that the attack trains: all of them, new adapters, or the adapter that is there."""
+    distributed.gathered_away(model)
     if checked.model.adapter and config.adapter == "train":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name)

@@ -19,7 +19,7 @@ import inspect
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -127,7 +127,8 @@ class Scorer(HFLM):
         in_trees = self._supports(trees, requests)
         own: dict[int, tuple[float, bool]] = {}
         with distributed.uneven(self._forward, self._idle):
-            for found in self._in_trees(list(distributed.share(trees)), requests) if in_trees else self._separately(requests):
+            apart = self._separately(distributed.share(_by_context(requests)), requests)
+            for found in self._in_trees(distributed.share(trees), requests) if in_trees else apart:
                 own |= found
                 advance(len(found) * distributed.world())
         everything = {number: result for part in distributed.gather(own) for number, result in part.items()}
@@ -138,18 +139,15 @@ class Scorer(HFLM):
         """A pass for the sake of other processes, which need this one's part of the model."""
         self._forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
 
-    def _separately(self, requests: list[Encoded]) -> Iterator[dict[int, tuple[float, bool]]]:
-        """The results by number that lm-eval gives, one input at a time.
+    def _separately(self, groups: Sequence[list[int]], requests: list[Encoded]) -> Iterator[dict[int, tuple[float, bool]]]:
+        """The results by number that lm-eval gives, one input at a time, for groups of requests with one context each.
 
         Contexts are scored one by one, because lm-eval confuses equal inputs whose contexts end at different places.
 
         Raises:
             LetheError: an input does not fit into memory.
         """
-        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for number, (context, _) in enumerate(requests):
-            by_context[tuple(context)].append(number)
-        for numbers in distributed.share(list(by_context.values())):
+        for numbers in groups:
             some = [(("", ""), *requests[number]) for number in numbers]
             try:
                 found = super()._loglikelihood_tokens(some, disable_tqdm=True)
@@ -159,7 +157,7 @@ class Scorer(HFLM):
                 raise _too_long(max(len(context) + len(answer) for _, context, answer in some)) from error
             yield dict(zip(numbers, found, strict=True))
 
-    def _in_trees(self, trees: list[Tree], requests: list[Encoded]) -> Iterator[dict[int, tuple[float, bool]]]:
+    def _in_trees(self, trees: Sequence[Tree], requests: list[Encoded]) -> Iterator[dict[int, tuple[float, bool]]]:
         """The results by number, of a batch at a time. If a batch does not fit into memory, it and later ones are halved."""
         start = 0
         while start < len(trees):
@@ -182,7 +180,7 @@ class Scorer(HFLM):
             yield found
             start += len(batch)
 
-    def _fitting(self, trees: list[Tree], start: int) -> int:
+    def _fitting(self, trees: Sequence[Tree], start: int) -> int:
         """How many trees from `start` on make a batch. They are sorted longest first."""
         context = rest = reads = count = 0
         for tree in trees[start:]:
@@ -195,7 +193,7 @@ class Scorer(HFLM):
         return count
 
     @torch.inference_mode()
-    def _run(self, batch: list[Tree], requests: list[Encoded]) -> dict[int, tuple[float, bool]]:
+    def _run(self, batch: Sequence[Tree], requests: list[Encoded]) -> dict[int, tuple[float, bool]]:
         """The results of the requests in a batch, by number."""
         width = max(len(tree.tokens) - tree.context for tree in batch)
         reads = [
@@ -225,7 +223,7 @@ class Scorer(HFLM):
             ids[k, : len(sequence)] = sequence
         return torch.from_numpy(ids).to(self.device)
 
-    def _run_contexts(self, batch: list[Tree], rest: int) -> dict[str, Any]:
+    def _run_contexts(self, batch: Sequence[Tree], rest: int) -> dict[str, Any]:
         """Run the contexts. Returns the model's arguments for the answers' tokens (batch, rest): keys and values of the
         contexts, positions (batch, rest) and an additive mask (batch, 1, rest, cached + rest)."""
         prefix = batch[0].prefix
@@ -328,9 +326,18 @@ class Scorer(HFLM):
             logger.info("token trees failed: %s", (str(error).splitlines() or [type(error).__name__])[0])
             return False
         rounding = 1e-4 if self._forward.dtype == torch.float32 else 2e-2
-        apart = [pair for some in self._separately([requests[i] for i in numbers]) for pair in some.items()]
+        some = [requests[i] for i in numbers]
+        apart = [pair for found in self._separately(_by_context(some), some) for pair in found.items()]
         pairs = [(value, together[numbers[i]][0]) for i, (value, _) in apart]
         return all(not abs(a - b) > rounding * max(10.0, abs(a)) for a, b in pairs)
+
+
+def _by_context(requests: list[Encoded]) -> list[list[int]]:
+    """The numbers of requests with the same context."""
+    found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, (context, _) in enumerate(requests):
+        found[tuple(context)].append(number)
+    return list(found.values())
 
 
 def batch_sizes(model: nn.Module, device: torch.device) -> tuple[int, int]:

@@ -52,6 +52,7 @@ class HfTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the settings name. Trainer knows no Muon and would leave its parameter groups unnamed."""
         if self.optimizer is None:
+            distributed.gathered_away(self.model)  # type: ignore[arg-type]
             self.optimizer = make_optimizer(self.model, self.config)  # type: ignore[arg-type]
         return self.optimizer
 

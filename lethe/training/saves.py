@@ -145,6 +145,7 @@ def clear(folder: Path) -> None:
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """The trained parameters by name; a tied parameter is named once."""
+    distributed.gathered_away(model)
     return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -232,7 +233,12 @@ def _sync(path: Path) -> None:
 def save_artifact(run: Run, kind: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save a model or an adapter as the run's artifact `kind`."""
     folder = run.path / kind
-    if distributed.is_first() or (kind != "adapter" and distributed.sharded_modules(model)):
+    distributed.gathered_away(model)
+    if kind == "adapter":  # PEFT would gather the frozen weights too
+        own = {name: value for name, value in model.state_dict().items() if ".lora_" in name}
+        if distributed.is_first():
+            model.save_pretrained(folder, state_dict=own)
+    elif distributed.is_first() or distributed.sharded_modules(model):
         model.save_pretrained(folder)  # all processes gather a sharded model, and transformers lets the first write it
 
     def describe() -> str:

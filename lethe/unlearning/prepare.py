@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lethe import distributed
 from lethe.errors import LetheError, full_disk
 from lethe.evaluation.accuracy import refuse_unscorable
 from lethe.maps.affine import AffineMap
@@ -214,6 +215,7 @@ def _student(
     run: Run, config: Method, model: PreTrainedModel, source: Frozen | None, tokenizer: PreTrainedTokenizerBase
 ) -> nn.Module:
     """The model that is trained: rewound towards the source and with adapters, where the recipe says so."""
+    distributed.gathered_away(model)
     if config.rewind and source is not None:
         rewind(model, source, config.rewind)
     if config.lora is None:
