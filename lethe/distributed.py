@@ -235,13 +235,12 @@ def _control() -> Any:
 def averaged(model: nn.Module, loss: Callable[[nn.Module, Any], Any], may_miss: bool) -> nn.Module | None:
     """A module that computes `loss(model, batch)` and averages the gradients of `model` over the processes.
 
-    None where nothing has to be averaged: for one process, and where FSDP2 does it. `may_miss`: some parameters may get no
-    gradient.
+    None for one process. FSDP2 averages those of sharded parameters itself. `may_miss`: some parameters may get no gradient.
     """
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    if world() == 1 or all(is_sharded(p) for p in model.parameters() if p.requires_grad):
+    if world() == 1:
         return None
 
     class Loss(torch.nn.Module):
@@ -252,7 +251,9 @@ def averaged(model: nn.Module, loss: Callable[[nn.Module, Any], Any], may_miss: 
         def forward(self, batch: Any) -> Any:
             return loss(self.model, batch)
 
-    start()
+    gathered_away(model)
+    if all(is_sharded(p) for p in model.parameters() if p.requires_grad):
+        return Loss()
     return DistributedDataParallel(Loss(), init_sync=False, broadcast_buffers=False, find_unused_parameters=may_miss)
 
 

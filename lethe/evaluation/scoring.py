@@ -241,7 +241,7 @@ class Scorer(HFLM):
         return arguments | self._positions_and_mask(batch, attention, width, rest)
 
     def _positions_and_mask(
-        self, batch: list[Tree], attention: list[tuple[list[int], np.ndarray]], width: int, rest: int
+        self, batch: Sequence[Tree], attention: list[tuple[list[int], np.ndarray]], width: int, rest: int
     ) -> dict[str, Tensor]:
         """Positions (batch, tokens) and an additive mask (batch, 1, tokens, prefix + width + rest).
 

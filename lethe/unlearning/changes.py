@@ -12,8 +12,8 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lethe.distributed import device, gathered_away, whole
 from lethe.models.adapters import inner
-from lethe.models.loading import device
 from lethe.text import corpora
 from lethe.training.optimizers import layer_of
 from lethe.unlearning.frozen import Frozen
@@ -56,6 +56,7 @@ def update_by_layer(student: nn.Module, target: Frozen) -> dict[str, dict[str, f
     squares: dict[str, float] = defaultdict(float)
     ranks: dict[str, list[float]] = defaultdict(list)
     base = inner(student)
+    gathered_away(base)
     layers = {name.replace(".base_layer.", "."): layer for name, layer in layer_of(base).items()}
     with target.weights() as before:
         for name, square, stable in _updates(base, before):
@@ -114,7 +115,7 @@ def _updates(base: nn.Module, before: Callable[[str], Tensor]) -> Iterator[tuple
         if ".lora_" in name:
             continue
         plain, adapter = name.replace(".base_layer.", "."), adapters.get(name)
-        change = parameter.detach().float() - before(plain).to(parameter.device).float()
+        change = whole(parameter.detach()).float() - whole(before(plain)).to(parameter.device).float()
         if adapter is not None and not change.any():
             a, b = (part["default"].weight.float() for part in (adapter.lora_A, adapter.lora_B))
             change = adapter.scaling["default"] * torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
