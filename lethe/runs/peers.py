@@ -14,14 +14,14 @@ import contextlib
 import json
 import os
 import shutil
-import sys
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lethe import distributed
-from lethe.errors import printable
-from lethe.files import write_atomically
+from lethe.errors import LetheError
+from lethe.files import RUN, write_atomically
 from lethe.runs.locks import identity, in_words, lives, seconds_since_written
 from lethe.runs.record import record_of
 
@@ -98,15 +98,22 @@ class Peers:
             time.sleep(0.1)
         return found
 
-    def abandon(self, status: str, reason: str) -> None:
-        """End this process, whatever it waits for, because another is lost. The lowest rank that is left records that."""
+    def record(self, status: str, reason: str | None) -> None:
+        """Write how the run ended, if this is the lowest rank that is left: the first, whose task that is, may be gone."""
         left = [file for file in (self.own, *self.others) if lives(_facts(file)) and "status" not in _facts(file)]
         if min(left, key=lambda file: int(file.stem), default=self.own) == self.own:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(LetheError, OSError):
                 record = record_of(self.path)
                 if record["status"] == "running":
-                    write_atomically(self.path / "run.json", json.dumps(record | {"status": status, "reason": reason}, indent=2))
-            print(f"lethe: {printable(reason)}; resume with: lethe resume {printable(self.path)}", file=sys.stderr, flush=True)
+                    write_atomically(self.path / RUN, json.dumps(record | {"status": status, "reason": reason}, indent=2))
+
+    def abandon(self, status: str, reason: str) -> None:
+        """End this process, whatever it waits for, because another is lost."""
+        self.record(status, reason)
+        self.end(status, reason)
+        for file in self.others:
+            if lives(_facts(file)) and seconds_since_written(file) > HUNG_AFTER:
+                os.kill(_facts(file)["pid"], signal.SIGKILL)  # a request to stop would not reach it
         os._exit(1)
 
 

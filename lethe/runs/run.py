@@ -57,7 +57,7 @@ class Run:
         self.lock = FolderLock(path, shared=record.get("kind") == "sweep")
         self.record = record
         self.stopping: str | None = None
-        self.is_deferring = False
+        self.is_deferring = self.is_ending = False
         self._began = self._before = 0.0
         self._made_folder = False
         self._writing = threading.Lock()
@@ -273,7 +273,7 @@ class Run:
         self._before = (self.record.get("environment") or {}).get("seconds") or 0.0
         self._began = time.monotonic()
         try:
-            with terminable(self), self._recorded(), logged(self.path), heartbeat(self):
+            with terminable(self), logged(self.path), self._recorded(), heartbeat(self):
                 facts = {"started": self.record.get("started") or now(), "finished": None, "heartbeat": now()}
                 self.update(status="running", reason=None, environment=environment(), **facts)
                 garbage.as_usual()
@@ -285,12 +285,13 @@ class Run:
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[None]:
         """Record how the work inside ends."""
-        status, reason = "complete", None
+        status, reason, first = "complete", None, None
         if self.peers:
             self.peers.begin()
         try:
             yield
         except KeyboardInterrupt as error:
+            self.is_ending = True
             status = "failed" if self.stopping == TIME_LIMIT else "cancelled"
             reason = str(error) or "interrupted from the keyboard"
             if self.peers and (first := self.peers.ended_first()):
@@ -298,6 +299,7 @@ class Run:
                 raise LetheError(f"{reason}; resume with: {self._resume_command}") from error
             raise
         except BaseException as error:
+            self.is_ending = True
             if self.peers and (first := self.peers.ended_first()):
                 status, reason = first
                 raise LetheError(f"{reason}; resume with: {self._resume_command}") from error
@@ -311,6 +313,8 @@ class Run:
                 status = "diverged" if status == "complete" else status
                 reason = "; then ".join(filter(None, [self.record["divergence"]["reason"], reason]))
             took = {"peak_memory": peak_memory(), "seconds": self._seconds()}
+            if self.peers and first:
+                self.peers.record(status, reason)
             if self.peers:
                 self.peers.end("diverged" if self.diverged and status == "complete" else status, reason)
             try:

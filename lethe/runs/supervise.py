@@ -126,7 +126,7 @@ def terminable(run: Run) -> Iterator[None]:
 
     def terminate(number: int, frame: Any) -> None:
         run.stopping = run.stopping or "SIGTERM"
-        if not run.is_deferring:
+        if not run.is_deferring and not run.is_ending:
             raise run.terminated()
 
     previous = signal.signal(signal.SIGTERM, terminate)
