@@ -10,6 +10,7 @@ from torch import nn
 
 from lethe.errors import LetheError
 from lethe.maps.ridge import sums_bytes
+from lethe.models.activations import blocks
 from lethe.objectives.losses import CHUNK
 from lethe.training.optimizers import STATE_BYTES, needs_masters
 from lethe.unlearning.changes import AGREEMENT_BATCH
@@ -69,7 +70,7 @@ def estimate(
         "activations": saved + logits,
     }
     update = found["gradients"] + found["optimizer"] + found["activations"]
-    end = found["optimizer"] + max(moved, 4 * AGREEMENT_BATCH * width * text.vocab_size)
+    end = found["optimizer"] + max(moved, _streamed(student) + 4 * AGREEMENT_BATCH * width * text.vocab_size)
     fit = before - held + sums_bytes(hidden, mapped) + (0 if torch.cuda.is_available() else TOKEN * tokens)
     found["other"] = max(0, max(fit, end) - update)
     return found | {"buffers": LATER + round(BUFFERS * sum(found.values()))}
@@ -94,6 +95,12 @@ def _held(found: dict[str, Teacher], how: dict[str, str]) -> dict[int, int]:
 def loaded(made: Prepared) -> int:
     """Bytes of the teachers' models that are in memory now."""
     return sum(model.bytes for model in (made.source, made.reference) if model)
+
+
+def _streamed(student: nn.Module) -> int:
+    """Bytes of a model whose blocks are read from disk: all but the blocks, and one block."""
+    each = [_bytes(block) for block in blocks(student)]
+    return _bytes(student) - sum(each) + max(each)
 
 
 def _bytes(model: nn.Module) -> int:
