@@ -1,20 +1,34 @@
 """Faster training passes of a model, behind the setting `fast`.
 
-LoRA without dropout is computed with one matmul in place of three. PEFT computes the left side, `fast_passes` the right:
+x: inputs, W: frozen weight, A and B: the adapter's matrices, s: alpha / r, g: gradient of y. PEFT computes
 
-    y = x Wᵀ + s · (x Aᵀ) Bᵀ + bias = x Mᵀ + bias,   M = W + s · B A
-    ∂/∂x = g M,   ∂/∂A = s · (g B)ᵀ x,   ∂/∂B = s · gᵀ (x Aᵀ)
+    y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ
 
-x: inputs, g: gradient of y, W: frozen weight, A and B: the adapter's matrices, s: alpha / r. M takes r / tokens of the time of
-x Mᵀ. So it is computed again in the backward pass instead of being saved. The gradient of M, as large as W, is never computed.
+**float32, without dropout**: one matmul in place of three.
 
-`fast_passes` replaces `forward` of the model's own LoRA modules until the context ends. Evaluation, merging and saving use
-PEFT's code.
+    y = x Mᵀ + bias,   M = W + s · B A,   ∂/∂x = g M,   ∂/∂A = s · (g B)ᵀ x,   ∂/∂B = s · gᵀ (x Aᵀ)
+
+M takes r / tokens of the time of x Mᵀ. So it is computed again in the backward pass instead of being saved. The gradient of M,
+as large as W, is never computed.
+
+**bfloat16 or float16**: PEFT converts x to the adapter's float32 and writes its part of y in float32 several times. On a GPU
+that moves about 28 bytes per number of y, which takes nearly as long as x Wᵀ. Here the adapter's two matmuls are in the type of
+x, and x Wᵀ is added to their result, about 4 bytes per number. M would be cheaper still. But an update that is smaller than
+half a rounding step of W vanishes in M, and those of LoRA are. Here, matmuls add up in float32 and y is rounded once, so a
+small part of the adapter counts. The adapter's weights stay float32; only their copies in the pass are rounded.
+
+On a GPU, each block of a large model is also compiled (torch.compile): norms, rotary embeddings, GELU and residual sums become few kernels, and
+the backward pass computes most of them again from fewer saved tensors. Hooks on blocks stay outside. Where a block cannot be
+compiled, the model runs as it is, and the log says why.
+
+`fast_passes` replaces `forward` of the model's own modules until the context ends. Evaluation, merging and saving use the code
+of PEFT and transformers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,35 +39,45 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from lethe.models.activations import blocks
+
+logger = logging.getLogger(__name__)
+HALF = {torch.bfloat16, torch.float16}
+COMPILED = 10**9
+"""Weights from which blocks are compiled. Compiling takes about a minute, which smaller models do not save in a short run."""
+
 
 @contextlib.contextmanager
 def fast_passes(model: nn.Module, fast: bool) -> Iterator[list[str]]:
     """Inside, training passes of `model` take the faster form where there is one; yields the names of the modules that do.
 
-    These are PEFT's plain LoRA modules without dropout, with one float32 adapter on frozen float32 weights.
+    These are PEFT's plain LoRA modules with one float32 adapter on frozen weights. Those of float32 must be without dropout.
     """
     modules = dict(model.named_modules()) if fast else {}
-    merged: dict[str, Any] = {name: m for name, m in modules.items() if type(m) is Linear and _can_merge(m)}
-    for module in merged.values():
+    adapted: dict[str, Any] = {name: m for name, m in modules.items() if type(m) is Linear and _is_plain(m)}
+    replaced: list[Any] = list(adapted.values())
+    for module in replaced:
         module.forward = _forward(module)
+    if fast and torch.cuda.is_available() and sum(p.numel() for p in model.parameters()) >= COMPILED:
+        replaced += compile_blocks(model)
     try:
-        yield list(merged)
+        yield list(adapted)
     finally:
-        for module in merged.values():
+        for module in replaced:
             del module.forward  # the instance's attribute; the class's method is visible again
 
 
-def _can_merge(module: Any) -> bool:
+def _is_plain(module: Any) -> bool:
     base, names = module.get_base_layer(), module.active_adapters
     if len(names) != 1 or names[0] not in module.lora_A or type(base) not in {nn.Linear, Conv1D}:
         return False
     (name,) = names
-    weights = (base.weight, module.lora_A[name].weight, module.lora_B[name].weight)
+    dropped = not isinstance(module.lora_dropout[name], nn.Identity)
     return (
-        all(weight.dtype == torch.float32 for weight in weights)
+        (base.weight.dtype in HALF or (base.weight.dtype == torch.float32 and not dropped))
+        and all(part[name].weight.dtype == torch.float32 for part in (module.lora_A, module.lora_B))
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
-        and isinstance(module.lora_dropout[name], nn.Identity)
         and name not in module.lora_variant
         and not module.lora_bias[name]
     )
@@ -61,14 +85,17 @@ def _can_merge(module: Any) -> bool:
 
 def _forward(module: Any) -> Callable[..., Tensor]:
     base, name, peft_forward = module.get_base_layer(), module.active_adapters[0], module.forward
-    a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    weight = base.weight.T if isinstance(base, Conv1D) else base.weight
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         training = module.training and torch.is_grad_enabled()
-        if not training or module.disable_adapters or module.merged or args or kwargs:
+        if not training or module.disable_adapters or module.merged or args or kwargs or x.dtype != base.weight.dtype:
             return peft_forward(x, *args, **kwargs)
-        return _MergedLora.apply(x, weight, base.bias, a, b, scale)
+        a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        if weight.dtype == torch.float32:
+            return _MergedLora.apply(x, weight, base.bias, a, b, scale)
+        dropped = module.lora_dropout[name](x)
+        return _HalfLora.apply(x, dropped, weight, base.bias, a.to(x.dtype), b.to(x.dtype) * scale)
 
     return forward
 
@@ -89,3 +116,67 @@ class _MergedLora(torch.autograd.Function):
         of_b = (g.T @ (inputs @ a.T)).mul_(ctx.scale)
         of_x = gradient @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
         return of_x, None, None, of_a, of_b, None
+
+
+class _HalfLora(torch.autograd.Function):
+    """x Wᵀ + bias + (d Aᵀ) Bᵀ in the type of x, rounded once; d: x after dropout, B: times s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        inputs = dropped.flatten(0, -2)
+        low = inputs @ a.T
+        y = low @ b.T if bias is None else torch.addmm(bias, low, b.T)
+        ctx.save_for_backward(inputs, low, weight, a, b)
+        return y.addmm_(x.flatten(0, -2), weight.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, low, weight, a, b = ctx.saved_tensors
+        g = gradient.flatten(0, -2)
+        gb = g @ b
+        of_x = (g @ weight).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        of_dropped = (gb @ a).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[1] else None
+        return of_x, of_dropped, None, None, gb.T @ inputs, g.T @ low
+
+
+def compile_blocks(model: nn.Module) -> list[nn.Module]:
+    """Compile `forward` of each block until the caller deletes that attribute; returns the blocks.
+
+    The first pass tries one block, forward and backward. If that fails, all blocks run as they are.
+    """
+    found: list[Any] = list(blocks(model))
+    works: list[bool] = []
+    for block in found:
+        block.forward = _compiled(block, works)
+    return found
+
+
+def _compiled(block: Any, works: list[bool]) -> Callable[..., Any]:
+    plain = block.forward
+    fast = torch.compile(plain, options={"fallback_random": True})  # the same dropout as without compiling
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not block.training or not torch.is_grad_enabled():
+            return plain(x, *args, **kwargs)
+        if not works:
+            works.append(_runs(fast, x, args, kwargs))
+        return (fast if works[0] else plain)(x, *args, **kwargs)
+
+    return forward
+
+
+def _runs(fast: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a compiled block runs forward and backward. Gradients and random state stay as they are."""
+    try:
+        with torch.random.fork_rng():
+            x = x.detach().requires_grad_()
+            found = fast(x, *args, **kwargs)
+            torch.autograd.grad((found if isinstance(found, Tensor) else found[0]).sum(), x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        why = str(error).strip().split("\n")[0][:200]
+        logger.warning(f"fast: blocks cannot be compiled and run as they are ({type(error).__name__}: {why})")
+        return False
+    return True
