@@ -252,6 +252,7 @@ class Check:
                 per_device_train_batch_size=1,
                 gradient_checkpointing=True,
                 lora=LoraSettings(),
+                fast=False,  # compiling would take longer than two updates
                 overlap="allow",
                 eval=EvalSettings([str(self.task)], limit=4),
                 out=str(self.folder / "runs"),

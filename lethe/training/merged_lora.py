@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from lethe.models.activations import blocks
+from lethe.models.activations import alike, blocks
 
 logger = logging.getLogger(__name__)
 HALF = {torch.bfloat16, torch.float16}
@@ -94,7 +94,7 @@ def _forward(module: Any) -> Callable[..., Tensor]:
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
         if weight.dtype == torch.float32:
             return _MergedLora.apply(x, weight, base.bias, a, b, scale)
-        dropped = module.lora_dropout[name](x)
+        dropped = None if isinstance(module.lora_dropout[name], nn.Identity) else module.lora_dropout[name](x)
         return _HalfLora.apply(x, dropped, weight, base.bias, a.to(x.dtype), b.to(x.dtype) * scale)
 
     return forward
@@ -119,14 +119,20 @@ class _MergedLora(torch.autograd.Function):
 
 
 class _HalfLora(torch.autograd.Function):
-    """x Wᵀ + bias + (d Aᵀ) Bᵀ in the type of x, rounded once; d: x after dropout, B: times s."""
+    """x Wᵀ + bias + (d Aᵀ) Bᵀ in the type of x, rounded once; d: x after dropout (None: x itself), B: times s.
+
+    torch 2.11 compiles wrong gradients for a function that gets one tensor twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        inputs = dropped.flatten(0, -2)
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+    ) -> Tensor:
+        inputs = (x if dropped is None else dropped).flatten(0, -2)
         low = inputs @ a.T
         y = low @ b.T if bias is None else torch.addmm(bias, low, b.T)
         ctx.save_for_backward(inputs, low, weight, a, b)
+        ctx.has_dropout = dropped is not None
         return y.addmm_(x.flatten(0, -2), weight.T).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -135,15 +141,19 @@ class _HalfLora(torch.autograd.Function):
         inputs, low, weight, a, b = ctx.saved_tensors
         g = gradient.flatten(0, -2)
         gb = g @ b
-        of_x = (g @ weight).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        of_dropped = (gb @ a).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[1] else None
+        of_x = of_dropped = None
+        if ctx.needs_input_grad[0]:
+            of_low = gb @ a
+            of_x = g @ weight if ctx.has_dropout else of_low.addmm_(g, weight)
+            of_x = of_x.view(*gradient.shape[:-1], -1)
+            of_dropped = of_low.view(*gradient.shape[:-1], -1) if ctx.has_dropout else None
         return of_x, of_dropped, None, None, gb.T @ inputs, g.T @ low
 
 
 def compile_blocks(model: nn.Module) -> list[nn.Module]:
     """Compile `forward` of each block until the caller deletes that attribute; returns the blocks.
 
-    The first pass tries one block, forward and backward. If that fails, all blocks run as they are.
+    The first pass tries one block, forward and backward. If that fails or gives other values, all blocks run as they are.
     """
     found: list[Any] = list(blocks(model))
     works: list[bool] = []
@@ -154,29 +164,36 @@ def compile_blocks(model: nn.Module) -> list[nn.Module]:
 
 def _compiled(block: Any, works: list[bool]) -> Callable[..., Any]:
     plain = block.forward
-    fast = torch.compile(plain, options={"fallback_random": True})  # the same dropout as without compiling
+    fast = torch.compile(plain, options={"fallback_random": True})  # torch's own dropout
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not block.training or not torch.is_grad_enabled():
             return plain(x, *args, **kwargs)
         if not works:
-            works.append(_runs(fast, x, args, kwargs))
+            works.append(_works(block, plain, fast, x, args, kwargs))
         return (fast if works[0] else plain)(x, *args, **kwargs)
 
     return forward
 
 
-def _runs(fast: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a compiled block runs forward and backward. Gradients and random state stay as they are."""
+def _works(block: nn.Module, plain: Any, fast: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a block can be compiled, and gives the same output and gradient then. Random state stays as it is."""
+    results = []
     try:
-        with torch.random.fork_rng():
-            x = x.detach().requires_grad_()
-            found = fast(x, *args, **kwargs)
-            torch.autograd.grad((found if isinstance(found, Tensor) else found[0]).sum(), x)
+        for forward in (plain, fast):
+            with torch.random.fork_rng():
+                inputs = x.detach().requires_grad_()
+                found = forward(inputs, *args, **kwargs)
+                found = found if isinstance(found, Tensor) else found[0]
+                results.append((found.detach(), torch.autograd.grad(found.square().sum(), inputs)[0]))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
         why = str(error).strip().split("\n")[0][:200]
         logger.warning(f"fast: blocks cannot be compiled and run as they are ({type(error).__name__}: {why})")
+        return False
+    drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())  # compiled, it may draw in another order
+    if not drops and not all(alike(ours, theirs) for ours, theirs in zip(*reversed(results), strict=True)):
+        logger.warning("fast: a compiled block gives other values, so blocks run as they are; try another version of torch")
         return False
     return True
