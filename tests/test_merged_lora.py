@@ -16,8 +16,10 @@ from lethe.lab.presets import active_preset
 from lethe.models import refs
 from lethe.models.activations import read
 from lethe.models.adapters import add_adapters
+from lethe.training import merged_lora
 from lethe.training.merged_lora import compile_blocks, fast_passes
 
+works = merged_lora._works
 IDS = torch.arange(3, 43).view(5, 8)
 
 
@@ -191,6 +193,18 @@ def same(one, other) -> None:
 def test_an_unlearning_run_has_the_same_losses_and_weights_with_fast_on_and_off(lab, tmp_path):
     fast, plain = (unlearned(tmp_path, lora=LoraSettings(dropout=0.0), fast=on) for on in (True, False))
     same(fast, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_unlearning_run_with_compiled_blocks_has_the_same_losses_and_weights(lab, checkpointing, tmp_path, monkeypatch):
+    settings = {"lora": LoraSettings(dropout=0.0), "gradient_checkpointing": checkpointing}
+    plain = unlearned(tmp_path, fast=False, **settings)
+    monkeypatch.setattr(merged_lora, "_worth_compiling", lambda model: True)
+    compiled = []
+    monkeypatch.setattr(merged_lora, "_works", lambda *given: compiled.append(works(*given)) or compiled[-1])
+    same(unlearned(tmp_path, **settings), plain)
+    assert compiled and all(compiled)
 
 
 def test_an_attack_has_the_same_losses_and_weights_with_fast_on_and_off(lab, tmp_path):

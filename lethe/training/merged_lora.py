@@ -58,13 +58,17 @@ def fast_passes(model: nn.Module, fast: bool) -> Iterator[list[str]]:
     replaced: list[Any] = list(adapted.values())
     for module in replaced:
         module.forward = _forward(module)
-    if fast and torch.cuda.is_available() and sum(p.numel() for p in model.parameters()) >= COMPILED:
+    if fast and _worth_compiling(model):
         replaced += compile_blocks(model)
     try:
         yield list(adapted)
     finally:
         for module in replaced:
             del module.forward  # the instance's attribute; the class's method is visible again
+
+
+def _worth_compiling(model: nn.Module) -> bool:
+    return torch.cuda.is_available() and sum(p.numel() for p in model.parameters()) >= COMPILED
 
 
 def _is_plain(module: Any) -> bool:
