@@ -68,7 +68,8 @@ def fast_passes(model: nn.Module, fast: bool) -> Iterator[list[str]]:
 
 
 def _worth_compiling(model: nn.Module) -> bool:
-    return torch.cuda.is_available() and sum(p.numel() for p in model.parameters()) >= COMPILED
+    weights = list(model.parameters())
+    return weights[0].is_cuda and sum(p.numel() for p in weights) >= COMPILED
 
 
 def _is_plain(module: Any) -> bool:
