@@ -64,7 +64,7 @@ def check(python: Path, folder: Path, **settings: str) -> tuple[str, list[dict[s
 @pytest.mark.slow
 def test_the_check_of_a_gpu_runs_without_one_and_without_charts_and_data_sets(python, tmp_path):
     assert subprocess.run([python, "-c", "import datasets"], capture_output=True, check=False).returncode
-    printed, rows = check(python, tmp_path / "check")
+    printed, rows = check(python, tmp_path / "check", LETHE_GPU_SECONDS="3000")  # a machine may be busy
     assert [row["stage"] for row in rows] == STAGES
     failed = {row["stage"] for row in rows if "reason" in row}
     assert failed <= {"full-rank, 8-bit AdamW"}, printed[-3000:]  # torchao is not among the tests' packages
