@@ -78,11 +78,10 @@ def task_folder(folder: Path, name: str, rows: list[dict], letters: bool, exampl
     return folder
 
 
-def random_model(width: int, vocabulary: int) -> tuple:
-    """A GPT-NeoX with random weights and a byte-level BPE trained on the spot."""
-    import torch
+def trained_tokenizer() -> object:
+    """A byte-level BPE trained on the spot."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,6 +89,14 @@ def random_model(width: int, vocabulary: int) -> tuple:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator([WORDS, ABOUT, "\nQuestion\nAnswer: A, B, C, D"] * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>")
+
+
+def random_model(width: int, vocabulary: int) -> tuple:
+    """A GPT-NeoX with random weights and a tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=vocabulary,
@@ -99,8 +106,7 @@ def random_model(width: int, vocabulary: int) -> tuple:
         num_attention_heads=8,
         max_position_embeddings=2048,
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>")
-    return AutoModelForCausalLM.from_config(config).eval(), tokenizer
+    return AutoModelForCausalLM.from_config(config).eval(), trained_tokenizer()
 
 
 def in_turns(turns: int, **functions: Callable[[], object]) -> dict[str, list[float]]:

@@ -100,10 +100,12 @@ class Plain:
 
     def __init__(self, config: Transfer, forget: list[list[int]], retain: list[list[int]], pad_id: int):
         (student, _), (self.source, _), (self.reference, _) = (
-            refs.load(refs.resolve(name)) for name in (config.model, config.source, config.model)
+            refs.load(refs.resolve(name), config.dtype) for name in (config.model, config.source, config.model)
         )
-        assert config.lora is not None
+        assert config.lora is not None and config.layers is not None
         self.student: Any = add_adapters(student, config.lora, config.layers, config.seed).train()
+        if config.gradient_checkpointing:
+            self.student.activation_checkpointing_enable()
         self.config, self.texts, self.pad_id = config, (forget, retain), pad_id
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer, self.step = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=0.0), 0
@@ -113,12 +115,13 @@ class Plain:
     def update(self) -> None:
         size = self.config.per_device_train_batch_size
         start = self.step * size % (len(self.texts[0]) - size + 1)
-        (forget, f_mask), (retain, r_mask) = (corpora.pad(rows[start : start + size], self.pad_id) for rows in self.texts)
+        padded = [corpora.pad(rows[start : start + size], self.pad_id) for rows in self.texts]
+        (forget, f_mask), (retain, r_mask) = ([part.to(self.source.device) for part in pair] for pair in padded)
         with torch.no_grad():
             aim = self.source(forget, output_hidden_states=True, use_cache=False).hidden_states
             reference = self.reference(retain, use_cache=False).logits
         states = self.student(forget, output_hidden_states=True, use_cache=False).hidden_states
-        pairs: list[dict[int, Tensor]] = [{n: hidden[n + 1] for n in LAYERS} for hidden in (states, aim)]
+        pairs: list[dict[int, Tensor]] = [{n: hidden[n + 1] for n in self.config.layers} for hidden in (states, aim)]
         loss = 5 * squared_distance(*pairs, f_mask)
         loss = loss + 5 * losses.kl(self.student(retain, use_cache=False).logits, reference, r_mask)
         self.optimizer.zero_grad()
@@ -137,25 +140,27 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def operations(model: Any, batch: int, width: int, rank: int) -> float:
-    """Floating-point operations of a step that have to be done."""
-    c = model.config
+def operations(c: Any, batch: int, width: int, rank: int, layers: list[int]) -> float:
+    """Floating-point operations of a step that have to be done. `c`: the configuration; rank 0: all weights are trained."""
     h, tokens = c.hidden_size, batch * width
     shapes = [(h, 3 * h), (h, h), (h, c.intermediate_size), (c.intermediate_size, h)]
     linear = sum(a * b for a, b in shapes)
     adapters = sum(rank * (a + b) for a, b in shapes)
     attention = width * h  # scores and values, 2 · width · hidden, of which the causal half is needed
-    depth, adapted = c.num_hidden_layers, max(LAYERS) + 1
+    depth, adapted = c.num_hidden_layers, max(layers) + 1
     rows = {True: 2 * tokens, False: tokens}  # forget and retain rows, then retain rows alone
     work = 0.0
     for block in range(depth):
         n = rows[block < adapted]
         work += n * (2 * linear + 2 * attention)  # forward
         work += n * (2 * linear + 4 * attention)  # gradients of inputs; of attention, twice its forward
+        work += n * 2 * linear * (not rank)  # gradients of weights
         work += n * 6 * adapters * (block < adapted)  # x Aᵀ and B; their gradients with respect to inputs, A and B
-    work -= rows[True] * 2 * shapes[0][0] * shapes[0][1]  # nothing before the first block's input asks for a gradient
-    work -= rows[True] * 2 * shapes[2][0] * shapes[2][1] if c.use_parallel_residual else 0
-    return work + tokens * 2 * 3 * h * c.vocab_size  # the head: student, reference, and the gradient
+    if rank:  # nothing before the first block's input asks for a gradient
+        work -= rows[True] * 2 * shapes[0][0] * shapes[0][1]
+        work -= rows[True] * 2 * shapes[2][0] * shapes[2][1] if c.use_parallel_residual else 0
+    heads = 3 if rank else 4  # the output head: student, reference, the gradient, and that of its weights
+    return work + tokens * 2 * heads * h * c.vocab_size
 
 
 def rate(shapes: list[tuple[int, int, int]]) -> float:
@@ -198,7 +203,7 @@ def case(batch: int, width: int, dropout: float, folder: Path) -> None:
             for kind, speed in rates(model, 2 * batch * width).items():
                 speeds[kind].append(speed)
             found[name] += contender.seconds(UPDATES)
-    work = operations(model, batch, width, 16)
+    work = operations(model.config, batch, width, 16, LAYERS)
     speed, own = (statistics.median(values) for values in speeds.values())
     times = {name: statistics.median(values) for name, values in found.items()}
     print(

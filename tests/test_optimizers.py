@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+
 import pytest
 import torch
 from families import PLAIN
@@ -9,8 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lethe import LoraSettings, Transfer
+from lethe.errors import LetheError
 from lethe.models.adapters import add_adapters
-from lethe.training.optimizers import Muon, make_optimizer, orthogonalise, routes, routing_table
+from lethe.training.optimizers import Muon, eight_bit_adamw, make_optimizer, orthogonalise, routes, routing_table
+from lethe.unlearning.check import _refuse_types
 
 
 @pytest.mark.parametrize("architecture", PLAIN)
@@ -74,3 +79,22 @@ def test_groups_have_names_and_norms_and_biases_do_not_decay(make_model, tmp_pat
     decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
     assert decay == {"adamw": 0.1, "adamw_no_decay": 0.0, "muon_transposed": 0.1}
     assert all(group["lr"] == 0.3 for group in optimizer.param_groups)
+
+
+def test_8_bit_updates_below_a_rounding_step_of_bfloat16_count_on_average():
+    pytest.importorskip("torchao")
+    weight = torch.nn.Parameter(torch.ones(64, 128, dtype=torch.bfloat16))  # the step below 1 is 2^-8
+    optimizer = eight_bit_adamw()([weight], lr=1e-4, weight_decay=0.0)
+    for _ in range(20):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert float(1 - weight.float().mean()) == pytest.approx(20e-4, rel=0.1)
+
+
+@pytest.mark.parametrize(("package", "refused"), [("torchao", False), ("bitsandbytes", True)])
+def test_8_bit_full_rank_training_in_bfloat16_needs_rounding_at_random(package, refused, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == package or None)
+    config = Transfer(source="lab:global_step1", lora=None, dtype="bfloat16", optimizer="adamw_8bit")
+    expected = pytest.raises(LetheError, match="lost to rounding, except with torchao") if refused else contextlib.nullcontext()
+    with expected:
+        _refuse_types(config)

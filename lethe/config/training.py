@@ -83,7 +83,8 @@ class TrainingSettings(Settings):
     lr: Annotated[float, above(0)] = 1e-3
     """Peak learning rate."""
     optimizer: OptimizerName = "adamw"
-    """muon: Muon for hidden matrices, AdamW for the rest; adamw_8bit: AdamW with 8-bit state (torchao or bitsandbytes)."""
+    """muon: Muon for hidden matrices, AdamW for the rest; adamw_8bit: AdamW with 8-bit state (torchao or bitsandbytes).
+    When all weights are trained in bfloat16, adamw_8bit needs torchao, which rounds at random."""
     newton_schulz_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matmuls in Muon's Newton-Schulz iteration; auto: bfloat16 on a GPU, float32 on a CPU."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -97,7 +98,8 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of storing them: less memory, more time."""
     fast: bool = True
-    """Compute LoRA without dropout with one matmul, which gives the same result up to rounding; false: use PEFT's code."""
+    """Use faster passes of adapters and, on a GPU, compile the blocks of large models; false: use the code of PEFT and
+    transformers. Results are the same up to rounding, and the order of dropout draws in compiled blocks."""
     save_every: Count = 100
     """Updates between two saves, from which an interrupted run is resumed (0: save at the end only)."""
     divergence_factor: Annotated[float, must_be("above 1, or 0", lambda factor: factor > 1 or factor == 0)] = 100.0

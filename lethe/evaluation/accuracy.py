@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +26,7 @@ from lethe.config import EvalSettings, EvaluateConfig
 from lethe.evaluation.requests import Leaf, Question, load_tasks, tokenizer_hash
 from lethe.evaluation.scoring import NotNumbersError, Scorer
 from lethe.progress import bar
+from lethe.results.regimes import Z
 
 __all__ = ["NotNumbersError", "Scorer", "evaluate_model", "load_tasks", "measure", "value_of"]
 SAMPLED = ("doc_id", "doc_hash", "target", "choices", "right")
@@ -134,6 +134,17 @@ def _answer(leaf: Leaf, question: Question, responses: list[tuple[float, bool]])
     } | metrics
 
 
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share of right answers (Newcombe, Statistics in Medicine 17, 1998, method 3).
+
+    (2 n p + z² ± z √(4 n p (1 − p) + z²)) / (2 (n + z²)), p: the share, z: 1.96
+    """
+    p = right / n
+    whole = 2 * (n + Z**2)
+    center, half = (2 * n * p + Z**2) / whole, Z / whole * math.sqrt(4 * n * p * (1 - p) + Z**2)
+    return (0.0 if right == 0 else center - half, 1.0 if right == n else center + half)
+
+
 def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
     """The result of a multiple-choice or log-likelihood task, from lm-eval's samples.
 
@@ -151,8 +162,7 @@ def measure(questions: list[dict[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {key: mean, "stderr": stderr}
     choosing = all(q["choices"] for q in questions)
     if key == "acc":
-        interval = binomtest(round(math.fsum(values)), n).proportion_ci(0.95, method="wilson")
-        result |= {"low": float(interval.low), "high": float(interval.high)}
+        result["low"], result["high"] = wilson(round(math.fsum(values)), n)
         if choosing:
             result["chance"] = math.fsum(len(q["right"]) / q["choices"] for q in questions) / n
     else:

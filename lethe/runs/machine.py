@@ -54,11 +54,18 @@ def environment() -> dict[str, Any]:
     """Versions and machine that a run's numbers depend on."""
     return {
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
         **identity(),
         "world_size": distributed.world(),
         "git_commit": _git_commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    """The version of a package; None if it is not installed, such as datasets where no data set is read."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def _git_commit() -> str | None:

@@ -13,6 +13,7 @@ state holds everything.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -157,9 +158,14 @@ def newton_schulz_dtype(setting: str) -> torch.dtype:
 
 
 def eight_bit_adamw() -> Callable[..., Optimizer]:
-    """AdamW with 8-bit state, from torchao or bitsandbytes. `refuse_unavailable` has made sure that one is installed."""
-    package = next(filter(importlib.util.find_spec, ("torchao", "bitsandbytes")))
-    return importlib.import_module(f"{package}.optim").AdamW8bit
+    """AdamW with 8-bit state, from torchao or bitsandbytes. `refuse_unavailable` has made sure that one is installed.
+
+    torchao's rounds bfloat16 weights up or down at random, with the probabilities that make the mean exact. So an update that
+    is smaller than a rounding step counts on average, without float32 weights.
+    """
+    if importlib.util.find_spec("torchao"):
+        return functools.partial(importlib.import_module("torchao.optim").AdamW8bit, bf16_stochastic_round=True)
+    return importlib.import_module("bitsandbytes.optim").AdamW8bit
 
 
 class Muon(Optimizer):

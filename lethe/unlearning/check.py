@@ -6,6 +6,7 @@ importing torch, in less than a second. Whether a model's configuration, weights
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,8 +98,9 @@ def _refuse_types(config: Method) -> None:
     """Refuse types of weights if a loss would measure rounding, or rounding would undo updates."""
     if config.dtype == "bfloat16" and config.teacher_dtype == "float32":
         raise LetheError("teacher_dtype: with float32 teachers, losses of a bfloat16 model measure rounding; set it to null")
-    if config.dtype == "bfloat16" and config.optimizer == "adamw_8bit" and config.lora is None:
+    rounded = config.dtype == "bfloat16" and config.optimizer == "adamw_8bit" and config.lora is None
+    if rounded and importlib.util.find_spec("torchao") is None:
         raise LetheError(
-            "optimizer: adamw_8bit has no float32 weights, so full-rank updates in bfloat16 would be lost to rounding; "
-            "use adamw or muon, which do, or dtype float32"
+            "optimizer: adamw_8bit has no float32 weights, so full-rank updates in bfloat16 would be lost to rounding, except "
+            "with torchao, which rounds at random; pip install torchao, or use adamw or muon, or dtype float32"
         )

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-
 from lethe.errors import LetheError, nearest, printable
 from lethe.evaluation.tasks import definitions, leaves
 from lethe.files import UnreadableError, json_of, text_of
@@ -131,6 +129,8 @@ def _checked(
     file: str, lines: list[tuple[int, Any]], definition: Row, key: str | None, only: str, every: set[str]
 ) -> tuple[Row, ...]:
     """The rows of the configuration `only`, by their field `key` (None: all rows). `every`: all known configurations."""
+    import pyarrow
+
     shape = _Shape.of(definition)
     broken: dict[int, str] = {}
     rows: list[Row] = []
