@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lethe import config as c
+from lethe import distributed
 from lethe.config import recipes
 from lethe.config.arguments import TRUST, as_suite, command_of, consent, is_suite
 from lethe.config.parse import parse
@@ -31,6 +33,8 @@ from lethe.runs import garbage
 from lethe.runs.run import Run, Terminated
 
 MANY_ROWS = 200
+SECONDS_TO_SPEAK = 3
+"""How long other processes wait after a refusal: when one ends, torchrun stops the first, which has to say why."""
 
 
 @dataclass
@@ -75,15 +79,23 @@ def console() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns 0, 1 (the run did not complete), 2 (refused), 130 (interrupted) or 143 (stopped)."""
+    """Run a command line; returns 0, 1 (the run did not complete), 2 (refused), 130 (interrupted) or 143 (stopped).
+
+    Of several processes, the first speaks to the user.
+    """
     quiet()
+    if not distributed.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
         code, message = _ending(error)
-        print(f"lethe: {message}", file=sys.stderr)
+        if distributed.is_first():
+            print(f"lethe: {message}", file=sys.stderr)
+        else:
+            time.sleep(SECONDS_TO_SPEAK)
         return code
     return 0
 

@@ -32,8 +32,8 @@ from lethe.methods.method import Method
 from lethe.models import refs
 from lethe.progress import console
 from lethe.report.folder import check_out, report
-from lethe.runs.locks import FolderLock
 from lethe.runs.finding import find_runs
+from lethe.runs.locks import FolderLock
 from lethe.runs.run import Run
 
 TARGET = "lab:final"

@@ -6,9 +6,9 @@ the same code with the same settings:
     from_first          a value that rank 0 determines; it alone writes files       share     this process's part of some work
     total, gather       values of all processes, added or listed                    uneven    loops of different length
 
-`ddp`: each process holds the whole model, and gradients are averaged (`averaged`, DistributedDataParallel). `fsdp`: each process
-holds a part of every parameter (`sharded_loading`, FSDP2 by transformers). A block's parameters are gathered while it computes.
-Frozen weights are sharded too, while adapters, which are small, are whole and averaged.
+`ddp`: each process holds the whole model, and gradients are averaged (`averaged`, DistributedDataParallel). `fsdp`: each
+process holds a part of every parameter (`sharded_loading`, FSDP2 by transformers). A block's parameters are gathered while it
+computes. Frozen weights are sharded too, while adapters, which are small, are whole and averaged.
 
     whole, put          between a sharded parameter and its whole value             orthogonal_updates    Muon on shards
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 HOURS = 6
-"""How long a process waits for the others before PyTorch gives up. One that died or hangs is found earlier (`runs/peers.py`)."""
+"""How long a process waits for the others before PyTorch gives up. A lost one is found earlier, by `runs/peers.py`."""
 SECONDS_TO_SAVE = 600
 """How long processes may take to save after a request to stop, before they are killed."""
 OTHER_ENGINES = {
@@ -51,6 +51,11 @@ OTHER_ENGINES = {
 def world() -> int:
     """Number of processes at this run."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def processes(devices: int | None) -> int:
+    """Number of processes that a run with this setting `devices` has, also before they are started."""
+    return world() if world() > 1 else devices or 1
 
 
 def rank() -> int:
@@ -365,7 +370,7 @@ def uneven(model: nn.Module, idle: Callable[[], Any]) -> Iterator[None]:
 def orthogonal_updates(
     updates: Sequence[Tensor], matrices: Sequence[Tensor], orthogonalise: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """`orthogonalise` of the whole update of each matrix; of sharded matrices, `updates` and the result are this process's parts.
+    """`orthogonalise` of the update of each whole matrix; of sharded ones, `updates` and the result are this process's parts.
 
     There are at most as many matrices as processes. Each process gathers and computes one of them.
     """

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lethe import distributed
 from lethe.errors import PlainFormatter, printable
 
 console = Console(stderr=True, highlight=False)
@@ -38,7 +39,13 @@ class _Rate(TextColumn):
 
 @contextlib.contextmanager
 def bar(description: str, total: float, unit: str = "steps") -> Iterator[Advance]:
-    """Show progress over `total` units of work. Call what is yielded for work done: `advance(n)`, `advance(n, "note")`."""
+    """Show progress over `total` units of work. Call what is yielded for work done: `advance(n)`, `advance(n, "note")`.
+
+    Of several processes, the first shows it.
+    """
+    if not distributed.is_first():
+        yield lambda work=1, note=None: None
+        return
     if not console.is_terminal:
         with _lines(description, total, unit) as advance:
             yield advance

@@ -14,8 +14,8 @@ from lethe.config import ImportConfig, ReportConfig, ResumeConfig
 from lethe.errors import LetheError
 from lethe.report.folder import report
 from lethe.results.listing import Entry
-from lethe.runs.importing import Imported, import_log
 from lethe.runs.finding import find_runs
+from lethe.runs.importing import Imported, import_log
 from lethe.runs.run import Run
 from lethe.sweeps.resuming import resume
 

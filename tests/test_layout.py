@@ -11,9 +11,9 @@ ROOT = Path(lethe.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "distributed",
     "progress",
     "home",
-    "distributed",
     "config",
     "methods",
     "runs",

@@ -18,7 +18,7 @@ from lethe.config import TamperConfig, to_dict
 from lethe.evaluation.accuracy import refuse_unscorable
 from lethe.models import refs
 from lethe.models.activations import blocks, read
-from lethe.models.adapters import add_adapters
+from lethe.models.adapters import add_adapters, merged
 from lethe.models.architecture_check import refuse_untrainable
 from lethe.objectives.losses import head_of
 from lethe.runs.run import Run
@@ -63,6 +63,7 @@ def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> R
         keep_threads(run)
         rows = Sequences(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
         trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
+        trainer.may_miss_gradients = config.lora is None
         trainer.add_callback(LostUpdates(trainer))
         run.set_parents(**checked.parents(config))
         warnings = optimizers.untouched(model, config, list(range(len(blocks(model)))))
@@ -73,7 +74,7 @@ def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> R
         trainer.train_with_bar(f"Attacking {config.model}")
         lines = distributed.from_first(lambda: run.rows("metrics.jsonl"))
         if config.save_model:  # before anything that may fail
-            model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+            model = merged(model) if isinstance(model, PeftModel) else model
             save_artifact(run, "model", model, tokenizer)
         run.try_to_record(
             losses=lambda: weighted_means(lines, {"attack_loss": "attack_tokens"}) | {"lost_updates": lost_share(lines)},
@@ -92,7 +93,7 @@ def _attacked(model: Any, config: TamperConfig, checked: CheckedAttack) -> Any:
             parameter.requires_grad_(".lora_" in name)
         return model
     if checked.model.adapter:
-        model = model.merge_and_unload()
+        model = merged(model)
     if config.lora:
         return add_adapters(model, config.lora, list(range(len(blocks(model)))), config.seed)
     return model.requires_grad_(True)
@@ -110,7 +111,10 @@ class LostUpdates(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
         if 0 <= state.global_step - (args.warmup_steps > 0) < self.updates:
-            moved = [(distributed.own(p.detach()), distributed.own(p.grad)) for p in model.parameters() if p.grad is not None]
+            counted = [
+                p for p in model.parameters() if p.grad is not None and (distributed.is_first() or distributed.is_sharded(p))
+            ]
+            moved = [(distributed.own(p.detach()), distributed.own(p.grad)) for p in counted]
             self._before = [(weight, weight.clone(), gradient != 0) for weight, gradient in moved]
 
     def on_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]

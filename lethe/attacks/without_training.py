@@ -18,6 +18,7 @@ from lethe.config import EvalSettings, TamperConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.accuracy import Scorer, load_tasks, refuse_unscorable
 from lethe.models import refs
+from lethe.models.adapters import merged
 from lethe.runs.run import Run
 from lethe.text.corpora import Document, tokenise
 from lethe.training.saves import save_artifact
@@ -68,7 +69,7 @@ def disturb_or_prompt(config: TamperConfig, checked: CheckedAttack, run: Run | N
 def _fresh(checked: CheckedAttack) -> tuple[Any, Any]:
     """The model under attack in float32, an adapter merged, and its tokenizer."""
     model, tokenizer = refs.load(checked.model, "float32")
-    return (model.merge_and_unload() if isinstance(model, PeftModel) else model), tokenizer
+    return (merged(model) if isinstance(model, PeftModel) else model), tokenizer
 
 
 def prompts(config: TamperConfig, documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> dict[float, str]:

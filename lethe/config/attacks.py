@@ -80,7 +80,7 @@ class TamperConfig(TrainingSettings):
 
     def _refuse_training(self) -> None:
         """Refuse settings that an attack without training does not use."""
-        read = {"model", "attack", "strengths", "eval", "out", "name", "time_limit"}
+        read = {"model", "attack", "strengths", "eval", "out", "name", "time_limit", "devices"}
         read |= {"forget", "num_train_examples", "overlap", "max_length"} if self.reads_text else {"save_model"}
         read |= {"seed"} if self.draws else set()
         self.refuse_idle(*sorted({*self.changed()} - read), when=True, why=f"with attack {self.attack}")

@@ -28,7 +28,8 @@ from lethe.methods.method import Method
 from lethe.progress import quiet
 from lethe.runs import garbage
 from lethe.runs.locks import HeldError
-from lethe.runs.run import DONE, Run, Terminated, now
+from lethe.runs.peers import DONE
+from lethe.runs.run import Run, Terminated, now
 from lethe.runs.slurm_jobs import current_job_id
 
 SETTINGS: dict[str, Any] = {

@@ -168,7 +168,10 @@ class Score:
         self.squares += (y - self.centre).square().sum(0)
 
     def join(self) -> None:
-        """Add the sums of all processes, about the centre of the first: for δ = c − c₀, Σ(y−c₀)² = Σ(y−c)² + 2δ Σ(y−c) + n δ²."""
+        """Add the sums of all processes, about the centre c₀ of the first.
+
+        With δ = c − c₀: Σ (y − c₀)² = Σ (y − c)² + 2 δ Σ (y − c) + n δ².
+        """
         if distributed.world() == 1 or self.centre is None:
             return
         first = self.centre.clone()

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lethe.distributed import Enough
+from lethe.distributed import Enough, whole
 from lethe.errors import LetheError
 
 CONVENTION = "block_output"
@@ -95,6 +95,17 @@ def skipped(module: nn.Module | None) -> Iterator[None]:
         del module.forward
         if before is not None:
             module.forward = before
+
+
+@torch.no_grad()
+def copied(head: nn.Linear) -> nn.Linear:
+    """A copy of an output head that needs nothing of its model, frozen."""
+    weight = whole(head.weight)
+    new = nn.Linear(weight.shape[1], weight.shape[0], head.bias is not None, device=weight.device, dtype=weight.dtype)
+    new.weight.copy_(weight)
+    if head.bias is not None:
+        new.bias.copy_(whole(head.bias))
+    return new.requires_grad_(False)
 
 
 def alike(a: Tensor, b: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lethe import distributed
 from lethe.config import LoraSettings
 from lethe.errors import LetheError, printable
 from lethe.models.activations import blocks
@@ -64,6 +65,21 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
             module._disable_adapters = off
         for module, training in modes:
             module.training = training
+
+
+def merged(model: Any) -> Any:
+    """The model with its adapter merged into its weights, in place. Of a sharded weight, each process changes its part."""
+    from peft.tuners.lora import LoraLayer
+
+    if not distributed.sharded_modules(model):
+        return model.merge_and_unload()
+    distributed.gathered_away(model)
+    with torch.no_grad():
+        for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+            weight: Any = layer.get_base_layer().weight  # type: ignore[union-attr]
+            change: Any = layer.get_delta_weight("default")  # type: ignore[attr-defined,operator]
+            distributed.own(weight).add_(distributed.own(distributed.put(change.to(weight.dtype), weight)))
+    return model.unload()
 
 
 def inner(model: nn.Module) -> nn.Module:

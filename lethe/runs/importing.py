@@ -19,9 +19,9 @@ from typing import Any
 from lethe import config as c
 from lethe.errors import LetheError, nearest, printable
 from lethe.files import RUN, UnreadableError, refuse_run_folder, slug, text_of, write_atomically
+from lethe.runs.finding import find_runs
 from lethe.runs.logbook import TASKS, Prose, joined, read
 from lethe.runs.logbook_records import Cell, Record, TableReader
-from lethe.runs.finding import find_runs
 from lethe.runs.run import Run, now
 
 NO_ROWS = "markdown reads no table here; below its header a table needs a line with one group of dashes per column"

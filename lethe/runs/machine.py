@@ -87,7 +87,7 @@ def say_if_busy() -> None:
     Call it while this process itself is idle. Work without torch, such as a sweep's controller, has no threads.
     """
     torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.get_num_threads() > 1 and not torch.cuda.is_available():
+    if distributed.is_first() and torch is not None and torch.get_num_threads() > 1 and not torch.cuda.is_available():
         _say_if_busy(torch.get_num_threads())
 
 

@@ -3,8 +3,8 @@
     run/ranks/0.json, 1.json, …     host and number of each process; how it ended, if it failed
 
 Each process renews its file. A process counts as lost if its file says that it failed, if it is gone, or if it has not renewed
-its file for `HUNG_AFTER` seconds. The others then wait for it in vain, perhaps inside a library where no signal is handled. So a
-thread of each looks at the files, the lowest rank that is left records the run as failed, and all end. With one process there
+its file for `HUNG_AFTER` seconds. The others then wait for it in vain, perhaps inside a library where no signal is handled. So
+a thread of each looks at the files, the lowest rank that is left records the run as failed, and all end. With one process there
 are no such files.
 """
 

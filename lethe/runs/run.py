@@ -32,7 +32,7 @@ from lethe.files import RUN, refuse_links, refuse_name, refuse_run_folder, slug,
 from lethe.runs import garbage
 from lethe.runs.locks import FolderLock, HeldError, in_words, lives, seconds_since_written
 from lethe.runs.machine import environment, peak_memory, refuse_several_processes, say_if_busy
-from lethe.runs.peers import DONE, Peers
+from lethe.runs.peers import Peers
 from lethe.runs.record import Status, last_row_of, record_of, rows_of
 from lethe.runs.supervise import LOST_AFTER_SECONDS, TIME_LIMIT, Terminated, heartbeat, logged, now, terminable
 
@@ -68,7 +68,8 @@ class Run:
         """A new folder `out/<kind>-<name>-<id>/`, status `queued`.
 
         Raises:
-            LetheError: `out` is itself a run, is a file, or cannot be written; or several processes cannot do this kind of work.
+            LetheError: `out` is itself a run, is a file, or cannot be written; or several processes cannot do this kind of
+            work.
         """
         if kind in ALONE:
             refuse_several_processes(kind)

@@ -1,8 +1,8 @@
 """What accompanies a run's work: its log file, its heartbeat, and requests to stop it.
 
 A thread renews the run's record every `HEARTBEAT_SECONDS`, and every second looks for a file `stop` in the run's folder, at its
-time limit, and at the run's other processes. A request to stop becomes SIGTERM, which raises `Terminated` in the main thread. While the run is `deferring`,
-it only sets `run.stopping`.
+time limit, and at the run's other processes. A request to stop becomes SIGTERM, which raises `Terminated` in the main thread.
+While the run is `deferring`, it only sets `run.stopping`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from lethe import distributed
 from lethe.errors import LetheError
-from lethe.runs.run import DONE, Run, Terminated, now
+from lethe.runs.peers import DONE
+from lethe.runs.run import Run, Terminated, now
 
 WORKER = "lethe.launching.worker"
 

@@ -11,8 +11,8 @@ from lethe import distributed
 from lethe.errors import LetheError
 from lethe.launching.worker import resume_run
 from lethe.results.listing import is_imported
-from lethe.runs.machine import refuse_several_processes
 from lethe.runs.finding import find_run
+from lethe.runs.machine import refuse_several_processes
 from lethe.runs.run import STOP, Run
 from lethe.sweeps.controller import sweep
 from lethe.sweeps.folder import config_of

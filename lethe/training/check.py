@@ -18,7 +18,7 @@ def plan(config: TrainingSettings, examples: int, effective_batch: int | None = 
     `unique_examples` is the number of documents of each kind (of the larger kind, when they differ). `effective_batch` is that
     of a resumed run, which keeps it if it had another number of processes.
     """
-    processes = distributed.world()
+    processes = distributed.processes(config.devices)
     effective_batch = effective_batch or config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     per_epoch = math.ceil(examples / effective_batch)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)

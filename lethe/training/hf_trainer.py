@@ -1,8 +1,8 @@
 """transformers' Trainer, with what Lethe changes about it: every override of one of Trainer's methods is in this file.
 
 Trainer runs the loop. In each update it calls, in this order: `get_batch_samples`, `compute_loss` for each batch, `log`, and,
-when a callback asks for it, `_save_checkpoint`. An update has the same documents whatever the number of processes. Methods with an underscore are private to transformers, so pyproject.toml names
-the versions that Lethe is tested with.
+when a callback asks for it, `_save_checkpoint`. An update has the same documents whatever the number of processes. Methods with
+an underscore are private to transformers, so pyproject.toml names the versions that Lethe is tested with.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class HfTrainer(Trainer):
     A subclass defines `loss`, from losses that are means over the whole update, and `book`, which logs them.
 
     `tokens` holds the number of tokens by text, without padding, over the whole current update, of all processes.
-    `documents_in_update` holds the number of documents. `learning_rates` holds the rate of each parameter group that the update steps with.
+    `documents_in_update` holds the number of documents. `learning_rates` holds the rate of each parameter group that the update
+    steps with.
     """
 
     may_miss_gradients = False
@@ -65,7 +66,7 @@ class HfTrainer(Trainer):
         raise NotImplementedError
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
-        """The loss of a batch, times the number of processes: their gradients are averaged, and their losses are parts of a sum.
+        """The loss of a batch, times the number of processes: gradients are averaged, while losses are parts of a sum.
 
         A batch of no documents, of a process that has fewer than others, is a pass whose loss does not count.
         """
@@ -149,9 +150,9 @@ class Filler(dict):
 class Order(Sampler):
     """Which documents are in which batch of this process: lists of indices, for one epoch.
 
-    Every epoch has another order, from the seed. An update takes the next `effective_batch` documents of it. The processes share
-    these evenly, and split their part into batches of `per_device_train_batch_size`. All have equally many batches, so a process
-    with fewer documents ends with empty ones. The last update of an epoch may have fewer documents.
+    Every epoch has another order, from the seed. An update takes the next `effective_batch` documents of it. The processes
+    share these evenly, and split their part into batches of `per_device_train_batch_size`. All have equally many batches, so a
+    process with fewer documents ends with empty ones. The last update of an epoch may have fewer documents.
 
     `effective_batch`: that of the run that is resumed, which may have had another number of processes.
     """

@@ -197,7 +197,7 @@ class Muon(Optimizer):
         return loss
 
     def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update as many matrices as there are processes, or one other parameter. Of sharded ones, each process has its part."""
+        """Update as many matrices as there are processes, or one other parameter; of sharded ones, this process's part."""
         updates = []
         for parameter in parameters:
             weight, state = self._master(parameter), self.state[parameter]
@@ -210,7 +210,9 @@ class Muon(Optimizer):
                 updates.append(torch.lerp(gradient, buffer, MOMENTUM))
             else:
                 self._adamw(weight, gradient, state, group)
-        whole = distributed.orthogonal_updates(updates, parameters, lambda matrix: orthogonalise(matrix, self.newton_schulz_dtype))
+        whole = distributed.orthogonal_updates(
+            updates, parameters, lambda matrix: orthogonalise(matrix, self.newton_schulz_dtype)
+        )
         for parameter, update in zip(parameters, whole, strict=False):
             weight = self._master(parameter)
             outputs, inputs = reversed(weight.shape) if group["transposed"] else weight.shape

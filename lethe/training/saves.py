@@ -5,10 +5,10 @@
                       optimizer.pt, scheduler.pt, random.pt, trainer_state.json
                       manifest.json         size and SHA-256 of each, written last
 
-A save is written into a folder of another name, synced and renamed. It counts only if every file is as its manifest says. So
-a kill or a full disk leaves earlier saves intact. Every parameter is saved and loaded under its name in memory, because formats
-that rename weights can lose some of them, such as an output head. Of sharded parameters the whole values are saved, by the first
-process. So a run can be resumed with another number of processes.
+A save is written into a folder of another name, synced and renamed. It counts only if every file is as its manifest says. So a
+kill or a full disk leaves earlier saves intact. Every parameter is saved and loaded under its name in memory, because formats
+that rename weights can lose some of them, such as an output head. Of sharded parameters the whole values are saved, by the
+first process. So a run can be resumed with another number of processes.
 """
 
 from __future__ import annotations

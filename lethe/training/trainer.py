@@ -147,7 +147,9 @@ class RunTrainer(HfTrainer):
         planned = self.planned_steps()
         save, done = distributed.from_first(self._resume_point)
         self.run.keep_until(done)
-        self._first_losses = distributed.from_first(lambda: [row["loss"] for row in self.run.rows("metrics.jsonl")[:FIRST_UPDATES]])
+        self._first_losses = distributed.from_first(
+            lambda: [row["loss"] for row in self.run.rows("metrics.jsonl")[:FIRST_UPDATES]]
+        )
         with bar(description, planned) as advance:
             advance(done)
             self.add_callback(_Bar(advance, self.evaluation))

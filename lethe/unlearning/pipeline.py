@@ -115,6 +115,7 @@ def _latest_ignorant(config: Method) -> str:
 
 def _finish(run: Run, made: Prepared) -> None:
     """Save, describe and evaluate a trained run. The artifact is saved first, so that no later failure loses it."""
+    from lethe.models.adapters import merged
     from lethe.training.saves import save_artifact
     from lethe.training.trainer import weighted_means
     from lethe.unlearning import changes
@@ -123,7 +124,7 @@ def _finish(run: Run, made: Prepared) -> None:
     config, trainer = made.config, made.trainer
     student: Any = trainer.model
     if config.lora and config.merge:
-        student = student.merge_and_unload()
+        student = merged(student)
         made.reference = Frozen(made.checked.model, config.teacher_dtype or config.dtype)  # merging overwrote it
     save_artifact(run, "adapter" if config.lora and not config.merge else "model", student, made.tokenizer)
     lines = distributed.from_first(lambda: run.rows("metrics.jsonl"))

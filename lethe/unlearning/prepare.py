@@ -8,7 +8,6 @@ while they run: once maps are fitted and outputs cached, `free_teachers` drops t
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from lethe.evaluation.accuracy import refuse_unscorable
 from lethe.maps.affine import AffineMap
 from lethe.methods.method import Method
 from lethe.models import refs, streaming
-from lethe.models.activations import blocks
+from lethe.models.activations import blocks, copied
 from lethe.models.adapters import add_adapters, without_adapters
 from lethe.models.architecture_check import refuse_unreadable, refuse_untrainable
 from lethe.runs.run import Run
@@ -94,12 +93,9 @@ class Prepared:
         """Drop the models that training does not run: those whose outputs are cached, and those that no loss reads."""
         teachers = self.trainer.teachers.values()
         live = [teacher.model for teacher in teachers if teacher.cache is None]
-        memo: dict[int, Any] = {}
         for teacher in teachers:
-            if (
-                teacher.model not in live and teacher.model.bytes
-            ):  # a head that is a view of the model's file would hold all of it
-                teacher.head = copy.deepcopy(teacher.head, memo)
+            if teacher.model not in live and teacher.model.bytes and teacher.head is not None:
+                teacher.head = copied(teacher.head)  # a view of the model's file would hold all of it
         for model in (self.source, self.reference):
             if model is not None and model not in live:
                 model.free()
@@ -159,7 +155,8 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     dataset = Sequences(
         **{name: corpora.sequences_of(documents[name], tokenizer, config.max_length, config.packing) for name in config.needs()}
     )
-    plan = training_plan(config, len(dataset), run.record.get("plan", {}).get("effective_batch")) | {"documents": {name: len(part) for name, part in documents.items()}}
+    plan = training_plan(config, len(dataset), planned.get("effective_batch"))
+    plan["documents"] = {name: len(part) for name, part in documents.items()}
     plan["tokens"] = round(sum(map(dataset.tokens, range(len(dataset)))) * plan["epochs"])
     trainer = UnlearnTrainer(
         run, config, student.train(), tokenizer, dataset, config.eval,
@@ -167,9 +164,11 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     )  # fmt: skip
     made = Prepared(config, checked, trainer, tokenizer, reference, source)
     if planned:
+        trainer.may_miss_gradients = bool(planned["no_gradient"])
         memory.refuse_too_much(planned["memory"], memory.loaded(made))
         return made
     _describe(made, plan, libraries)
+    trainer.may_miss_gradients = bool(plan["no_gradient"])
     plan["maps"] = maps_plan
     warnings += optimizers.untouched(student, config, adapted_layers(config, student))
     run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
@@ -250,7 +249,8 @@ def rewind(model: nn.Module, source: Frozen, share: float) -> None:
             theirs = weight(name)
             if not theirs.isfinite().all():
                 raise LetheError(f"source: {name} is not finite, so the source diverged or is damaged; give another")
-            parameter.lerp_(theirs.to(parameter), share)
+            theirs = distributed.own(distributed.put(theirs.to(parameter.dtype), parameter))
+            distributed.own(parameter).lerp_(theirs.to(parameter.device), share)
 
 
 def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lethe.distributed import whole
 from lethe.training.merged_lora import fast_passes
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _backward(trainer: UnlearnTrainer, batch: Batch, text: str, done: int) -> tu
     other = "retain" if text == "forget" else "forget"
     loss, losses = trainer.losses(model, batch, trainer.progress(done), silent=other)
     loss.backward()
-    norms = [p.grad.norm(dtype=torch.float32) for p in model.parameters() if p.grad is not None]
+    norms = [whole(p.grad.norm(dtype=torch.float32)) for p in model.parameters() if p.grad is not None]
     values = {name: float(value.detach()) for name, value in losses.items()}
     return values, float(loss.detach()), float(torch.stack(norms).norm()) if norms else 0.0
 
@@ -156,7 +157,7 @@ def _moved(model: nn.Module, loss: float) -> Iterator[None]:
     """
     moving: list[Any] = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
     before = [p.detach().clone() for p in moving]
-    slope = sum(float(p.grad.norm(1, dtype=torch.float32)) for p in moving)
+    slope = sum(float(whole(p.grad.norm(1, dtype=torch.float32))) for p in moving)
     with torch.no_grad():
         for parameter in moving if slope else ():
             parameter.sub_(parameter.grad.sign(), alpha=DROP * abs(loss) / slope)
