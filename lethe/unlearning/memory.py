@@ -1,72 +1,393 @@
-"""The peak memory of a run by part, estimated from the loaded models before training."""
+"""The peak memory of a run, by part and by phase, from the shapes of its model.
+
+    recipe, model on the meta device, Load -> estimate -> Estimate: bytes of one device by phase and part
+
+Weights, optimizer state and caches are counted. Activations, logits, gradients and what an optimizer needs beside its state
+are those of a simulated update (`lethe.unlearning.simulation`), so that the recipe's own loss decides.
+
+What is in memory at a time: the model, once. Under LoRA the reference is the model with its adapters off. If all weights are
+trained, the reference is a second model, and is there only if a loss reads it. The source has the blocks up to the last layer
+that is read. Teachers whose outputs are cached leave the memory before training.
+
+With N processes, `ddp` holds everything N times, and a copy of the gradients for the all-reduce. `fsdp` shards weights,
+gradients and optimizer state: each device has 1/N of them, and the whole of two blocks and of what is outside the blocks.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from lethe.config import AffineConfig
 from lethe.errors import LetheError
+from lethe.maps.affine import AffineMap
 from lethe.maps.ridge import sums_bytes
-from lethe.objectives.losses import CHUNK
-from lethe.training.optimizers import STATE_BYTES, needs_masters
+from lethe.methods.method import Method, Need, Progress
+from lethe.models.activations import States, blocks, read
+from lethe.models.adapters import add_adapters
+from lethe.training.merged_lora import fast_passes
+from lethe.training.optimizers import STATE_BYTES, Muon, make_optimizer, needs_masters
 from lethe.unlearning.changes import AGREEMENT_BATCH
+from lethe.unlearning.simulation import META, Record, recording
+from lethe.unlearning.teacher_cache import TOKENS
+from lethe.unlearning.view import View
 
-if TYPE_CHECKING:
-    from lethe.unlearning.prepare import Prepared
-
-RECOMPUTED = 4
-"""Memory of one block's recomputation and gradients under gradient checkpointing, as a multiple of its activations.
-
-An upper bound of what was measured."""
 TOKEN = 40
 """Bytes of a token id in a Python list."""
-BUFFERS, LATER = 0.08, 96 * 2**20
-"""Reserve for memory that the estimate does not list: a share of the sum, and the bytes that libraries allocate later."""
+CONTEXT = 600 * 2**20
+"""Bytes that CUDA, cuBLAS and NCCL take on a GPU before a tensor is made."""
+LATER = 96 * 2**20
+"""Bytes that libraries take on a CPU after the run has begun."""
+BUFFERS = 0.05
+"""Reserve for what an allocator cannot use again: a share of all that is allocated and freed in the phase."""
+DISTANCES = 6
+"""Tensors as large as the largest trained one, in float32, that measuring the update's norm and stable rank takes."""
+MOVING = {"activations", "logits", "gradients"}
+UNCAPPED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings of models whose logits are not their output head's output. Their losses read the logits of all tokens."""
+
+Outline = Callable[[], PreTrainedModel]
+"""Makes the model on the meta device; each call makes another one."""
+Parts = dict[str, int]
 
 
-def estimate(made: Prepared, width: int, document: int, tokens: int, libraries: int) -> dict[str, int]:
-    """Estimated peak memory in bytes by part. The sum is that of the process on a CPU, and that of the device on a GPU.
+@dataclass(frozen=True)
+class Load:
+    """What the shapes of a model do not tell: text and machine.
 
-    Args:
-        width: tokens of the longest document.
-        document: bytes of activations that the longest pair of documents saves for the backward pass.
-        tokens: number of tokens in the text that maps are fitted on.
-        libraries: bytes that the process used before it loaded a model.
-
-    Logits are counted four times: those of two models, and the float32 intermediates of the KL. If the output heads are
-    known, these are the logits of one chunk of tokens (`objectives.losses`). `other` is what fitting maps, a save or the
-    records at the end need beyond an update. `buffers` is a reserve for everything that is not listed.
+    `width`: tokens of the longest sequence. `tokens`: by text, those of all sequences. `mapped_tokens`: those that maps are
+    fitted on. `cached`: the texts whose teacher's outputs are cached. `libraries`: bytes that the process had before it loaded
+    a model, on a CPU; on a GPU they are not in its memory.
     """
-    config, trainer = made.config, made.trainer
-    student: Any = trainer.model
-    trained = [p for p in student.parameters() if p.requires_grad]
-    numbers, moved = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
-    state = STATE_BYTES[config.optimizer] + 4 * needs_masters(student, config.optimizer)
-    text = student.config.get_text_config()
-    batch, hidden = config.per_device_train_batch_size, text.hidden_size
-    saved = batch * document
-    if config.gradient_checkpointing:  # the blocks' inputs of both texts, and what computing one block again takes
-        inputs = 2 * text.num_hidden_layers * trained[0].element_size() * batch * width * hidden
-        saved = RECOMPUTED * saved // text.num_hidden_layers + inputs
-    logits = 4 * 4 * (min(batch * width, CHUNK) if trainer.head is not None else batch * width) * text.vocab_size
-    mapped = len(config.mapped_layers)
-    found = {
-        "libraries": libraries,
-        "weights": _bytes(student),
-        "teachers": sum(_bytes(model) for model in (made.source, made.reference) if model),
-        "maps": 4 * mapped * hidden * (hidden + 1),
-        "gradients": moved,
-        "optimizer": state * numbers,
-        "activations": saved + logits,
-    }
-    update = found["gradients"] + found["optimizer"] + found["activations"]
-    end = found["optimizer"] + max(moved, 4 * AGREEMENT_BATCH * width * text.vocab_size)
-    fit = sums_bytes(hidden, mapped) + (0 if torch.cuda.is_available() else TOKEN * tokens)
-    found["other"] = max(0, max(fit, end) - update)
-    return found | {"buffers": LATER + round(BUFFERS * sum(found.values()))}
+
+    width: int
+    tokens: dict[str, int]
+    mapped_tokens: int = 0
+    cached: frozenset[str] = frozenset()
+    processes: int = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    gpu: bool = False
+    libraries: int = 0
+
+
+@dataclass
+class Estimate:
+    """Bytes of one device, by phase and part."""
+
+    phases: dict[str, Parts]
+    facts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> Parts:
+        """The parts of the phase that takes most."""
+        return self.phases[self.peak_phase]
+
+    @property
+    def by_phase(self) -> dict[str, int]:
+        """The sum of each phase."""
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def choose_parallel(ddp: Estimate, memory: int) -> Literal["ddp", "fsdp"]:
+    """How `parallel: auto` distributes a run: `ddp` if its estimate fits into the memory of one device, else `fsdp`."""
+    return "ddp" if ddp.total <= memory else "fsdp"
+
+
+@dataclass
+class Shapes:
+    """Bytes of a recipe's models: `weights` of the model with its adapters, `block` and `outside` of its largest block and
+    outside its blocks, `whole` of a plain model, `trained` of the trained parameters, `largest` elements of one tensor.
+    """
+
+    weights: int
+    block: int
+    outside: int
+    whole: int
+    plain_block: int
+    trained: int
+    trained_block: int
+    trained_outside: int
+    numbers: int
+    largest: int
+
+    @classmethod
+    def of(cls, student: Any, frozen: nn.Module) -> Shapes:
+        trained = [p for p in student.parameters() if p.requires_grad]
+        parts = [list(block.parameters()) for block in blocks(student)]
+        block, learnt = max(map(_bytes, parts)), max(_bytes(_trained(part)) for part in parts)
+        return cls(
+            weights=_bytes(student.parameters()),
+            block=block,
+            outside=_bytes(student.parameters()) - sum(map(_bytes, parts)),
+            whole=_bytes(frozen.parameters()),
+            plain_block=max(_bytes(one.parameters()) for one in blocks(frozen)),
+            trained=_bytes(trained),
+            trained_block=learnt,
+            trained_outside=_bytes(trained) - sum(_bytes(_trained(part)) for part in parts),
+            numbers=sum(p.numel() for p in trained),
+            largest=max(p.numel() for p in trained),
+        )
+
+
+def estimate(config: Method, outline: Outline, load: Load) -> Estimate:
+    """The peak memory of one device. The sum of a phase's parts is that of the process on a CPU.
+
+    Raises:
+        LetheError: the computation depends on values, so that it cannot be simulated.
+    """
+    try:
+        return _Phases(config, outline, load).estimate()
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, IndexError) as error:
+        raise LetheError(f"memory: this model cannot be simulated without its weights ({error}); run check without memory") from error
+
+
+class _Phases:
+    """The parts of each phase of one run on one device."""
+
+    def __init__(self, config: Method, outline: Outline, load: Load):
+        self.config, self.load = config, load
+        self.frozen: Any = outline().eval().requires_grad_(False)
+        self.student = student_of(config, outline)
+        self.shapes = Shapes.of(self.student, self.frozen)
+        self.text = self.frozen.config.get_text_config()
+        self.shards = load.processes if load.parallel == "fsdp" else 1
+        needs = self.needs = config.needs()
+        self.heads: Any = (None, None)
+        if not any(getattr(self.text, name, None) for name in UNCAPPED):
+            ours, theirs = self.student.get_output_embeddings(), self.frozen.get_output_embeddings()
+            self.heads = (ours, theirs) if type(ours) is nn.Linear else (None, None)
+        self.live = {name: need for name, need in needs.items() if need.teacher and name not in load.cached}
+        self.mapped = next((need.layers for need in needs.values() if need.mapped), ())
+
+    def estimate(self) -> Estimate:
+        """All phases of the recipe."""
+        phases = {"loading": {"teachers": self._teachers(self.needs)}}
+        if self.config.fits_maps and self.mapped:
+            phases["maps"] = self._maps()
+        built = {name: need for name, need in self.needs.items() if name in self.load.cached}
+        if built:
+            passes = [self._pass(need, max(1, TOKENS // self.load.width)) for need in built.values()]
+            phases["teachers"] = {
+                "teachers": self._teachers(self.needs),
+                "maps": self._map_bytes() if any(need.mapped for need in built.values()) else 0,
+                "activations": max(passes),
+            }
+        phases["training"] = self._training()
+        state = phases["training"]["optimizer"] - self._temporaries
+        phases["saving"] = {"optimizer": state, "gathered": 4 * self.shapes.largest if self.shards > 1 else 0}
+        phases["evaluation"] = {"optimizer": state} | self._evaluation()
+        facts = {"model": self.shapes.whole, "trained": self.shapes.numbers}
+        return Estimate({name: self._with_rest(name, parts) for name, parts in phases.items()}, facts)
+
+    def _with_rest(self, phase: str, parts: Parts) -> Parts:
+        """A phase with what every phase has. Parts of zero bytes are left out."""
+        gathered = self.shards > 1 and phase != "loading"
+        caches = 0 if self.load.gpu or phase not in {"training", "saving", "evaluation"} else self._cache_bytes()
+        found = {
+            "libraries": CONTEXT if self.load.gpu else self.load.libraries + LATER,
+            "weights": self.shapes.weights // self.shards,
+            **parts,
+            "caches": caches,
+        }
+        if gathered:
+            whole = 2 * self.shapes.block + self.shapes.outside
+            found["gathered"] = found.get("gathered", 0) + whole
+        changing = sum(size for part, size in found.items() if part not in {"libraries", "caches"})
+        found["buffers"] = round(BUFFERS * changing)
+        return {part: size for part, size in found.items() if size}
+
+    def _teachers(self, needs: dict[str, Need]) -> int:
+        """Bytes of the teachers of these texts that are models of their own."""
+        config, shapes = self.config, self.shapes
+        kinds: dict[Any, tuple[int, bool]] = {}
+        for need in needs.values():
+            if need.teacher:
+                last, whole = kinds.get(need.teacher, (-1, False))
+                kinds[need.teacher] = max([last, *need.layers]), whole or need.logits
+        same = config.lora is not None and not config.rewind and config.teacher_dtype in {None, config.dtype}
+        if same:
+            kinds.pop("reference", None)
+        size = 0
+        scale = getattr(torch, config.teacher_dtype or config.dtype).itemsize / getattr(torch, config.dtype).itemsize
+        for last, whole in kinds.values():
+            head: Any = self.frozen.get_output_embeddings()
+            tied = self.text.tie_word_embeddings
+            after = 0 if tied else _bytes(head.parameters())
+            unread = (len(blocks(self.frozen)) - 1 - last) * shapes.plain_block + after
+            size += round(scale * (shapes.whole - (0 if whole else unread)))
+        return size // self.shards
+
+    def _map_bytes(self) -> int:
+        hidden = self.text.hidden_size
+        return 4 * len(self.mapped) * hidden * (hidden + 1)
+
+    def _cache_bytes(self) -> int:
+        return sum(self.load.tokens[name] * self.token_bytes(self.needs[name]) for name in self.load.cached)
+
+    def token_bytes(self, need: Need) -> int:
+        """Bytes of a cached teacher's outputs for one token."""
+        size = getattr(torch, self.config.teacher_dtype or self.config.dtype).itemsize
+        ending = self.text.vocab_size if self.heads[1] is None else self.text.hidden_size
+        return (4 if need.mapped else size) * len(need.layers) * self.text.hidden_size + size * need.logits * ending
+
+    def _maps(self) -> Parts:
+        """Fitting: sums of all layers, and one batch of activations of both models."""
+        layers = list(self.mapped)
+        source = Need("source", self.mapped)
+        ids = torch.zeros(AffineConfig.batch_size, min(self.load.width, self.config.max_length), dtype=torch.long, device=META)
+        with recording() as record, torch.no_grad():
+            found = [read(self.frozen, ids, layers).activations for _ in range(2)]
+            pairs = [{n: values.flatten(0, 1).clone() for n, values in each.items()} for each in found]
+        activations = sum(record.peak(lambda number, last: "activations").values())
+        del found, pairs
+        tokens = 0 if self.load.gpu else TOKEN * self.load.mapped_tokens
+        return {
+            "teachers": self._teachers({"forget": source}),
+            "maps": sums_bytes(self.text.hidden_size, len(layers)) + tokens,
+            "activations": activations,
+        }
+
+    def _pass(self, need: Need, documents: int, width: int | None = None) -> int:
+        """Bytes of a teacher's pass over documents without gradients."""
+        with recording() as record, torch.no_grad():
+            ids = torch.zeros(documents, width or self.load.width, dtype=torch.long, device=META)
+            states = _Teacher(self, need).states(ids, ids[:, 0])
+        size = sum(record.peak(lambda number, last: "activations").values())
+        del states
+        return size
+
+    def _training(self) -> Parts:
+        """Gradients, activations and logits of an update, or the optimizer's step, if that takes more."""
+        update = self._update()
+        state, self._temporaries = self._optimizer()
+        gradients, buckets = self.shapes.trained // self.shards, 0
+        if self.load.processes > 1:
+            buckets = 2 * (self.shapes.trained_block + self.shapes.trained_outside) if self.shards > 1 else self.shapes.trained
+        static = {
+            "teachers": self._teachers(self.live),
+            "maps": self._map_bytes() if any(need.mapped for need in self.live.values()) else 0,
+        }
+        update["gradients"] = update.get("gradients", 0) // self.shards
+        if sum(update.values()) >= gradients + self._temporaries:
+            self._temporaries, step = 0, update
+        else:
+            step = {"gradients": gradients}
+        return static | step | {"optimizer": state + self._temporaries, "buckets": buckets}
+
+    def _optimizer(self) -> tuple[int, int]:
+        """Bytes of the optimizer's state, and of what its step allocates beside it."""
+        config, student = self.config, self.student
+        if config.optimizer != "muon" and not needs_masters(student, config.optimizer):
+            return STATE_BYTES[config.optimizer] * self.shapes.numbers // self.shards, 0
+        optimizer: Muon = make_optimizer(student, config)  # type: ignore[assignment]
+        for parameter in student.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        with recording() as record:
+            optimizer.step()
+        held = record.of(*(value for state in optimizer.state.values() for value in state.values() if value.is_meta))
+        peak = record.peak(lambda number, last: "state" if number in held else "temporaries")
+        student.zero_grad()
+        state = sum(size for number, size, _ in record.events if number in held and size > 0)
+        return state // self.shards, peak.get("temporaries", 0)
+
+    def _update(self) -> Parts:
+        """Bytes at the peak of the forward and backward passes of an update."""
+        config, student = self.config, self.student
+        shape = config.per_device_train_batch_size, self.load.width
+        if config.gradient_checkpointing:
+            student.activation_checkpointing_enable()
+        head = self.heads[0]
+        student.train()
+        with recording() as record, fast_passes(student, config.fast):
+            for _ in range(min(2, config.gradient_accumulation_steps)):
+                ids = torch.zeros(shape, dtype=torch.long, device=META)
+                views = {name: self._view(name, need, ids, head) for name, need in self.needs.items()}
+                loss, losses = config.loss(views.get("forget"), views.get("retain"), Progress(0, 1, 1))  # type: ignore[arg-type]
+                loss.backward()
+                del views, loss, losses, ids
+        gradients = record.of(*(p.grad for p in student.parameters()))
+        vocabulary = self.text.vocab_size
+        found = record.peak(
+            lambda number, last: "gradients" if number in gradients else "logits" if last == vocabulary else "activations"
+        )
+        student.zero_grad()
+        return {"gradients": 0, "activations": 0, "logits": 0} | found
+
+    def _view(self, name: str, need: Need, ids: Tensor, head: Any) -> View:
+        documents, tokens = ids.shape[0], ids.numel()
+        teacher: Any = _Teacher(self, need, name in self.load.cached) if need.teacher else None
+        variance = dict.fromkeys(need.layers, 1.0) if need.variance else None
+        states = read(self.student, ids, list(need.layers), need.logits, head)
+        return View(ids, torch.ones_like(ids), ids[:, 0], states, tokens, documents, head, teacher, variance)
+
+    def _evaluation(self) -> Parts:
+        """The records at the end: agreement on a batch of documents, and the norm of the update by block."""
+        whole = Need(logits=True)
+        heads, self.heads = self.heads, (None, None)  # agreement reads full logits
+        agreement = self._pass(whole, AGREEMENT_BATCH, min(self.load.width, self.config.max_length))
+        self.heads = heads
+        other = 0 if self.config.lora else self.shapes.block
+        distances = 4 * DISTANCES * self.shapes.largest
+        return {"activations": max(agreement, distances), "teachers": other}
+
+
+class _Teacher:
+    """A teacher of a simulated update, in place of `view.Teacher`: its passes, or its cache."""
+
+    def __init__(self, phases: _Phases, need: Need, cached: bool = False):
+        self.phases, self.need, self.cached, self.head = phases, need, cached, phases.heads[1]
+
+    @torch.no_grad()
+    def states(self, input_ids: Tensor, index: Tensor) -> States:
+        """What a cache returns, or a pass without gradients, with the maps."""
+        phases, need = self.phases, self.need
+        hidden, kind = phases.text.hidden_size, phases.frozen.dtype
+        if self.cached:
+            ending = phases.text.vocab_size if self.head is None else hidden
+            states = States({n: _empty(input_ids, hidden, torch.float32 if need.mapped else kind) for n in need.layers})
+            states.output = _empty(input_ids, ending, kind) if need.logits else None
+            return states
+        states = read(phases.frozen, input_ids, list(need.layers), need.logits, self.head)
+        if need.mapped:
+            weight = {n: torch.empty(hidden, hidden, device=META) for n in need.layers}
+            states.activations = AffineMap(weight, {n: torch.empty(hidden, device=META) for n in need.layers})(states.activations)
+        return states
+
+
+def student_of(config: Method, outline: Outline) -> Any:
+    """The model that is trained, on the meta device, with adapters where the recipe has them."""
+    with META:
+        model = outline()
+        if config.lora is None:
+            return model.requires_grad_(True)
+        layers = [len(blocks(model)) - 1] if config.layers is None else config.layers
+        return add_adapters(model, config.lora, layers, config.seed)
+
+
+def _empty(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*like.shape, width, dtype=dtype, device=META)
+
+
+def _trained(parameters: Any) -> list[nn.Parameter]:
+    return [p for p in parameters if p.requires_grad]
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def available_memory() -> int:
@@ -79,15 +400,13 @@ def taken() -> int:
     return 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def refuse_too_much(parts: dict[str, int]) -> None:
-    """Refuse a run that does not fit into memory. The models are already loaded."""
-    free, needed = available_memory(), sum(parts.values())
-    if needed - parts["libraries"] - parts["weights"] - parts["teachers"] > free:
+def refuse_too_much(found: Estimate, *loaded: nn.Module) -> None:
+    """Refuse a run that does not fit into memory. `loaded`: the models that are in memory already."""
+    free, needed = available_memory(), found.total
+    here = {id(p): p for model in loaded for p in model.parameters()}
+    if needed - found.parts["libraries"] - _bytes(here.values()) > free:
         raise LetheError(
             f"memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free beside the models; "
-            f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing"
+            f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing; "
+            f"`lethe check --memory {free / 2**30:.0f}GiB` says what fits"
         )

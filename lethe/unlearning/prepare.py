@@ -30,7 +30,7 @@ from lethe.training.saves import save_artifact
 from lethe.training.trainer import Sequences
 from lethe.unlearning import changes, maps, memory, teacher_cache
 from lethe.unlearning.check import Checked
-from lethe.unlearning.probe import document_bytes, probe, warning
+from lethe.unlearning.probe import probe, warning
 from lethe.unlearning.trainer import UnlearnTrainer
 from lethe.unlearning.view import Teacher
 
@@ -198,12 +198,17 @@ def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
     config, trainer, student = made.config, made.trainer, made.trainer.model
     plan |= optimizers.describe(student, config)  # type: ignore[arg-type]
     plan["teachers"] = teachers_plan(made, plan["epochs"])
-    longest = max(len(row) for part in made.sequences.values() for row in part)
-    tokens = maps.tokens_of(made.checked.mapped, made.tokenizer, config.max_length)
-    plan["memory"] = memory.estimate(made, longest, document_bytes(trainer), tokens, libraries)
-    cached = [text for text, how in plan["teachers"].items() if how.startswith("cached")]
-    plan["memory"]["caches"] = sum(teacher_cache.size_of(trainer.teachers[text], made.sequences[text]) for text in cached)
-    memory.refuse_too_much(plan["memory"])
+    load = memory.Load(
+        width=max(len(row) for part in made.sequences.values() for row in part),
+        tokens={text: sum(map(len, part)) for text, part in made.sequences.items()},
+        mapped_tokens=maps.tokens_of(made.checked.mapped, made.tokenizer, config.max_length),
+        cached=frozenset(text for text, how in plan["teachers"].items() if how.startswith("cached")),
+        gpu=torch.cuda.is_available(),
+        libraries=libraries,
+    )
+    found = memory.estimate(config, lambda: refs.outline(made.checked.model, config.dtype), load)
+    plan["memory"], plan["memory_by_phase"] = found.parts, found.by_phase
+    memory.refuse_too_much(found, trainer.model, *(teacher.model for teacher in trainer.teachers.values()))  # type: ignore[arg-type]
     plan |= _probed(made, plan["forward_passes"])
     masters = " (trained as float32)" if needs_masters(student, config.optimizer) else ""  # type: ignore[arg-type]
     dtype = config.teacher_dtype or config.dtype

@@ -66,32 +66,6 @@ def probe(trainer: UnlearnTrainer) -> Probe:
     return Probe(names, seconds, scale)
 
 
-def document_bytes(trainer: UnlearnTrainer) -> int:
-    """Bytes of activations that the longest sequences, one of each text, save for the backward pass.
-
-    Measured as the bytes for two documents minus those for one, which leaves out what is saved once, such as weights.
-    """
-    model: nn.Module = trainer.model  # type: ignore[assignment]
-    texts: Any = trainer.train_dataset.texts  # type: ignore[union-attr]
-    longest = {name: (0, max(sequences, key=len)) for name, sequences in texts.items()}
-    saved: list[int] = []
-    for count in (1, 2):
-        batch: Any = trainer._prepare_inputs(trainer.data_collator([longest] * count))  # type: ignore[arg-type]
-        trainer.tokens = trainer.documents_in_update = dict.fromkeys(batch, 1)
-        found: dict[int, int] = {}
-
-        def keep(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor.detach()  # with its graph, the tensor would never be freed
-
-        with torch.random.fork_rng(), fast_passes(model, trainer.config.fast):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = trainer.losses(model, batch, trainer.progress(trainer.first_epoch_steps))
-            saved.append(sum(found.values()))
-            del loss
-    return max(0, saved[1] - saved[0])
-
-
 def measured(trainer: UnlearnTrainer, batch: Batch) -> dict[str, Any]:
     """The losses, the norms of the gradients of the weighted forget and retain loss, their ratio, and the weight of the forget
     loss that would give the lab's ratio. A name that ends in `_after` is a value after the weights were moved.
