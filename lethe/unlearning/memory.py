@@ -15,6 +15,8 @@ gradients and optimizer state: each device has 1/N of them, and the whole of two
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,16 +27,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lethe.config import AffineConfig
-from lethe.errors import LetheError
+from lethe.errors import LetheError, printable
 from lethe.maps.affine import AffineMap
 from lethe.maps.ridge import sums_bytes
 from lethe.methods.method import Method, Need, Progress
 from lethe.models.activations import States, blocks, read
 from lethe.models.adapters import add_adapters
 from lethe.training.merged_lora import fast_passes
-from lethe.training.optimizers import STATE_BYTES, Muon, make_optimizer, needs_masters
+from lethe.training.optimizers import STATE_BYTES, make_optimizer, needs_masters
 from lethe.unlearning.changes import AGREEMENT_BATCH
-from lethe.unlearning.simulation import META, Record, recording
+from lethe.unlearning.simulation import META, recording
 from lethe.unlearning.teacher_cache import TOKENS
 from lethe.unlearning.view import View
 
@@ -144,19 +146,12 @@ class Shapes:
 
 
 def estimate(config: Method, outline: Outline, load: Load) -> Estimate:
-    """The peak memory of one device. The sum of a phase's parts is that of the process on a CPU.
-
-    Raises:
-        LetheError: the computation depends on values, so that it cannot be simulated.
-    """
-    try:
-        return _Phases(config, outline, load).estimate()
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError, IndexError) as error:
-        raise LetheError(f"memory: this model cannot be simulated without its weights ({error}); run check without memory") from error
+    """The peak memory of one device. The sum of a phase's parts is that of the process on a CPU."""
+    return Phases(config, outline, load).estimate(load.processes, load.parallel)
 
 
-class _Phases:
-    """The parts of each phase of one run on one device."""
+class Phases:
+    """The parts of each phase of one run on one device. What is simulated does not depend on the number of processes."""
 
     def __init__(self, config: Method, outline: Outline, load: Load):
         self.config, self.load = config, load
@@ -164,7 +159,6 @@ class _Phases:
         self.student = student_of(config, outline)
         self.shapes = Shapes.of(self.student, self.frozen)
         self.text = self.frozen.config.get_text_config()
-        self.shards = load.processes if load.parallel == "fsdp" else 1
         needs = self.needs = config.needs()
         self.heads: Any = (None, None)
         if not any(getattr(self.text, name, None) for name in UNCAPPED):
@@ -173,24 +167,37 @@ class _Phases:
         self.live = {name: need for name, need in needs.items() if need.teacher and name not in load.cached}
         self.mapped = next((need.layers for need in needs.values() if need.mapped), ())
 
-    def estimate(self) -> Estimate:
-        """All phases of the recipe."""
+    def estimate(self, processes: int, parallel: Literal["ddp", "fsdp"]) -> Estimate:
+        """All phases of the recipe, on one of so many devices.
+
+        Raises:
+            LetheError: the computation depends on values, so that it cannot be simulated.
+        """
+        self.load = dataclasses.replace(self.load, processes=processes, parallel=parallel)
+        self.shards = processes if parallel == "fsdp" else 1
+        try:
+            return self._estimate()
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError, IndexError) as error:
+            why = printable(error, 200)
+            raise LetheError(f"memory: a pass of this model cannot be simulated without weights ({why})") from error
+
+    def _estimate(self) -> Estimate:
         phases = {"loading": {"teachers": self._teachers(self.needs)}}
         if self.config.fits_maps and self.mapped:
             phases["maps"] = self._maps()
         built = {name: need for name, need in self.needs.items() if name in self.load.cached}
         if built:
-            passes = [self._pass(need, max(1, TOKENS // self.load.width)) for need in built.values()]
             phases["teachers"] = {
                 "teachers": self._teachers(self.needs),
                 "maps": self._map_bytes() if any(need.mapped for need in built.values()) else 0,
-                "activations": max(passes),
+                "activations": self._building,
             }
         phases["training"] = self._training()
-        state = phases["training"]["optimizer"] - self._temporaries
+        state = self._optimizer[0] // self.shards
         phases["saving"] = {"optimizer": state, "gathered": 4 * self.shapes.largest if self.shards > 1 else 0}
         phases["evaluation"] = {"optimizer": state} | self._evaluation()
-        facts = {"model": self.shapes.whole, "trained": self.shapes.numbers}
+        count = sum(p.numel() for p in self.frozen.parameters())
+        facts = {"model": self.shapes.whole, "parameters": count, "trained": self.shapes.numbers}
         return Estimate({name: self._with_rest(name, parts) for name, parts in phases.items()}, facts)
 
     def _with_rest(self, phase: str, parts: Parts) -> Parts:
@@ -246,64 +253,71 @@ class _Phases:
 
     def _maps(self) -> Parts:
         """Fitting: sums of all layers, and one batch of activations of both models."""
+        return {
+            "teachers": self._teachers({"forget": Need("source", self.mapped)}),
+            "maps": sums_bytes(self.text.hidden_size, len(self.mapped))
+            + (0 if self.load.gpu else TOKEN * self.load.mapped_tokens),
+            "activations": self._mapping,
+        }
+
+    @functools.cached_property
+    def _mapping(self) -> int:
         layers = list(self.mapped)
-        source = Need("source", self.mapped)
         ids = torch.zeros(AffineConfig.batch_size, min(self.load.width, self.config.max_length), dtype=torch.long, device=META)
         with recording() as record, torch.no_grad():
             found = [read(self.frozen, ids, layers).activations for _ in range(2)]
             pairs = [{n: values.flatten(0, 1).clone() for n, values in each.items()} for each in found]
-        activations = sum(record.peak(lambda number, last: "activations").values())
         del found, pairs
-        tokens = 0 if self.load.gpu else TOKEN * self.load.mapped_tokens
-        return {
-            "teachers": self._teachers({"forget": source}),
-            "maps": sums_bytes(self.text.hidden_size, len(layers)) + tokens,
-            "activations": activations,
-        }
+        return record.most
 
-    def _pass(self, need: Need, documents: int, width: int | None = None) -> int:
+    @functools.cached_property
+    def _building(self) -> int:
+        """Bytes of a batch while caches are built."""
+        needs = (need for name, need in self.needs.items() if name in self.load.cached)
+        return max(self._pass(need, max(1, TOKENS // self.load.width), self.load.width) for need in needs)
+
+    def _pass(self, need: Need, documents: int, width: int) -> int:
         """Bytes of a teacher's pass over documents without gradients."""
+        ids = torch.zeros(documents, width, dtype=torch.long, device=META)
         with recording() as record, torch.no_grad():
-            ids = torch.zeros(documents, width or self.load.width, dtype=torch.long, device=META)
-            states = _Teacher(self, need).states(ids, ids[:, 0])
-        size = sum(record.peak(lambda number, last: "activations").values())
-        del states
-        return size
+            _Teacher(self, need).states(ids, ids[:, 0])
+        return record.most
 
     def _training(self) -> Parts:
         """Gradients, activations and logits of an update, or the optimizer's step, if that takes more."""
-        update = self._update()
-        state, self._temporaries = self._optimizer()
-        gradients, buckets = self.shapes.trained // self.shards, 0
+        shapes, live = self.shapes, self.live.values()
+        state, temporaries = self._optimizer
+        update = self._update | {"gradients": self._update["gradients"] // self.shards}
+        step = {"gradients": shapes.trained // self.shards, "activations": 0, "logits": 0}
+        peak = update if sum(update.values()) >= step["gradients"] + temporaries else step
+        buckets = 0
         if self.load.processes > 1:
-            buckets = 2 * (self.shapes.trained_block + self.shapes.trained_outside) if self.shards > 1 else self.shapes.trained
-        static = {
+            buckets = 2 * (shapes.trained_block + shapes.trained_outside) if self.shards > 1 else shapes.trained
+        return {
             "teachers": self._teachers(self.live),
-            "maps": self._map_bytes() if any(need.mapped for need in self.live.values()) else 0,
+            "maps": self._map_bytes() if any(need.mapped for need in live) else 0,
+            **peak,
+            "optimizer": state // self.shards + (temporaries if peak is step else 0),
+            "buckets": buckets,
         }
-        update["gradients"] = update.get("gradients", 0) // self.shards
-        if sum(update.values()) >= gradients + self._temporaries:
-            self._temporaries, step = 0, update
-        else:
-            step = {"gradients": gradients}
-        return static | step | {"optimizer": state + self._temporaries, "buckets": buckets}
 
+    @functools.cached_property
     def _optimizer(self) -> tuple[int, int]:
-        """Bytes of the optimizer's state, and of what its step allocates beside it."""
+        """Bytes of the optimizer's whole state, and of what its step allocates beside it."""
         config, student = self.config, self.student
         if config.optimizer != "muon" and not needs_masters(student, config.optimizer):
-            return STATE_BYTES[config.optimizer] * self.shapes.numbers // self.shards, 0
-        optimizer: Muon = make_optimizer(student, config)  # type: ignore[assignment]
+            return STATE_BYTES[config.optimizer] * self.shapes.numbers, 0
+        optimizer: Any = make_optimizer(student, config)
         for parameter in student.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         with recording() as record:
             optimizer.step()
-        held = record.of(*(value for state in optimizer.state.values() for value in state.values() if value.is_meta))
+        held = record.of(*(value for state in optimizer.state.values() for value in state.values()))
         peak = record.peak(lambda number, last: "state" if number in held else "temporaries")
         student.zero_grad()
-        state = sum(size for number, size, _ in record.events if number in held and size > 0)
-        return state // self.shards, peak.get("temporaries", 0)
+        return sum(size for number, size, _ in record.events if number in held and size > 0), peak.get("temporaries", 0)
 
+    @functools.cached_property
     def _update(self) -> Parts:
         """Bytes at the peak of the forward and backward passes of an update."""
         config, student = self.config, self.student
@@ -336,19 +350,24 @@ class _Phases:
 
     def _evaluation(self) -> Parts:
         """The records at the end: agreement on a batch of documents, and the norm of the update by block."""
-        whole = Need(logits=True)
-        heads, self.heads = self.heads, (None, None)  # agreement reads full logits
-        agreement = self._pass(whole, AGREEMENT_BATCH, min(self.load.width, self.config.max_length))
-        self.heads = heads
-        other = 0 if self.config.lora else self.shapes.block
         distances = 4 * DISTANCES * self.shapes.largest
-        return {"activations": max(agreement, distances), "teachers": other}
+        return {
+            "teachers": 0 if self.config.lora else self.shapes.block,
+            "activations": max(self._agreement, distances),
+        }
+
+    @functools.cached_property
+    def _agreement(self) -> int:
+        width = min(self.load.width, self.config.max_length)
+        with recording() as record, torch.no_grad():
+            self.frozen(input_ids=torch.zeros(AGREEMENT_BATCH, width, dtype=torch.long, device=META), use_cache=False)
+        return record.most
 
 
 class _Teacher:
     """A teacher of a simulated update, in place of `view.Teacher`: its passes, or its cache."""
 
-    def __init__(self, phases: _Phases, need: Need, cached: bool = False):
+    def __init__(self, phases: Phases, need: Need, cached: bool = False):
         self.phases, self.need, self.cached, self.head = phases, need, cached, phases.heads[1]
 
     @torch.no_grad()
@@ -364,7 +383,9 @@ class _Teacher:
         states = read(phases.frozen, input_ids, list(need.layers), need.logits, self.head)
         if need.mapped:
             weight = {n: torch.empty(hidden, hidden, device=META) for n in need.layers}
-            states.activations = AffineMap(weight, {n: torch.empty(hidden, device=META) for n in need.layers})(states.activations)
+            states.activations = AffineMap(weight, {n: torch.empty(hidden, device=META) for n in need.layers})(
+                states.activations
+            )
         return states
 
 

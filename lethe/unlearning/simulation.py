@@ -53,6 +53,11 @@ class Record(TorchDispatchMode):
         found = (self.numbers.get(tensor.untyped_storage()) for tensor in tensors if tensor is not None)
         return {number for number in found if number not in {None, OUTER}}
 
+    @property
+    def most(self) -> int:
+        """The highest sum of bytes that were there at one moment."""
+        return sum(self.peak(lambda number, last: "all").values())
+
     def peak(self, kind: Callable[[int, int], str]) -> dict[str, int]:
         """Bytes by kind at the moment of the highest sum. `kind` names a storage by its number and its last dimension."""
         live: dict[str, int] = {}
