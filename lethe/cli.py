@@ -253,14 +253,16 @@ def _check(settings: Check, as_json: bool) -> None:
     if settings.plans:
         from lethe.unlearning.fit import fit
 
-        found = fit(settings)
-        tables = [] if as_json else memory_tables(found)
+        found, tables_of = fit(settings), memory_tables
     else:
         from lethe.unlearning.pipeline import inspect
 
-        found = inspect(settings)  # type: ignore[arg-type]  # a method with CheckSettings
-        tables = [] if as_json else [plan_table(found)]
-    _dump(found) if as_json else [_print(table) for table in tables]
+        found, tables_of = inspect(settings), lambda plan: [plan_table(plan)]  # type: ignore[arg-type]  # also a method
+    if as_json:
+        _dump(found)
+        return
+    for table in tables_of(found):
+        _print(table)
 
 
 @command("unlearn", "lethe unlearn --config lab --remove_coef 20 --lora.r 8", runs_tasks=True)

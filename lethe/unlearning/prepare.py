@@ -206,9 +206,9 @@ def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
         gpu=torch.cuda.is_available(),
         libraries=libraries,
     )
-    found = memory.estimate(config, lambda: refs.outline(made.checked.model, config.dtype), load)
-    plan["memory"], plan["memory_by_phase"] = found.parts, found.by_phase
-    memory.refuse_too_much(found, trainer.model, *(teacher.model for teacher in trainer.teachers.values()))  # type: ignore[arg-type]
+    estimate = memory.estimate(config, lambda: refs.outline(made.checked.model, config.dtype), load)
+    plan["memory"], plan["memory_by_phase"] = estimate.parts, estimate.by_phase
+    memory.refuse_too_much(estimate, trainer.model, *(teacher.model for teacher in trainer.teachers.values()))  # type: ignore[arg-type]
     plan |= _probed(made, plan["forward_passes"])
     masters = " (trained as float32)" if needs_masters(student, config.optimizer) else ""  # type: ignore[arg-type]
     dtype = config.teacher_dtype or config.dtype
