@@ -253,15 +253,15 @@ def _check(settings: Check, as_json: bool) -> None:
     if settings.plans:
         from lethe.unlearning.fit import fit
 
-        found, tables_of = fit(settings), memory_tables
+        found = fit(settings)
     else:
         from lethe.unlearning.pipeline import inspect
 
-        found, tables_of = inspect(settings), lambda plan: [plan_table(plan)]  # type: ignore[arg-type]  # also a method
+        found = inspect(settings)  # type: ignore[arg-type]  # it is a method too
     if as_json:
         _dump(found)
         return
-    for table in tables_of(found):
+    for table in memory_tables(found) if settings.plans else [plan_table(found)]:
         _print(table)
 
 
