@@ -31,7 +31,7 @@ from lethe.models.architecture_check import refuse_untrainable
 from lethe.runs.run import Run
 from lethe.training.optimizers import routes
 from lethe.unlearning.check import check
-from lethe.unlearning.prepare import prepare, rewind
+from lethe.unlearning.prepare import prepare
 from lethe.unlearning.trainer import UnlearnTrainer
 
 LAYERS, LENGTH, START = [1, 2], 40, 0.2
@@ -112,7 +112,9 @@ def by_hand(config: Transfer, run: Run, trainer: UnlearnTrainer) -> list[list[fl
     """cb_loss, retain_kl_loss and gradient norm of each update, document by document."""
     student: Any = refs.load(refs.resolve(config.model))[0]
     source, reference = (AutoModelForCausalLM.from_pretrained(name).eval() for name in (config.source, config.model))
-    rewind(student, source, START)
+    with torch.no_grad():
+        for ours, theirs in zip(student.parameters(), source.parameters(), strict=True):
+            ours.lerp_(theirs, START)
     student = add_adapters(student, config.lora, LAYERS, config.seed) if config.lora else student.requires_grad_(True)
     student.train()
     parameters = [p for p in student.parameters() if p.requires_grad]

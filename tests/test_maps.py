@@ -277,7 +277,8 @@ def cached(world, tmp_path, monkeypatch):
 
     def maps(documents: int = 40, parents: dict[str, Any] = PARENTS, **changes: Any) -> AffineMap:
         settings, some = config(world, tmp_path, **changes), corpora.read(str(world / "text.jsonl"))[:documents]
-        return affine.fit_once(model, source, tokenizer, some, settings, settings.text, parents)
+        fit = lambda: affine.fit_on_text(model, source, tokenizer, some, settings, settings.text)  # noqa: E731
+        return affine.fit_once(fit, tokenizer, some, settings, parents)
 
     return maps
 
@@ -359,17 +360,19 @@ from lethe.maps import affine
 from lethe.text import corpora
 from lethe.models import refs
 from lethe.config import AffineConfig
-fit = affine.fit_on_text
+plain = affine.fit_on_text
 def slow(*args):
     with open(sys.argv[4], "a") as log:
         log.write("fit\\n")
     time.sleep(1)
-    return fit(*args)
+    return plain(*args)
 affine.fit_on_text = slow
 (model, tokenizer), (source, _) = (refs.load(refs.resolve(name)) for name in sys.argv[1:3])
 config = AffineConfig("m", "s", text=sys.argv[3], layers=[0, 3], max_length=16, batch_size=7)
 parents = {"model": {"sha256": "1"}, "source": {"sha256": "2"}}
-maps = affine.fit_once(model, source, tokenizer, corpora.read(sys.argv[3])[:40], config, config.text, parents)
+some = corpora.read(sys.argv[3])[:40]
+fit = lambda: affine.fit_on_text(model, source, tokenizer, some, config, config.text)
+maps = affine.fit_once(fit, tokenizer, some, config, parents)
 print(maps.weight[3].double().sum().item())
 """
 

@@ -23,10 +23,10 @@ from lethe import LoraSettings, unlearn
 from lethe.maps.affine import AffineMap
 from lethe.methods.method import Need
 from lethe.models import refs
-from lethe.objectives.losses import head_of
 from lethe.runs import locks
 from lethe.text import corpora
 from lethe.unlearning import teacher_cache as caching
+from lethe.unlearning.frozen import Frozen
 from lethe.unlearning.trainer import UnlearnTrainer
 from lethe.unlearning.view import Teacher
 
@@ -56,12 +56,12 @@ def warned(monkeypatch) -> list[str]:
 @pytest.fixture
 def teacher(make_model, tmp_path) -> Teacher:
     """A source with maps."""
-    model = refs.load(refs.resolve(str(make_model("llama", tmp_path / "1", seed=1))))[0]
+    model = Frozen(refs.resolve(str(make_model("llama", tmp_path / "1", seed=1))), "float32")
     rng = torch.Generator().manual_seed(0)
     maps = AffineMap(
         {n: torch.randn(32, 32, generator=rng) for n in (0, 2)}, {n: torch.randn(32, generator=rng) for n in (0, 2)}
     )
-    return Teacher(Need("source", (0, 2), True, True), model, "w", head_of(model), maps)
+    return Teacher(Need("source", (0, 2), True, True), model, "w", model.head(), maps)
 
 
 def built(teacher: Teacher, rows: list[list[int]] = ROWS, weights: str = "w") -> caching.Cache:
@@ -104,7 +104,7 @@ def test_every_part_of_the_key_makes_another_cache(teacher):
     assert key() == folders[0]
     teacher.model.config.rope_parameters["rope_theta"] = 5.0
     folders.append(key())
-    teacher.model.bfloat16()
+    teacher.model.dtype = torch.bfloat16
     folders.append(key())
     assert len(set(folders)) == len(folders)
 
@@ -157,8 +157,9 @@ from pathlib import Path
 from lethe.models import refs
 from lethe.unlearning import teacher_cache as caching
 from lethe.methods.method import Need
+from lethe.unlearning.frozen import Frozen
 from lethe.unlearning.view import Teacher
-teacher = Teacher(Need("source", (0,)), refs.load(refs.resolve(sys.argv[1]))[0], "w")
+teacher = Teacher(Need("source", (0,)), Frozen(refs.resolve(sys.argv[1]), "float32"), "w")
 caching.TOKENS = 1
 plain = Teacher.live
 def slow(self, *args):

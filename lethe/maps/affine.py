@@ -32,6 +32,7 @@ from lethe.home import cache_key, lethe_home, use
 from lethe.maps.folder import CONVENTIONS, HASH, METADATA, WEIGHTS, facts_of, layers_of, recorded_convention, refuse_altered
 from lethe.maps.ridge import RidgeSums, Score
 from lethe.models.activations import CONVENTION, blocks, read
+from lethe.models.loading import device
 from lethe.progress import bar
 from lethe.runs.locks import build_once
 from lethe.text import corpora
@@ -129,12 +130,11 @@ def activation_pairs(
     done: Callable[[int], None],
 ) -> Pairs:
     """Batches of (source activation, model activation) at every token. `done` is called with the size of each batch."""
-    device = next(model.parameters()).device
     ordered = sorted(sequences, key=len)
     for start in range(0, len(ordered), batch_size):
-        ids, mask = (t.to(device) for t in corpora.pad(ordered[start : start + batch_size], pad_id))
+        ids, mask = (t.to(device()) for t in corpora.pad(ordered[start : start + batch_size], pad_id))
         is_token = mask.bool()
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what a model caches then could not be used in training
             x, y = (read(each, ids, layers).activations for each in (source, model))
         yield {layer: (x[layer][is_token], y[layer][is_token]) for layer in layers}
         done(len(ids))
@@ -167,15 +167,13 @@ def fit_on_text(
 
 
 def fit_once(
-    model: nn.Module,
-    source: nn.Module,
+    fitted: Callable[[], AffineMap],
     tokenizer: Any,
     documents: list[corpora.Document],
     config: AffineConfig,
-    text: Any,
     parents: dict[str, dict[str, str]],
 ) -> AffineMap:
-    """As `fit_on_text`, but maps of the same weights (`parents`), text and settings are cached in $LETHE_HOME/maps.
+    """What `fitted` gives, unless maps of the same weights (`parents`), text and settings are cached in $LETHE_HOME/maps.
 
     If the cache cannot be written, each process fits.
     """
@@ -183,9 +181,6 @@ def fit_once(
     weights = {role: parent["sha256"] for role, parent in parents.items()}
     key = cache_key(settings, weights, corpora.fingerprint(documents), tokenizer_hash(tokenizer))
     folder = lethe_home() / "maps" / key
-
-    def fitted() -> AffineMap:
-        return fit_on_text(model, source, tokenizer, documents, config, text)
 
     def cached() -> AffineMap:
         maps = load_maps(folder, config.layers)
@@ -198,7 +193,7 @@ def fit_once(
         logger.warning("fitted maps cannot be cached in %s (%s)", folder.parent, error.strerror or error)
         maps = fitted()
     maps.record |= parents
-    return maps.to(next(model.parameters()).device)
+    return maps.to(device())
 
 
 def _is_whole(folder: Path) -> bool:
@@ -249,7 +244,7 @@ def score_maps(
     found: dict[str, LayerScores] = {}
     with bar("Scoring maps", len(sequences) * len(conventions), "documents") as advance:
         for convention in conventions:
-            maps = load_maps(folder, layers or layers_of(tensors, convention, len(blocks(model))), convention).to(model.device)
+            maps = load_maps(folder, layers or layers_of(tensors, convention, len(blocks(model))), convention).to(device())
             pairs = activation_pairs(model, source, sequences, maps.layers, batch_size, pad_id, advance)
             found[convention] = score(pairs, maps)
     return MapScores(recorded_convention(facts_of(folder)) is not None, found)

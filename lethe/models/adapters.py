@@ -1,6 +1,10 @@
-"""LoRA adapters: which linear layers get one, and which share of the weights gets none."""
+"""LoRA adapters: which linear layers get one, which share of the weights gets none, and passes without them."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +42,38 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings, layers: list[int], 
     except (ValueError, TypeError, NotImplementedError) as error:
         why = printable(error, 200)
         raise LetheError(f"lora: PEFT does not adapt {type(model).__name__} ({why}); train all weights: lora null") from error
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, `model` computes what it did before it got adapters, in evaluation mode. Afterwards it is as it was.
+
+    PEFT's own `disable_adapter` would also switch `requires_grad` off and on, in the middle of an update.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
+    adapted: list[tuple[Any, bool]] = [(m, m._disable_adapters) for m, _ in modes if isinstance(m, BaseTunerLayer)]
+    model.eval()
+    for module, _ in adapted:
+        module._disable_adapters = True
+    try:
+        yield model
+    finally:
+        for module, off in adapted:
+            module._disable_adapters = off
+        for module, training in modes:
+            module.training = training
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+
+
+def under_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that belong to no adapter, by their names in the model without adapters."""
+    return {name.replace(".base_layer.", "."): p for name, p in inner(model).named_parameters() if ".lora_" not in name}
 
 
 def linear_layers(model: nn.Module, last: int, targets: str = "all") -> list[str]:

@@ -21,19 +21,21 @@ DRAWS = 4
 
 
 @torch.no_grad()
-def refuse_unreadable(model: nn.Module, name: str, width: int) -> None:
+def refuse_unreadable(model: nn.Module, name: str, width: int, last: int | None = None) -> None:
     """Refuse a model whose activations are not finite, no residual stream, or depend on padding or on other sequences.
 
     Args:
         name: the user's name of the model.
         width: tokens of the longest sequence. Local attention behaves differently beyond its window.
+        last: the last block that is read; None: all blocks and the output are.
     """
     short, device = -(-width // 2), next(model.parameters()).device
     ids = _ids(model, 2, width).to(device)
     padded = ids.clone()
     padded[0, short:] = 0
-    together, alone = _states(model, name, padded), _states(model, name, ids[:1, :short])
-    if not all(tensor.isfinite().all() for tensor in (*model.parameters(), *_tensors(alone))):
+    together, alone = _states(model, name, padded, last), _states(model, name, ids[:1, :short], last)
+    used = [p for p in model.parameters() if not p.is_meta]
+    if not all(tensor.isfinite().all() for tensor in (*used, *_tensors(alone))):
         wrong = "its weights or activations are not finite numbers, so it diverged or is damaged"
         raise LetheError(f"model '{name}': {wrong}; give another")
     if not all(_mostly_alike(a[:1, :short], b) for a, b in zip(_tensors(together), _tensors(alone), strict=True)):
@@ -71,9 +73,11 @@ def _ids(model: nn.Module, batch: int, seq: int) -> Int[Tensor, "batch seq"]:
     return torch.randint(vocabulary, (batch, seq), generator=torch.Generator().manual_seed(0))
 
 
-def _states(model: nn.Module, name: str, ids: Tensor) -> States:
-    """The activations of all blocks and the input of the output head."""
+def _states(model: nn.Module, name: str, ids: Tensor, last: int | None = None) -> States:
+    """The activations of all blocks and the input of the output head; with `last`, those of the blocks up to it."""
     try:
+        if last is not None:
+            return read(model, ids, list(range(last + 1)))
         return read(model, ids, list(range(len(blocks(model)))), True, model.get_output_embeddings())  # type: ignore[operator]
     except torch.OutOfMemoryError:
         raise

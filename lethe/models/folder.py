@@ -195,7 +195,7 @@ def refuse_misfit(name: str, config: PreTrainedConfig, tensors: Shapes | None) -
     import torch
     from transformers import AutoModelForCausalLM
 
-    with blamed(name, "no model can be built from config.json", OWN_CONFIG), _silent():
+    with blamed(name, "no model can be built from config.json", OWN_CONFIG), silent():
         depth = depth_of(config)
         if tensors is not None and depth > len(tensors):
             wrong = f"config.json describes {depth} blocks, the weights have {len(tensors)} tensors in all"
@@ -219,7 +219,7 @@ def refuse_misfit(name: str, config: PreTrainedConfig, tensors: Shapes | None) -
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Inside, transformers shows no progress bar and no table of mismatched weights."""
     from transformers.utils import logging
 

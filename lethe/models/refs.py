@@ -137,30 +137,35 @@ def run_of(name: str, out: str | Path = "runs") -> Run | None:
     return Run.open(name) if os.path.isfile(os.path.join(name, "run.json")) else None
 
 
-def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(ref: ModelRef, dtype: str = "float32", last: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode, on the GPU if there is one, and its tokenizer, which pads on the right.
 
     A reference with an adapter gives a PEFT model. The weights of `random:` come from a fixed seed. The model's own dropouts
     (GPT-2 has some) are 0 in training too, since a loss that compares the model with a teacher would measure them. The saved
-    configuration preserves them.
+    configuration preserves them. With `last`, only blocks 0 to `last` are in memory, for passes that end there.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from lethe.models import loading
+
     verify(ref)
     with blamed(ref.name, "it cannot be loaded", "copy or download it again"):
-        config, dropouts = _config(ref)
+        config, dropouts = configuration(ref)
         kind = getattr(torch, dtype)
         if ref.random:
             with torch.random.fork_rng():
                 torch.manual_seed(RANDOM_SEED)
                 model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                ref.folder, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-            )
-            model, report = loaded
-            model_folder.refuse_report(ref.name, report, model_folder.depth_of(config))
+            part = None
+            if last is not None and not ref.adapter and last + 1 < model_folder.depth_of(config):
+                with model_folder.silent():
+                    part = loading.first_blocks(ref.folder, config, kind, last)
+            if part is None:
+                part, report = loading.pretrained(ref.folder, config, kind)
+                model_folder.refuse_report(ref.name, report, model_folder.depth_of(config))
+            model = part
             model.name_or_path = model.config.name_or_path = ref.path  # adapters name the repository, not its snapshot here
         for name, value in dropouts.items():
             setattr(model.config, name, value)
@@ -168,20 +173,23 @@ def load(ref: ModelRef, dtype: str = "float32") -> tuple[PreTrainedModel, PreTra
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, ref.adapter)
-        model.eval()
-        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer(ref)
+        model.eval().to(loading.device())
+        if last is not None:
+            loading.drop_after(model, last)
+        return model, tokenizer(ref)
 
 
 def outline(ref: ModelRef, dtype: str = "float32") -> PreTrainedModel:
     """The model on the meta device, from its config.json alone: shapes without weights."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with blamed(ref.name, "no model can be built from config.json", OWN_CONFIG), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_config(ref)[0], dtype=getattr(torch, dtype), trust_remote_code=False)
+    from lethe.models import loading
+
+    with blamed(ref.name, "no model can be built from config.json", OWN_CONFIG):
+        return loading.on_meta(configuration(ref)[0], getattr(torch, dtype))
 
 
-def _config(ref: ModelRef) -> tuple[Any, dict[str, float]]:
+def configuration(ref: ModelRef) -> tuple[Any, dict[str, float]]:
     """The configuration with dropouts at 0, and their rates in config.json."""
     from transformers import AutoConfig
 
@@ -218,7 +226,7 @@ def _download_weights(ref: ModelRef) -> None:
 def _verified(ref: ModelRef, files: tuple[tuple[str, int, int], ...]) -> None:
     """`verify`, cached for the same names, sizes and times of files."""
     with blamed(ref.name, "config.json cannot be used", OWN_CONFIG):
-        config, _ = _config(ref)
+        config, _ = configuration(ref)
     model_folder.refuse_misfit(ref.name, config, None if ref.random else model_folder.refuse_weights(ref.name, ref.folder))
     if (ref.folder / TOKENIZER).exists():
         model_folder.part(ref.name, ref.folder / TOKENIZER)  # if it is damaged, transformers would read other files instead

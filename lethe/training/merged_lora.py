@@ -61,14 +61,14 @@ def _can_merge(module: Any) -> bool:
 
 def _forward(module: Any) -> Callable[..., Tensor]:
     base, name, peft_forward = module.get_base_layer(), module.active_adapters[0], module.forward
-    a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+    transposed, scale = isinstance(base, Conv1D), module.scaling[name]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         training = module.training and torch.is_grad_enabled()
         if not training or module.disable_adapters or module.merged or args or kwargs:
             return peft_forward(x, *args, **kwargs)
-        return _MergedLora.apply(x, weight, base.bias, a, b, scale)
+        weight = base.weight.T if transposed else base.weight  # read at each pass: sharding replaces parameters
+        return _MergedLora.apply(x, weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, scale)
 
     return forward
 

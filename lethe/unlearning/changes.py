@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,42 +12,42 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lethe.models.adapters import inner
+from lethe.models.loading import device
 from lethe.text import corpora
 from lethe.training.optimizers import layer_of
+from lethe.unlearning.frozen import Frozen
 
 AGREEMENT_ROWS, AGREEMENT_BATCH = 128, 8
 LANCZOS_STEPS = 32
 """Matmuls with a matrix and its transpose to find the largest singular value, enough if others are nearly as large."""
 
 
-def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two models hold equal parameters."""
-    theirs = dict(other.named_parameters())
-    return all(name in theirs and torch.equal(p, theirs[name]) for name, p in one.named_parameters())
-
-
 @torch.no_grad()
-def agreement(student: nn.Module, compared: dict[str, tuple[list[list[int]], nn.Module]], pad_id: int) -> dict[str, float]:
+def agreement(student: nn.Module, compared: dict[str, tuple[list[list[int]], Frozen]], pad_id: int) -> dict[str, float]:
     """By name, the share of tokens at which the most likely next token is the same as the other model's."""
     was_training = student.training
-    student.eval()
     shares = {}
     for name, (sequences, other) in compared.items():
-        same = count = 0
         ordered = sorted(sequences, key=len)
-        for start in range(0, len(ordered), AGREEMENT_BATCH):
-            ids, mask = corpora.pad(ordered[start : start + AGREEMENT_BATCH], pad_id)
-            ids, mask = (tensor.to(next(student.parameters()).device) for tensor in (ids, mask))
-            ours, theirs = (model(input_ids=ids, use_cache=False).logits.argmax(-1) for model in (student, other))
-            same += int(((ours == theirs) * mask).sum())
-            count += int(mask.sum())
-        shares[name] = same / count
+        starts = range(0, len(ordered), AGREEMENT_BATCH)
+        batches = [corpora.pad(ordered[start : start + AGREEMENT_BATCH], pad_id) for start in starts]
+        with other.whole() as model:
+            theirs = _predicted(model, batches)
+        ours = _predicted(student.eval(), batches)
+        same = sum(int(((a == b) * mask).sum()) for a, b, (_, mask) in zip(ours, theirs, batches, strict=True))
+        shares[name] = same / sum(int(mask.sum()) for _, mask in batches)
     student.train(was_training)
     return shares
 
 
+def _predicted(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The most likely next token at each token of each batch."""
+    return [model(input_ids=ids.to(device()), use_cache=False).logits.argmax(-1).cpu() for ids, _ in batches]
+
+
 @torch.no_grad()
-def update_by_layer(student: nn.Module, target: nn.Module) -> dict[str, dict[str, float]]:
+def update_by_layer(student: nn.Module, target: Frozen) -> dict[str, dict[str, float]]:
     """Per block, `distance` ‖θ − θ₀‖ from the target's weights, and `stable_rank` of the update.
 
     The stable rank of a matrix is ‖ΔW‖_F² / ‖ΔW‖₂², between 1 and its rank. That of a block is the mean over its
@@ -55,10 +55,12 @@ def update_by_layer(student: nn.Module, target: nn.Module) -> dict[str, dict[str
     """
     squares: dict[str, float] = defaultdict(float)
     ranks: dict[str, list[float]] = defaultdict(list)
-    layers = layer_of(target)
-    for name, square, stable in _updates(student, dict(target.named_parameters())):
-        squares[layers[name]] += square
-        ranks[layers[name]] += stable if layers[name] != "outside" else []
+    base = inner(student)
+    layers = {name.replace(".base_layer.", "."): layer for name, layer in layer_of(base).items()}
+    with target.weights() as before:
+        for name, square, stable in _updates(base, before):
+            squares[layers[name]] += square
+            ranks[layers[name]] += stable if layers[name] != "outside" else []
     return {
         layer: {"distance": math.sqrt(square)}
         | ({"stable_rank": sum(ranks[layer]) / len(ranks[layer])} if ranks[layer] else {})
@@ -101,19 +103,18 @@ def spectral_norm(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Ten
     return torch.linalg.eigvalsh(tridiagonal)[:, -1].sqrt().to(scale) * scale
 
 
-def _updates(student: nn.Module, before: dict[str, nn.Parameter]) -> Iterator[tuple[str, float, list[float]]]:
+def _updates(base: nn.Module, before: Callable[[str], Tensor]) -> Iterator[tuple[str, float, list[float]]]:
     """For each parameter: its name in the model without adapters, ‖ΔW‖_F², and the stable ranks of its matrices.
 
     If the weights under an adapter are unchanged, its update s · B A is never computed: with B = Q R and Aᵀ = Q' R', it has
     the singular values of s · R R'ᵀ, which is only r × r.
     """
-    base: nn.Module = student.get_base_model() if hasattr(student, "peft_config") else student  # type: ignore[operator]
     adapters: dict[str, Any] = {f"{name}.base_layer.weight": m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
     for name, parameter in base.named_parameters():
         if ".lora_" in name:
             continue
         plain, adapter = name.replace(".base_layer.", "."), adapters.get(name)
-        change = parameter.detach().float() - before[plain].detach().float()
+        change = parameter.detach().float() - before(plain).to(parameter.device).float()
         if adapter is not None and not change.any():
             a, b = (part["default"].weight.float() for part in (adapter.lora_A, adapter.lora_B))
             change = adapter.scaling["default"] * torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -15,10 +17,21 @@ from transformers import PreTrainedTokenizerBase
 from lethe.config import AffineConfig
 from lethe.errors import LetheError
 from lethe.files import sha256
-from lethe.maps.affine import AffineMap, LayerScores, activation_pairs, fit, fit_once, load_maps, mean_r2, score_maps
+from lethe.maps.affine import (
+    AffineMap,
+    LayerScores,
+    activation_pairs,
+    fit,
+    fit_on_text,
+    fit_once,
+    load_maps,
+    mean_r2,
+    score_maps,
+)
 from lethe.maps.folder import WEIGHTS
 from lethe.maps.ridge import Score
 from lethe.methods.method import Method
+from lethe.models.loading import device
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.unlearning.check import Checked
@@ -30,10 +43,12 @@ BATCH = 8
 """Documents per forward pass while maps are scored."""
 VARIANCE_TOKENS = 4096
 """The variance of a target is computed from at least this many tokens of forget text, if there are so many."""
+Pair = Callable[[], AbstractContextManager[tuple[nn.Module, nn.Module]]]
+"""The reference and the source, in memory inside the context."""
 
 
 def given(
-    run: Run, config: Method, checked: Checked, reference: nn.Module, source: nn.Module, tokenizer: PreTrainedTokenizerBase
+    run: Run, config: Method, checked: Checked, pair: Pair, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AffineMap, str, list[str]]:
     """The maps that the recipe names, their description for the plan, and warnings.
 
@@ -47,17 +62,18 @@ def given(
     name, asked = str(config.maps.given), config.maps.convention
     run.set_parents(affine={"ref": name, "sha256": sha256(checked.affine / WEIGHTS)})
     sequences = corpora.tokenise(checked.retain[-SCORED_DOCUMENTS:], tokenizer, config.max_length)
-    models = reference, source
-    scored = score_maps(checked.affine, checked.conventions, *models, sequences, tokenizer.pad_token_id, BATCH, config.layers)
+    pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
+    with pair() as (model, source):
+        scored = score_maps(checked.affine, checked.conventions, model, source, sequences, pad_id, BATCH, config.layers)
     convention = scored.convention if asked == "auto" else asked
     scores = scored.by_convention[convention]
     _refuse_useless(name, scores)
     found = ", ".join(f"{way} {mean_r2(s):.3f}" for way, s in scored.by_convention.items())
-    how = "recorded for this pair" if scored.recorded else f"without a record, read as {convention}"
+    known = "recorded for this pair" if scored.recorded else f"without a record, read as {convention}"
     better = [f"affine_convention: {convention} as set, but the maps fit better as {scored.convention} ({found})"]
     run.update(scores=scores)
-    maps = load_maps(checked.affine, config.layers, convention).to(next(reference.parameters()).device)
-    said = f"{name} ({how}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"
+    maps = load_maps(checked.affine, config.layers, convention).to(device())
+    said = f"{name} ({known}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"
     return maps, said, better if convention != scored.convention else []
 
 
@@ -75,15 +91,22 @@ def _refuse_useless(name: str, scores: LayerScores) -> None:
         )
 
 
-def fitted(
-    run: Run, config: Method, checked: Checked, reference: nn.Module, source: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> AffineMap:
-    """Fit maps on retain text and save them as the run's artifact `affine`. A resumed run loads the maps that it has fitted."""
+def fitted(run: Run, config: Method, checked: Checked, pair: Pair, tokenizer: PreTrainedTokenizerBase) -> AffineMap:
+    """Fit maps on retain text and save them as the run's artifact `affine`. A resumed run loads the maps that it has fitted.
+
+    The models run only if neither the run nor the cache has the maps.
+    """
     weights, recorded = run.path / "affine" / WEIGHTS, run.record.get("artifacts", {}).get("affine")
     if recorded and weights.is_file() and sha256(weights) == recorded["sha256"]:
-        return load_maps(run.path / "affine", config.layers).to(reference.device)  # type: ignore[arg-type]
+        return load_maps(run.path / "affine", config.layers).to(device())
     parents = {role: run.record["parents"][role] for role in ("model", "source")}
-    maps = fit_once(reference, source, tokenizer, checked.mapped, settings_of(config), config.retain, parents)
+    settings = settings_of(config)
+
+    def fit_them() -> AffineMap:
+        with pair() as models:
+            return fit_on_text(*models, tokenizer, checked.mapped, settings, config.retain)
+
+    maps = fit_once(fit_them, tokenizer, checked.mapped, settings, parents)
     maps.save(run.path / "affine")
     run.update(
         artifacts={"affine": {"path": "affine", "sha256": sha256(run.path / "affine" / WEIGHTS)}}, scores=maps.record["scores"]
@@ -102,19 +125,16 @@ def settings_of(config: Method) -> AffineConfig:
     )
 
 
-def sketched(
-    config: Method, checked: Checked, reference: nn.Module, source: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> tuple[AffineMap, float]:
+def sketched(config: Method, checked: Checked, pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[AffineMap, float]:
     """Maps from a few documents (four tokens per dimension), and the estimated seconds of the whole fit."""
-    width = reference.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+    width = checked.model.width
     documents = checked.mapped[: 4 * width]
     sequences = first(corpora.tokenise(documents, tokenizer, config.max_length), 4 * width)
-    models = reference, source
-    started = time.monotonic()
-    pairs = list(
-        activation_pairs(*models, sequences, list(config.mapped_layers), BATCH, tokenizer.pad_token_id, lambda done: None)
-    )
-    seconds = time.monotonic() - started
+    layers, pad_id = list(config.mapped_layers), tokenizer.pad_token_id
+    with pair() as (model, source):
+        started = time.monotonic()
+        pairs = list(activation_pairs(model, source, sequences, layers, BATCH, pad_id, lambda done: None))  # type: ignore[arg-type]
+        seconds = time.monotonic() - started
     return fit(pairs, settings_of(config).alpha), seconds * len(checked.mapped) / len(sequences)
 
 
@@ -139,7 +159,7 @@ def variances_of(teacher: Teacher, sequences: list[list[int]], pad_id: int) -> d
     """As `variances`, from the sequences alone."""
     sequences, sums = first(sequences, VARIANCE_TOKENS), {layer: Score() for layer in teacher.need.layers}
     for start in range(0, len(sequences), BATCH):
-        ids, mask = (t.to(teacher.model.device) for t in corpora.pad(sequences[start : start + BATCH], pad_id))  # type: ignore[arg-type]
+        ids, mask = (t.to(device()) for t in corpora.pad(sequences[start : start + BATCH], pad_id))
         for layer, values in teacher.live(ids).activations.items():
             sums[layer].add(values[mask.bool()], values[mask.bool()])
     found = {layer: total.variance() for layer, total in sums.items()}

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
@@ -39,6 +39,9 @@ from lethe.unlearning.changes import AGREEMENT_BATCH
 from lethe.unlearning.simulation import META, recording
 from lethe.unlearning.teacher_cache import TOKENS
 from lethe.unlearning.view import View
+
+if TYPE_CHECKING:
+    from lethe.unlearning.prepare import Prepared
 
 TOKEN = 40
 """Bytes of a token id in a Python list."""
@@ -182,7 +185,7 @@ class Phases:
             raise LetheError(f"memory: a pass of this model cannot be simulated without weights ({why})") from error
 
     def _estimate(self) -> Estimate:
-        phases = {"loading": {"teachers": self._teachers(self.needs)}}
+        phases = {"loading": {"teachers": self._teachers(self.needs)}, "trial": self._trial()}
         if self.config.fits_maps and self.mapped:
             phases["maps"] = self._maps()
         built = {name: need for name, need in self.needs.items() if name in self.load.cached}
@@ -225,8 +228,7 @@ class Phases:
             if need.teacher:
                 last, whole = kinds.get(need.teacher, (-1, False))
                 kinds[need.teacher] = max([last, *need.layers]), whole or need.logits
-        same = config.lora is not None and not config.rewind and config.teacher_dtype in {None, config.dtype}
-        if same:
+        if self._one_model:
             kinds.pop("reference", None)
         size = 0
         scale = getattr(torch, config.teacher_dtype or config.dtype).itemsize / getattr(torch, config.dtype).itemsize
@@ -237,6 +239,18 @@ class Phases:
             unread = (len(blocks(self.frozen)) - 1 - last) * shapes.plain_block + after
             size += round(scale * (shapes.whole - (0 if whole else unread)))
         return size // self.shards
+
+    def _cached_heads(self) -> int:
+        """Bytes of the output heads that turn cached hidden states into logits, those that are not the model's own."""
+        kinds = {need.teacher for name, need in self.needs.items() if name in self.load.cached and need.logits}
+        kinds -= {need.teacher for need in self.live.values()} | ({"reference"} if self._one_model else set())
+        return len(kinds) * _bytes(self.heads[1].parameters()) if self.heads[1] is not None else 0
+
+    @property
+    def _one_model(self) -> bool:
+        """Whether the reference is the model with its adapters off."""
+        config = self.config
+        return config.lora is not None and not config.rewind and config.teacher_dtype in {None, config.dtype}
 
     def _map_bytes(self) -> int:
         hidden = self.text.hidden_size
@@ -283,6 +297,15 @@ class Phases:
             _Teacher(self, need).states(ids, ids[:, 0])
         return record.most
 
+    def _trial(self) -> Parts:
+        """The batch before training, with live teachers and a copy of the trained weights, which it moves and restores."""
+        return self._update | {
+            "teachers": self._teachers(self.needs),
+            "maps": self._map_bytes(),
+            "gradients": self.shapes.trained // self.shards,
+            "copies": self.shapes.trained // self.shards,
+        }
+
     def _training(self) -> Parts:
         """Gradients, activations and logits of an update, or the optimizer's step, if that takes more."""
         shapes, live = self.shapes, self.live.values()
@@ -294,7 +317,7 @@ class Phases:
         if self.load.processes > 1:
             buckets = 2 * (shapes.trained_block + shapes.trained_outside) if self.shards > 1 else shapes.trained
         return {
-            "teachers": self._teachers(self.live),
+            "teachers": self._teachers(self.live) + self._cached_heads(),
             "maps": self._map_bytes() if any(need.mapped for need in live) else 0,
             **peak,
             "optimizer": state // self.shards + (temporaries if peak is step else 0),
@@ -421,13 +444,17 @@ def taken() -> int:
     return 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
-def refuse_too_much(found: Estimate, *loaded: nn.Module) -> None:
-    """Refuse a run that does not fit into memory. `loaded`: the models that are in memory already."""
-    free, needed = available_memory(), found.total
-    here = {id(p): p for model in loaded for p in model.parameters()}
-    if needed - found.parts["libraries"] - _bytes(here.values()) > free:
+def loaded(made: Prepared) -> int:
+    """Bytes of the teachers' models that are in memory now."""
+    return sum(model.bytes for model in (made.source, made.reference) if model)
+
+
+def refuse_too_much(parts: Parts, teachers: int) -> None:
+    """Refuse a run that does not fit into memory. The model is already loaded, with `teachers` bytes of teachers."""
+    free, needed = available_memory(), sum(parts.values())
+    if needed - parts["libraries"] - parts["weights"] - teachers > free:
         raise LetheError(
             f"memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free beside the models; "
             f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing; "
-            f"`lethe check --memory {free / 2**30:.0f}GiB` says what fits"
+            f"lethe check --memory {max(free, 2**28) / 2**30:.1f}GiB tries other settings"
         )

@@ -51,6 +51,7 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
         made.fit_maps(run)
         made.measure_variance(run)
         cache_teachers(run, made)
+        made.free_teachers()
         made.trainer.train_with_bar(f"Unlearning {config.name}")
         _finish(run, made)
     made.trainer.clear_saves()
@@ -110,11 +111,13 @@ def _finish(run: Run, made: Prepared) -> None:
     from lethe.training.saves import save_artifact
     from lethe.training.trainer import weighted_means
     from lethe.unlearning import changes
+    from lethe.unlearning.frozen import Frozen
 
     config, trainer = made.config, made.trainer
     student: Any = trainer.model
     if config.lora and config.merge:
         student = student.merge_and_unload()
+        made.reference = Frozen(made.checked.model, config.teacher_dtype or config.dtype)  # merging overwrote it
     save_artifact(run, "adapter" if config.lora and not config.merge else "model", student, made.tokenizer)
     lines = run.rows("metrics.jsonl")
     names = [name for name in lines[-1] if name.endswith("_loss")]

@@ -1,12 +1,16 @@
 """What a run is made of before it trains: models, teachers, texts, the trainer, and the plan that is recorded.
 
 `prepare` loads the model and whichever teachers the method needs, refuses what only loaded models show, and runs one batch
-to measure what the plan says about time, memory and gradients.
+to measure what the plan says about time, memory and gradients. A resumed run has its plan already. Teachers are in memory only
+while they run: once maps are fitted and outputs cached, `free_teachers` drops those that training does not need.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +21,9 @@ from lethe.errors import LetheError, full_disk
 from lethe.evaluation.accuracy import refuse_unscorable
 from lethe.maps.affine import AffineMap
 from lethe.methods.method import Method
-from lethe.models import refs
+from lethe.models import refs, streaming
 from lethe.models.activations import blocks
-from lethe.models.adapters import add_adapters
+from lethe.models.adapters import add_adapters, without_adapters
 from lethe.models.architecture_check import refuse_unreadable, refuse_untrainable
 from lethe.runs.run import Run
 from lethe.text import corpora
@@ -30,6 +34,7 @@ from lethe.training.saves import save_artifact
 from lethe.training.trainer import Sequences
 from lethe.unlearning import changes, maps, memory, teacher_cache
 from lethe.unlearning.check import Checked
+from lethe.unlearning.frozen import Frozen, WithoutAdapters
 from lethe.unlearning.probe import probe, warning
 from lethe.unlearning.trainer import UnlearnTrainer
 from lethe.unlearning.view import Teacher
@@ -37,14 +42,14 @@ from lethe.unlearning.view import Teacher
 
 @dataclass
 class Prepared:
-    """A run that is ready to train. `reference` is the model before training; `source` is None where the run uses none."""
+    """A run that is ready to train. `reference` is the target before training; `source` is None where the run uses none."""
 
     config: Method
     checked: Checked
     trainer: UnlearnTrainer
     tokenizer: PreTrainedTokenizerBase
-    reference: nn.Module
-    source: nn.Module | None
+    reference: Frozen
+    source: Frozen | None
 
     @property
     def sequences(self) -> dict[str, list[list[int]]]:
@@ -69,7 +74,7 @@ class Prepared:
     def fit_maps(self, run: Run) -> None:
         """Fit the maps where the recipe says so, or load those that an interrupted run has fitted."""
         if self.config.fits_maps and self.mapped and self.source:
-            self.mapped.maps = maps.fitted(run, self.config, self.checked, self.reference, self.source, self.tokenizer)
+            self.mapped.maps = maps.fitted(run, self.config, self.checked, self.pair, self.tokenizer)
             self.checked.mapped.clear()
 
     def measure_variance(self, run: Run) -> None:
@@ -78,7 +83,19 @@ class Prepared:
         if teacher and teacher.need.variance:
             self.trainer.target_variance = maps.variances(run, teacher, self.sequences["forget"], self.pad_id)
 
-    def compared(self) -> dict[str, tuple[list[list[int]], nn.Module]]:
+    def pair(self) -> contextlib.AbstractContextManager[tuple[nn.Module, nn.Module]]:
+        """The target before training, and the source, in memory for a while. Only before training."""
+        assert self.source is not None
+        return _pair(self.config, self.trainer.model, self.reference, self.source)  # type: ignore[arg-type]
+
+    def free_teachers(self) -> None:
+        """Drop the models that training does not run: those whose outputs are cached, and those that no loss reads."""
+        live = [teacher.model for teacher in self.trainer.teachers.values() if teacher.cache is None]
+        for model in (self.source, self.reference):
+            if model is not None and model not in live:
+                model.free()
+
+    def compared(self) -> dict[str, tuple[list[list[int]], Frozen]]:
         """What agreement is measured on: sequences of each text, and the model to agree with."""
         some = {
             text: corpora.tokenise(documents[: changes.AGREEMENT_ROWS], self.tokenizer, self.config.max_length)
@@ -106,27 +123,29 @@ def prepare(run: Run, config: Method, checked: Checked, resumed: bool = False) -
 
 def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     libraries = memory.taken()
+    planned = run.record.get("plan") or {}
     model, tokenizer = refs.load(checked.model, config.dtype)
     refuse_unscorable(model, tokenizer, config.eval)
-    reference, source = _teacher_models(config, checked)
+    reference, source = _teacher_models(config, checked, new=not planned)
     parents = {"model": refs.record(checked.model)}
     parents |= {"source": refs.record(checked.source)} if checked.source else {}
     parents["forget"] = corpora.record(config.forget, checked.forget)
     parents["retain"] = corpora.record(config.retain, checked.retain)
     run.set_parents(**parents)
-    if source:
-        refuse_unreadable(source, config.source, config.max_length)
     refuse_untrainable(model, config.model, config.max_length)
-    teachers = _teachers(config, reference, source, parents)
     given: AffineMap | None = None
     maps_plan, warnings = "none", list[str]()
     if config.maps and config.maps.given and source:
-        given, maps_plan, warnings = maps.given(run, config, checked, reference, source, tokenizer)
+        pair = partial(_pair, config, model, reference, source)
+        given, maps_plan, warnings = maps.given(run, config, checked, pair, tokenizer)
     elif config.fits_maps:
         maps_plan = f"fitted on {len(checked.mapped)} documents of the retain text before training"
+    student = _student(run, config, model, source, tokenizer)
+    if config.lora and _untouched(config):
+        reference = WithoutAdapters(checked.model, config.dtype, student)
+    teachers = _teachers(config, reference, source, parents)
     for teacher in teachers.values():
         teacher.maps = given if teacher.need.mapped else None
-    student = _student(run, config, model, source, tokenizer)
     documents = {"forget": checked.forget, "retain": checked.retain}
     dataset = Sequences(
         **{name: corpora.sequences_of(documents[name], tokenizer, config.max_length, config.packing) for name in config.needs()}
@@ -138,6 +157,9 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
         teachers=teachers, first_epoch_steps=plan["first_epoch_steps"], steps=plan["steps"],
     )  # fmt: skip
     made = Prepared(config, checked, trainer, tokenizer, reference, source)
+    if planned:
+        memory.refuse_too_much(planned["memory"], memory.loaded(made))
+        return made
     _describe(made, plan, libraries)
     plan["maps"] = maps_plan
     warnings += optimizers.untouched(student, config, adapted_layers(config, student))
@@ -145,22 +167,43 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     return made
 
 
-def _teacher_models(config: Method, checked: Checked) -> tuple[nn.Module, nn.Module | None]:
-    """The reference and, where the run uses one, the source; frozen, in evaluation mode."""
+def _teacher_models(config: Method, checked: Checked, new: bool) -> tuple[Frozen, Frozen | None]:
+    """The target before training and, where the run uses one, the source. A new run's source is refused if it cannot work."""
     dtype = config.teacher_dtype or config.dtype
-    reference, _ = refs.load(checked.model, dtype)
-    source = refs.load(checked.source, dtype)[0] if checked.source else None
-    for model in (reference, source):
-        if model is not None:
-            model.eval().requires_grad_(False)
-    if source is not None and changes.same_weights(source, reference):
+    reference = Frozen(checked.model, dtype, _last_layer(config, "reference"))
+    if checked.source is None:
+        return reference, None
+    source = Frozen(checked.source, dtype, _last_layer(config, "source"))
+    if new and streaming.same_weights(checked.source, checked.model, dtype):
         raise LetheError(
             f"source: '{config.source}' has the weights of '{config.model}'; name a checkpoint that has not learned the topic"
         )
+    if new and any(need.teacher == "source" for need in config.needs().values()):
+        with source.running() as model:
+            refuse_unreadable(model, config.source, config.max_length, source.last)
     return reference, source
 
 
-def _teachers(config: Method, reference: nn.Module, source: nn.Module | None, parents: dict[str, Any]) -> dict[str, Teacher]:
+def _last_layer(config: Method, role: str) -> int | None:
+    """The last block that passes of the source or the reference need; None: all, for logits."""
+    needs = [need for need in config.needs().values() if need.teacher == role or need.mapped]
+    logits = any(need.logits and need.teacher == role for need in needs)
+    return None if logits or not needs else max(layer for need in needs for layer in need.layers)
+
+
+def _untouched(config: Method) -> bool:
+    """Whether a model that is not trained yet has the weights and the type of its teachers' target."""
+    return not config.rewind and config.teacher_dtype in {None, config.dtype}
+
+
+@contextlib.contextmanager
+def _pair(config: Method, model: nn.Module, reference: Frozen, source: Frozen) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The target and the source for passes before training, when `model` itself is the target if nothing has touched it."""
+    with without_adapters(model) if _untouched(config) else reference.running() as target, source.running() as other:
+        yield target, other
+
+
+def _teachers(config: Method, reference: Frozen, source: Frozen | None, parents: dict[str, Any]) -> dict[str, Teacher]:
     """By text, the teacher that the method's loss needs."""
     models: dict[Any, Any] = {"reference": (reference, parents["model"]), "source": (source, parents.get("source"))}
     needed = {text: need for text, need in config.needs().items() if need.teacher}
@@ -168,7 +211,7 @@ def _teachers(config: Method, reference: nn.Module, source: nn.Module | None, pa
 
 
 def _student(
-    run: Run, config: Method, model: PreTrainedModel, source: nn.Module | None, tokenizer: PreTrainedTokenizerBase
+    run: Run, config: Method, model: PreTrainedModel, source: Frozen | None, tokenizer: PreTrainedTokenizerBase
 ) -> nn.Module:
     """The model that is trained: rewound towards the source and with adapters, where the recipe says so."""
     if config.rewind and source is not None:
@@ -186,11 +229,18 @@ def adapted_layers(config: Method, model: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
-def rewind(model: nn.Module, source: nn.Module, share: float) -> None:
-    """θ ← (1 − share) θ_model + share θ_source, weight by weight, in place."""
-    theirs = dict(source.named_parameters())
-    for name, parameter in model.named_parameters():
-        parameter.lerp_(theirs[name].to(parameter), share)
+def rewind(model: nn.Module, source: Frozen, share: float) -> None:
+    """θ ← (1 − share) θ_model + share θ_source, weight by weight, in place.
+
+    Raises:
+        LetheError: a weight of the source is not finite.
+    """
+    with source.weights() as weight:
+        for name, parameter in model.named_parameters():
+            theirs = weight(name)
+            if not theirs.isfinite().all():
+                raise LetheError(f"source: {name} is not finite, so the source diverged or is damaged; give another")
+            parameter.lerp_(theirs.to(parameter), share)
 
 
 def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
@@ -208,7 +258,7 @@ def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
     )
     estimate = memory.estimate(config, lambda: refs.outline(made.checked.model, config.dtype), load)
     plan["memory"], plan["memory_by_phase"] = estimate.parts, estimate.by_phase
-    memory.refuse_too_much(estimate, trainer.model, *(teacher.model for teacher in trainer.teachers.values()))  # type: ignore[arg-type]
+    memory.refuse_too_much(plan["memory"], memory.loaded(made))
     plan |= _probed(made, plan["forward_passes"])
     masters = " (trained as float32)" if needs_masters(student, config.optimizer) else ""  # type: ignore[arg-type]
     dtype = config.teacher_dtype or config.dtype
@@ -228,7 +278,7 @@ def _probed(made: Prepared, passes: int) -> dict[str, Any]:
     config, trainer, mapped = made.config, made.trainer, made.mapped
     seconds: dict[str, float] = {}
     if config.fits_maps and mapped and made.source:
-        mapped.maps, seconds["fitting maps"] = maps.sketched(config, made.checked, made.reference, made.source, made.tokenizer)
+        mapped.maps, seconds["fitting maps"] = maps.sketched(config, made.checked, made.pair, made.tokenizer)
     forget = trainer.teachers.get("forget")
     if forget and forget.need.variance:
         trainer.target_variance = maps.variances_of(forget, made.sequences["forget"], made.pad_id)

@@ -29,6 +29,7 @@ from torch import Tensor
 from lethe.files import sha256
 from lethe.home import lethe_home, use
 from lethe.models.activations import States
+from lethe.models.loading import device
 from lethe.progress import bar
 from lethe.runs.locks import build_once
 from lethe.text import corpora
@@ -70,8 +71,7 @@ class Cache:
 
 def key_of(teacher: Teacher, sequences: list[list[int]]) -> dict[str, Any]:
     """All that a teacher's outputs on `sequences` depend on."""
-    model: Any = teacher.model
-    need, maps = teacher.need, teacher.maps
+    model, need, maps = teacher.model, teacher.need, teacher.maps
     configuration = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
     return {
         "format": FORMAT,
@@ -93,8 +93,8 @@ def folder_of(key: dict[str, Any]) -> Path:
 
 def size_of(teacher: Teacher, sequences: list[list[int]]) -> int:
     """Bytes of a cache."""
-    model: Any = teacher.model
-    need, settings = teacher.need, model.config.get_text_config()
+    model, need = teacher.model, teacher.need
+    settings = model.config.get_text_config()
     mapped = 4 if teacher.maps else model.dtype.itemsize
     ending = settings.hidden_size if teacher.head is not None else settings.vocab_size
     widths = mapped * len(need.layers) * settings.hidden_size + model.dtype.itemsize * need.logits * ending
@@ -152,7 +152,6 @@ def open_or_build(teacher: Teacher, text: str, sequences: list[list[int]]) -> Ca
 
 def _build(teacher: Teacher, text: str, sequences: list[list[int]], folder: Path, key: dict[str, Any]) -> None:
     folder.mkdir()
-    device: Any = teacher.model.device
     count = max(1, TOKENS // max(map(len, sequences)))
     digests: dict[str, Any] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -160,7 +159,7 @@ def _build(teacher: Teacher, text: str, sequences: list[list[int]], folder: Path
         files: dict[str, BinaryIO] = {}
         advance = stack.enter_context(bar(f"Computing the teacher's outputs on the {text} text", len(sequences), "documents"))
         for start in range(0, len(sequences), count):
-            ids, mask = (t.to(device) for t in corpora.pad(sequences[start : start + count], 0))
+            ids, mask = (t.to(device()) for t in corpora.pad(sequences[start : start + count], 0))
             states = teacher.live(ids)
             found = {f"layer_{n}.bin": values for n, values in states.activations.items()}
             found |= {} if states.output is None else {"output.bin": states.output}

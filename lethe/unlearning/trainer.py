@@ -32,13 +32,13 @@ class UnlearnTrainer(RunTrainer):
         self.teachers, self.first_epoch_steps, self.steps = teachers, first_epoch_steps, steps
         self.target_variance: dict[int, float] | None = None
         self.needs = self.config.needs()
-        heads = [head_of(model) for model in (self.model, *(teacher.model for teacher in teachers.values()))]  # type: ignore[arg-type]
-        if None not in heads:  # with one unknown head, all compare full logits
-            self.head, *others = heads
-            for teacher, head in zip(teachers.values(), others, strict=True):
-                teacher.head = head
-        else:
-            self.head = None
+        self.head = head_of(self.model)  # type: ignore[arg-type]
+        compared = [teacher for teacher in teachers.values() if teacher.need.logits] if self.head is not None else []
+        heads = [teacher.model.head() for teacher in compared]
+        if None in heads:  # with one unknown head, all compare full logits
+            self.head, compared = None, []
+        for teacher, head in zip(compared, heads, strict=False):
+            teacher.head = head
 
     def progress(self, done: int) -> Progress:
         """How far the run is after so many updates."""

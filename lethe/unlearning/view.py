@@ -1,8 +1,9 @@
 """One text in one batch, as the loss of a method sees it: the model's outputs and the teacher's.
 
 A `Teacher` is the frozen model that the loss compares the model with on one text. The source never knew the topic.
-The reference is the model before unlearning. Both are loaded separately from the model that is trained. A reference that shared
-the trained weights would compare the model with itself, and the retain loss would always be 0.
+The reference is the model before unlearning. A reference that saw the trained weights would compare the model with itself, and
+the retain loss would always be 0. So it is either the model with its adapters off, where only adapters are trained, or it is
+read from disk (`lethe.unlearning.frozen`).
 
 A `View` owns the mask, the counts of the whole optimizer update that means are taken over, and the choice between the plain
 and the chunked form of a loss (`lethe.objectives.losses`). The teacher runs, or its cache is read, when a loss first needs it.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +28,7 @@ from lethe.maps.affine import AffineMap
 from lethe.methods.method import Need
 from lethe.models.activations import States, read
 from lethe.objectives import losses
+from lethe.unlearning.frozen import Frozen
 
 if TYPE_CHECKING:
     from lethe.unlearning.teacher_cache import Cache
@@ -45,7 +47,7 @@ class Teacher:
     """
 
     need: Need
-    model: nn.Module
+    model: Frozen
     weights: str
     head: nn.Linear | None = None
     maps: AffineMap | None = None
@@ -64,13 +66,13 @@ class Teacher:
         float32 inputs are padded to whole vectors, so that a document's values are bit-identical in every batch. In smaller
         types they differ between batches. Teacher and model then see the same batch, so both have the same rounding.
         """
-        model: Any = self.model
         width = input_ids.shape[1]
-        vector = VECTOR if model.dtype == torch.float32 else 1
-        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        vector = VECTOR if self.model.dtype == torch.float32 else 1
+        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         whole = width + -width % vector
         ids = pad(input_ids, (0, (whole if window is None else max(width, min(whole, window))) - width))
-        states = read(model, ids, list(self.need.layers), self.need.logits, self.head)
+        with self.model.running() as model:
+            states = read(model, ids, list(self.need.layers), self.need.logits, self.head)
         if self.maps and states.activations:
             states.activations = self.maps(states.activations)
         output = None if states.output is None else states.output[:, :width]

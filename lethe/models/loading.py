@@ -1,0 +1,85 @@
+"""Weights from disk to the device that they run on, without a second copy in host memory: of a whole model, or of its first
+blocks alone.
+
+`first_blocks` has transformers load a model whose configuration ends after those blocks, so that later ones are never read.
+Layers have the same numbers. Where a shorter model would not be built like the first part of the whole one, it loads nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lethe.models.activations import blocks
+
+
+def device() -> str:
+    """Where models run: on the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pretrained(folder: Path, config: Any, dtype: torch.dtype, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """The model in a folder, and the loading report of transformers. `how`: further settings of `from_pretrained`."""
+    from transformers import AutoModelForCausalLM
+
+    if device() != "cpu":
+        how.setdefault("device_map", {"": torch.cuda.current_device()})
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **how
+    )
+    return found
+
+
+def on_meta(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a configuration without memory for its weights, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False).eval()
+
+
+def first_blocks(folder: Path, config: Any, dtype: torch.dtype, last: int) -> Any | None:
+    """A model of blocks 0 to `last`; None if it cannot be built, or if its blocks would differ from the whole model's."""
+    shorter = copy.deepcopy(config)
+    text = shorter.get_text_config()
+    depth, count = text.num_hidden_layers, last + 1
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == depth:  # one entry per block, such as the kind of its attention
+            setattr(text, name, value[:count])
+    text.num_hidden_layers = count
+    try:
+        whole, part = (blocks(on_meta(each, dtype)) for each in (config, shorter))
+        if any(_built(a) != _built(b) for a, b in zip(whole, part, strict=False)):
+            return None
+        model, report = pretrained(folder, shorter, dtype)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # transformers refuses a configuration or its weights in many ways; the whole model is loaded instead
+        return None
+    return None if report["missing_keys"] or report["mismatched_keys"] else model
+
+
+def drop_after(model: Any, last: int) -> None:
+    """Free the blocks after `last`, and the output head unless it is the embedding. A pass must end before them (`read`)."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        head.to("meta")
+    for block in blocks(model)[last + 1 :]:
+        block.to("meta")
+
+
+def _built(block: nn.Module) -> list[Any]:
+    """The modules of a block, their numbers and texts, and the shapes of their parameters."""
+    return [
+        (
+            name,
+            type(module),
+            {key: value for key, value in vars(module).items() if type(value) in {bool, int, float, str}},
+            {key: tuple(p.shape) for key, p in module.named_parameters(recurse=False)},
+        )
+        for name, module in block.named_modules()
+    ]
