@@ -56,13 +56,13 @@ class Record(TorchDispatchMode):
     @property
     def most(self) -> int:
         """The highest sum of bytes that were there at one moment."""
-        return sum(self.peak(lambda number, last: "all").values())
+        return sum(self.peak(lambda number, size, last: "all").values())
 
-    def peak(self, kind: Callable[[int, int], str]) -> dict[str, int]:
-        """Bytes by kind at the moment of the highest sum. `kind` names a storage by its number and its last dimension."""
+    def peak(self, kind: Callable[[int, int, int], str]) -> dict[str, int]:
+        """Bytes by kind at the moment of the highest sum. `kind` names a storage by number, bytes and last dimension."""
         live: dict[str, int] = {}
         best: dict[str, int] = {}
-        named = {number: kind(number, last) for number, size, last in self.events if size >= 0}
+        named = {number: kind(number, size, last) for number, size, last in self.events if size >= 0}
         total = most = 0
         for number, size, _ in self.events:
             live[named[number]] = live.get(named[number], 0) + size
