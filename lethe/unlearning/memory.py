@@ -261,6 +261,13 @@ class Phases:
             size += round(scale * (shapes.whole - (0 if whole else unread)))
         return size // self.shards
 
+    def gathered_by_teachers(self) -> int:
+        """Bytes of weights that the live teachers' passes of one batch gather from all shards."""
+        shards, self.shards = self.shards, 1
+        size, self.shards = self._teachers(self.live), shards
+        own = self._one_model and any(need.teacher == "reference" for need in self.live.values())
+        return size + (self.shapes.whole if own else 0)
+
     def _cached_heads(self) -> int:
         """Bytes of the output heads that turn cached hidden states into logits, those that are not the model's own."""
         kinds = {need.teacher for name, need in self.needs.items() if name in self.load.cached and need.logits}

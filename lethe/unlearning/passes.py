@@ -55,7 +55,11 @@ class Passes:
 
     @functools.cached_property
     def update(self) -> dict[str, int]:
-        """Gradients, activations and logits at the peak of an update's passes; `heap`: those in tensors below `HEAP`."""
+        """Gradients, activations and logits at the peak of an update's passes; `heap`: those in tensors below `HEAP`.
+
+        `pending` are gradients from one text that wait until those from the other text can be added: autograd runs the
+        backward passes of both texts one after the other, and adds before it accumulates.
+        """
         config, student, vocabulary = self.config, self.student, self.text.vocab_size
         shape = config.per_device_train_batch_size, self.width
         if config.gradient_checkpointing:
@@ -69,14 +73,16 @@ class Passes:
                 loss.backward()
                 del views, loss, losses, ids
         gradients = record.of(*(p.grad for p in student.parameters()))
+        shapes = {tuple(p.shape) for p in student.parameters() if p.requires_grad}
 
-        def kind(number: int, size: int, last: int) -> str:
-            name = "gradients" if number in gradients else "logits" if last == vocabulary else "activations"
+        def kind(number: int, size: int, shape: tuple[int, ...]) -> str:
+            name = "gradients" if number in gradients else "pending" if shape in shapes else "activations"
+            name = "logits" if shape[-1:] == (vocabulary,) else name
             return name if size >= HEAP else f"small {name}"
 
         found = record.peak(kind)
         student.zero_grad()
-        names = ("gradients", "activations", "logits")
+        names = ("gradients", "pending", "activations", "logits")
         parts = {name: found.get(name, 0) + found.get(f"small {name}", 0) for name in names}
         return parts | {"heap": sum(size for name, size in found.items() if name.startswith("small"))}
 
@@ -92,7 +98,7 @@ class Passes:
         with recording() as record:
             optimizer.step()
         held = record.of(*(value for state in optimizer.state.values() for value in state.values()))
-        peak = record.peak(lambda number, size, last: "state" if number in held else "temporaries")
+        peak = record.peak(lambda number, size, shape: "state" if number in held else "temporaries")
         student.zero_grad()
         return sum(size for number, size, _ in record.events if number in held and size > 0), peak.get("temporaries", 0)
 

@@ -26,11 +26,11 @@ OUTER = -1
 
 
 class Record(TorchDispatchMode):
-    """The storages that operations made inside: (number, bytes, last dimension) when made, (number, −bytes, 0) when freed."""
+    """The storages that operations made inside: (number, bytes, shape) when made, (number, −bytes, ()) when freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.events: list[tuple[int, int, int]] = []
+        self.events: list[tuple[int, int, tuple[int, ...]]] = []
         self.numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,8 +44,8 @@ class Record(TorchDispatchMode):
             if storage not in self.numbers:
                 number, size = len(self.events), storage.nbytes()
                 self.numbers[storage] = number
-                self.events.append((number, size, tensor.shape[-1] if tensor.ndim else 0))
-                weakref.finalize(storage, self.events.append, (number, -size, 0))
+                self.events.append((number, size, tuple(tensor.shape)))
+                weakref.finalize(storage, self.events.append, (number, -size, ()))
         return output
 
     def of(self, *tensors: Tensor | None) -> set[int]:
@@ -56,13 +56,13 @@ class Record(TorchDispatchMode):
     @property
     def most(self) -> int:
         """The highest sum of bytes that were there at one moment."""
-        return sum(self.peak(lambda number, size, last: "all").values())
+        return sum(self.peak(lambda number, size, shape: "all").values())
 
-    def peak(self, kind: Callable[[int, int, int], str]) -> dict[str, int]:
-        """Bytes by kind at the moment of the highest sum. `kind` names a storage by number, bytes and last dimension."""
+    def peak(self, kind: Callable[[int, int, tuple[int, ...]], str]) -> dict[str, int]:
+        """Bytes by kind at the moment of the highest sum. `kind` names a storage by number, bytes and shape."""
         live: dict[str, int] = {}
         best: dict[str, int] = {}
-        named = {number: kind(number, size, last) for number, size, last in self.events if size >= 0}
+        named = {number: kind(number, size, shape) for number, size, shape in self.events if size >= 0}
         total = most = 0
         for number, size, _ in self.events:
             live[named[number]] = live.get(named[number], 0) + size
