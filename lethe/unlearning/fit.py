@@ -20,7 +20,7 @@ from lethe.unlearning.check import refuse_types
 from lethe.unlearning.memory import Estimate, Load, Phases, available_memory, choose_parallel, taken
 
 MOST_DEVICES = 64
-LARGEST_BATCH = 4096
+LARGEST_BATCH, SECANTS = 4096, 4
 
 
 def fit(config: Any) -> dict[str, Any]:
@@ -112,21 +112,21 @@ class _Estimates:
         return "fsdp", self.of(config, devices, "fsdp")
 
     def largest_batch(self, config: Any, devices: int, parallel: Literal["ddp", "fsdp"], memory: int) -> int:
-        """The largest per_device_train_batch_size that fits; 0 if not even one document does.
-
-        Memory grows by the same amount for each document. Two estimates give that amount, a third one verifies the result.
-        """
+        """The largest per_device_train_batch_size that fits, found by secants; 0 if not even one document does."""
 
         def total(batch: int) -> int:
             return self.of(dataclasses.replace(config, per_device_train_batch_size=batch), devices, parallel).total
 
         low = config.per_device_train_batch_size
-        first, second = total(low), total(2 * low)
-        slope = max(1, (second - first) // low)
-        batch = min(LARGEST_BATCH, low + (memory - first) // slope)
-        while batch >= 1 and total(batch) > memory:
-            batch -= max(1, batch // 16)
-        return max(0, batch)
+        known = {low: total(low), 2 * low: total(2 * low)}
+        for _ in range(SECANTS):
+            (left, below), (right, above) = sorted(known.items(), key=lambda each: abs(each[1] - memory))[:2]
+            slope = max(1, (above - below) // (right - left))
+            guess = min(LARGEST_BATCH, max(1, left + (memory - below) // slope))
+            if guess in known:
+                break
+            known[guess] = total(guess)
+        return max((batch for batch, needed in known.items() if needed <= memory), default=0)
 
     def changes(self, config: Any, devices: int, memory: int) -> list[dict[str, Any]]:
         """Changes of the recipe with the peak memory they lead to: one at a time, and then together.
