@@ -312,9 +312,12 @@ def loaded(made: Prepared) -> int:
 
 
 def refuse_too_much(parts: Parts, teachers: int) -> None:
-    """Refuse a run that does not fit into memory. The model is already loaded, with `teachers` bytes of teachers."""
+    """Refuse a run that does not fit into memory. The model is already loaded, with `teachers` bytes of teachers.
+
+    `parts` may be empty: there is no estimate then.
+    """
     free, needed = available_memory(), sum(parts.values())
-    if needed - parts["libraries"] - parts["weights"] - teachers > free:
+    if parts and needed - parts["libraries"] - parts["weights"] - teachers > free:
         raise LetheError(
             f"memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free beside the models; "
             f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing; "
