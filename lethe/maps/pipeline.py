@@ -33,9 +33,10 @@ def fit_affine(config: AffineConfig, run: Run | None = None) -> Run:
     from lethe.maps.affine import fit_on_text
     from lethe.models.architecture_check import refuse_unreadable
 
-    (model, tokenizer), (source, _) = (refs.load(ref, config.dtype) for ref in pair)
+    last = max(config.layers)
+    (model, tokenizer), (source, _) = (refs.load(ref, config.dtype, last) for ref in pair)
     for each, ref in ((model, pair[0]), (source, pair[1])):
-        refuse_unreadable(each, ref.name, config.max_length)
+        refuse_unreadable(each, ref.name, config.max_length, last)
     run = run or Run.create("affine", config.name, to_dict(config), config.out)
     with run.running():
         maps = fit_on_text(model, source, tokenizer, documents, config, config.text)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lethe.home import lethe_home
 from lethe.models import folder as model_folder
 from lethe.models import loading, refs
 from lethe.models.activations import blocks
@@ -26,10 +25,10 @@ from lethe.models.activations import blocks
 def streamed(ref: refs.ModelRef, dtype: str) -> Iterator[nn.Module]:
     """A model whose blocks are read from disk whenever they run.
 
-    It is loaded whole where it cannot be read in place: random weights, an adapter on a model, or an architecture whose
-    modules read the weights of other modules.
+    It is loaded whole where that is not possible: random weights, an adapter on a model, an architecture whose modules read the
+    weights of other modules, or no room for weights that are written first.
     """
-    with tempfile.TemporaryDirectory(dir=_made(lethe_home()), prefix=".streamed-") as room:
+    with tempfile.TemporaryDirectory() as room:
         model = None if ref.random or ref.adapter else _on_disk(ref, dtype, room)
         yield refs.load(ref, dtype)[0] if model is None else model
 
@@ -46,7 +45,7 @@ def _on_disk(ref: refs.ModelRef, dtype: str, room: str) -> nn.Module | None:
                 ref.folder, config, kind, device_map=_places(loading.on_meta(config, kind)), offload_folder=room
             )
             model(input_ids=torch.arange(4, device=loading.device())[None], use_cache=False)
-        except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
+        except (RuntimeError, NotImplementedError, ValueError, AttributeError, OSError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return None
@@ -109,8 +108,3 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _made(folder: Any) -> Any:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

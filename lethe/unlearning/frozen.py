@@ -53,8 +53,11 @@ class Frozen:
 
     def free(self) -> None:
         """Drop the model from memory. The next pass loads it again."""
-        self._model = None
-        gc.collect()  # a model and its hooks refer to each other
+        if self._model is not None:
+            self._model = None
+            gc.collect()  # parts of a model may refer to each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     @property
     def bytes(self) -> int:
