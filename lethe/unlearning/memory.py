@@ -136,7 +136,8 @@ class Shapes:
 
 def estimate(config: Method, outline: Outline, load: Load) -> Estimate:
     """The peak memory of one device. The sum of a phase's parts is that of the process on a CPU."""
-    return Phases(config, outline, load).estimate(load.processes, load.parallel)
+    with torch.random.fork_rng(devices=[]):
+        return Phases(config, outline, load).estimate(load.processes, load.parallel)
 
 
 class Phases:
