@@ -206,10 +206,11 @@ class Phases:
         return {part: size for part, size in found.items() if size}
 
     def _trial(self) -> Parts:
-        """The batch before training, with live teachers and a copy of the trained weights, which it moves and restores."""
-        trained = self.shapes.trained // self.shards
+        """The batch before training, with live teachers. It moves float32 weights if there are two losses to compare."""
+        shapes, trained = self.shapes, self.shapes.trained // self.shards
+        compared = len(self.needs) == 2 and not self.config.rewind and shapes.trained == 4 * shapes.numbers
         teachers = {"teachers": self._teachers(self.needs), "maps": self._map_bytes()}
-        return self.passes.update | teachers | {"gradients": trained, "copies": trained}
+        return self.passes.update | teachers | {"gradients": trained, "copies": trained * compared}
 
     def _training(self) -> Parts:
         """The passes of an update, or the optimizer's step, if that takes more."""
