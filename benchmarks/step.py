@@ -73,6 +73,7 @@ class Ours:
         made = prepare(run, config, checked)
         self.trainer, self.tokenizer = made.trainer, made.tokenizer
         cache_teachers(run, made)
+        made.free_teachers()
 
     def seconds(self, updates: int) -> list[float]:
         """Seconds of each of so many updates, of one train() call, without its first `WARM`."""

@@ -29,8 +29,14 @@ def streamed(ref: refs.ModelRef, dtype: str) -> Iterator[nn.Module]:
     weights of other modules, or no room for weights that are written first.
     """
     with tempfile.TemporaryDirectory() as room:
-        model = None if ref.random or ref.adapter else _on_disk(ref, dtype, room)
-        yield refs.load(ref, dtype)[0] if model is None else model
+        found = None if ref.random or ref.adapter else _on_disk(ref, dtype, room)
+        model = refs.load(ref, dtype)[0] if found is None else found
+        try:
+            yield model
+        finally:
+            for parameter in model.parameters():  # hooks refer to the model, which would keep what it holds for a while
+                if not parameter.is_meta:
+                    parameter.data = parameter.new_empty(0)
 
 
 @torch.no_grad()

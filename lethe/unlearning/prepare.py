@@ -8,6 +8,7 @@ while they run: once maps are fitted and outputs cached, `free_teachers` drops t
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +91,14 @@ class Prepared:
 
     def free_teachers(self) -> None:
         """Drop the models that training does not run: those whose outputs are cached, and those that no loss reads."""
-        live = [teacher.model for teacher in self.trainer.teachers.values() if teacher.cache is None]
+        teachers = self.trainer.teachers.values()
+        live = [teacher.model for teacher in teachers if teacher.cache is None]
+        memo: dict[int, Any] = {}
+        for teacher in teachers:
+            if (
+                teacher.model not in live and teacher.model.bytes
+            ):  # a head that is a view of the model's file would hold all of it
+                teacher.head = copy.deepcopy(teacher.head, memo)
         for model in (self.source, self.reference):
             if model is not None and model not in live:
                 model.free()
