@@ -1,6 +1,6 @@
 """The estimate of peak memory beside the peak of the process, for recipes on one model.
 
-    python benchmarks/memory.py MODEL SOURCE [--width 64] [--batch 4]
+    python benchmarks/memory.py MODEL SOURCE [--width 64] [--batch 4] [--small]
 
 Each run is a process of its own with three updates. Its peak is VmHWM, which the run records as `environment.peak_memory`.
 """
@@ -24,7 +24,7 @@ LORA = {"lora": ["{r: 16, alpha: 16, dropout: 0.0}"], "full": ["null"]}
 def measured(model: str, source: str, settings: dict[str, str]) -> dict[str, Any]:
     """The record of one run in a process of its own."""
     out = tempfile.mkdtemp()
-    words = ["--model", model, "--source", source, "--max_steps", "3", "--out", out, "--eval.limit", "16"]
+    words = ["--model", model, "--source", source, "--max_steps", "3", "--out", out]
     words += [word for name, value in settings.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "lethe", "unlearn", *words]
     done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"} | dict(os.environ), check=False)
@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--width", default="64", help="tokens of a document")
     parser.add_argument("--batch", default="4", help="documents in a batch")
     parser.add_argument("--layers", nargs="+", default=["0", "2", "4"])
+    parser.add_argument("--small", action="store_true", help="fewer documents and questions, for a model that is slow")
     given = parser.parse_args()
+    documents, mapped, questions = ("16", "64", "4") if given.small else ("64", "400", "16")
     print("| recipe | optimizer | teachers | checkpointing | peak, MB | estimate / peak | phase | parts, MB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     axes = (("lora", "full"), ("adamw", "muon"), ("live", "cached"), ("false", "true"))
@@ -50,7 +52,7 @@ def main() -> None:
         settings = {
             "lora": LORA[kind][0], "optimizer": optimizer, "teacher_cache": cache, "gradient_checkpointing": again,
             "max_length": given.width, "per_device_train_batch_size": given.batch, "layers": f"[{', '.join(given.layers)}]",
-            "num_train_examples": "64", "affine_examples": "400", "lr": "1e-4",
+            "num_train_examples": documents, "affine_examples": mapped, "eval.limit": questions, "lr": "1e-4",
         }  # fmt: skip
         record = measured(given.model, given.source, settings)
         peak, parts = record["environment"]["peak_memory"], record["plan"]["memory"]
