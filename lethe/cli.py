@@ -27,7 +27,7 @@ from lethe.config.arguments import TRUST, as_suite, command_of, consent, is_suit
 from lethe.config.parse import parse
 from lethe.errors import LONGEST, LetheError, full_disk, printable
 from lethe.evaluation.tasks.consent import trust_task_code
-from lethe.methods.method import Method
+from lethe.methods.method import Check, Method
 from lethe.progress import quiet
 from lethe.runs import garbage
 from lethe.runs.run import Run, Terminated
@@ -254,13 +254,27 @@ def _affine_score(settings: c.AffineScoreConfig, as_json: bool) -> None:
 
 
 @command("check", "lethe check --config lab", runs_tasks=True)
-def _check(settings: Method, as_json: bool) -> None:
-    """Show the plan of a `lethe unlearn` run, or why it cannot work. No model is trained and no run is created."""
-    from lethe.report.tables import plan_table
-    from lethe.unlearning.pipeline import inspect
+def _check(settings: Check, as_json: bool) -> None:
+    """Show the plan of a `lethe unlearn` run, or why it cannot work. No model is trained and no run is created.
 
-    plan = inspect(settings)
-    _dump(plan) if as_json else _print(plan_table(plan))
+    With `memory` or `devices`, the weights are not read: Lethe computes the memory that the run takes on each device from the
+    model's config.json, and prints the largest batch that fits, and what to change if none does.
+    """
+    from lethe.report.tables import memory_tables, plan_table
+
+    if settings.plans:
+        from lethe.unlearning.fit import fit
+
+        found = fit(settings)
+    else:
+        from lethe.unlearning.pipeline import inspect
+
+        found = inspect(settings)  # type: ignore[arg-type]  # it is a method too
+    if as_json:
+        _dump(found)
+        return
+    for table in memory_tables(found) if settings.plans else [plan_table(found)]:
+        _print(table)
 
 
 @command("unlearn", "lethe unlearn --config lab --remove_coef 20 --lora.r 8", runs_tasks=True)

@@ -26,8 +26,8 @@ from lethe.methods import method
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 HEADER = "<!-- Written by scripts/reference.py; change the config dataclass instead. -->\n"
-SAME = {"check": "unlearn"}
-"""Commands that take the settings of another one."""
+MORE = {"check": "unlearn"}
+"""Commands that take the settings of another one beside their own."""
 TABLE = "| setting | type | default | what it does |\n| --- | --- | --- | --- |\n"
 
 
@@ -59,8 +59,8 @@ def _command_page(name: str, command: Command) -> str:
     text += "Every command also takes `--config` (a recipe), `--print_config`, `--json` and `--help`."
     if command.runs_tasks:
         text += " This one takes [`--trust_task_code`](../guides/evaluation.md#a-task-folder-is-code) as well."
-    if name in SAME:
-        return f"{text}\n\nThe settings are those of [lethe {SAME[name]}]({_slug(SAME[name])}.md).\n"
+    if name in MORE:
+        text += f"\n\nThe other settings are those of [lethe {MORE[name]}]({_slug(MORE[name])}.md)."
     return f"{text}\n\n## Settings\n\n{_tables(command.config, set())}"
 
 

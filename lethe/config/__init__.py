@@ -13,7 +13,7 @@ import dataclasses
 from typing import Any
 
 from lethe.config.attacks import ATTACKED, STRENGTHS, AttackName, TamperConfig
-from lethe.config.checks import Dtype, minutes, options, spoken
+from lethe.config.checks import Dtype, memory_bytes, minutes, options, spoken
 from lethe.config.commands import (
     AffineConfig,
     AffineScoreConfig,
@@ -45,7 +45,7 @@ from lethe.config.training import (
     TrainingSettings,
     as_text_source,
 )
-from lethe.config.unlearning import UnlearnSettings
+from lethe.config.unlearning import CheckSettings, UnlearnSettings
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -173,6 +173,7 @@ Seed = Annotated[int, at_least(0), must_be("below 2**32, the limit of NumPy's se
 Layers = Annotated[list[int], _refuse_layers]
 RunName = Annotated[str, lambda _, name: refuse_name(name)]
 NameTemplate = Annotated[str, lambda _, name: name and refuse_name(name)]
+Memory = Annotated[str, lambda _, text: memory_bytes(text)]
 Duration = Annotated[str | int, lambda _, time: minutes(time)]
 """Types of settings with their rules, named after what the setting is."""
 
@@ -193,6 +194,19 @@ def minutes(time: str | int) -> int:
         if seconds:
             return -(-seconds // 60)
     raise LetheError(f'time: expected minutes, or a time such as "12:00:00" or "2-00:00:00", got {time!r}')
+
+
+def memory_bytes(text: str) -> int:
+    """A size in bytes: 80GiB and 80G (1024³ bytes each), 80GB (1000³ bytes); also with M and T.
+
+    Raises:
+        LetheError: it has none of these forms, or is 0.
+    """
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])(i?B)?", text.strip(), re.IGNORECASE)
+    if not parts or not float(parts[1]):
+        raise LetheError(f"memory: expected a size such as 80GiB, got '{printable(text, 40)}'")
+    base = 1000 if (parts[3] or "").lower() == "b" else 1024
+    return round(float(parts[1]) * base ** {"m": 2, "g": 3, "t": 4}[parts[2].lower()])
 
 
 def options(kind: Any) -> tuple[Any, ...]:

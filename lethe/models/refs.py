@@ -105,21 +105,21 @@ class ModelRef:
         return self._size("vocab_size")
 
 
-def resolve(name: str, out: str | Path = "runs") -> ModelRef:
-    """Look a model reference up. `out`: a further folder to search for runs.
+def resolve(name: str, out: str | Path = "runs", weights: bool = True) -> ModelRef:
+    """Look a model reference up. `out`: a further folder to search for runs. `weights`: the model has to have weights.
 
     Raises:
         LetheError: it names nothing, or has no safetensors weights, configuration or tokenizer.
     """
     if name.startswith("random:"):
-        inner = resolve(name.removeprefix("random:"), out)
+        inner = resolve(name.removeprefix("random:"), out, weights=False)
         return ModelRef(name, inner.path, inner.revision, None, random=True)
     if name.startswith("lab:"):
         return checked(ModelRef(name, str(_lab_folder(name))))
     if run := run_of(name, out):
         return _of_run(name, run)
     if os.path.isdir(name):
-        return checked(ModelRef(name, str(Path(name))))
+        return checked(ModelRef(name, str(Path(name))), weights)
     folder, _, step = name.rpartition("@")  # the folder's own name may have an @
     if os.path.isdir(folder):
         return checked(ModelRef(name, str(checkpoint_of(Path(folder), step))))
@@ -190,6 +190,16 @@ def load(
         if last is not None and not sharded:
             loading.drop_after(model, last)
         return model, tokenizer(ref)
+
+
+def outline(ref: ModelRef, dtype: str = "float32") -> PreTrainedModel:
+    """The model on the meta device, from its config.json alone: shapes without weights."""
+    import torch
+
+    from lethe.models import loading
+
+    with blamed(ref.name, "no model can be built from config.json", OWN_CONFIG):
+        return loading.on_meta(configuration(ref)[0], getattr(torch, dtype))
 
 
 def configuration(ref: ModelRef) -> tuple[Any, dict[str, float]]:
@@ -367,7 +377,7 @@ def _adapter(name: str, run: Run) -> str:
     return str(folder)
 
 
-def checked(ref: ModelRef) -> ModelRef:
+def checked(ref: ModelRef, weights: bool = True) -> ModelRef:
     """`ref`, after a look at its files; not at the weights of a repository of the hub, which are not downloaded yet.
 
     Raises:
@@ -384,7 +394,7 @@ def checked(ref: ModelRef) -> ModelRef:
     model_folder.refuse_config(ref.name, ref.config)
     for keys in (WIDTH_KEYS, DEPTH_KEYS, WINDOW_KEYS, ("vocab_size",)):
         ref._size(*keys)
-    if ref.local:
+    if ref.local and weights:
         model_folder.refuse_weights(ref.name, folder)
     return ref
 

@@ -76,6 +76,11 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     return head if plain else None
 
 
+def of_tokens(values: Tensor, mask: Int[Tensor, "batch seq"]) -> Tensor:
+    """The values at tokens, without padding, one row each. On the meta device, which has no values, no token is padding."""
+    return values.flatten(0, 1) if mask.is_meta else values[mask.bool()]
+
+
 def squared_distance(
     student: Activations,
     target: Activations,
@@ -126,13 +131,12 @@ def chunked_kl(
     teacher_hidden = teacher_hidden.detach().to(teacher_head.weight.dtype)
     if mask.numel() * len(head.weight) <= PLAIN:
         return kl(head(hidden), teacher_head(teacher_hidden).detach(), mask, tokens)
-    keep = mask.bool()
-    teacher = teacher_hidden[keep]
+    teacher = of_tokens(teacher_hidden, mask)
 
     def target(tokens: slice) -> Tensor:
         return logits_of(teacher[tokens], teacher_head.weight, teacher_head.bias)
 
-    return sum_over_tokens(hidden[keep], head, target, _kl) / (mask.sum() if tokens is None else tokens)
+    return sum_over_tokens(of_tokens(hidden, mask), head, target, _kl) / (mask.sum() if tokens is None else tokens)
 
 
 def cross_entropy(
@@ -157,10 +161,10 @@ def chunked_cross_entropy(
     """`cross_entropy` from the inputs of the output head."""
     if mask.numel() * len(head.weight) <= PLAIN:
         return cross_entropy(head(hidden), input_ids, mask, tokens)
-    keep = mask[:, 1:].bool()
-    following = input_ids[:, 1:][keep][:, None]
-    return sum_over_tokens(hidden[:, :-1][keep], head, following.__getitem__, _cross_entropy) / (
-        keep.sum() if tokens is None else tokens
+    later = mask[:, 1:]
+    following = of_tokens(input_ids[:, 1:], later)[:, None]
+    return sum_over_tokens(of_tokens(hidden[:, :-1], later), head, following.__getitem__, _cross_entropy) / (
+        later.sum() if tokens is None else tokens
     )
 
 
@@ -179,15 +183,15 @@ def chunked_log_likelihood(
     mask: Int[Tensor, "batch seq"],
 ) -> Float[Tensor, " batch"]:
     """`log_likelihood` from the inputs of the output head. The backward pass makes the logits of each chunk again."""
-    keep = mask[:, 1:].bool()
-    states, following = hidden[:, :-1][keep].to(head.weight.dtype), input_ids[:, 1:][keep]
+    later = mask[:, 1:]
+    states, following = of_tokens(hidden[:, :-1], later).to(head.weight.dtype), of_tokens(input_ids[:, 1:], later)
 
     def losses(states: Tensor, following: Tensor) -> Tensor:
         return torch_cross_entropy(wide(head(states)), following, reduction="none")
 
     parts = [checkpoint(losses, states[part], following[part], use_reentrant=False) for part in slices(len(states), CHUNK)]
-    found = wide(hidden.new_zeros(keep.shape))
-    return -found.masked_scatter(keep, torch.cat(parts)).sum(-1) if parts else -found.sum(-1)
+    found = wide(hidden.new_zeros(later.shape))
+    return -found.masked_scatter(later.bool(), torch.cat(parts)).sum(-1) if parts else -found.sum(-1)
 
 
 def sum_over_tokens(hidden: Tensor, head: nn.Linear, target_of: Target, compare: Compare) -> Tensor:
@@ -247,7 +251,7 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """W h + b of some tokens, one panel of W after the other."""
     logits = hidden.new_empty(len(hidden), len(weight))
     bias = weight.new_zeros(len(weight)) if bias is None else bias  # with a bias, a matmul of few tokens uses the cores better
-    for panel in slices(len(weight), PANEL // weight.shape[1]):
+    for panel in slices(len(weight), len(weight) if hidden.is_meta else PANEL // weight.shape[1]):
         torch.addmm(bias[panel], hidden, weight[panel].T, out=logits[:, panel])
     return logits
 

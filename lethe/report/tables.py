@@ -288,6 +288,40 @@ def plan_table(plan: dict[str, Any]) -> Table:
     return Table("Plan", ["", "", ""], rows)
 
 
+def memory_tables(found: dict[str, Any]) -> list[Table]:
+    """What `lethe check --memory` found: the memory of each phase by part, whether it fits, and what to change."""
+    phases = found["phases"] | {"three copies": found["three_copies"]}
+    parts = list(dict.fromkeys(part for bytes_of in phases.values() for part in bytes_of))
+    rows = [[part, *(_gib(bytes_of.get(part, 0)) for bytes_of in phases.values())] for part in parts]
+    rows.append(["sum", *(_gib(sum(bytes_of.values())) for bytes_of in phases.values())])
+    devices, memory = found["devices"], found["memory"]
+    lead = f"{found['model']['name']}: {found['model']['parameters']:,} parameters, {found['model']['trained']:,} trained. "
+    lead += f"On each of {devices} devices ({found['parallel']}). " if devices > 1 else ""
+    batch = found["largest_batch"]
+    lead += f"The peak, {_gib(found['peak'])} GiB in {found['peak_phase']}, "
+    lead += f"{'fits into' if found['fits'] else 'does not fit into'} {_gib(memory)} GiB. "
+    lead += (
+        f"The largest per_device_train_batch_size that fits is {batch}." if batch else "Not even a batch of one document fits."
+    )
+    note = "three copies: training with a whole source and a whole reference beside the model all the time, which Lethe avoids"
+    tables = [Table("Memory by phase, GiB", ["", *phases], rows, [note], lead)]
+    if found["changes"]:
+        changes = [
+            [
+                ", ".join(f"{name}: {str(value).lower()}" for name, value in each["change"].items()),
+                _gib(each["peak"]),
+                "yes" if each["fits"] else "no",
+            ]
+            for each in found["changes"]
+        ]
+        tables.append(Table("Changes", ["change", "peak, GiB", "fits"], changes))
+    return tables
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f}"
+
+
 def _outcome(run: Run) -> str:
     """What a checkpoint sweep or a fit of maps found, in a few words."""
     if run.record["kind"] == "checkpoints":
@@ -297,7 +331,7 @@ def _outcome(run: Run) -> str:
 
 
 def _fact(key: str, value: Any) -> str:
-    if key == "memory" and isinstance(value, int):
+    if key.startswith("memory") and isinstance(value, int):
         return f"{value / 1e6:,.0f} MB"
     if key == "seconds":
         return f"about {format.seconds(value)}"

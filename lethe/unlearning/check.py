@@ -59,7 +59,7 @@ def check(config: Method) -> Checked:
     checked.retain = corpora.select(config.retain, config.num_train_examples, "front", "retain text", UNLEARNED)
     if {d.id for d in checked.forget} & {d.id for d in checked.retain}:
         raise LetheError("forget and retain text share documents; remove these from one of the two")
-    _refuse_types(config)
+    refuse_types(config)
     refuse_rank(config, model)
     if config.packing == "none":
         plan(config, max(len(checked.forget), len(checked.retain)))
@@ -94,7 +94,7 @@ def check_source(config: Method, checked: Checked) -> None:
         checked.conventions = check_maps(checked.affine, model, source, list(config.mapped_layers), config.maps.convention)
 
 
-def _refuse_types(config: Method) -> None:
+def refuse_types(config: Method) -> None:
     """Refuse types of weights if a loss would measure rounding, or rounding would undo updates."""
     if config.dtype == "bfloat16" and config.teacher_dtype == "float32":
         raise LetheError("teacher_dtype: with float32 teachers, losses of a bfloat16 model measure rounding; set it to null")

@@ -36,7 +36,7 @@ from lethe.training.trainer import Sequences
 from lethe.unlearning import changes, maps, memory, teacher_cache
 from lethe.unlearning.check import Checked
 from lethe.unlearning.frozen import Frozen, WithoutAdapters
-from lethe.unlearning.probe import document_bytes, probe, warning
+from lethe.unlearning.probe import probe, warning
 from lethe.unlearning.trainer import UnlearnTrainer
 from lethe.unlearning.view import Teacher
 
@@ -258,11 +258,7 @@ def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
     config, trainer, student = made.config, made.trainer, made.trainer.model
     plan |= optimizers.describe(student, config)  # type: ignore[arg-type]
     plan["teachers"] = teachers_plan(made, plan["epochs"])
-    longest = max(len(row) for part in made.sequences.values() for row in part)
-    tokens = maps.tokens_of(made.checked.mapped, made.tokenizer, config.max_length)
-    plan["memory"] = memory.estimate(made, longest, document_bytes(trainer), tokens, libraries, plan["teachers"])
-    cached = [text for text, how in plan["teachers"].items() if how.startswith("cached")]
-    plan["memory"]["caches"] = sum(teacher_cache.size_of(trainer.teachers[text], made.sequences[text]) for text in cached)
+    plan["memory"], plan["memory_by_phase"] = _memory(made, plan["teachers"], libraries)
     memory.refuse_too_much(plan["memory"], memory.loaded(made))
     plan |= _probed(made, plan["forward_passes"])
     masters = " (trained as float32)" if needs_masters(student, config.optimizer) else ""  # type: ignore[arg-type]
@@ -276,6 +272,24 @@ def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
     changing = {moment: config.coefficients(trainer.progress(done)) for moment, done in moments.items()}
     if changing["start"]:
         plan["coefficients"] = {moment: list(values.values()) for moment, values in changing.items()}
+
+
+def _memory(made: Prepared, teachers: dict[str, str], libraries: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The estimate: the parts of the phase that takes most, and the sum of each phase. Empty if the model allows none."""
+    config = made.config
+    load = memory.Load(
+        width=max(len(row) for part in made.sequences.values() for row in part),
+        tokens={text: sum(map(len, part)) for text, part in made.sequences.items()},
+        mapped_tokens=maps.tokens_of(made.checked.mapped, made.tokenizer, config.max_length),
+        cached=frozenset(text for text, how in teachers.items() if how.startswith("cached")),
+        gpu=torch.cuda.is_available(),
+        libraries=libraries,
+    )
+    try:
+        found = memory.estimate(config, lambda: refs.outline(made.checked.model, config.dtype), load)
+    except LetheError:
+        return {}, {}
+    return found.parts, found.by_phase
 
 
 def _probed(made: Prepared, passes: int) -> dict[str, Any]:
@@ -324,6 +338,8 @@ def _warnings(config: Method, plan: dict[str, Any]) -> list[str]:
         found.append(
             f"{len(unreached)} trainable tensors get no gradient from any loss ({unreached[0]}, …): they will not be trained"
         )
+    if not plan["memory"]:
+        found.append("memory: it cannot be estimated for this model, so watch it; a run that needs more than there is fails")
     if config.teacher_dtype not in {None, config.dtype}:
         found.append(f"teachers in {config.teacher_dtype} beside a {config.dtype} model: the losses also measure rounding")
     if config.optimizer == "muon" and config.lora:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lethe.distributed import whole
 from lethe.training.merged_lora import fast_passes
@@ -65,32 +65,6 @@ def probe(trainer: UnlearnTrainer) -> Probe:
     names = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad()
     return Probe(names, seconds, scale)
-
-
-def document_bytes(trainer: UnlearnTrainer) -> int:
-    """Bytes of activations that the longest sequences, one of each text, save for the backward pass.
-
-    Measured as the bytes for two documents minus those for one, which leaves out what is saved once, such as weights.
-    """
-    model: nn.Module = trainer.model  # type: ignore[assignment]
-    texts: Any = trainer.train_dataset.texts  # type: ignore[union-attr]
-    longest = {name: (0, max(sequences, key=len)) for name, sequences in texts.items()}
-    saved: list[int] = []
-    for count in (1, 2):
-        batch: Any = trainer._prepare_inputs(trainer.data_collator([longest] * count))  # type: ignore[arg-type]
-        trainer.tokens = trainer.documents_in_update = dict.fromkeys(batch, 1)
-        found: dict[int, int] = {}
-
-        def keep(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor.detach()  # with its graph, the tensor would never be freed
-
-        with torch.random.fork_rng(), fast_passes(model, trainer.config.fast):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = trainer.losses(model, batch, trainer.progress(trainer.first_epoch_steps))
-            saved.append(sum(found.values()))
-            del loss
-    return max(0, saved[1] - saved[0])
 
 
 def measured(trainer: UnlearnTrainer, batch: Batch) -> dict[str, Any]:

@@ -1,0 +1,182 @@
+"""What the passes of a run allocate, found by running them on the meta device (`lethe.unlearning.simulation`).
+
+recipe, model on the meta device -> Passes: bytes of an update, of the optimizer, of fitting, caching and agreement
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lethe.config import AffineConfig
+from lethe.maps.affine import AffineMap
+from lethe.methods.method import Method, Need, Progress
+from lethe.models.activations import States, blocks, read
+from lethe.models.adapters import add_adapters
+from lethe.training.merged_lora import fast_passes
+from lethe.training.optimizers import STATE_BYTES, make_optimizer, needs_masters
+from lethe.unlearning.changes import AGREEMENT_BATCH
+from lethe.unlearning.simulation import META, recording
+from lethe.unlearning.teacher_cache import TOKENS
+from lethe.unlearning.view import View
+
+UNCAPPED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings of models whose logits are not their output head's output. Their losses read the logits of all tokens."""
+HEAP = 32 * 2**20
+"""A CPU's allocator returns larger tensors to the system when they are freed. It retains smaller ones for later use."""
+
+Outline = Callable[[], PreTrainedModel]
+"""Makes the model on the meta device; each call makes another one."""
+
+
+class Passes:
+    """A recipe's model as it is trained (`student`) and as it was before (`frozen`), without weights, and their passes.
+
+    `width`: tokens of the longest sequence. `cached`: the texts whose teacher's outputs are cached. Sizes are in bytes.
+    """
+
+    def __init__(self, config: Method, outline: Outline, width: int, cached: frozenset[str]):
+        self.config, self.width, self.cached, self.needs = config, width, cached, config.needs()
+        self.frozen: Any = outline().eval().requires_grad_(False)
+        self.student = student_of(config, outline)
+        self.text = self.frozen.config.get_text_config()
+        layers, hidden = config.mapped_layers, self.text.hidden_size
+        weight = {n: torch.empty(hidden, hidden, device=META) for n in layers}
+        self.maps = AffineMap(weight, {n: torch.empty(hidden, device=META) for n in layers})
+        self.heads: Any = (None, None)
+        if not any(getattr(self.text, name, None) for name in UNCAPPED):
+            ours, theirs = self.student.get_output_embeddings(), self.frozen.get_output_embeddings()
+            self.heads = (ours, theirs) if type(ours) is nn.Linear else (None, None)
+
+    @functools.cached_property
+    def update(self) -> dict[str, int]:
+        """Gradients, activations and logits at the peak of an update's passes; `heap`: those in tensors below `HEAP`.
+
+        `pending` are gradients from one text that wait until those from the other text can be added: autograd runs the
+        backward passes of both texts one after the other, and adds before it accumulates.
+        """
+        config, student, vocabulary = self.config, self.student, self.text.vocab_size
+        shape = config.per_device_train_batch_size, self.width
+        if config.gradient_checkpointing:
+            student.activation_checkpointing_enable()
+        student.train()
+        with recording() as record, fast_passes(student, config.fast):
+            for _ in range(min(2, config.gradient_accumulation_steps)):
+                ids = torch.zeros(shape, dtype=torch.long, device=META)
+                views: Any = {name: self._view(name, need, ids) for name, need in self.needs.items()}
+                loss, losses = config.loss(views.get("forget"), views.get("retain"), Progress(0, 1, 1))
+                loss.backward()
+                del views, loss, losses, ids
+        gradients = record.of(*(p.grad for p in student.parameters()))
+        shapes = {tuple(p.shape) for p in student.parameters() if p.requires_grad}
+
+        def kind(number: int, size: int, shape: tuple[int, ...]) -> str:
+            name = "gradients" if number in gradients else "pending" if shape in shapes else "activations"
+            name = "logits" if shape[-1:] == (vocabulary,) else name
+            return name if size >= HEAP else f"small {name}"
+
+        found = record.peak(kind)
+        student.zero_grad()
+        names = ("gradients", "pending", "activations", "logits")
+        parts = {name: found.get(name, 0) + found.get(f"small {name}", 0) for name in names}
+        return parts | {"heap": sum(size for name, size in found.items() if name.startswith("small"))}
+
+    @functools.cached_property
+    def optimizer(self) -> tuple[int, int]:
+        """The optimizer's state, and what its step allocates beside it."""
+        config, student = self.config, self.student
+        if config.optimizer != "muon" and not needs_masters(student, config.optimizer):
+            return STATE_BYTES[config.optimizer] * sum(p.numel() for p in student.parameters() if p.requires_grad), 0
+        optimizer: Any = make_optimizer(student, config)
+        for parameter in student.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        with recording() as record:
+            optimizer.step()
+        held = record.of(*(value for state in optimizer.state.values() for value in state.values()))
+        peak = record.peak(lambda number, size, shape: "state" if number in held else "temporaries")
+        student.zero_grad()
+        return sum(size for number, size, _ in record.events if number in held and size > 0), peak.get("temporaries", 0)
+
+    @functools.cached_property
+    def mapping(self) -> int:
+        """One batch of activations of both models while maps of the loss's layers are fitted."""
+        layers = list(self.config.mapped_layers)
+        ids = torch.zeros(AffineConfig.batch_size, min(self.width, self.config.max_length), dtype=torch.long, device=META)
+        with recording() as record, torch.no_grad():
+            found = [read(self.frozen, ids, layers).activations for _ in range(2)]
+            pairs = [{n: values.flatten(0, 1).clone() for n, values in each.items()} for each in found]
+        del found, pairs
+        return record.most
+
+    @functools.cached_property
+    def building(self) -> int:
+        """One batch of a teacher while its outputs are cached."""
+        ids = torch.zeros(max(1, TOKENS // self.width), self.width, dtype=torch.long, device=META)
+        sizes = []
+        for need in (self.needs[name] for name in self.cached):
+            with recording() as record, torch.no_grad():
+                _Teacher(self, need, cached=False).states(ids, ids[:, 0])
+            sizes.append(record.most)
+        return max(sizes, default=0)
+
+    @functools.cached_property
+    def agreement(self) -> int:
+        """One batch of all logits, as the records at the end compare them."""
+        ids = torch.zeros(AGREEMENT_BATCH, min(self.width, self.config.max_length), dtype=torch.long, device=META)
+        with recording() as record, torch.no_grad():
+            self.frozen(input_ids=ids, use_cache=False)
+        return record.most
+
+    def token_bytes(self, need: Need) -> int:
+        """A cached teacher's outputs for one token."""
+        hidden, size = self.text.hidden_size, getattr(torch, self.config.teacher_dtype or self.config.dtype).itemsize
+        ending = self.text.vocab_size if self.heads[1] is None else hidden
+        return (4 if need.mapped else size) * len(need.layers) * hidden + size * need.logits * ending
+
+    def _view(self, name: str, need: Need, ids: Tensor) -> View:
+        documents, tokens = ids.shape[0], ids.numel()
+        teacher: Any = _Teacher(self, need, name in self.cached) if need.teacher else None
+        variance = dict.fromkeys(need.layers, 1.0) if need.variance else None
+        states = read(self.student, ids, list(need.layers), need.logits, self.heads[0])
+        return View(ids, torch.ones_like(ids), ids[:, 0], states, tokens, documents, self.heads[0], teacher, variance)
+
+
+class _Teacher:
+    """A teacher of a simulated update, in place of `view.Teacher`: its passes, or its cache."""
+
+    def __init__(self, passes: Passes, need: Need, cached: bool):
+        self.passes, self.need, self.cached, self.head = passes, need, cached, passes.heads[1]
+
+    @torch.no_grad()
+    def states(self, input_ids: Tensor, index: Tensor) -> States:
+        """What a cache returns, or a pass without gradients, with the maps."""
+        passes, need = self.passes, self.need
+        hidden, kind = passes.text.hidden_size, passes.frozen.dtype
+        if self.cached:
+            ending = passes.text.vocab_size if self.head is None else hidden
+            states = States({n: _empty(input_ids, hidden, torch.float32 if need.mapped else kind) for n in need.layers})
+            states.output = _empty(input_ids, ending, kind) if need.logits else None
+            return states
+        states = read(passes.frozen, input_ids, list(need.layers), need.logits, self.head)
+        if need.mapped:
+            states.activations = passes.maps(states.activations)
+        return states
+
+
+def student_of(config: Method, outline: Outline) -> Any:
+    """The model that is trained, on the meta device, with adapters where the recipe has them."""
+    with META:
+        model = outline()
+        if config.lora is None:
+            return model.requires_grad_(True)
+        layers = [len(blocks(model)) - 1] if config.layers is None else config.layers
+        return add_adapters(model, config.lora, layers, config.seed)
+
+
+def _empty(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*like.shape, width, dtype=dtype, device=META)

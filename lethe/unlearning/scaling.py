@@ -1,0 +1,118 @@
+"""What a run costs on many devices: computation, traffic between devices, disk for caches, hours.
+
+    FLOPs of one token = 2 · (parameters of the matrices it passes) + 2 · tokens · hidden (causal attention), per block
+    backward pass      = one more for inputs, and one more for weights if all weights are trained
+    hours              = max(FLOPs / (devices · peak · utilisation), bytes sent by one device / bandwidth)
+
+The maximum assumes that devices compute while they send. Traffic of one update, with N devices, W bytes of weights and G bytes
+of gradients:
+
+    ddp    all-reduce of the gradients                             2 G (N − 1) / N
+    fsdp   in each batch, for each text: weights are gathered      (2 W + G) (N − 1) / N
+           forward and backward, gradients are reduced
+           in each batch: the weights of teachers that run live    W (N − 1) / N
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lethe.methods.method import Method, Need
+from lethe.models.activations import blocks
+from lethe.training.check import plan
+from lethe.unlearning.memory import Phases
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device and its links. `flops`: peak per second. `inside`, `between`: bytes per second and direction that a device
+    sends to another one in its node, and in another node. `utilisation`: share of the peak that matmuls of a run reach.
+    """
+
+    name: str
+    memory: int
+    flops: float
+    inside: float
+    between: float
+    node: int
+    utilisation: float
+
+
+H100 = Device("H100 SXM", 80 * 2**30, 989e12, 450e9, 50e9, 8, 0.4)
+"""bfloat16 without sparsity, NVLink 4, one 400 Gbit/s link for each device."""
+
+
+@dataclass
+class Cost:
+    """Of a whole run, except `traffic`: bytes that one device sends in an update. `disk`: bytes of caches. `bound`: what
+    decides the hours.
+    """
+
+    flops: float
+    updates: int
+    traffic: int
+    disk: int
+    hours: float
+    bound: Literal["computation", "link"]
+
+
+def cost(config: Method, phases: Phases, processes: int, parallel: str, documents: int, device: Device = H100) -> Cost:
+    """The cost of a run on `processes` devices, with so many documents of each text, all of `max_length` tokens.
+
+    `phases` are those of the same recipe. Fitting maps and evaluation are not counted.
+    """
+    per_device = -(-documents // processes)
+    planned = plan(config, per_device)
+    tokens = documents * config.max_length * planned["epochs"]
+    flops = sum(tokens * _update_flops(config, phases, name, need) for name, need in config.needs().items())
+    flops += sum(
+        documents * config.max_length * _pass_flops(phases, need, config.max_length)
+        for name, need in config.needs().items()
+        if name in phases.load.cached
+    )
+    batches = config.gradient_accumulation_steps
+    traffic = _traffic(config, phases, processes, parallel, batches)
+    link = device.inside if processes <= device.node else device.between
+    computing = flops / (processes * device.flops * device.utilisation)
+    sending = planned["steps"] * traffic / link
+    bound: Any = "computation" if computing >= sending else "link"
+    disk = sum(
+        documents * config.max_length * phases.passes.token_bytes(need) for need in config.needs().values() if need.teacher
+    )
+    return Cost(flops, planned["steps"], traffic, disk, max(computing, sending) / 3600, bound)
+
+
+def _traffic(config: Method, phases: Phases, processes: int, parallel: str, batches: int) -> int:
+    """Bytes that one device sends in an update of so many batches."""
+    shapes, texts = phases.shapes, len(config.needs())
+    share = (processes - 1) / processes
+    if parallel == "ddp":
+        return round(2 * shapes.trained * share)
+    gathered = 2 * texts * shapes.weights + phases.gathered_by_teachers()
+    return round(batches * share * (gathered + texts * shapes.trained))
+
+
+def _update_flops(config: Method, phases: Phases, name: str, need: Need) -> float:
+    """FLOPs of one token of a text in an update."""
+    forward = _pass_flops(phases, need, config.max_length)
+    backward = forward * (1 if config.lora else 2)
+    again = _pass_flops(phases, Need(layers=need.layers or (len(blocks(phases.frozen)) - 1,)), config.max_length)
+    total = forward + backward + (again if config.gradient_checkpointing else 0)
+    total += 6 * phases.shapes.numbers if config.lora else 0
+    return total + (forward if need.teacher and name not in phases.load.cached else 0)
+
+
+def _pass_flops(phases: Phases, need: Need, width: int) -> float:
+    """FLOPs of one token in a pass without gradients that ends after the last layer, or with the logits."""
+    found = blocks(phases.frozen)
+    depth = len(found) if need.logits else max(need.layers) + 1
+    block = 2 * _matrices(found[0]) + 2 * width * phases.text.hidden_size
+    head = 2 * phases.text.hidden_size * phases.text.vocab_size if need.logits else 0
+    return depth * block + head
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.ndim > 1)
