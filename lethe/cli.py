@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import sys
-import time
 import typing
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
@@ -33,8 +32,6 @@ from lethe.runs import garbage
 from lethe.runs.run import Run, Terminated
 
 MANY_ROWS = 200
-SECONDS_TO_SPEAK = 3
-"""How long other processes wait after a refusal: when one ends, torchrun stops the first, which has to say why."""
 
 
 @dataclass
@@ -92,10 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
         code, message = _ending(error)
-        if distributed.is_first():
-            print(f"lethe: {message}", file=sys.stderr)
-        else:
-            time.sleep(SECONDS_TO_SPEAK)
+        distributed.say(f"lethe: {message}")
         return code
     return 0
 

@@ -12,6 +12,7 @@ computes. Frozen weights are sharded too, while adapters, which are small, are w
 
     whole, put          between a sharded parameter and its whole value             orthogonal_updates    Muon on shards
 
+`runs/together.py` starts the processes of a setting `devices`, and `runs/peers.py` ends them all when one is lost.
 With one process, every function is the plain thing that it replaces. torch is imported where it is needed.
 """
 
@@ -19,11 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import sys
-import tempfile
-import uuid
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,8 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HOURS = 6
 """How long a process waits for the others before PyTorch gives up. A lost one is found earlier, by `runs/peers.py`."""
-SECONDS_TO_SAVE = 600
-"""How long processes may take to save after a request to stop, before they are killed."""
+SECONDS_TO_SPEAK = 3
 OTHER_ENGINES = {
     "ACCELERATE_USE_FSDP": "set parallel: fsdp instead",
     "ACCELERATE_USE_DEEPSPEED": "set parallel: fsdp instead",
@@ -51,6 +49,11 @@ OTHER_ENGINES = {
 def world() -> int:
     """Number of processes at this run."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def local_world() -> int:
+    """Number of those processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world()) if world() > 1 else 1
 
 
 def processes(devices: int | None) -> int:
@@ -68,6 +71,14 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def say(what: str) -> None:
+    """The last words to the user, by the first process. The others wait: when one ends, torchrun stops the first as well."""
+    if is_first():
+        print(what, file=sys.stderr)  # noqa: T201
+    else:
+        time.sleep(SECONDS_TO_SPEAK)
+
+
 def refuse_other_engines() -> None:
     """Refuse settings of `accelerate launch` that Lethe does not follow.
 
@@ -79,50 +90,6 @@ def refuse_other_engines() -> None:
             raise LetheError(f"{name}: Lethe does not use this engine of accelerate; {todo}, and launch without it")
     if (kind := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         raise LetheError(f"accelerate launch: mixed precision {kind} is not used; set dtype in the recipe, and launch with no")
-
-
-def refuse_devices(devices: int | None) -> None:
-    """Refuse a number of devices that this machine does not have, or that is not the number of processes started.
-
-    Raises:
-        LetheError: names both numbers.
-    """
-    import torch
-
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world())
-    if devices and world() > 1 and devices != here:
-        raise LetheError(f"devices: {devices}, but {here} processes were started on this machine; leave devices out")
-    if devices and torch.cuda.is_available() and devices > torch.cuda.device_count():
-        raise LetheError(f"devices: {devices}, but this machine has {torch.cuda.device_count()} GPUs; lower it")
-
-
-def spawn(devices: int, module: str, *arguments: str) -> None:
-    """Start `python -m MODULE ARGUMENTS` once per device with PyTorch's elastic launcher, and wait until all have ended.
-
-    They share the cores. What becomes of them is for them to record. A request to stop this process is passed on.
-
-    Raises:
-        KeyboardInterrupt: this process was asked to stop, and the others have stopped.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it prints a page when a process ends
-    with tempfile.TemporaryDirectory() as logs:
-        config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=devices, run_id=uuid.uuid4().hex, max_restarts=0, local_addr="localhost",
-            rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.5, logs_specs=DefaultLogsSpecs(log_dir=logs),
-        )  # fmt: skip
-        try:
-            elastic_launch(config, sys.executable)("-m", module, *arguments)
-        except ChildFailedError:
-            pass
-        except SignalException as error:
-            raise KeyboardInterrupt(error.sigval.name) from error
 
 
 @functools.cache

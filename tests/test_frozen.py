@@ -21,7 +21,8 @@ from lethe.errors import LetheError
 from lethe.models import refs, streaming
 from lethe.models.activations import States
 from lethe.models.adapters import add_adapters
-from lethe.runs.run import Run, find_runs
+from lethe.runs.finding import find_runs
+from lethe.runs.run import Run
 from lethe.sweeps.resuming import resume
 from lethe.unlearning.check import check
 from lethe.unlearning.frozen import Frozen, WithoutAdapters

@@ -82,7 +82,7 @@ COMMANDS = {
 }
 KINDS = {"fewer blocks": REFUSED["fewer blocks"]} | {
     "not finite": (
-        tensors(lambda found: found["model.layers.1.mlp.up_proj.weight"][3, 4].fill_(torch.nan)),
+        tensors(lambda found: found["model.layers.0.mlp.up_proj.weight"][3, 4].fill_(torch.nan)),
         "its weights or activations are not finite numbers",
     )
 }

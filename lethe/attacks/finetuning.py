@@ -31,6 +31,8 @@ from lethe.unlearning.view import View
 if TYPE_CHECKING:
     from lethe.attacks.tampering import CheckedAttack
 
+LORA, FULL = 6.0, 20.0
+"""Bytes per weight that an attack takes, with a reserve: float32 weights; of all weights also gradients and AdamW's state."""
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +55,8 @@ class TamperTrainer(RunTrainer):
 def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> Run:
     """Train on the attacker's text, and evaluate in between."""
     model: Any
-    model, tokenizer = refs.load(checked.model, "float32", sharded=config.parallel == "fsdp")
+    sharded = refs.divided(checked.model, config.parallel, LORA if config.lora or config.adapter == "train" else FULL)
+    model, tokenizer = refs.load(checked.model, "float32", sharded=sharded)
     refuse_unscorable(model, tokenizer, config.eval)
     if not isinstance(model, PeftModel):
         refuse_untrainable(model, config.model, config.max_length)

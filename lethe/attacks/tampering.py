@@ -42,7 +42,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     from lethe.evaluation.requests import load_tasks
 
     load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)
-    if is_for_several(config.devices):
+    if is_for_several(config.devices, run is not None):
         run = run or Run.create("tamper", config.name, to_dict(config), config.out)
         return work_together(run, config.devices, trusts_task_code())  # type: ignore[arg-type]
     attack = finetune if config.attack == "finetune" else disturb_or_prompt

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Count, Dtype, Layers, Memory, Positive, RunName, Settings, must_be
+from lethe.config.checks import Count, Dtype, Layers, Memory, RunName, Settings, must_be
 from lethe.config.evaluation import EvalSettings
 from lethe.config.training import LoraSettings, Text, Texts, TrainingSettings
 from lethe.errors import LetheError
@@ -66,22 +66,17 @@ class UnlearnSettings(TrainingSettings):
 class CheckSettings(Settings):
     """What `lethe check` takes beside the settings of `lethe unlearn`."""
 
-    devices: Positive | None = None
-    """Number of devices to plan for. Only config.json is read then, no weights and no text; null: one."""
     memory: Memory | None = None
     """Memory of one device, such as 80GiB. Only config.json is read then, no weights and no text; null: what is free here."""
     device: Literal["gpu", "cpu"] = "gpu"
     """Kind of device to plan for. On a CPU, the memory of the process counts, with its libraries and its text."""
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several devices share the run. ddp: each holds the whole model; fsdp: each holds a part of weights, gradients and
-    optimizer state; auto: ddp if the run fits that way, else fsdp."""
 
     @property
     def plans(self) -> bool:
         """Whether the run's memory is planned from config.json alone."""
-        return self.memory is not None or self.devices is not None
+        this: Any = self  # settings of a method, too
+        return self.memory is not None or this.devices is not None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("device", "parallel"):
-            self.refuse_idle(name, when=not self.plans, why="without memory or devices")
+        self.refuse_idle("device", when=not self.plans, why="without memory or devices")

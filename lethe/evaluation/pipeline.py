@@ -13,6 +13,9 @@ from lethe.models import refs
 from lethe.runs.run import Run
 from lethe.runs.together import is_for_several, work_together
 
+TAKEN = {"bfloat16": 2.6, "float32": 5.2, "float64": 10.4}
+"""Bytes per weight that an evaluation takes, with a reserve."""
+
 
 def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
     """Evaluate a model reference on tasks, as a run. `run`: an interrupted run, which starts again.
@@ -28,10 +31,11 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
     from lethe.evaluation.requests import load_tasks
 
     load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
-    if is_for_several(config.devices):
+    if is_for_several(config.devices, run is not None):
         run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
         return work_together(run, config.devices, trusts_task_code())  # type: ignore[arg-type]
-    model, tokenizer = refs.load(ref, config.dtype, config.parallel == "fsdp")
+    sharded = refs.divided(ref, config.parallel, TAKEN[config.dtype])
+    model, tokenizer = refs.load(ref, config.dtype, sharded=sharded)
     refuse_unscorable(model, tokenizer, config)
     run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
     with run.running():

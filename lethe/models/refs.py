@@ -32,6 +32,7 @@ from lethe.models.checkpoint_folders import checkpoint_folders, checkpoint_of
 from lethe.models.folder import ADAPTER, OWN_CONFIG, WEIGHTS, blamed
 from lethe.models.hub import snapshot
 from lethe.runs.finding import find_run
+from lethe.runs.machine import available_memory
 from lethe.runs.run import Run
 
 if TYPE_CHECKING:
@@ -200,6 +201,17 @@ def outline(ref: ModelRef, dtype: str = "float32") -> PreTrainedModel:
 
     with blamed(ref.name, "no model can be built from config.json", OWN_CONFIG):
         return loading.on_meta(configuration(ref)[0], getattr(torch, dtype))
+
+
+def divided(ref: ModelRef, parallel: str, bytes_per_weight: float) -> bool:
+    """Whether each of several processes loads a part of a model: as the setting `parallel` says, or if the whole does not fit.
+
+    `bytes_per_weight`: what the work takes, such as 16 for training all weights in float32 by AdamW.
+    """
+    if distributed.world() == 1 or parallel != "auto":
+        return distributed.world() > 1 and parallel == "fsdp"
+    weights = sum(parameter.numel() for parameter in outline(ref).parameters())
+    return distributed.from_first(lambda: weights * bytes_per_weight > available_memory())
 
 
 def configuration(ref: ModelRef) -> tuple[Any, dict[str, float]]:

@@ -37,6 +37,14 @@ def peak_memory() -> int:
     return kilobytes if platform.system() == "Darwin" else kilobytes * 1024
 
 
+def available_memory() -> int:
+    """Free memory in bytes for this process: of its GPU if there is one, else its share of the machine's."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available // distributed.local_world()
+
+
 def refuse_several_processes(what: str) -> None:
     """Refuse to be one of several processes where one has to do the work.
 

@@ -11,13 +11,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+import torch
+
+from lethe import distributed
 from lethe.config import MAPPED, UNLEARNED, LoraSettings, memory_bytes
 from lethe.errors import LetheError
 from lethe.models import refs
+from lethe.runs.machine import available_memory
 from lethe.training.check import plan as training_plan
 from lethe.training.check import refuse_rank
 from lethe.unlearning.check import refuse_types
-from lethe.unlearning.memory import Estimate, Load, Phases, available_memory, choose_parallel, taken
+from lethe.unlearning.memory import Estimate, Load, Phases, choose_parallel, taken
 
 MOST_DEVICES = 64
 LARGEST_BATCH, SECANTS = 4096, 4
@@ -36,14 +40,14 @@ def fit(config: Any) -> dict[str, Any]:
     refuse_types(config)
     planned = training_plan(config, documents_of(config))
     memory = memory_bytes(config.memory) if config.memory else available_memory() // (config.devices or 1)
-    estimates = _Estimates(model)
+    estimates = _Estimates(model, config.device == "gpu")
     devices = config.devices or 1
     parallel, found = estimates.best(config, devices, memory)
     fits = found.total <= memory
     return {
         "model": {"name": config.model, "parameters": found.facts["parameters"], "trained": found.facts["trained"]},
         "steps": planned["steps"],
-        "effective_batch": planned["effective_batch"] * devices,
+        "effective_batch": planned["effective_batch"],
         "devices": devices,
         "parallel": parallel if devices > 1 else None,
         "memory": memory,
@@ -75,11 +79,26 @@ def cached_texts(config: Any) -> frozenset[str]:
     return frozenset(text for text, need in config.needs().items() if need.teacher and cached)
 
 
-class _Estimates:
-    """Estimates of one model under several recipes."""
+def parallel_of(config: Any, model: refs.ModelRef) -> Literal["ddp", "fsdp"]:
+    """How the processes of this run divide it: as set, or by the memory of this device."""
+    if config.parallel != "auto" or distributed.world() == 1:
+        return "fsdp" if config.parallel == "fsdp" else "ddp"
 
-    def __init__(self, model: refs.ModelRef):
-        self.model = model
+    def choose() -> Literal["ddp", "fsdp"]:
+        try:
+            found = _Estimates(model, torch.cuda.is_available()).of(config, distributed.world(), "ddp")
+        except LetheError:  # a model that cannot be simulated
+            return "ddp"
+        return choose_parallel(found, available_memory())
+
+    return distributed.from_first(choose)
+
+
+class _Estimates:
+    """Estimates of one model under several recipes, for GPUs or for CPUs."""
+
+    def __init__(self, model: refs.ModelRef, gpu: bool):
+        self.model, self.gpu = model, gpu
         self.libraries = taken()
         self.known: dict[str, Phases] = {}
 
@@ -97,7 +116,7 @@ class _Estimates:
             tokens=dict.fromkeys(config.needs(), documents),
             mapped_tokens=maps * config.max_length if config.fits_maps else 0,
             cached=cached_texts(config),
-            gpu=config.device == "gpu",
+            gpu=self.gpu,
             libraries=self.libraries,
         )
         return Phases(config, lambda: refs.outline(self.model, config.dtype), load)

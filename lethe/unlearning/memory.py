@@ -27,6 +27,7 @@ from lethe.errors import LetheError, printable
 from lethe.maps.ridge import sums_bytes
 from lethe.methods.method import Method, Need
 from lethe.models.activations import blocks
+from lethe.runs.machine import available_memory
 from lethe.unlearning.passes import Outline, Passes
 
 if TYPE_CHECKING:
@@ -296,11 +297,6 @@ def _trained(parameters: Any) -> list[nn.Parameter]:
 
 def _bytes(parameters: Any) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
-
-
-def available_memory() -> int:
-    """Free memory in bytes: of the GPU if there is one, else of the machine."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
 def taken() -> int:

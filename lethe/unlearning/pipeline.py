@@ -43,8 +43,9 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
     """
     config, checked = _checked(config)
     resumed = run is not None
+    several = is_for_several(config.devices, resumed)
     run = run or Run.create("unlearn", config.name, to_dict(config), config.out)
-    if is_for_several(config.devices):
+    if several:
         return work_together(run, config.devices, trusts_task_code())  # type: ignore[arg-type]
     from lethe.training.trainer import keep_threads
     from lethe.unlearning.prepare import cache_teachers, prepare

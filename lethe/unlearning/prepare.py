@@ -35,6 +35,7 @@ from lethe.training.saves import save_artifact
 from lethe.training.trainer import Sequences
 from lethe.unlearning import changes, maps, memory, teacher_cache
 from lethe.unlearning.check import Checked
+from lethe.unlearning.fit import parallel_of
 from lethe.unlearning.frozen import Frozen, WithoutAdapters
 from lethe.unlearning.probe import probe, warning
 from lethe.unlearning.trainer import UnlearnTrainer
@@ -128,8 +129,8 @@ def prepare(run: Run, config: Method, checked: Checked, resumed: bool = False) -
 
 def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     libraries = memory.taken()
-    planned = run.record.get("plan") or {}
-    model, tokenizer = refs.load(checked.model, config.dtype, sharded=config.parallel == "fsdp")
+    planned, parallel = run.record.get("plan") or {}, parallel_of(config, checked.model)
+    model, tokenizer = refs.load(checked.model, config.dtype, sharded=parallel == "fsdp")
     refuse_unscorable(model, tokenizer, config.eval)
     reference, source = _teacher_models(config, checked, new=not planned)
     parents = {"model": refs.record(checked.model)}
@@ -157,6 +158,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     )
     plan = training_plan(config, len(dataset), planned.get("effective_batch"))
     plan["documents"] = {name: len(part) for name, part in documents.items()}
+    plan |= {"devices": distributed.world(), "parallel": parallel} if distributed.world() > 1 else {}
     plan["tokens"] = round(sum(map(dataset.tokens, range(len(dataset)))) * plan["epochs"])
     trainer = UnlearnTrainer(
         run, config, student.train(), tokenizer, dataset, config.eval,
@@ -284,6 +286,8 @@ def _memory(made: Prepared, teachers: dict[str, str], libraries: int) -> tuple[d
         cached=frozenset(text for text, how in teachers.items() if how.startswith("cached")),
         gpu=torch.cuda.is_available(),
         libraries=libraries,
+        processes=distributed.world(),
+        parallel="fsdp" if distributed.sharded_modules(made.trainer.model) else "ddp",  # type: ignore[arg-type]
     )
     try:
         found = memory.estimate(config, lambda: refs.outline(made.checked.model, config.dtype), load)
