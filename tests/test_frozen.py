@@ -143,9 +143,9 @@ def loaded(monkeypatch) -> list[tuple[str, int | None]]:
     """The models that are loaded, by their folder, each with its last block."""
     load, found = refs.load, list[tuple[str, int | None]]()
 
-    def noted(ref: refs.ModelRef, dtype: str = "float32", last: int | None = None) -> Any:
+    def noted(ref: refs.ModelRef, dtype: str = "float32", last: int | None = None, **how: Any) -> Any:
         found.append((Path(ref.path).name, last))
-        return load(ref, dtype, last)
+        return load(ref, dtype, last, **how)
 
     monkeypatch.setattr(refs, "load", noted)
     return found

@@ -20,6 +20,7 @@ from lethe.models import refs
 from lethe.models.activations import blocks, read
 from lethe.models.adapters import add_adapters, merged
 from lethe.models.architecture_check import refuse_untrainable
+from lethe.models.loading import divided
 from lethe.objectives.losses import head_of
 from lethe.runs.run import Run
 from lethe.text import corpora
@@ -55,7 +56,9 @@ class TamperTrainer(RunTrainer):
 def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> Run:
     """Train on the attacker's text, and evaluate in between."""
     model: Any
-    sharded = refs.divided(checked.model, config.parallel, LORA if config.lora or config.adapter == "train" else FULL)
+    sharded = divided(
+        lambda: refs.outline(checked.model), config.parallel, LORA if config.lora or config.adapter == "train" else FULL
+    )
     model, tokenizer = refs.load(checked.model, "float32", sharded=sharded)
     refuse_unscorable(model, tokenizer, config.eval)
     if not isinstance(model, PeftModel):

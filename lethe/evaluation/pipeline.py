@@ -29,12 +29,13 @@ def evaluate(config: EvaluateConfig, run: Run | None = None) -> Run:
     refs.verify(ref)
     from lethe.evaluation.accuracy import NotNumbersError, evaluate_model, refuse_unscorable  # imports torch
     from lethe.evaluation.requests import load_tasks
+    from lethe.models.loading import divided
 
     load_tasks(config.tasks, config.task_data, config.num_fewshot, config.limit)
     if is_for_several(config.devices, run is not None):
         run = run or Run.create("evaluate", config.name, to_dict(config), config.out)
         return work_together(run, config.devices, trusts_task_code())  # type: ignore[arg-type]
-    sharded = refs.divided(ref, config.parallel, TAKEN[config.dtype])
+    sharded = divided(lambda: refs.outline(ref), config.parallel, TAKEN[config.dtype])
     model, tokenizer = refs.load(ref, config.dtype, sharded=sharded)
     refuse_unscorable(model, tokenizer, config)
     run = run or Run.create("evaluate", config.name, to_dict(config), config.out)

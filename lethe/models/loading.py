@@ -8,14 +8,17 @@ Layers have the same numbers. Where a shorter model would not be built like the 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lethe.distributed import device
+from lethe.distributed import device, from_first, world
 from lethe.models.activations import blocks
+from lethe.models.folder import silent
+from lethe.runs.machine import available_memory
 
 
 def pretrained(folder: Path, config: Any, dtype: torch.dtype, **how: Any) -> tuple[Any, dict[str, Any]]:
@@ -38,6 +41,17 @@ def on_meta(config: Any, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False).eval()
 
 
+def divided(outline: Callable[[], nn.Module], parallel: str, bytes_per_weight: float) -> bool:
+    """Whether each of several processes loads a part of a model: as the setting `parallel` says, or if the whole does not fit.
+
+    `outline` gives the model on the meta device. `bytes_per_weight`: what the work takes.
+    """
+    if world() == 1 or parallel != "auto":
+        return world() > 1 and parallel == "fsdp"
+    weights = sum(parameter.numel() for parameter in outline().parameters())
+    return from_first(lambda: weights * bytes_per_weight > available_memory())
+
+
 def block_list(model: nn.Module) -> str:
     """The name of the model's list of blocks."""
     found = blocks(model)
@@ -57,7 +71,8 @@ def first_blocks(folder: Path, config: Any, dtype: torch.dtype, last: int, **how
         whole, part = (blocks(on_meta(each, dtype)) for each in (config, shorter))
         if any(_built(a) != _built(b) for a, b in zip(whole, part, strict=False)):
             return None
-        model, report = pretrained(folder, shorter, dtype, **how)
+        with silent():
+            model, report = pretrained(folder, shorter, dtype, **how)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # transformers refuses a configuration or its weights in many ways; the whole model is loaded instead
@@ -65,8 +80,14 @@ def first_blocks(folder: Path, config: Any, dtype: torch.dtype, last: int, **how
     return None if report["missing_keys"] or report["mismatched_keys"] else model
 
 
-def drop_after(model: Any, last: int) -> None:
-    """Free the blocks after `last`, and the output head unless it is the embedding. A pass must end before them (`read`)."""
+def place(model: Any, last: int | None) -> None:
+    """Move a model to its device.
+
+    With `last`, free the blocks after it, and the output head unless it is the embedding. A pass must end before them (`read`).
+    """
+    model.to(device())
+    if last is None:
+        return
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         head.to("meta")

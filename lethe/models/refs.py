@@ -32,7 +32,6 @@ from lethe.models.checkpoint_folders import checkpoint_folders, checkpoint_of
 from lethe.models.folder import ADAPTER, OWN_CONFIG, WEIGHTS, blamed
 from lethe.models.hub import snapshot
 from lethe.runs.finding import find_run
-from lethe.runs.machine import available_memory
 from lethe.runs.run import Run
 
 if TYPE_CHECKING:
@@ -147,8 +146,8 @@ def load(
 
     A reference with an adapter gives a PEFT model. The weights of `random:` come from a fixed seed. The model's own dropouts
     (GPT-2 has some) are 0 in training too, since a loss that compares the model with a teacher would measure them. The saved
-    configuration preserves them. With `last`, only blocks 0 to `last` are in memory, for passes that end there.
-    With `sharded`, each of several processes loads a part of every weight.
+    configuration preserves them. `last`: only blocks 0 to `last` are in memory, for passes that end there. `sharded`: each of
+    several processes loads a part of every weight.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -159,38 +158,32 @@ def load(
     with blamed(ref.name, "it cannot be loaded", "copy or download it again"):
         config, dropouts = configuration(ref)
         kind, sharded = getattr(torch, dtype), sharded and distributed.world() > 1
-        inside = loading.block_list(loading.on_meta(config, kind)) if sharded else ""
-        how = distributed.sharded_loading(inside) if sharded else {}
+        how = distributed.sharded_loading(loading.block_list(loading.on_meta(config, kind))) if sharded else {}
         if ref.random:
             with torch.random.fork_rng():
                 torch.manual_seed(RANDOM_SEED)
                 model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
+            if sharded:
+                distributed.shard(model, loading.block_list(model))
         else:
-            part = None
-            if last is not None and not ref.adapter and last + 1 < model_folder.depth_of(config):
-                with model_folder.silent():
-                    part = loading.first_blocks(ref.folder, config, kind, last, **how)
-            if part is None:
-                part, report = loading.pretrained(ref.folder, config, kind, **how)
-                model_folder.refuse_report(ref.name, report, model_folder.depth_of(config))
-            model = part
+            depth, model = model_folder.depth_of(config), None
+            if last is not None and not ref.adapter and last + 1 < depth:
+                model = loading.first_blocks(ref.folder, config, kind, last, **how)
+            if model is None:
+                model, report = loading.pretrained(ref.folder, config, kind, **how)
+                model_folder.refuse_report(ref.name, report, depth)
             model.name_or_path = model.config.name_or_path = ref.path  # adapters name the repository, not its snapshot here
         for name, value in dropouts.items():
             setattr(model.config, name, value)
         if sharded:
-            if ref.random:
-                distributed.shard(model, inside)
             distributed.may_end_early(model)
         if ref.adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, ref.adapter)
-        model.eval()
         if not sharded:
-            model.to(distributed.device())
-        if last is not None and not sharded:
-            loading.drop_after(model, last)
-        return model, tokenizer(ref)
+            loading.place(model, last)
+        return model.eval(), tokenizer(ref)
 
 
 def outline(ref: ModelRef, dtype: str = "float32") -> PreTrainedModel:
@@ -203,17 +196,6 @@ def outline(ref: ModelRef, dtype: str = "float32") -> PreTrainedModel:
         return loading.on_meta(configuration(ref)[0], getattr(torch, dtype))
 
 
-def divided(ref: ModelRef, parallel: str, bytes_per_weight: float) -> bool:
-    """Whether each of several processes loads a part of a model: as the setting `parallel` says, or if the whole does not fit.
-
-    `bytes_per_weight`: what the work takes, such as 16 for training all weights in float32 by AdamW.
-    """
-    if distributed.world() == 1 or parallel != "auto":
-        return distributed.world() > 1 and parallel == "fsdp"
-    weights = sum(parameter.numel() for parameter in outline(ref).parameters())
-    return distributed.from_first(lambda: weights * bytes_per_weight > available_memory())
-
-
 def configuration(ref: ModelRef) -> tuple[Any, dict[str, float]]:
     """The configuration with dropouts at 0, and their rates in config.json."""
     from transformers import AutoConfig
@@ -221,8 +203,7 @@ def configuration(ref: ModelRef) -> tuple[Any, dict[str, float]]:
     config = AutoConfig.from_pretrained(ref.folder, trust_remote_code=False)
     config.return_dict = True
     dropouts = {name: rate for name, rate in vars(config).items() if "drop" in name and type(rate) in {int, float}}
-    for name in dropouts:
-        setattr(config, name, 0.0)
+    vars(config).update(dict.fromkeys(dropouts, 0.0))
     return config, dropouts
 
 
