@@ -79,6 +79,15 @@ def say(what: str) -> None:
         time.sleep(SECONDS_TO_SPEAK)
 
 
+def be_one_of(rank: int, processes: int, local_rank: int, local_processes: int, address: str, port: int) -> None:
+    """Make this process one of several that were started without PyTorch's launcher, as that launcher would.
+
+    `local_…`: among those on this machine. `address` and `port`: where rank 0 waits for the others.
+    """
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR=address, MASTER_PORT=str(port))
+    os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_processes))
+
+
 def refuse_other_engines() -> None:
     """Refuse settings of `accelerate launch` that Lethe does not follow.
 

@@ -7,6 +7,7 @@ and `work` skips a run that another process holds. `serve` is a local worker pro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -51,9 +52,9 @@ def work(folders: Sequence[str | Path], job_id: str | None = None) -> None:
     A run that is refused, or raises, is `failed` with its reason. Returns at once if another process works on one.
     """
     for folder in folders:
-        run = Run.open(folder)
-        if run.status == "complete":
+        if distributed.from_first(lambda: Run.open(folder).status) == "complete":  # noqa: B023 (called at once)
             continue
+        run = Run.open(folder)
         try:
             run.hold(job_id)
         except HeldError:
@@ -108,6 +109,8 @@ class Work:
             time.sleep(0.2)
         with trust_task_code(self.trusts):
             work(self.folders, job_id)
+        with contextlib.suppress(RuntimeError):  # of one that has failed
+            distributed.gather(None)  # when one task has ended, Slurm gives the others only some time
 
     def before_requeue(self, reason: str) -> None:
         """Runs that have saved are queued again, under the same job."""
