@@ -43,6 +43,8 @@ def script(tmp_path, monkeypatch):
         ("gpu:8", {}, []),
         ("(null)", {"devices": 4}, []),
         ("gpu:8", {"devices": 4, "extra": {"gres": "gpu:a100:4"}}, ["#SBATCH --gres=gpu:a100:4"]),
+        ("gpu:8", {"devices": 4, "extra": {"gpus-per-node": "a100:4"}}, ["#SBATCH --gpus-per-node=a100:4"]),
+        ("gpu:8", {"devices": 4, "extra": {"gres": "nvme:1"}}, ["#SBATCH --gpus-per-node=4", "#SBATCH --gres=nvme:1"]),
     ],
 )
 def test_gpus_are_requested_where_there_are_some(script, gres, settings, gpus):

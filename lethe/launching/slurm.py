@@ -37,8 +37,6 @@ IGNORE_SIGNALS = 'bash -c \'trap "" TERM USR2; exec "$@"\' lethe '
 """Starts Python with the signals ignored until it handles them: a signal that ended it would make the job fail."""
 THREADS = "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 """A shell line for jobs of several processes: each would start a thread for every core of the node."""
-REQUESTS_OF_GPUS = ("gpus", "gres", "tres")
-"""How the options of sbatch begin that may request GPUs."""
 LEAST_SECONDS_TO_END = 60
 logger = logging.getLogger(__name__)
 
@@ -92,9 +90,11 @@ def submit(work: Callable[[], Any], folder: str | Path, settings: SlurmSettings,
 
 def _requests_gpus(settings: SlurmSettings) -> bool:
     """Whether the job's devices are GPUs that Lethe requests: those that the partition has, unless `extra` requests some."""
-    if settings.devices == 0 or any(name.replace("_", "-").startswith(REQUESTS_OF_GPUS) for name in settings.extra):
-        return False
-    return _has_gpus(settings.partition)
+    options = settings.extra.items()
+    requested = any(
+        name.startswith("gpus") or (name.startswith(("gres", "tres")) and "gpu" in str(value)) for name, value in options
+    )
+    return settings.devices > 0 and not requested and _has_gpus(settings.partition)
 
 
 @functools.cache
