@@ -71,6 +71,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_of_another(error: BaseException) -> bool:
+    """Whether an error says, in the words of gloo or NCCL, that another process has ended."""
+    return world() > 1 and any(words in str(error) for words in ("by peer", "remote process exited"))
+
+
 def say(what: str) -> None:
     """The last words to the user, by the first process. The others wait: when one ends, torchrun stops the first as well."""
     if is_first():

@@ -91,8 +91,11 @@ def _complete(run: Run, job_id: str | None) -> bool:
         if not ended and not isinstance(error, LetheError):
             with log_file(run.path).open("a") as log:
                 log.writelines(f"{printable(line)}\n" for line in traceback.format_exc().splitlines())
+        reason = f"{type(error).__name__}: {error}"
+        if distributed.is_of_another(error):  # once the run is `running`, its peers know which one
+            reason = "another process of the run ended before it began; see log-rank*.txt and the logs of the job"
         # Written even if the run has recorded it: if the disk is full now, this raises, and the run counts as lost.
-        run.update(**{} if ended else {"status": "failed", "reason": f"{type(error).__name__}: {error}", "finished": now()})
+        run.update(**{} if ended else {"status": "failed", "reason": reason, "finished": now()})
     return run.status == "complete"
 
 
