@@ -71,12 +71,26 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_of_another(error: BaseException) -> bool:
+    """Whether an error says, in the words of gloo or NCCL, that another process has ended."""
+    return world() > 1 and any(words in str(error) for words in ("by peer", "remote process exited"))
+
+
 def say(what: str) -> None:
     """The last words to the user, by the first process. The others wait: when one ends, torchrun stops the first as well."""
     if is_first():
         print(what, file=sys.stderr)  # noqa: T201
     else:
         time.sleep(SECONDS_TO_SPEAK)
+
+
+def be_one_of(rank: int, processes: int, local_rank: int, local_processes: int, address: str, port: int) -> None:
+    """Make this process one of several that were started without PyTorch's launcher, as that launcher would.
+
+    `local_…`: among those on this machine. `address` and `port`: where rank 0 waits for the others.
+    """
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR=address, MASTER_PORT=str(port))
+    os.environ.update(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_processes))
 
 
 def refuse_other_engines() -> None:

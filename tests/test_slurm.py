@@ -14,14 +14,14 @@ from conftest import Cluster
 from slurm_work import Steps, Submits
 from sweeping import at_work, recipe, start, trials, until
 
-from lethe.config import SweepCancelConfig, SweepStatusConfig
+from lethe.config import SweepCancelConfig, SweepRetryConfig, SweepStatusConfig
 from lethe.errors import LetheError
 from lethe.launching import slurm
 from lethe.launching.launchers import last_lines
 from lethe.runs import slurm_jobs
 from lethe.runs.finding import find_runs
 from lethe.runs.run import Run
-from lethe.sweeps.controller import cancel, status
+from lethe.sweeps.controller import cancel, retry, status
 
 LONG = 600
 
@@ -270,3 +270,44 @@ def test_a_cancelled_job_is_a_cancelled_run_and_a_cancelled_sweep_cancels_its_jo
     assert {trial["status"] for name, trial in trials(status(named)).items() if name != "baseline"} == {"cancelled"}
     jobs = [run.record["job_id"] for run in unlearned(out)]
     until(lambda: not any(state.alive for state in slurm_jobs.states(jobs).values()))
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_job_of_two_processes_is_requeued_fails_with_a_lost_process_and_is_retried(cluster, lab, tmp_path):
+    recipe_file, out = tmp_path / "sweep.yaml", tmp_path / "runs"
+    long = recipe(max_steps=200, num_train_examples=64, save_every=5)
+    requested = {"time": 10, "cpus": 1, "devices": 2, "setup": ["export FROM_SETUP=yes"]}
+    settings = {"unlearn": long, "vary": {"retain_coef": [1]}, "launcher": "slurm", "slurm": requested}
+    recipe_file.write_text(json.dumps(settings))
+    controller = start("sweep", "--config", str(recipe_file), out=out)
+    try:
+        run = until(lambda: at_work(out))[0]
+        job = run.record["job_id"]
+        both = [environment(pid) for pid in cluster.processes(f"{job}.0")]
+        assert {(each["SLURM_PROCID"], each["FROM_SETUP"]) for each in both} == {("0", "yes"), ("1", "yes")}
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        until(lambda: "requeued by Slurm" in str(Run.open(run.path).record["reason"]))
+        until(lambda: at_work(out))
+        second = json.loads((run.path / "ranks" / "1.json").read_text())["pid"]
+        os.kill(second, 9)
+        assert controller.wait(60) == 2
+        found = Run.open(run.path)
+        assert found.status == "failed" and found.record["reason"].startswith(f"rank 1 (process {second}")
+        assert ended(job).word == "FAILED"
+    finally:
+        controller.kill()
+        controller.wait()
+    (made,) = out.glob("sweep-*")
+    done = trials(retry(SweepRetryConfig(str(made), str(out))))["retain_coef1"]
+    assert (done["status"], done["runs"]) == ("complete", [run.id])
+    found = Run.open(run.path)
+    assert [row["step"] for row in found.rows("metrics.jsonl")] == list(range(1, 201))
+    assert found.record["environment"]["world_size"] == 2 and found.record["plan"]["effective_batch"] == 8
+    assert {row["forget_documents"] for row in found.rows("metrics.jsonl")} == {8}
+
+
+def environment(pid: int) -> dict[str, str]:
+    """The environment that a process was started with."""
+    given = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(line.split("=", 1) for line in given if "=" in line)

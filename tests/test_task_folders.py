@@ -193,7 +193,7 @@ def test_workers_have_the_consent_of_the_command_that_gives_them_their_work(fold
         Run.create("evaluate", name, to_dict(EvaluateConfig(model, [where], out="runs")), str(tmp_path / "runs"))
         for name in ("without", "with")
     ]
-    launcher = LocalLauncher(tmp_path, 1)
+    launcher = LocalLauncher(tmp_path, 1, 1)
     try:
         for run, given in zip(runs, (False, True), strict=True):
             with lethe.trust_task_code(given):

@@ -28,12 +28,15 @@ class SlurmSettings(Settings):
     """The account that is charged; null: your default."""
     time: Duration = "12:00:00"
     """Time limit: minutes, or in quotes "12:00:00" or "2-00:00:00". A job that reaches it saves, is requeued and resumes."""
+    nodes: Positive = 1
+    """Machines per job."""
     devices: Count = 0
-    """GPUs per job. A run uses one GPU."""
+    """Processes of a job on each node, each with a GPU of its own if the partition has GPUs. They work on one run together, as
+    the run's `parallel` says, and its update has this many times more documents. 0: one process, and no GPU is requested."""
     cpus: Positive | None = None
-    """CPU cores per job."""
+    """CPU cores per process."""
     memory: str | None = None
-    """Memory per job, such as 64G."""
+    """Memory per node, such as 64G."""
     save_seconds: Count = 120
     """Seconds before the time limit at which a job begins to save. Slurm may signal up to a minute earlier."""
     max_timeouts: Count = 1000
@@ -66,6 +69,11 @@ class LaunchSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_idle("slurm", when=self.launcher == "local", why="with launcher local")
+
+    @property
+    def processes(self) -> int | None:
+        """How many processes work on each run; None if its own `devices` says that."""
+        return self.slurm.nodes * max(1, self.slurm.devices) if self.launcher == "slurm" else None
 
     @property
     def seed_list(self) -> list[int]:

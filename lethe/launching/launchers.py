@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lethe.config import SlurmSettings
-from lethe.errors import printable
+from lethe.errors import LetheError, printable
 from lethe.evaluation.tasks.consent import trusts_task_code
 from lethe.launching import slurm
 from lethe.launching.worker import SECONDS_TO_NAME_JOB, Work
@@ -48,10 +48,14 @@ class Loss:
 
 
 class LocalLauncher:
-    """Worker processes on this machine, which share its cores."""
+    """Worker processes on this machine, which share its cores and GPUs.
 
-    def __init__(self, folder: Path, jobs: int):
-        self.folder, self.jobs = folder, jobs
+    A worker starts more processes for a run of several devices. `devices`: the most that a run has.
+    """
+
+    def __init__(self, folder: Path, jobs: int, devices: int):
+        self.folder, self.jobs, self.devices = folder, jobs, devices
+        self.gpus = _gpus()
         self.workers: list[_Worker] = []
         self.selector = selectors.DefaultSelector()
 
@@ -108,10 +112,20 @@ class LocalLauncher:
 
     def _new_worker(self) -> _Worker:
         number = next(i for i in range(self.jobs) if i not in {worker.number for worker in self.workers})
-        worker = _Worker(number, self.folder / f"worker-{number}.log", _environment(number, self.jobs))
+        worker = _Worker(number, self.folder / f"worker-{number}.log", self._environment(number))
         self.workers.append(worker)
         self.selector.register(worker.stdout, selectors.EVENT_READ, worker)
         return worker
+
+    def _environment(self, number: int) -> dict[str, str]:
+        """A worker's environment: its share of the cores and, where there are several GPUs, GPUs of its own."""
+        environment = dict(os.environ)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // (self.jobs * self.devices))))
+        if self.gpus:
+            own = [self.gpus[i % len(self.gpus)] for i in range(number * self.devices, (number + 1) * self.devices)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+        return environment
 
     def _drop_ended(self) -> None:
         for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
@@ -192,9 +206,21 @@ class SlurmLauncher:
 Launcher = LocalLauncher | SlurmLauncher
 
 
-def make(kind: str, folder: Path, jobs: int, settings: SlurmSettings) -> Launcher:
-    """The launcher of that name, for the sweep in `folder`."""
-    return SlurmLauncher(folder, jobs, settings) if kind == "slurm" else LocalLauncher(folder, jobs)
+def make(kind: str, folder: Path, jobs: int, settings: SlurmSettings, devices: int) -> Launcher:
+    """The launcher of that name, for the sweep in `folder`. `devices`: the largest number in the settings of a run."""
+    return SlurmLauncher(folder, jobs, settings) if kind == "slurm" else LocalLauncher(folder, jobs, devices)
+
+
+def refuse_too_many(jobs: int, devices: int) -> None:
+    """Refuse local jobs of several devices each if this machine has GPUs, but too few.
+
+    Raises:
+        LetheError: names the numbers.
+    """
+    if devices > 1 and 0 < (here := len(_gpus())) < jobs * devices:
+        raise LetheError(
+            f"jobs: {jobs} jobs of {devices} devices need {jobs * devices} GPUs, and this machine has {here}; lower one of both"
+        )
 
 
 def last_lines(file: Path, count: int = 5) -> list[str]:
@@ -212,17 +238,8 @@ def _seconds_since_written(runs: Sequence[Run]) -> float:
     return min((run.seconds_since_heartbeat for run in runs), default=float("inf"))
 
 
-def _environment(number: int, jobs: int) -> dict[str, str]:
-    """A worker's environment: its share of the cores and, where there are several GPUs, one of its own."""
-    environment = dict(os.environ)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
-    if devices := _devices():
-        environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-    return environment
-
-
-def _devices() -> list[str]:
+def _gpus() -> list[str]:
+    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # an empty one hides all GPUs
         return given.split(",") if given else []
     if shutil.which("nvidia-smi") is None:

@@ -7,6 +7,7 @@ and `work` skips a run that another process holds. `serve` is a local worker pro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from lethe.runs.locks import HeldError
 from lethe.runs.peers import DONE
 from lethe.runs.run import Run, Terminated, now
 from lethe.runs.slurm_jobs import current_job_id
+from lethe.runs.supervise import log_file
 
 SETTINGS: dict[str, Any] = {
     "unlearn": Method,
@@ -45,24 +47,25 @@ RENAMED = {"kept_threshold": "retained_threshold", "prune": "stop_early"}
 SECONDS_TO_NAME_JOB = 30
 
 
-def work(folders: Sequence[str | Path], job_id: str | None = None) -> None:
-    """Resume each run that is not complete, in order, until one does not complete.
+def work(folders: Sequence[str | Path], job_id: str | None = None) -> bool:
+    """Resume each run that is not complete, in order, until one does not complete. Returns whether all are complete.
 
     A run that is refused, or raises, is `failed` with its reason. Returns at once if another process works on one.
     """
     for folder in folders:
-        run = Run.open(folder)
-        if run.status == "complete":
+        if distributed.from_first(lambda: Run.open(folder).status) == "complete":  # noqa: B023 (called at once)
             continue
+        run = Run.open(folder)
         try:
             run.hold(job_id)
         except HeldError:
-            return
+            return False
         try:
             if not _complete(run, job_id):
-                return
+                return False
         finally:
             run.lock.release()
+    return True
 
 
 def _complete(run: Run, job_id: str | None) -> bool:
@@ -85,11 +88,14 @@ def _complete(run: Run, job_id: str | None) -> bool:
             raise
     except Exception as error:
         ended = run.record["status"] in {"complete", "failed", "diverged", "cancelled"}
-        if not ended and not isinstance(error, LetheError) and distributed.is_first():
-            with (run.path / "log.txt").open("a") as log:
+        if not ended and not isinstance(error, LetheError):
+            with log_file(run.path).open("a") as log:
                 log.writelines(f"{printable(line)}\n" for line in traceback.format_exc().splitlines())
+        reason = f"{type(error).__name__}: {error}"
+        if distributed.is_of_another(error):  # once the run is `running`, its peers know which one
+            reason = "another process of the run ended before it began; see log-rank*.txt and the logs of the job"
         # Written even if the run has recorded it: if the disk is full now, this raises, and the run counts as lost.
-        run.update(**{} if ended else {"status": "failed", "reason": f"{type(error).__name__}: {error}", "finished": now()})
+        run.update(**{} if ended else {"status": "failed", "reason": reason, "finished": now()})
     return run.status == "complete"
 
 
@@ -107,7 +113,9 @@ class Work:
         while Run.open(self.folders[0]).record["job_id"] != job_id and time.monotonic() < deadline:
             time.sleep(0.2)
         with trust_task_code(self.trusts):
-            work(self.folders, job_id)
+            if work(self.folders, job_id):
+                with contextlib.suppress(RuntimeError):  # of one that has failed
+                    distributed.gather(None)  # when one task has ended, Slurm gives the others only some time
 
     def before_requeue(self, reason: str) -> None:
         """Runs that have saved are queued again, under the same job."""

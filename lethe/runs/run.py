@@ -297,13 +297,13 @@ class Run:
             reason = str(error) or "interrupted from the keyboard"
             if self.peers and (first := self.peers.ended_first()):
                 status, reason = first
-                raise LetheError(f"{reason}; resume with: {self._resume_command}") from error
+                raise self._ended_by_another(status, reason) from error
             raise
         except BaseException as error:
             self.is_ending = True
             if self.peers and (first := self.peers.ended_first()):
                 status, reason = first
-                raise LetheError(f"{reason}; resume with: {self._resume_command}") from error
+                raise self._ended_by_another(status, reason) from error
             shown = self._full(error) if full_disk(error) else error
             status, reason = "failed", f"{type(shown).__name__}: {shown}"
             if shown is not error:
@@ -325,6 +325,10 @@ class Run:
                     if full_disk(error):
                         raise self._full(error) from error
                     raise
+
+    def _ended_by_another(self, status: str, reason: str) -> BaseException:
+        """What ends this process after another one. A request to stop that one was a request to all."""
+        return Terminated(reason) if status == "cancelled" else LetheError(f"{reason}; resume with: {self._resume_command}")
 
     def _full(self, error: BaseException) -> LetheError:
         return LetheError(f"a disk is full ({error}); make room and resume: {self._resume_command}")

@@ -118,6 +118,12 @@ def facts_of(job_id: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S*)", _output("scontrol", "show", "job", "--oneliner", job_id)[0] or ""))
 
 
+def offers_gpus(partition: str | None) -> bool:
+    """Whether a node of the partition (None: of any) has GPUs. True if Slurm does not answer: sbatch will refuse."""
+    answer, _ = _output("sinfo", "--noheader", "--format=%G", *([f"--partition={partition}"] if partition else []))
+    return answer is None or bool(re.search(r"\bgpu\b", answer))
+
+
 def _output(*command: str) -> tuple[str | None, str]:
     """What one of Slurm's programs prints (None if it fails), and its errors in one line."""
     if shutil.which(command[0]) is None:

@@ -52,15 +52,19 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
 
 
+def log_file(folder: Path) -> Path:
+    """The log of this process, in a run's folder: log.txt, or log-rankN.txt for all but the first of several processes."""
+    return folder / ("log.txt" if distributed.is_first() else f"log-rank{distributed.rank()}.txt")
+
+
 @contextlib.contextmanager
 def logged(folder: Path) -> Iterator[None]:
     """Inside, messages go to log.txt in the run's folder too, and so does the traceback of an unexpected error.
 
-    Of several processes, the first writes log.txt, and each other one its errors to log-rankN.txt.
+    Of several processes, each but the first logs only its errors.
     """
-    handler = _LogFile(folder / "log.txt")
+    handler = _LogFile(log_file(folder), delay=not distributed.is_first())
     if not distributed.is_first():
-        handler = _LogFile(folder / f"log-rank{distributed.rank()}.txt", delay=True)
         handler.setLevel(logging.ERROR)
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

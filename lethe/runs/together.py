@@ -44,7 +44,7 @@ def work_together(run: Run, devices: int, trusts: bool) -> Run:
         LetheError: it was refused, and a new run is removed; or it failed, with the reason in its record.
         Terminated: it was stopped on request.
     """
-    new = run.record["started"] is None
+    new = run.record["started"] is None and "sweep" not in run.record
     run.lock.release()
     stopped: KeyboardInterrupt | None = None
     try:
@@ -56,6 +56,7 @@ def work_together(run: Run, devices: int, trusts: bool) -> Run:
         return done
     if done.record["status"] in {"queued", "running"}:
         done.update(status="failed", reason="its processes were killed", finished=now())
+    run.record = done.record
     reason = str(done.record["reason"])
     if new and done.record["started"] is None and not stopped:
         done.discard()

@@ -36,7 +36,7 @@ class Controller:
     def __init__(self, sweep: Sweep):
         settings = sweep.config
         self.sweep = sweep
-        self.launcher = launchers.make(settings.launcher, sweep.run.path, settings.jobs, settings.slurm)
+        self.launcher = launchers.make(settings.launcher, sweep.run.path, settings.jobs, settings.slurm, sweep.planner.devices)
 
     def control(self) -> None:
         """Work in rounds until there is nothing left to do. The record follows the results, at most a second behind."""
@@ -149,9 +149,12 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
         LetheError: a setting of the sweep or of any run in it cannot work; nothing is left behind.
     """
     refuse_run_folder(config.out)
+    planner = planner_of(config)
     if run is None:
-        planner = planner_of(config)
         config = planner.checked()
+    if config.launcher == "local":
+        launchers.refuse_too_many(config.jobs, planner.devices)
+    if run is None:
         if config.storage:
             journal.storage_of(config.storage, Path(config.out))
         run = Run.create("sweep", planner.title, c.to_dict(config), config.out)

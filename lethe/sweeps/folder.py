@@ -145,7 +145,7 @@ class Sweep:
         found: list[Run] = []
         for kind, settings in plan.stages:
             same = self._complete.get(key_of(kind, _with_results(settings, found)), [])
-            run = next((run for run in reversed(same) if made_from_the_same(run)), None)
+            run = next((run for run in reversed(same) if made_from_the_same(run, self.config.processes)), None)
             if run is None:
                 break
             found.append(run)

@@ -73,7 +73,7 @@ class Pareto(Planner):
         for run in find_runs(folder):
             usable = run.record["kind"] == "unlearn" and run.record["status"] == "complete" and not is_imported(run)
             point = self._point_of(run.record["config"]) if usable else None
-            if point is not None and made_from_the_same(run):
+            if point is not None and made_from_the_same(run, self.config.processes):
                 with contextlib.suppress(LetheError):  # it was not evaluated on the sweep's tasks
                     yield run, point, self.values([run])
 

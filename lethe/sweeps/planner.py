@@ -60,6 +60,13 @@ class Planner:
 
     # -- what is run
 
+    @property
+    def devices(self) -> int:
+        """The largest number of devices in the settings of a run."""
+        varied = [axis for axis in self.axes if axis.name.removeprefix(axes.ATTACK) == "devices"]
+        given = [settings["devices"] for settings in (self.recipe, self.attack) if settings]
+        return max([each or 1 for each in given] + [each for axis in varied for each in axis.values or [round(axis.high)]])
+
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """All settings of the unlearning run that is varied."""
@@ -139,6 +146,7 @@ class Planner:
         try:
             for kind, settings in plan.stages:
                 made = from_settings(SETTINGS[kind], settings)  # `build` would drop unknown settings
+                refuse_devices(self.config, made.devices)
                 if kind == "unlearn":
                     check(made)
         except LetheError as error:
@@ -268,6 +276,18 @@ class Planner:
     def summary(self, sweep: Sweep, found: list[Finding]) -> list[str]:
         """Sentences of this kind of sweep, between the regimes and the next step."""
         return []
+
+
+def refuse_devices(config: c.LaunchSettings, devices: int | None) -> None:
+    """Refuse a run's own number of devices if Slurm starts another number of processes.
+
+    Raises:
+        LetheError: names both numbers.
+    """
+    if config.launcher == "slurm" and devices not in {None, max(1, config.slurm.devices)}:
+        raise LetheError(
+            f"devices: {devices}, but slurm.devices is {config.slurm.devices}, which determines the number; leave devices out"
+        )
 
 
 def section(kind: str, given: dict[str, Any], out: str, name: str = "") -> Any:

@@ -54,15 +54,28 @@ def that_matter(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(found, default=str), parse_int=float)  # 5 and 5.0 are one setting
 
 
-def made_from_the_same(run: Run) -> bool:
-    """Whether the weights, text, maps and local tasks that a run was made from are still what they were."""
+def made_from_the_same(run: Run, processes: int | None) -> bool:
+    """Whether a run was made from what the sweep's own run would be made from: weights, text, maps and local tasks.
+
+    Its updates must have as many documents, too. `processes`: how many Slurm starts for a run; None if its settings say that.
+    """
     try:
+        if not _has_batch_of(run, processes or run.record["config"].get("devices") or 1):
+            return False
         if inputs(run.record["config"], run.path.parent) != (run.record.get("inputs") or {}):
             return False
         parents = (run.record.get("parents") or {}).items()
         return all(_is_the_same(run, role, parent) for role, parent in parents if role != "affine")
     except (LetheError, OSError):
         return False
+
+
+def _has_batch_of(run: Run, processes: int) -> bool:
+    """Whether its updates have as many documents as those of so many processes. Without training it has no updates."""
+    batch, settings = (run.record.get("plan") or {}).get("effective_batch"), run.record["config"]
+    if batch is None:
+        return True
+    return batch == settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * processes
 
 
 def inputs(settings: dict[str, Any], out: str | Path) -> dict[str, str]:

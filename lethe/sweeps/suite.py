@@ -29,7 +29,7 @@ from lethe.models import refs
 from lethe.results.attacks import attack_tasks
 from lethe.results.study import Study
 from lethe.runs.run import Run
-from lethe.sweeps.planner import MOST_RUNS, Planner, baseline, section, short
+from lethe.sweeps.planner import MOST_RUNS, Planner, baseline, refuse_devices, section, short
 from lethe.sweeps.trials import Plan, Stage, Trial
 
 if TYPE_CHECKING:
@@ -81,6 +81,10 @@ class Suite(Planner):
         return list(dict.fromkeys([*self.config.models, *(self.config.controls or [])]))
 
     @property
+    def devices(self) -> int:
+        return max(attack.devices or 1 for attack in self.attacks.values())
+
+    @property
     def directions(self) -> list[Literal["minimize", "maximize"]]:
         """Of the highest forget accuracy: the attacker maximizes it."""
         return ["maximize"]
@@ -114,6 +118,8 @@ class Suite(Planner):
                 raise LetheError(f"attacks: {name} has the settings of {same}; leave one of them out")
         for plan in self.plans:
             try:
+                for _, settings in plan.stages:
+                    refuse_devices(self.config, settings["devices"])
                 check_tamper(build(c.TamperConfig, plan.stages[0][1]))
             except LetheError as error:
                 raise LetheError(f"{plan.name}: {error}") from error
