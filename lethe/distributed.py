@@ -109,12 +109,12 @@ def refuse_other_engines() -> None:
 @functools.cache
 def start() -> None:
     """Join the other processes, once; does nothing for one process."""
+    refuse_other_engines()  # Trainer would follow them with one process too
     if world() == 1:
         return
     import torch
     from torch import distributed as dist
 
-    refuse_other_engines()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
     if not dist.is_initialized():

@@ -139,7 +139,8 @@ def activation_pairs(
 ) -> Pairs:
     """Batches of (source activation, model activation) at every token. `done` is called with the size of each batch.
 
-    The processes share the batches. There are at least as many batches as processes, if need be of fewer sequences.
+    The processes share the batches. There are at least as many batches as processes, if need be of fewer sequences. With fewer
+    sequences than processes, some have one batch of no tokens: all add up their sums together.
     """
     ordered = sorted(sequences, key=len)
     size = max(1, min(batch_size, len(ordered) // distributed.world()))
@@ -150,10 +151,14 @@ def activation_pairs(
             return mask.bool(), [read(each, ids, layers).activations for each in (source, model)]
 
     with distributed.uneven(source, lambda: activations(ordered[:1])):
-        for start in distributed.share(range(0, len(ordered), size)):
+        own = distributed.share(range(0, len(ordered), size))
+        for start in own:
             is_token, (x, y) = activations(ordered[start : start + size])
             yield {layer: (x[layer][is_token], y[layer][is_token]) for layer in layers}
             done(len(is_token) * distributed.world())
+        if ordered and not own:
+            _, (x, y) = activations(ordered[:1])
+            yield {layer: (x[layer][0, :0], y[layer][0, :0]) for layer in layers}
 
 
 def fit_on_text(

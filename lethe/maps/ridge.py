@@ -87,6 +87,8 @@ class RidgeSums:
             return
         if self.held:
             self._sum_chunk()
+        if self.basis is None:  # this process has no token
+            self._begin(self.chunk.new_zeros(1, self.chunk.shape[1]))
         basis, centre = self.basis.double(), self.centre.double()  # type: ignore[union-attr]
         first = centre.clone()
         distributed.same_as_first([first])
@@ -160,7 +162,7 @@ class Score:
     def add(self, y: Float[Tensor, "tokens hidden"], predicted: Float[Tensor, "tokens hidden"]) -> None:
         y = y.double()
         if self.centre is None:
-            self.centre = y.mean(0)
+            self.centre = y.mean(0) if len(y) else y.sum(0)
             self.sum, self.squares = torch.zeros_like(self.centre), torch.zeros_like(self.centre)
         self.n += len(y)
         self.error += (y - predicted.double()).square().sum().item()
