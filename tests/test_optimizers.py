@@ -15,7 +15,7 @@ from lethe import LoraSettings, Transfer
 from lethe.errors import LetheError
 from lethe.models.adapters import add_adapters
 from lethe.training.optimizers import Muon, eight_bit_adamw, make_optimizer, orthogonalise, routes, routing_table
-from lethe.unlearning.check import _refuse_types
+from lethe.unlearning.check import refuse_types
 
 
 @pytest.mark.parametrize("architecture", PLAIN)
@@ -97,4 +97,4 @@ def test_8_bit_full_rank_training_in_bfloat16_needs_rounding_at_random(package, 
     config = Transfer(source="lab:global_step1", lora=None, dtype="bfloat16", optimizer="adamw_8bit")
     expected = pytest.raises(LetheError, match="lost to rounding, except with torchao") if refused else contextlib.nullcontext()
     with expected:
-        _refuse_types(config)
+        refuse_types(config)

@@ -23,6 +23,9 @@ from lethe.training import saves
 from lethe.training.merged_lora import fast_passes
 from lethe.training.optimizers import make_optimizer
 
+APART = 7919
+"""Distance between the seeds of two processes' dropout."""
+
 
 class HfTrainer(Trainer):
     """A Trainer with Lethe's optimizers, saves and token counts. `RunTrainer` adds a run's records.
@@ -109,8 +112,10 @@ class HfTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train with fast passes. They end with the training, so that saving and evaluating afterwards use PEFT's code."""
-        if distributed.rank():  # processes must not draw the same dropout
-            torch.manual_seed(dropout_seed(self.config.seed))
+        if distributed.world() > 1:  # processes must not draw the same dropout
+            seeds = [self.config.seed + APART * rank for rank in range(distributed.world())]
+            torch.manual_seed(seeds[distributed.rank()])
+            self.run.update(environment={"dropout_seeds": seeds})
         with fast_passes(self.model, self.config.fast):  # type: ignore[arg-type]
             return super().train(*args, **kwargs)
 
@@ -187,11 +192,6 @@ class Order(Sampler):
             own = list(distributed.share(update))
             for first in range(0, self._batches_of(len(update)) * self.size, self.size):
                 yield own[first : first + self.size]
-
-
-def dropout_seed(seed: int) -> int:
-    """The seed of this process's dropout."""
-    return seed + 7919 * distributed.rank()
 
 
 def _arguments(run: Run, config: TrainingSettings, order: Order) -> TrainingArguments:

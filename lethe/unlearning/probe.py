@@ -119,7 +119,9 @@ def _backward(trainer: UnlearnTrainer, batch: Batch, text: str, done: int) -> tu
     other = "retain" if text == "forget" else "forget"
     loss, losses = trainer.losses(model, batch, trainer.progress(done), silent=other)
     loss.backward()
-    norms = [whole(p.grad.norm(dtype=torch.promote_types(p.dtype, torch.float32))) for p in model.parameters() if p.grad is not None]
+    norms = [
+        whole(p.grad.norm(dtype=torch.promote_types(p.dtype, torch.float32))) for p in model.parameters() if p.grad is not None
+    ]
     values = {name: float(value.detach()) for name, value in losses.items()}
     return values, float(loss.detach()), float(torch.stack(norms).norm()) if norms else 0.0
 
