@@ -100,9 +100,10 @@ class RunTrainer(HfTrainer):
             super().log(logs, start_time)
             return
         now = time.monotonic()
-        sums = distributed.total(list(self._losses.values()))
+        parts = distributed.gather((dict(self._losses), dict(self._documents)))  # some may have had no document
         row: dict[str, Any] = {"step": self.state.global_step, "loss": logs["loss"]}
-        row |= dict(zip(self._losses, sums, strict=True)) | self.changing()
+        row |= {name: sum(losses.get(name, 0.0) for losses, _ in parts) for losses, _ in parts for name in losses}
+        row |= self.changing()
         row["lr"] = self.learning_rates
         row["grad_norm"] = logs.get("grad_norm")
         row |= {f"{name}_tokens": count for name, count in self.tokens.items()}
@@ -110,8 +111,7 @@ class RunTrainer(HfTrainer):
         row["tokens_per_second"] = round(sum(self.tokens.values()) / max(1e-9, now - self._started), 1)
         self._started = now
         self.run.append("metrics.jsonl", row)
-        parts = distributed.gather(dict(self._documents))
-        documents = {name: [index for part in parts for index in part.get(name, [])] for name in self.tokens}
+        documents = {name: [index for _, part in parts for index in part.get(name, [])] for name in self.tokens}
         self.run.append("batches.jsonl", {"step": self.state.global_step} | documents)
         self._losses.clear()
         self._documents.clear()
