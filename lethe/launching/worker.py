@@ -196,6 +196,8 @@ def one_of_several(folder: str, trusts: str) -> int:
             work([folder])
     except Terminated:
         return 143
+    except KeyboardInterrupt:  # at the keyboard, which the process that started this one reports
+        return 130
     return 0 if Run.open(folder).record["status"] in DONE else 1
 
 

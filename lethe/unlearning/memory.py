@@ -9,8 +9,9 @@ What is in memory at a time: the model, once. Under LoRA the reference is the mo
 trained, the reference is a second model, and is there only if a loss reads it. The source has the blocks up to the last layer
 that is read. Teachers whose outputs are cached leave the memory before training.
 
-With N processes, `ddp` holds everything N times, and a copy of the gradients for the all-reduce. `fsdp` shards weights,
+With N processes, `ddp` holds the model N times, and a copy of the gradients for the all-reduce. `fsdp` shards weights,
 gradients and optimizer state: each device has 1/N of them, and the whole of two blocks and of what is outside the blocks.
+Teachers with weights of their own are sharded in both.
 """
 
 from __future__ import annotations
@@ -262,14 +263,17 @@ class Phases:
             head = 0 if self.text.tie_word_embeddings else _bytes(self.frozen.get_output_embeddings().parameters())
             unread = (len(blocks(self.frozen)) - 1 - last) * shapes.plain_block + head
             size += round(scale * (shapes.whole - (0 if whole else unread)))
-        return size // self.shards
+        count = self.load.processes
+        gathered = 2 * shapes.plain_block + shapes.plain_outside if size and count > self.shards else 0
+        return size // count + round(scale * gathered)
 
-    def gathered_by_teachers(self) -> int:
+    def gathered_by_teachers(self, parallel: str) -> int:
         """Bytes of weights that the live teachers' passes of one batch gather from all shards."""
         shards, self.shards = self.shards, 1
-        size, self.shards = self._teachers(self.live), shards
+        load, self.load = self.load, dataclasses.replace(self.load, processes=1)
+        size, self.shards, self.load = self._teachers(self.live), shards, load
         own = self._one_model and any(need.teacher == "reference" for need in self.live.values())
-        return size + (self.shapes.whole if own else 0)
+        return size + (self.shapes.whole if own and parallel == "fsdp" else 0)
 
     def _cached_heads(self) -> int:
         """Bytes of the output heads that turn cached hidden states into logits, those that are not the model's own."""

@@ -89,9 +89,10 @@ def _traffic(config: Method, phases: Phases, processes: int, parallel: str, batc
     """Bytes that one device sends in an update of so many batches."""
     shapes, texts = phases.shapes, len(config.needs())
     share = (processes - 1) / processes
+    teachers = phases.gathered_by_teachers(parallel)
     if parallel == "ddp":
-        return round(2 * shapes.trained * share)
-    gathered = 2 * texts * shapes.weights + phases.gathered_by_teachers()
+        return round(share * (2 * shapes.trained + batches * teachers))
+    gathered = 2 * texts * shapes.weights + teachers
     return round(batches * share * (gathered + texts * shapes.trained))
 
 
