@@ -18,6 +18,7 @@ With one process, every function is the plain thing that it replaces. torch is i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -119,6 +120,7 @@ def start() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
     if not dist.is_initialized():
         dist.init_process_group(backend(), timeout=timedelta(hours=HOURS))
+        atexit.register(dist.destroy_process_group)  # its threads would abort a process that has ended well
 
 
 def backend() -> str | None:
