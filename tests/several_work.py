@@ -1,7 +1,7 @@
 """What the processes of test_distributed.py do: `several_work.py FUNCTION ARGUMENTS`, started by torchrun.
 
-With $FAIL_AT or $STOP_AT, the second process raises an error, or asks itself to stop, at this update. With $HUNG_AFTER, a process
-counts as hung after so many seconds.
+With $FAIL_AT or $STOP_AT, the second process raises an error, or asks itself to stop, at this update. With $HUNG_AFTER, a
+process counts as hung after so many seconds.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def sharded(name: str) -> None:
     """A sharded model holds about 1 / N of every parameter in each process, and computes what the whole model computes."""
     ref = refs.resolve(name)
     whole, part = refs.load(ref)[0], refs.load(ref, sharded=True)[0]
-    for (name, a), (other, b) in zip(whole.named_parameters(), part.named_parameters(), strict=True):
-        assert name == other and distributed.is_sharded(b) and not distributed.is_sharded(a)
+    for (one, a), (other, b) in zip(whole.named_parameters(), part.named_parameters(), strict=True):
+        assert one == other and distributed.is_sharded(b) and not distributed.is_sharded(a)
         own = distributed.own(b)
         assert len(own) <= math.ceil(len(a) / distributed.world()) and own.numel() < a.numel()
         assert sum(distributed.gather(own.numel())) == a.numel()
@@ -72,7 +72,7 @@ def values() -> None:
     assert distributed.from_first(lambda: rank) == 0
     assert distributed.gather(rank) == list(range(world))
     assert distributed.total([1.0, rank]) == [world, world * (world - 1) / 2]
-    assert sorted(sum(map(list, distributed.gather(distributed.share(range(8)))), [])) == list(range(8))
+    assert sorted(n for part in distributed.gather(distributed.share(range(8))) for n in part) == list(range(8))
 
     def refuse() -> None:
         raise LetheError(f"of rank {rank}")
@@ -123,9 +123,8 @@ def few(name: str, other: str) -> None:
     maps = affine.fit(pairs(), 0.01)
     scores = affine.score(pairs(), maps)
     assert all(one["r2"] > one["no_map_r2"] and math.isfinite(one["mse"]) for one in scores.values())
-    assert all(
-        torch.equal(a, b) for maps_ in distributed.gather(maps.weight) for a, b in zip(maps_.values(), maps.weight.values())
-    )
+    for others in distributed.gather(maps.weight):
+        assert all(torch.equal(others[layer], weight) for layer, weight in maps.weight.items())
 
 
 def orthogonal() -> None:
@@ -147,6 +146,14 @@ def orthogonal() -> None:
             mine = distribute_tensor(newton_schulz(whole), mesh, [Shard(0)])
             assert result.shape == distributed.own(part).shape
             assert torch.allclose(result, distributed.own(mine), atol=1e-6)
+
+
+def exchanges(name: str, other: str) -> None:
+    """All that needs no run."""
+    values()
+    joins()
+    orthogonal()
+    few(name, other)
 
 
 if __name__ == "__main__":

@@ -287,10 +287,10 @@ def test_evaluations_and_attacks_are_those_of_one_process(lab, make_model, tmp_p
             "neo": EvaluateConfig(str(other), ["lab_forget_robust"], **plain, parallel=parallel),
         }
         if processes < 3:
-            made["full"] = TamperConfig("lab:filtered", **attack, parallel=parallel, **{size: 8 // processes})
+            made["full"] = TamperConfig(model="lab:filtered", **attack, parallel=parallel, **{size: 8 // processes})
             made["lora"] = dataclasses.replace(made["full"], lora=adapters)
             few = EvalSettings(["lab_forget_robust"], limit=16)
-            made["noise"] = TamperConfig("lab:final", attack="noise", strengths=[0.1, 0.4], eval=few)
+            made["noise"] = TamperConfig(model="lab:final", attack="noise", strengths=[0.1, 0.4], eval=few)
         for name, config in made.items():
             function = "evaluate" if isinstance(config, EvaluateConfig) else "tamper"
             jobs[processes].append((function, dataclasses.replace(config, out=str(base / name))))
@@ -343,8 +343,9 @@ def test_maps_and_caches_are_those_of_one_process(lab, tmp_path):
     whole, maps = (load_file(run.path / "affine" / "affine_transforms.safetensors") for run in (one, two))
     for name, value in whole.items():
         assert (maps[name] - value).norm() < 1e-5 * value.norm(), name
-    for layer, scores in one.record["affine"].items():
-        assert two.record["affine"][layer] == pytest.approx(scores, rel=1e-6)
+    scores, others = (json.loads((run.path / "affine" / "metadata.json").read_text())["scores"] for run in (one, two))
+    for layer, score in scores.items():
+        assert others[layer] == pytest.approx(score, rel=1e-6)
     caches = [_caches(tmp_path / f"home-{processes}") for processes in (1, 2)]
     assert caches[0].keys() == caches[1].keys() and len(caches[0]) > 3
     for name, value in caches[0].items():

@@ -192,7 +192,7 @@ class Scorer(HFLM):
             count += 1
         return count
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: parameters that FSDP2 gathers in it could not be used outside of it
     def _run(self, batch: Sequence[Tree], requests: list[Encoded]) -> dict[int, tuple[float, bool]]:
         """The results of the requests in a batch, by number."""
         width = max(len(tree.tokens) - tree.context for tree in batch)
