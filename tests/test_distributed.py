@@ -359,7 +359,8 @@ def _caches(home: Path) -> dict[str, torch.Tensor]:
         facts = json.loads(manifest.read_text())
         for name, fact in facts["files"].items():
             kind = getattr(torch, fact["dtype"])
-            found[f"{facts['key']}{name}"] = torch.frombuffer(bytearray((manifest.parent / name).read_bytes()), dtype=kind)
+            key = facts["key"] | {"maps": facts["key"]["maps"] is not None}  # maps differ by rounding
+            found[f"{key}{name}"] = torch.frombuffer(bytearray((manifest.parent / name).read_bytes()), dtype=kind)
     return found
 
 
