@@ -36,7 +36,6 @@ from several import (
 
 from lethe import NPO, EvaluateConfig, LoraSettings, TamperConfig
 from lethe.config import EvalSettings, to_dict
-from lethe.distributed import refuse_other_engines
 from lethe.errors import LetheError
 from lethe.models import refs
 from lethe.runs.run import Run
@@ -228,13 +227,6 @@ def test_launchers(runs, lab, tmp_path, command):
     run, whole = only_run(tmp_path / "runs"), runs["transfer", 1, "ddp"]
     assert run.record["environment"]["world_size"] == 2, errors
     assert weights_apart(run, whole) < 1e-5 and losses_apart(run, whole) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_other_engines_are_refused(monkeypatch, name):
-    monkeypatch.setenv(name, "true")
-    with pytest.raises(LetheError, match=f"^{name}: .*set parallel: fsdp instead"):
-        refuse_other_engines()
 
 
 def test_mixed_precision_of_accelerate_is_refused_in_one_line(lab, tmp_path):

@@ -15,14 +15,12 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from lethe.config import ResumeConfig
 from lethe.errors import LetheError
 from lethe.files import refuse_run_folder, sha256, write_atomically
 from lethe.runs import run as run_module
 from lethe.runs import supervise
 from lethe.runs.finding import find_run, find_runs
 from lethe.runs.run import Run, Terminated
-from lethe.sweeps.resuming import resume
 
 KEYS = {"id", "kind", "name", "status", "reason", "job_id", "launcher", "created", "started", "finished", "heartbeat", "config"}
 
@@ -304,14 +302,12 @@ def test_an_output_folder_that_is_a_run_or_a_file_is_refused(run, tmp_path):
     refuse_run_folder(tmp_path / "new")
 
 
-def test_several_processes_at_one_run_are_refused_and_leave_nothing(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["sweep", "lab"])
+def test_several_processes_at_a_sweep_or_a_lab_are_refused_and_leave_nothing(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(LetheError, match=r"WORLD_SIZE is 2.*start it without torchrun"):
-        Run.create("unlearn", "another", {}, tmp_path / "elsewhere")
+    with pytest.raises(LetheError, match=rf"^{kind}: runs in one process, and 2 were started; start it without torchrun"):
+        Run.create(kind, "another", {}, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
-    with pytest.raises(LetheError, match="WORLD_SIZE is 2"):
-        resume(ResumeConfig(str(run.path)))
-    assert on_disk(run)["status"] == "queued"
 
 
 def test_sha256_is_of_names_and_contents(tmp_path):
