@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
-HOURS = 6
+HOURS = 2
 """How long a process waits for the others before PyTorch gives up. A lost one is found earlier, by `runs/peers.py`."""
 SECONDS_TO_SPEAK = 3
 OTHER_ENGINES = {
@@ -112,12 +112,19 @@ def start() -> None:
     """Join the other processes, once; does nothing for one process."""
     refuse_other_engines()  # Trainer would follow them with one process too
     if world() == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # of torchrun with one process
+            os.environ.pop(name, None)
         return
     import torch
     from torch import distributed as dist
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+        number, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+        if number >= count > 1:
+            raise LetheError(
+                f"torchrun: {local_world()} processes were started, and this machine has {count} GPUs; start fewer"
+            )
+        torch.cuda.set_device(number if count > 1 else 0)  # where each process sees one GPU, it is its own
     if not dist.is_initialized():
         dist.init_process_group(backend(), timeout=timedelta(hours=HOURS))
         atexit.register(dist.destroy_process_group)  # its threads would abort a process that has ended well

@@ -133,8 +133,10 @@ def test_checkpointing_takes_less():
 def test_fsdp_divides_weights_gradients_and_optimizer_and_ddp_does_not():
     phases = Phases(recipe(gradient_accumulation_steps=2), lambda: on_meta(GPTNeoXConfig(**SMALL), torch.float32), Load(64, {}))
     one, ddp, fsdp = (phases.estimate(*how).phases["training"] for how in ((1, "ddp"), (4, "ddp"), (4, "fsdp")))
-    for part in ("weights", "teachers", "gradients", "optimizer"):
+    for part in ("weights", "gradients", "optimizer"):
         assert fsdp[part] == one[part] // 4 and ddp[part] == one[part]
+    gathered = 2 * phases.shapes.plain_block + phases.shapes.plain_outside
+    assert fsdp["teachers"] == one["teachers"] // 4 and ddp["teachers"] == fsdp["teachers"] + gathered
     assert ddp["buckets"] == one["gradients"] and "gathered" in fsdp
     small, large = Estimate({"training": {"weights": 5}}), Estimate({"training": {"weights": 15}})
     assert (choose_parallel(small, 10), choose_parallel(large, 10)) == ("ddp", "fsdp")

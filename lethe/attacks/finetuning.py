@@ -69,7 +69,7 @@ def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> R
         keep_threads(run)
         rows = Sequences(attack=corpora.tokenise(checked.documents, tokenizer, config.max_length))
         trainer = TamperTrainer(run, config, model.train(), tokenizer, rows, config.eval)
-        trainer.may_miss_gradients = config.lora is None
+        trainer.may_miss_gradients = distributed.world() > 1 and trainer.misses_gradients()
         trainer.add_callback(LostUpdates(trainer))
         run.set_parents(**checked.parents(config))
         warnings = optimizers.untouched(model, config, list(range(len(blocks(model)))))

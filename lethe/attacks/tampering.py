@@ -20,7 +20,7 @@ from lethe.evaluation.check import check_tasks
 from lethe.evaluation.tasks.consent import trusts_task_code
 from lethe.files import refuse_run_folder
 from lethe.models import refs
-from lethe.runs.run import Run
+from lethe.runs.run import Run, planned_batch
 from lethe.runs.together import is_for_several, work_together
 from lethe.text import corpora
 from lethe.training.check import plan, refuse_rank, refuse_unavailable
@@ -36,7 +36,7 @@ def tamper(config: TamperConfig, run: Run | None = None) -> Run:
     Raises:
         LetheError: the attack cannot work; raised before anything is written.
     """
-    checked = check_tamper(config)
+    checked = check_tamper(config, planned_batch(run))
     from lethe.attacks.finetuning import finetune
     from lethe.attacks.without_training import disturb_or_prompt
     from lethe.evaluation.requests import load_tasks
@@ -67,7 +67,7 @@ class CheckedAttack:
         return parents
 
 
-def check_tamper(config: TamperConfig) -> CheckedAttack:
+def check_tamper(config: TamperConfig, effective_batch: int | None = None) -> CheckedAttack:
     """Resolve an attack; `used_in_unlearning`: its documents that the attacked run was unlearned with (None: no such run).
 
     Raises:
@@ -99,7 +99,9 @@ def check_tamper(config: TamperConfig) -> CheckedAttack:
     refuse_unavailable(config)
     refs.verify(ref)
     steps = {"steps": len(config.strengths), "unique_examples": len(documents)}
-    return CheckedAttack(ref, documents, plan(config, len(documents)) if config.attack == "finetune" else steps, shared)
+    return CheckedAttack(
+        ref, documents, plan(config, len(documents), effective_batch) if config.attack == "finetune" else steps, shared
+    )
 
 
 def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document]) -> set[str] | None:

@@ -115,7 +115,7 @@ class Scorer(HFLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):  # type: ignore[no-untyped-def]
         return self.score([(context, answer) for _, context, answer in requests])
 
-    def score(self, requests: list[Encoded], advance: Callable[[int], None] = lambda done: None) -> list[tuple[float, bool]]:
+    def score(self, requests: list[Encoded], advance: Callable[[float], None] = lambda done: None) -> list[tuple[float, bool]]:
         """For each request of a task: the log-likelihood of its answer, and whether greedy decoding would give this answer.
 
         A log-likelihood of a broken model is nan. `advance` is called with the number of requests scored since the last call.
@@ -124,13 +124,14 @@ class Scorer(HFLM):
             LetheError: an answer has no tokens or more than the window, or a single tree does not fit into memory.
         """
         trees = make_trees(requests, self.refuse_unscorable(requests))
-        in_trees = self._supports(trees, requests)
+        in_trees = not distributed.total([not self._supports(trees, requests)])[0]
         own: dict[int, tuple[float, bool]] = {}
         with distributed.uneven(self._forward, self._idle):
-            apart = self._separately(distributed.share(_by_context(requests)), requests)
-            for found in self._in_trees(distributed.share(trees), requests) if in_trees else apart:
+            mine, groups = distributed.share(trees), distributed.share(_by_context(requests))
+            count = sum(len(tree.reads) for tree in mine) if in_trees else sum(map(len, groups))
+            for found in self._in_trees(mine, requests) if in_trees else self._separately(groups, requests):
                 own |= found
-                advance(len(found) * distributed.world())
+                advance(len(found) * len(requests) / count)
         everything = {number: result for part in distributed.gather(own) for number, result in part.items()}
         return [everything.get(number, (math.nan, False)) for number in range(len(requests))]
 
@@ -168,7 +169,7 @@ class Scorer(HFLM):
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
-                if len(batch) == 1:
+                if len(batch) == 1 or distributed.sharded_modules(self._forward):  # others are in the middle of the same pass
                     raise _too_long(len(batch[0].tokens)) from error
             if found is None:  # outside of the handler, where the error no longer holds the failed batch's tensors
                 gc.collect()

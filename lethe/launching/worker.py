@@ -194,6 +194,8 @@ def one_of_several(folder: str, trusts: str) -> int:
     try:
         with trust_task_code(trusts == "True"):
             work([folder])
+            with contextlib.suppress(RuntimeError):
+                distributed.gather(None)  # the first has recorded how the run ended
     except Terminated:
         return 143
     except KeyboardInterrupt:  # at the keyboard, which the process that started this one reports

@@ -78,7 +78,8 @@ def merged(model: Any) -> Any:
         for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
             weight: Any = layer.get_base_layer().weight  # type: ignore[union-attr]
             change: Any = layer.get_delta_weight("default")  # type: ignore[attr-defined,operator]
-            distributed.own(weight).add_(distributed.own(distributed.put(change.to(weight.dtype), weight)))
+            part = distributed.own(weight)
+            part.copy_(part + distributed.own(distributed.put(change, weight)))
     return model.unload()
 
 

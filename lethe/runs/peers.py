@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import time
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lethe import distributed
 from lethe.errors import LetheError
 from lethe.files import RUN, write_atomically
-from lethe.runs.locks import identity, in_words, lives, seconds_since_written
+from lethe.runs.locks import identity, in_words, lives
 from lethe.runs.record import record_of
 
 if TYPE_CHECKING:
@@ -47,18 +48,23 @@ class Peers:
         self.path = run.path
         self.own = self.folder / f"{distributed.rank()}.json"
         self.others = [self.folder / f"{n}.json" for n in range(distributed.world()) if n != distributed.rank()]
-        self._beaten = 0.0
+        self._beaten, self.attempt = 0.0, ""
 
     def begin(self) -> None:
         """Forget the processes of an earlier attempt, and say that this one works."""
 
-        def renew() -> None:
+        def renew() -> str:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
+            return secrets.token_hex(4)
 
-        distributed.from_first(renew)
-        write_atomically(self.own, json.dumps(identity()))
+        self.attempt = distributed.from_first(renew)
+        self._write({})
         distributed.gather(None)
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        write_atomically(self.own, json.dumps(identity() | {"attempt": self.attempt} | facts))
+        self._beaten = time.monotonic()
 
     def beat(self) -> None:
         """Renew this process's file, every few seconds."""
@@ -73,13 +79,13 @@ class Peers:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         with contextlib.suppress(OSError):
-            write_atomically(self.own, json.dumps(identity() | {"status": status, "reason": reason, "time": time.time()}))
+            self._write({"status": status, "reason": reason, "time": time.time()})
 
     def lost(self) -> tuple[str, str] | None:
         """Status and reason of a process that ended first; None if all work or are complete."""
         failed: list[tuple[float, str, str]] = []
         for file in self.others:
-            facts = _facts(file)
+            facts = self._facts(file)
             who = f"rank {file.stem}"
             if facts.get("status") in DONE:
                 continue
@@ -87,9 +93,23 @@ class Peers:
                 failed.append((facts["time"], facts["status"], f"{who}: {facts['reason']}"))
             elif facts and lives(facts) is False:
                 return "failed", f"{who} ({in_words(facts)}) died"
-            elif facts and (silent := seconds_since_written(file)) > HUNG_AFTER:
+            elif facts and (silent := self._silence(file)) > HUNG_AFTER:
                 return "failed", f"{who} ({in_words(facts)}) has not answered for {silent:.0f} s"
         return min(failed)[1:] if failed else None
+
+    def _silence(self, file: Path) -> float:
+        """Seconds since another process renewed its file, by the file system's clock, which this one's own file tells."""
+        with contextlib.suppress(OSError):
+            return self.own.stat().st_mtime + time.monotonic() - self._beaten - file.stat().st_mtime
+        return 0.0
+
+    def _facts(self, file: Path) -> dict[str, Any]:
+        """What a process of this attempt has written; nothing if its file cannot be read."""
+        try:
+            facts = json.loads(file.read_text())
+            return facts if facts["attempt"] == self.attempt else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
     def ended_first(self) -> tuple[str, str] | None:
         """As `lost`, for a process that is ending itself: the others may be about to be found."""
@@ -100,7 +120,7 @@ class Peers:
 
     def record(self, status: str, reason: str | None) -> None:
         """Write how the run ended, if this is the lowest rank that is left: the first, whose task that is, may be gone."""
-        left = [file for file in (self.own, *self.others) if lives(_facts(file)) and "status" not in _facts(file)]
+        left = [file for file in (self.own, *self.others) if lives(self._facts(file)) and "status" not in self._facts(file)]
         if min(left, key=lambda file: int(file.stem), default=self.own) == self.own:
             with contextlib.suppress(LetheError, OSError):
                 record = record_of(self.path)
@@ -112,13 +132,6 @@ class Peers:
         self.record(status, reason)
         self.end(status, reason)
         for file in self.others:
-            if lives(_facts(file)) and seconds_since_written(file) > HUNG_AFTER:
-                os.kill(_facts(file)["pid"], signal.SIGKILL)  # a request to stop would not reach it
+            if lives(self._facts(file)) and self._silence(file) > HUNG_AFTER:
+                os.kill(self._facts(file)["pid"], signal.SIGKILL)  # a request to stop would not reach it
         os._exit(1)
-
-
-def _facts(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}

@@ -283,7 +283,7 @@ RECORD = _fields(
     agreement=_fields("retain_with_reference", **dict.fromkeys(_AGREEMENT, _measured)),
     scores=_maybe(_map(_fields(*_FIT, **dict.fromkeys(_FIT, _measured)))),
     update_by_layer=_map(_fields("distance", distance=_measured, stable_rank=_measured)),
-    divergence=_fields("step", "reason", step=_whole, reason=_text),
+    divergence=_maybe(_fields("step", "reason", step=_whole, reason=_text)),
     checkpoints=_maybe(_list(_checkpoint)),
     filtered=_checkpoint,
     trials=_maybe(_list(_trial)),

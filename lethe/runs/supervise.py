@@ -101,10 +101,10 @@ def _watch(run: Run, done: threading.Event) -> None:
     while not done.wait(min(POLL_SECONDS, max(0.1, began + limit - time.monotonic()))):
         if run.peers:
             run.peers.beat()
-            if found := run.peers.lost():
-                lost_at = lost_at or time.monotonic()
-                if time.monotonic() - lost_at > END_SECONDS:
-                    run.peers.abandon(*found)
+            found = run.peers.lost()
+            lost_at = (lost_at or time.monotonic()) if found else None
+            if found and lost_at and time.monotonic() - lost_at > END_SECONDS:
+                run.peers.abandon(*found)
         if time.monotonic() - renewed >= HEARTBEAT_SECONDS:
             renewed = time.monotonic()
             with contextlib.suppress(OSError):

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import uuid
 
 from lethe import distributed
 from lethe.errors import LetheError
+from lethe.runs.locks import in_words
 from lethe.runs.peers import DONE
 from lethe.runs.run import Run, Terminated, now
 
 WORKER = "lethe.launching.worker"
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that PyTorch's launcher handles in its own way, also after it is done."""
 SECONDS_TO_SAVE = 600
 """How long processes may take to save after a request to stop, before they are killed."""
 
@@ -54,12 +59,14 @@ def work_together(run: Run, devices: int, trusts: bool) -> Run:
     done = Run.open(run.path)
     if done.status in DONE:
         return done
+    if done.status == "running":  # by other processes, which were faster
+        raise LetheError(f"'{done.path}' is in use by {in_words(done.record['environment'])}; wait until it is done")
     if done.record["status"] in {"queued", "running"}:
         done.update(status="failed", reason="its processes were killed", finished=now())
     run.record = done.record
     reason = str(done.record["reason"])
     if new and done.record["started"] is None and not stopped:
-        done.discard()
+        run.discard()
         raise LetheError(reason.removeprefix("LetheError: "))
     if stopped and str(stopped) == "SIGINT":
         raise stopped
@@ -81,6 +88,7 @@ def _spawn(devices: int, module: str, *arguments: str) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in HANDLED}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it prints a page when a process ends
@@ -95,3 +103,9 @@ def _spawn(devices: int, module: str, *arguments: str) -> None:
             pass
         except SignalException as error:
             raise KeyboardInterrupt(error.sigval.name) from error
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)

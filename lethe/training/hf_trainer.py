@@ -53,6 +53,18 @@ class HfTrainer(Trainer):
         self.remove_callback(ProgressCallback)  # Lethe has its own bar
         self.remove_callback(PrinterCallback)
 
+    def misses_gradients(self) -> bool:
+        """Whether a trained parameter gets no gradient from the loss of the first document."""
+        batch: Any = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))  # type: ignore[arg-type,index]
+        self.tokens = {name: int(text["mask"].sum()) for name, text in batch.items()}
+        self.documents_in_update = dict.fromkeys(batch, 1)
+        model: Any = self.model
+        with torch.random.fork_rng():
+            self.loss(model, batch)[0].backward()
+        missing = any(p.requires_grad and p.grad is None for p in model.parameters())
+        model.zero_grad()
+        return missing
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the settings name. Trainer knows no Muon and would leave its parameter groups unnamed."""
         if self.optimizer is None:

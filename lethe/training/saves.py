@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -156,19 +156,20 @@ def load_weights(save: Path, model: nn.Module) -> None:
     Raises:
         LetheError: the save has other parameters than the model trains.
     """
-    saved = load_file(save / "weights.safetensors" if save.is_dir() else save)
+    saved = safe_open(save / "weights.safetensors" if save.is_dir() else save, "pt")
+    names = set(saved.keys())
     distributed.gathered_away(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if saved.keys() != parameters.keys():
-        other = sorted(saved.keys() ^ parameters.keys())
+    if names != parameters.keys():
+        other = sorted(names ^ parameters.keys())
         raise LetheError(f"'{save}' does not fit the model: {len(other)} parameters differ, such as {other[0]}")
     for name, parameter in parameters.items():
-        parameter.copy_(distributed.put(saved[name], parameter))
+        parameter.copy_(distributed.put(saved.get_tensor(name), parameter))
 
 
 def load_optimizer(save: Path, optimizer: Any, scheduler: Any) -> None:
     """Load a save's optimizer and scheduler state."""
-    saved = torch.load(save / "optimizer.pt", weights_only=True, map_location="cpu")
+    saved = torch.load(save / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, state in saved["state"].items():
         for name, value in state.items():
@@ -200,7 +201,7 @@ def random_state() -> dict[str, Any]:
         "numpy": [name, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
     }
-    return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def load_random(save: Path) -> None:
@@ -218,7 +219,7 @@ def load_random(save: Path) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _sync(path: Path) -> None:

@@ -146,6 +146,8 @@ class RunTrainer(HfTrainer):
         """
         planned = self.planned_steps()
         save, done = distributed.from_first(self._resume_point)
+        if self.run.diverged and self.run.record["divergence"]["step"] > done:  # the updates that led to it are repeated
+            self.run.update(divergence=None)
         self.run.keep_until(done)
         self._first_losses = distributed.from_first(
             lambda: [row["loss"] for row in self.run.rows("metrics.jsonl")[:FIRST_UPDATES]]
@@ -169,8 +171,6 @@ class RunTrainer(HfTrainer):
         if reached > done:
             again = f"resuming from update {done}, the newest complete save; {reached - done} updates are repeated"
             logger.warning(again if save else f"starting again: there is no complete save of the {reached} updates")
-        if self.run.diverged and self.run.record["divergence"]["step"] > done:  # the updates that led to it are repeated
-            self.run.update(divergence=None)
         return save, done
 
     def _train_timed(self, save: Path | None) -> None:
@@ -200,9 +200,10 @@ class RunTrainer(HfTrainer):
 
 def keep_threads(run: Run) -> None:
     """Use the number of threads that the run started with. With another number, results differ in their last bits."""
-    recorded, given = run.record["environment"].get("threads"), torch.get_num_threads()
-    if recorded is None:
-        run.update(environment={"threads": given})
+    before, given = run.record["environment"], torch.get_num_threads()
+    recorded, processes = before.get("threads"), before.get("threads_of", distributed.world())
+    if recorded is None or processes != distributed.world():
+        run.update(environment={"threads": given, "threads_of": distributed.world()})
     elif recorded != given:
         logger.warning(f"using {recorded} threads, as the run did before, not {given}, so that the result is bit-identical")
         torch.set_num_threads(recorded)

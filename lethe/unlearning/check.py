@@ -35,8 +35,8 @@ class Checked:
     """Documents to fit maps on; none if the recipe names maps or uses none."""
 
 
-def check(config: Method) -> Checked:
-    """Resolve a recipe.
+def check(config: Method, effective_batch: int | None = None) -> Checked:
+    """Resolve a recipe. `effective_batch`: that of the run which is resumed.
 
     Raises:
         LetheError: something in it cannot work; the message is one line and says what to do.
@@ -62,7 +62,7 @@ def check(config: Method) -> Checked:
     refuse_types(config)
     refuse_rank(config, model)
     if config.packing == "none":
-        plan(config, max(len(checked.forget), len(checked.retain)))
+        plan(config, max(len(checked.forget), len(checked.retain)), effective_batch)
     if config.maps and config.fits_maps:
         most = config.maps.documents
         checked.mapped = corpora.select(config.retain, None if most else 0, "front", "retain", most)

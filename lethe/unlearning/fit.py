@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from lethe import distributed
@@ -39,7 +40,9 @@ def fit(config: Any) -> dict[str, Any]:
     refuse_rank(config, model)
     refuse_types(config)
     planned = training_plan(config, documents_of(config))
-    memory = memory_bytes(config.memory) if config.memory else available_memory() // (config.devices or 1)
+    on_gpu = torch.cuda.is_available() and config.device == "gpu"
+    free = available_memory() if on_gpu else psutil.virtual_memory().available // (config.devices or 1)
+    memory = memory_bytes(config.memory) if config.memory else free
     estimates = _Estimates(model, config.device == "gpu")
     devices = config.devices or 1
     parallel, found = estimates.best(config, devices, memory)

@@ -24,6 +24,7 @@ import psutil
 import torch
 from torch import nn
 
+from lethe import distributed
 from lethe.errors import LetheError, printable
 from lethe.maps.ridge import sums_bytes
 from lethe.methods.method import Method, Need
@@ -319,7 +320,8 @@ def refuse_too_much(parts: Parts, teachers: int) -> None:
     `parts` may be empty: there is no estimate then.
     """
     free, needed = available_memory(), sum(parts.values())
-    if parts and needed - parts["libraries"] - parts["weights"] - teachers > free:
+    short = bool(parts) and needed - parts["libraries"] - parts["weights"] - teachers > free
+    if distributed.total([short])[0]:
         raise LetheError(
             f"memory: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free beside the models; "
             f"lower per_device_train_batch_size (and raise gradient_accumulation_steps), or set gradient_checkpointing; "

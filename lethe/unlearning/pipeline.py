@@ -21,7 +21,7 @@ from lethe.evaluation.tasks.consent import trusts_task_code
 from lethe.methods.method import Method
 from lethe.results import regimes
 from lethe.runs.machine import refuse_several_processes
-from lethe.runs.run import Run
+from lethe.runs.run import Run, planned_batch
 from lethe.runs.together import is_for_several, work_together
 from lethe.unlearning.check import Checked, check, check_source
 
@@ -41,7 +41,7 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
     Raises:
         LetheError: the recipe cannot work; nothing is left behind.
     """
-    config, checked = _checked(config)
+    config, checked = _checked(config, run)
     resumed = run is not None
     several = is_for_several(config.devices, resumed)
     run = run or Run.create("unlearn", config.name, to_dict(config), config.out)
@@ -77,7 +77,7 @@ def inspect(config: Method) -> dict[str, Any]:
         return run.record["plan"]
 
 
-def _checked(config: Method) -> tuple[Method, Checked]:
+def _checked(config: Method, run: Run | None = None) -> tuple[Method, Checked]:
     """The recipe with its source found, and its resolved parts.
 
     Raises:
@@ -85,7 +85,7 @@ def _checked(config: Method) -> tuple[Method, Checked]:
     """
     if not isinstance(config, Method):
         raise LetheError(f"unlearn: expected the settings of a method, such as lethe.Transfer(…), got {type(config).__name__}")
-    checked = check(config)
+    checked = check(config, planned_batch(run))
     from lethe.evaluation.requests import load_tasks
 
     load_tasks(config.eval.tasks, config.eval.task_data, config.eval.num_fewshot, config.eval.limit)

@@ -167,6 +167,11 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     made = Prepared(config, checked, trainer, tokenizer, reference, source)
     if planned:
         trainer.may_miss_gradients = bool(planned["no_gradient"])
+        division = {"devices": distributed.world(), "parallel": parallel}
+        if division != {"devices": planned.get("devices", 1), "parallel": planned.get("parallel", parallel)}:
+            parts, by_phase = _memory(made, run.record.get("teachers") or planned["teachers"], libraries)
+            run.record["plan"] = planned = planned | division | {"memory": parts, "memory_by_phase": by_phase}
+            run.update(plan=division)
         memory.refuse_too_much(planned["memory"], memory.loaded(made))
         return made
     _describe(made, plan, libraries)
@@ -248,7 +253,7 @@ def rewind(model: nn.Module, source: Frozen, share: float) -> None:
     """
     with source.weights() as weight:
         for name, parameter in model.named_parameters():
-            theirs = weight(name)
+            theirs = distributed.whole(weight(name))
             if not theirs.isfinite().all():
                 raise LetheError(f"source: {name} is not finite, so the source diverged or is damaged; give another")
             theirs = distributed.own(distributed.put(theirs.to(parameter.dtype), parameter))
@@ -259,7 +264,7 @@ def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
     """Add to the plan what the loaded models and one batch show."""
     config, trainer, student = made.config, made.trainer, made.trainer.model
     plan |= optimizers.describe(student, config)  # type: ignore[arg-type]
-    plan["teachers"] = teachers_plan(made, plan["epochs"])
+    plan["teachers"] = distributed.from_first(lambda: teachers_plan(made, plan["epochs"]))
     plan["memory"], plan["memory_by_phase"] = _memory(made, plan["teachers"], libraries)
     memory.refuse_too_much(plan["memory"], memory.loaded(made))
     plan |= _probed(made, plan["forward_passes"])
@@ -325,7 +330,7 @@ def teachers_plan(made: Prepared, epochs: float) -> dict[str, str]:
 
 def cache_teachers(run: Run, made: Prepared) -> None:
     """Open or build the caches. A resumed run has the teachers that it began with."""
-    chosen = run.record.get("teachers") or teachers_plan(made, run.record["plan"]["epochs"])
+    chosen = distributed.from_first(lambda: run.record.get("teachers") or teachers_plan(made, run.record["plan"]["epochs"]))
     for text, how in chosen.items():
         if how.startswith("cached"):
             teacher = made.trainer.teachers[text]
