@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WINDOW = 64
 LONGEST = (
+    "test_distributed.py",
     "test_docs_long.py",
     "test_slurm.py",
     "test_sweep.py",

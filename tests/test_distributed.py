@@ -215,7 +215,7 @@ def _pickled(folder: Path, config: Any) -> str:
 
 COMMANDS = {
     "torchrun": torchrun(2, "-m", "lethe"),
-    "accelerate": (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lethe"),
+    "accelerate": (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "lethe"),
 }
 
 
