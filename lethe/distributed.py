@@ -38,12 +38,7 @@ T = TypeVar("T")
 HOURS = 2
 """How long a process waits for the others before PyTorch gives up. A lost one is found earlier, by `runs/peers.py`."""
 SECONDS_TO_SPEAK = 3
-OTHER_ENGINES = {
-    "ACCELERATE_USE_FSDP": "set parallel: fsdp instead",
-    "ACCELERATE_USE_DEEPSPEED": "set parallel: fsdp instead",
-    "ACCELERATE_USE_MEGATRON_LM": "set parallel: fsdp instead",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "set parallel: fsdp instead",
-}
+OTHER_ENGINES = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
 """Switches of `accelerate launch` that would replace Lethe's own way to use several devices, or would be ignored."""
 
 
@@ -100,9 +95,9 @@ def refuse_other_engines() -> None:
     Raises:
         LetheError: it would shard the model, or compute in another type, behind the recipe's back.
     """
-    for name, todo in OTHER_ENGINES.items():
+    for name in OTHER_ENGINES:
         if os.environ.get(name, "false").lower() in {"true", "1"}:
-            raise LetheError(f"{name}: Lethe does not use this engine of accelerate; {todo}, and launch without it")
+            raise LetheError(f"{name}: Lethe does not use this engine of accelerate; set parallel: fsdp, and launch without it")
     if (kind := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         raise LetheError(f"accelerate launch: mixed precision {kind} is not used; set dtype in the recipe, and launch with no")
 

@@ -20,10 +20,10 @@ from lethe.evaluation.check import check_tasks
 from lethe.evaluation.tasks.consent import trusts_task_code
 from lethe.files import refuse_run_folder
 from lethe.models import refs
-from lethe.runs.run import Run, planned_batch
+from lethe.runs.run import Run
 from lethe.runs.together import is_for_several, work_together
 from lethe.text import corpora
-from lethe.training.check import plan, refuse_rank, refuse_unavailable
+from lethe.training.check import plan, planned_batch, refuse_rank, refuse_unavailable
 
 
 def tamper(config: TamperConfig, run: Run | None = None) -> Run:

@@ -388,11 +388,6 @@ def say_once(what: str) -> None:
     _logged.add(what)
 
 
-def planned_batch(run: Run | None) -> int | None:
-    """The documents of an update that a resumed run began with; None for a new run."""
-    return ((run.record.get("plan") or {}) if run else {}).get("effective_batch")
-
-
 def seconds_since(timestamp: str | None) -> float:
     """Seconds since `timestamp` (as `now` writes it), by this machine's clock: to show, not to decide by.
 

@@ -10,6 +10,7 @@ from lethe import distributed
 from lethe.config import TamperConfig, TrainingSettings, UnlearnSettings
 from lethe.errors import LetheError, printable
 from lethe.models import refs
+from lethe.runs.run import Run
 
 
 def plan(config: TrainingSettings, examples: int, effective_batch: int | None = None) -> dict[str, Any]:
@@ -37,6 +38,11 @@ def plan(config: TrainingSettings, examples: int, effective_batch: int | None = 
         "epochs": steps / per_epoch,
         "first_epoch_steps": per_epoch,
     }
+
+
+def planned_batch(run: Run | None) -> int | None:
+    """The documents of an update that a resumed run began with; None for a new run."""
+    return ((run.record.get("plan") or {}) if run else {}).get("effective_batch")
 
 
 def refuse_rank(config: UnlearnSettings | TamperConfig, model: refs.ModelRef) -> None:

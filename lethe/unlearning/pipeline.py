@@ -21,8 +21,9 @@ from lethe.evaluation.tasks.consent import trusts_task_code
 from lethe.methods.method import Method
 from lethe.results import regimes
 from lethe.runs.machine import refuse_several_processes
-from lethe.runs.run import Run, planned_batch
+from lethe.runs.run import Run
 from lethe.runs.together import is_for_several, work_together
+from lethe.training.check import planned_batch
 from lethe.unlearning.check import Checked, check, check_source
 
 if TYPE_CHECKING:
