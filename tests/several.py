@@ -28,7 +28,7 @@ from lethe.runs.finding import find_runs
 from lethe.runs.run import Run
 
 LETHE = (sys.executable, "-m", "lethe")
-SECONDS = 150
+SECONDS = 400
 WORK = str(Path(__file__).parent / "several_work.py")
 
 

@@ -247,7 +247,7 @@ def short(out: Path, **changes: Any) -> dict[str, Any]:
 def test_npo_loads_no_source_and_makes_forget_documents_less_likely(lab, tmp_path, lora, monkeypatch):
     loaded: list[str] = []
     load = refs.load
-    monkeypatch.setattr(refs, "load", lambda ref, *args: loaded.append(ref.name) or load(ref, *args))
+    monkeypatch.setattr(refs, "load", lambda ref, *args, **how: loaded.append(ref.name) or load(ref, *args, **how))
     run = unlearn(NPO(**short(tmp_path, lora=lora, lr=2e-3, teacher_cache="cached")))
     assert loaded == ["lab:final"] * (1 if lora else 2) and "source" not in run.record["parents"]
     rows = run.rows("metrics.jsonl")

@@ -207,11 +207,12 @@ CHANGES: dict[str, Any] = {
     "max_grad_norm": 0.01,
     "gradient_checkpointing": True,
     "report_to": ["mlflow"],
+    "devices": 2,
 }
 
 
-FAULTS = {"save_every", "divergence_factor", "on_divergence", "time_limit"}
-"""What they change shows only when something goes wrong: test_resume."""
+FAULTS = {"save_every", "divergence_factor", "on_divergence", "time_limit", "parallel"}
+"""What they change shows only when something goes wrong: test_resume; or with several processes: test_distributed."""
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Transfer) if field.name not in FAULTS])
@@ -287,7 +288,7 @@ def test_the_plan_says_before_training_what_the_run_does(lab, tmp_path):
     assert any("no gradient" in warning for warning in plan["warnings"]) and any(".5." in name for name in plan["no_gradient"])
     assert all(seconds > 0 for seconds in plan["seconds"].values())
     assert {"libraries", "weights", "buffers"} <= set(plan["memory"])
-    assert {"loading", "maps", "training", "saving", "evaluation"} <= set(plan["memory_by_phase"])
+    assert {"loading", "trial", "training", "saving", "evaluation"} <= set(plan["memory_by_phase"])
     assert sum(plan["memory"].values()) == max(plan["memory_by_phase"].values())
     assert not (tmp_path / "check").exists()
 

@@ -16,7 +16,9 @@ Teachers with weights of their own are sharded in both.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,7 +150,8 @@ class Phases:
 
     def __init__(self, config: Method, outline: Outline, load: Load):
         self.config, self.load = config, load
-        self.passes = Passes(config, outline, load.width, load.cached)
+        with _simulated():
+            self.passes = Passes(config, outline, load.width, load.cached)
         self.frozen, self.text = self.passes.frozen, self.passes.text
         self.shapes = Shapes.of(self.passes.student, self.frozen)
         self.needs = config.needs()
@@ -162,11 +165,8 @@ class Phases:
         """
         self.load = dataclasses.replace(self.load, processes=processes, parallel=parallel)
         self.shards = processes if parallel == "fsdp" else 1
-        try:
+        with _simulated():
             phases = self._phases()
-        except (RuntimeError, NotImplementedError, TypeError, AttributeError, IndexError) as error:
-            why = printable(error, 200)
-            raise LetheError(f"memory: a pass of this model cannot be simulated without weights ({why})") from error
         count = sum(p.numel() for p in self.frozen.parameters())
         facts = {"model": self.shapes.whole, "parameters": count, "trained": self.shapes.numbers}
         return Estimate({name: self._with_rest(name, parts) for name, parts in phases.items()}, facts)
@@ -294,6 +294,16 @@ class Phases:
 
     def _cache_bytes(self) -> int:
         return sum(self.load.tokens[name] * self.passes.token_bytes(self.needs[name]) for name in self.load.cached)
+
+
+@contextlib.contextmanager
+def _simulated() -> Iterator[None]:
+    """Inside, what a pass without values cannot do is an error that says so."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, IndexError) as error:
+        why = printable(error, 200)
+        raise LetheError(f"memory: a pass of this model cannot be simulated without weights ({why})") from error
 
 
 def _trained(parameters: Any) -> list[nn.Parameter]:
