@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
         code, message = _ending(error)
-        distributed.say(f"lethe: {message}")
+        if distributed.has_last_word():
+            print(f"lethe: {message}", file=sys.stderr)
         return code
     return 0
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -72,12 +72,11 @@ def is_of_another(error: BaseException) -> bool:
     return world() > 1 and any(words in str(error) for words in ("by peer", "remote process exited"))
 
 
-def say(what: str) -> None:
-    """The last words to the user, by the first process. The others wait: when one ends, torchrun stops the first as well."""
-    if is_first():
-        print(what, file=sys.stderr)  # noqa: T201
-    else:
+def has_last_word() -> bool:
+    """Whether this process tells the user why it ends. The others wait: when one ends, torchrun stops the first as well."""
+    if not is_first():
         time.sleep(SECONDS_TO_SPEAK)
+    return is_first()
 
 
 def be_one_of(rank: int, processes: int, local_rank: int, local_processes: int, address: str, port: int) -> None:
@@ -122,7 +121,17 @@ def start() -> None:
         torch.cuda.set_device(number if count > 1 else 0)  # where each process sees one GPU, it is its own
     if not dist.is_initialized():
         dist.init_process_group(backend(), timeout=timedelta(hours=HOURS))
-        atexit.register(dist.destroy_process_group)  # its threads would abort a process that has ended well
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End the groups and their threads while Python still works: later, a thread of theirs would abort the process."""
+    from torch import distributed as dist
+
+    _control.cache_clear()
+    gc.collect()  # sharded models refer to their groups
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def backend() -> str | None:

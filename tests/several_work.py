@@ -26,6 +26,7 @@ from lethe.progress import quiet
 from lethe.runs import peers
 from lethe.training.hf_trainer import HfTrainer
 from lethe.training.optimizers import orthogonalise
+from lethe.unlearning.frozen import Frozen
 
 
 def jobs(file: str) -> None:
@@ -60,6 +61,8 @@ def sharded(name: str) -> None:
         assert len(own) <= math.ceil(len(a) / distributed.world()) and own.numel() < a.numel()
         assert sum(distributed.gather(own.numel())) == a.numel()
         assert torch.equal(distributed.whole(b), a) and torch.equal(distributed.own(distributed.put(a, b)), own)
+    with Frozen(ref, "float32").running() as teacher:
+        assert all(distributed.is_sharded(p) for p in teacher.parameters())  # whatever `parallel` says of the trained model
     tokens = torch.arange(12)[None]
     assert torch.allclose(part(tokens).logits, whole(tokens).logits, atol=1e-5)
     distributed.gathered_away(part)

@@ -8,6 +8,7 @@ Layers have the same numbers. Where a shorter model would not be built like the 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ import torch
 from torch import nn
 
 from lethe.distributed import device, from_first, world
+from lethe.errors import printable
 from lethe.models.activations import blocks
 from lethe.models.folder import silent
 from lethe.runs.machine import available_memory
+
+logger = logging.getLogger(__name__)
 
 
 def pretrained(folder: Path, config: Any, dtype: torch.dtype, **how: Any) -> tuple[Any, dict[str, Any]]:
@@ -75,7 +79,9 @@ def first_blocks(folder: Path, config: Any, dtype: torch.dtype, last: int, **how
             model, report = pretrained(folder, shorter, dtype, **how)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:  # transformers refuses a configuration or its weights in many ways; the whole model is loaded instead
+    except Exception as error:  # transformers refuses a configuration or its weights in many ways
+        why = f"{type(error).__name__}: {printable(error, 200)}"
+        logger.info("%s is loaded whole, not up to block %d (%s)", folder, last, why)
         return None
     return None if report["missing_keys"] or report["mismatched_keys"] else model
 

@@ -278,7 +278,7 @@ def record(ref: ModelRef) -> dict[str, str]:
     Raises:
         LetheError: the weights are not those that its run saved.
     """
-    found = weight_hash(ref)
+    found = distributed.from_first(lambda: weight_hash(ref))
     if ref.saved not in {None, found}:
         raise LetheError(f"model '{ref.name}': its weights in '{ref.path}' have changed since they were saved; run it again")
     return {"ref": ref.name, "sha256": found}

@@ -36,6 +36,8 @@ HUNG_AFTER = 40
 """Seconds without a beat after which a process counts as hung."""
 END_SECONDS = 6
 """How long a process may take to end by itself once another is lost."""
+LOOK_EVERY = 0.05
+"""Seconds between two looks at the other processes, for each of them."""
 LOOK_SECONDS = 3
 """How long to look for another process that ended first, before an error counts as this process's own."""
 
@@ -48,7 +50,9 @@ class Peers:
         self.path = run.path
         self.own = self.folder / f"{distributed.rank()}.json"
         self.others = [self.folder / f"{n}.json" for n in range(distributed.world()) if n != distributed.rank()]
-        self._beaten, self.attempt = 0.0, ""
+        self._beaten = self._looked = 0.0
+        self._found: tuple[str, str] | None = None
+        self.attempt = ""
 
     def begin(self) -> None:
         """Forget the processes of an earlier attempt, and say that this one works."""
@@ -83,6 +87,11 @@ class Peers:
 
     def lost(self) -> tuple[str, str] | None:
         """Status and reason of a process that ended first; None if all work or are complete."""
+        if time.monotonic() - self._looked >= LOOK_EVERY * len(self.others):
+            self._looked, self._found = time.monotonic(), self._look()
+        return self._found
+
+    def _look(self) -> tuple[str, str] | None:
         failed: list[tuple[float, str, str]] = []
         for file in self.others:
             facts = self._facts(file)

@@ -189,12 +189,15 @@ class Run:
                 write_atomically(self.path / RUN, json.dumps(self.record, indent=2, default=str))
 
     def try_to_record(self, **facts: Callable[[], Any]) -> None:
-        """Record what each function returns. One that fails is logged, with its reason under `missing`: the run continues."""
+        """Record what each function returns. One that fails is logged, with its reason under `missing`: the run continues.
+
+        Of several processes, one that fails ends the run, since the others may wait for it in the same function.
+        """
         for name, fact in facts.items():
             try:
                 value = fact()
             except Exception as error:
-                if full_disk(error):
+                if full_disk(error) or self.peers:
                     raise
                 reason = printable(f"{type(error).__name__}: {error}".rstrip(": "), 300)
                 logger.warning("%s could not be recorded: %s", name, reason)
@@ -291,19 +294,15 @@ class Run:
             self.peers.begin()
         try:
             yield
-        except KeyboardInterrupt as error:
-            self.is_ending = True
-            status = "failed" if self.stopping == TIME_LIMIT else "cancelled"
-            reason = str(error) or "interrupted from the keyboard"
-            if self.peers and (first := self.peers.ended_first()):
-                status, reason = first
-                raise self._ended_by_another(status, reason) from error
-            raise
         except BaseException as error:
             self.is_ending = True
             if self.peers and (first := self.peers.ended_first()):
                 status, reason = first
                 raise self._ended_by_another(status, reason) from error
+            if isinstance(error, KeyboardInterrupt):
+                status = "failed" if self.stopping == TIME_LIMIT else "cancelled"
+                reason = str(error) or "interrupted from the keyboard"
+                raise
             shown = self._full(error) if full_disk(error) else error
             status, reason = "failed", f"{type(shown).__name__}: {shown}"
             if shown is not error:

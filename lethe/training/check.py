@@ -53,6 +53,12 @@ def refuse_rank(config: UnlearnSettings | TamperConfig, model: refs.ModelRef) ->
         )
 
 
+def refuse_sharded(config: UnlearnSettings | TamperConfig) -> None:
+    """Refuse an optimizer of all weights that was not tried on parts of them."""
+    if config.optimizer == "adamw_8bit" and config.lora is None:
+        raise LetheError("optimizer: adamw_8bit was not tried with fsdp on all weights; use adamw or muon, or parallel ddp")
+
+
 def refuse_unavailable(config: TrainingSettings) -> None:
     """Refuse settings that need a library that is not installed, or a logger that transformers does not have."""
     if config.optimizer == "adamw_8bit" and not any(map(importlib.util.find_spec, ("torchao", "bitsandbytes"))):

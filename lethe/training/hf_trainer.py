@@ -20,6 +20,7 @@ from lethe import distributed
 from lethe.config import TrainingSettings
 from lethe.runs.run import Run
 from lethe.training import saves
+from lethe.training.check import planned_batch
 from lethe.training.merged_lora import fast_passes
 from lethe.training.optimizers import make_optimizer
 
@@ -42,7 +43,7 @@ class HfTrainer(Trainer):
 
     def __init__(self, run: Run, config: TrainingSettings, model: nn.Module, data: Any, collate: Any):
         self.run, self.config = run, config
-        self.order = Order(len(data), config, run.record["plan"]["effective_batch"] if "plan" in run.record else None)
+        self.order = Order(len(data), config, planned_batch(run))
         self.tokens: dict[str, int] = {}
         self.documents_in_update: dict[str, int] = {}
         self.learning_rates: dict[str, float] = {}

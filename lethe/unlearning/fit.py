@@ -167,6 +167,8 @@ class _Estimates:
                 continue
             count = change.get("devices", devices)
             parallel, found = self.best(changed, count, memory)
+            if parallel == "fsdp" and changed.optimizer == "adamw_8bit" and changed.lora is None:
+                continue  # `refuse_sharded`
             said = {name: "r 16" if name == "lora" else value for name, value in change.items()}
             if tried and "devices" in change and tried[-1]["change"].keys() == change.keys():
                 tried.pop()  # fewer devices, which do not fit

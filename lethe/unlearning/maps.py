@@ -10,10 +10,12 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lethe import distributed
 from lethe.config import AffineConfig
 from lethe.errors import LetheError
 from lethe.files import sha256
@@ -30,7 +32,7 @@ from lethe.maps.affine import (
 )
 from lethe.maps.folder import WEIGHTS
 from lethe.maps.ridge import Score
-from lethe.methods.method import Method
+from lethe.methods.method import Maps, Method
 from lethe.models.loading import device
 from lethe.runs.run import Run
 from lethe.text import corpora
@@ -48,9 +50,9 @@ Pair = Callable[[], AbstractContextManager[tuple[nn.Module, nn.Module]]]
 
 
 def given(
-    run: Run, config: Method, checked: Checked, pair: Pair, tokenizer: PreTrainedTokenizerBase
+    run: Run, config: Method, wanted: Maps, folder: Path, checked: Checked, pair: Pair, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AffineMap, str, list[str]]:
-    """The maps that the recipe names, their description for the plan, and warnings.
+    """The maps that the recipe names (`wanted`, in `folder`), their description for the plan, and warnings.
 
     The maps are scored first, beside the score without a map. Maps without a record are scored by each possible convention
     of numbering layers.
@@ -58,13 +60,12 @@ def given(
     Raises:
         LetheError: they are no better than no map: they belong to another pair or other layers, or are damaged.
     """
-    assert checked.affine is not None and config.maps is not None
-    name, asked = str(config.maps.given), config.maps.convention
-    run.set_parents(affine={"ref": name, "sha256": sha256(checked.affine / WEIGHTS)})
+    name, asked = str(wanted.given), wanted.convention
+    run.set_parents(affine={"ref": name, "sha256": sha256(folder / WEIGHTS)})
     sequences = corpora.tokenise(checked.retain[-SCORED_DOCUMENTS:], tokenizer, config.max_length)
     pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
     with pair() as (model, source):
-        scored = score_maps(checked.affine, checked.conventions, model, source, sequences, pad_id, BATCH, config.layers)
+        scored = score_maps(folder, checked.conventions, model, source, sequences, pad_id, BATCH, config.layers)
     convention = scored.convention if asked == "auto" else asked
     scores = scored.by_convention[convention]
     _refuse_useless(name, scores)
@@ -72,7 +73,7 @@ def given(
     known = "recorded for this pair" if scored.recorded else f"without a record, read as {convention}"
     better = [f"affine_convention: {convention} as set, but the maps fit better as {scored.convention} ({found})"]
     run.update(scores=scores)
-    maps = load_maps(checked.affine, config.layers, convention).to(device())
+    maps = load_maps(folder, config.layers, convention).to(device())
     said = f"{name} ({known}; mean R² {found}; without map {mean_r2(scores, 'no_map_r2'):.3f})"
     return maps, said, better if convention != scored.convention else []
 
@@ -97,7 +98,7 @@ def fitted(run: Run, config: Method, checked: Checked, pair: Pair, tokenizer: Pr
     The models run only if neither the run nor the cache has the maps.
     """
     weights, recorded = run.path / "affine" / WEIGHTS, run.record.get("artifacts", {}).get("affine")
-    if recorded and weights.is_file() and sha256(weights) == recorded["sha256"]:
+    if distributed.from_first(lambda: recorded and weights.is_file() and sha256(weights) == recorded["sha256"]):
         return load_maps(run.path / "affine", config.layers).to(device())
     parents = {role: run.record["parents"][role] for role in ("model", "source")}
     settings = settings_of(config)
@@ -108,9 +109,8 @@ def fitted(run: Run, config: Method, checked: Checked, pair: Pair, tokenizer: Pr
 
     maps = fit_once(fit_them, tokenizer, checked.mapped, settings, parents)
     maps.save(run.path / "affine")
-    run.update(
-        artifacts={"affine": {"path": "affine", "sha256": sha256(run.path / "affine" / WEIGHTS)}}, scores=maps.record["scores"]
-    )
+    written = distributed.from_first(lambda: sha256(weights))
+    run.update(artifacts={"affine": {"path": "affine", "sha256": written}}, scores=maps.record["scores"])
     return maps
 
 

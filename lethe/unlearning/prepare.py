@@ -30,6 +30,7 @@ from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import optimizers
 from lethe.training.check import plan as training_plan
+from lethe.training.check import refuse_sharded
 from lethe.training.optimizers import needs_masters, newton_schulz_dtype
 from lethe.training.saves import save_artifact
 from lethe.training.trainer import Sequences
@@ -75,7 +76,7 @@ class Prepared:
 
     def fit_maps(self, run: Run) -> None:
         """Fit the maps where the recipe says so, or load those that an interrupted run has fitted."""
-        if self.config.fits_maps and self.mapped and self.source:
+        if self.config.fits_maps and self.mapped and self.pair:
             self.mapped.maps = maps.fitted(run, self.config, self.checked, self.pair, self.tokenizer)
             self.checked.mapped.clear()
 
@@ -85,10 +86,11 @@ class Prepared:
         if teacher and teacher.need.variance:
             self.trainer.target_variance = maps.variances(run, teacher, self.sequences["forget"], self.pad_id)
 
-    def pair(self) -> contextlib.AbstractContextManager[tuple[nn.Module, nn.Module]]:
-        """The target before training, and the source, in memory for a while. Only before training."""
-        assert self.source is not None
-        return _pair(self.config, self.trainer.model, self.reference, self.source)  # type: ignore[arg-type]
+    @property
+    def pair(self) -> maps.Pair | None:
+        """The target before training, and the source if there is one, in memory for a while. Only before training."""
+        model: Any = self.trainer.model
+        return partial(_pair, self.config, model, self.reference, self.source) if self.source else None
 
     def free_teachers(self) -> None:
         """Drop the models that training does not run: those whose outputs are cached, and those that no loss reads."""
@@ -130,6 +132,8 @@ def prepare(run: Run, config: Method, checked: Checked, resumed: bool = False) -
 def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     libraries = memory.taken()
     planned, parallel = run.record.get("plan") or {}, parallel_of(config, checked.model)
+    if parallel == "fsdp" and distributed.world() > 1:
+        refuse_sharded(config)
     model, tokenizer = refs.load(checked.model, config.dtype, sharded=parallel == "fsdp")
     refuse_unscorable(model, tokenizer, config.eval)
     reference, source = _teacher_models(config, checked, new=not planned)
@@ -141,9 +145,9 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     refuse_untrainable(model, config.model, config.max_length)
     given: AffineMap | None = None
     maps_plan, warnings = "none", list[str]()
-    if config.maps and config.maps.given and source:
+    if config.maps and checked.affine and source:
         pair = partial(_pair, config, model, reference, source)
-        given, maps_plan, warnings = maps.given(run, config, checked, pair, tokenizer)
+        given, maps_plan, warnings = maps.given(run, config, config.maps, checked.affine, checked, pair, tokenizer)
     elif config.fits_maps:
         maps_plan = f"fitted on {len(checked.mapped)} documents of the retain text before training"
     student = _student(run, config, model, source, tokenizer)
@@ -305,7 +309,7 @@ def _probed(made: Prepared, passes: int) -> dict[str, Any]:
     """The parts of the plan that one batch shows; where maps are to be fitted, with maps from a few documents."""
     config, trainer, mapped = made.config, made.trainer, made.mapped
     seconds: dict[str, float] = {}
-    if config.fits_maps and mapped and made.source:
+    if config.fits_maps and mapped and made.pair:
         mapped.maps, seconds["fitting maps"] = maps.sketched(config, made.checked, made.pair, made.tokenizer)
     forget = trainer.teachers.get("forget")
     if forget and forget.need.variance:
