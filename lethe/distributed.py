@@ -38,8 +38,6 @@ T = TypeVar("T")
 HOURS = 2
 """How long a process waits for the others before PyTorch gives up. A lost one is found earlier, by `runs/peers.py`."""
 SECONDS_TO_SPEAK = 3
-OTHER_ENGINES = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
-"""Switches of `accelerate launch` that would replace Lethe's own way to use several devices, or would be ignored."""
 
 
 def world() -> int:
@@ -94,7 +92,7 @@ def refuse_other_engines() -> None:
     Raises:
         LetheError: it would shard the model, or compute in another type, behind the recipe's back.
     """
-    for name in OTHER_ENGINES:
+    for name in (f"ACCELERATE_USE_{engine}" for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")):
         if os.environ.get(name, "false").lower() in {"true", "1"}:
             raise LetheError(f"{name}: Lethe does not use this engine of accelerate; set parallel: fsdp, and launch without it")
     if (kind := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
@@ -115,9 +113,7 @@ def start() -> None:
     if torch.cuda.is_available():
         number, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
         if number >= count > 1:
-            raise LetheError(
-                f"torchrun: {local_world()} processes were started, and this machine has {count} GPUs; start fewer"
-            )
+            raise LetheError(f"torchrun: {local_world()} processes were started, but there are {count} GPUs; start fewer")
         torch.cuda.set_device(number if count > 1 else 0)  # where each process sees one GPU, it is its own
     if not dist.is_initialized():
         dist.init_process_group(backend(), timeout=timedelta(hours=HOURS))
@@ -157,7 +153,6 @@ def from_first(function: Callable[[], T]) -> T:
         return function()
     from torch import distributed as dist
 
-    start()
     outcome: list[Any] = [None, None]
     if is_first():
         try:
@@ -178,7 +173,6 @@ def gather(value: T) -> list[T]:
         return [value]
     from torch import distributed as dist
 
-    start()
     found: list[Any] = [None] * world()
     dist.all_gather_object(found, value, group=_control())
     return found
@@ -191,7 +185,6 @@ def total(values: Sequence[float]) -> list[float]:
     import torch
     from torch import distributed as dist
 
-    start()
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, group=_control())
     return tensor.tolist()
@@ -225,6 +218,7 @@ def _control() -> Any:
     """The processes as a group that exchanges small messages on the CPU, also where tensors go through NCCL."""
     from torch import distributed as dist
 
+    start()
     return dist.new_group(backend="gloo", timeout=timedelta(hours=HOURS))
 
 
