@@ -225,8 +225,8 @@ def _control() -> Any:
 # Training
 
 
-def averaged(model: nn.Module, loss: Callable[[nn.Module, Any], Any], may_miss: bool) -> nn.Module | None:
-    """A module that computes `loss(model, batch)` and averages the gradients of `model` over the processes.
+def averaged(model: nn.Module, loss: Callable[..., Any], may_miss: bool) -> nn.Module | None:
+    """A module that computes `loss(model, …)` and averages the gradients of `model` over the processes.
 
     None for one process. FSDP2 averages those of sharded parameters itself. `may_miss`: some parameters may get no gradient.
     """
@@ -241,8 +241,8 @@ def averaged(model: nn.Module, loss: Callable[[nn.Module, Any], Any], may_miss: 
             super().__init__()
             self.model = model
 
-        def forward(self, batch: Any) -> Any:
-            return loss(self.model, batch)
+        def forward(self, *text: Any) -> Any:
+            return loss(self.model, *text)
 
     gathered_away(model)
     if all(is_sharded(p) for p in model.parameters() if p.requires_grad):

@@ -73,7 +73,7 @@ def planned(model: str, run: str, devices: int) -> tuple[str, Estimate, Cost]:
 
 def memory_table() -> str:
     """Memory of one device, by part, in the phase that takes most."""
-    parts = ("weights", "teachers", "gradients", "pending", "optimizer", "activations")
+    parts = ("weights", "teachers", "gradients", "optimizer", "activations")
     lines = [["model", "trained", "devices", "parallel", *parts, "other", "peak", "fits"]]
     for model, run, devices in cases():
         parallel, found, _ = planned(model, run, devices)

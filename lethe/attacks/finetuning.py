@@ -45,9 +45,8 @@ class TamperTrainer(RunTrainer):
         super().__init__(*args, **kwargs)
         self.head = head_of(self.model)  # type: ignore[arg-type]
 
-    def loss(self, model: nn.Module, inputs: dict[str, dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, name: str, text: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
-        text, name = inputs["attack"], "attack"
         states = read(model, text["input_ids"], [], True, self.head)
         view = View(**text, states=states, tokens=self.tokens[name], documents=self.documents_in_update[name], head=self.head)
         loss = view.cross_entropy()

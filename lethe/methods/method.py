@@ -4,10 +4,10 @@
 
 A method is found by the name of its file. Its fields come beside those that every method has (`UnlearnSettings`), flat in a
 recipe, on the command line and in Python. `Method` has two abstract functions. `needs()` decides which teachers are loaded,
-whether a source checkpoint or affine maps are required, and what the forward passes compute. `loss()` is written in terms of
-two views, one of the forget and one of the retain text in a batch (`lethe.unlearning.view.View`). `ForgetAndRetain` writes
-both functions from `forget_need()` and `forget_loss()`. Files here import torch only inside functions, so that help answers
-at once. docs/extending.md adds a method step by step.
+whether a source checkpoint or affine maps are required, and what the forward passes compute. `loss()` is the loss of one text,
+forget or retain, in terms of a view of it in a batch (`lethe.unlearning.view.View`). `ForgetAndRetain` writes both functions
+from `forget_need()` and `forget_loss()`. Files here import torch only inside functions, so that help answers at once.
+docs/extending.md adds a method step by step.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ class Method(UnlearnSettings):
         """
         raise NotImplementedError
 
-    def loss(self, forget: View, retain: View, progress: Progress) -> tuple[Tensor, Losses]:
-        """The loss to minimise of a batch, and its parts by name for the log.
+    def loss(self, text: str, view: View, progress: Progress) -> tuple[Tensor, Losses]:
+        """The loss of one text of a batch, and its parts by name for the log. What is minimised is the sum over all texts.
 
-        Names of parts end with `_loss`; those of parts on retain text begin with `retain_`. A view of a text that is not in
-        `needs()` is None. Values are the batch's share of a mean over the whole optimizer update.
+        `text`: a name in `needs()`. Names of parts end with `_loss`; those of parts on retain text begin with `retain_`. Values
+        are the batch's share of a mean over the whole optimizer update.
         """
         raise NotImplementedError
 
@@ -267,19 +267,14 @@ class ForgetAndRetain(Method):
         """The forget loss to minimise, without remove_coef, and its parts by name for the log (names end with `_loss`)."""
         raise NotImplementedError
 
-    def loss(self, forget: View, retain: View, progress: Progress) -> tuple[Tensor, Losses]:
-        """remove_coef(t) · forget loss + retain_coef(t) · retain loss; a loss whose coefficient is 0 is left out."""
+    def loss(self, text: str, view: View, progress: Progress) -> tuple[Tensor, Losses]:
+        """remove_coef(t) · forget loss, or retain_coef(t) · retain loss. A text whose coefficient is 0 is not read."""
         remove_coef, retain_coef = self.weights(progress)
-        losses: Losses = {}
-        total: Any = 0.0
-        if self.remove_coef:
-            value, losses = self.forget_loss(forget)
-            total = remove_coef * value
-        if self.retain_coef:
-            kinds = {"kl": retain.kl, "ce": retain.cross_entropy, "mse": retain.distance}
-            losses[f"retain_{self.retain_loss}_loss"] = value = kinds[self.retain_loss]()
-            total = total + retain_coef * value
-        return total, losses
+        if text == "forget":
+            value, losses = self.forget_loss(view)
+            return remove_coef * value, losses
+        value = {"kl": view.kl, "ce": view.cross_entropy, "mse": view.distance}[self.retain_loss]()
+        return retain_coef * value, {f"retain_{self.retain_loss}_loss": value}
 
     def needs(self) -> dict[str, Need]:
         retain = {

@@ -1,12 +1,13 @@
 """transformers' Trainer, with what Lethe changes about it: every override of one of Trainer's methods is in this file.
 
-Trainer runs the loop. In each update it calls, in this order: `get_batch_samples`, `compute_loss` for each batch, `log`, and,
+Trainer runs the loop. In each update it calls, in this order: `get_batch_samples`, `training_step` for each batch, `log`, and,
 when a callback asks for it, `_save_checkpoint`. An update has the same documents whatever the number of processes. Methods with
 an underscore are private to transformers, so pyproject.toml names the versions that Lethe is tested with.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from lethe.training.check import planned_batch
 from lethe.training.merged_lora import fast_passes
 from lethe.training.optimizers import make_optimizer
 
+Text = dict[str, Tensor]
+"""One text of a batch: `input_ids`, `mask`, and `index`, the numbers of its sequences."""
 APART = 7919
 """Distance between the seeds of two processes' dropout."""
 
@@ -50,7 +53,7 @@ class HfTrainer(Trainer):
         distributed.start()
         super().__init__(model, _arguments(run, config, self.order), data_collator=collate, train_dataset=data)
         self.is_distributed_loading_by_transformers = False  # Lethe averages gradients itself
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the update, not of the batch
+        self.loss_is_scaled_for_ga = True  # losses are divided by the tokens of the update, not of the batch
         self.remove_callback(ProgressCallback)  # Lethe has its own bar
         self.remove_callback(PrinterCallback)
 
@@ -61,7 +64,8 @@ class HfTrainer(Trainer):
         self.documents_in_update = dict.fromkeys(batch, 1)
         model: Any = self.model
         with torch.random.fork_rng():
-            self.loss(model, batch)[0].backward()
+            for name, text in batch.items():
+                self.loss(model, name, text)[0].backward()
         missing = any(p.requires_grad and p.grad is None for p in model.parameters())
         model.zero_grad()
         return missing
@@ -73,24 +77,35 @@ class HfTrainer(Trainer):
             self.optimizer = make_optimizer(self.model, self.config)  # type: ignore[arg-type]
         return self.optimizer
 
-    def loss(self, model: nn.Module, inputs: dict[str, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its parts by name: this batch's part of means over the update."""
+    def loss(self, model: nn.Module, name: str, text: Text) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one text of a batch and its parts by name: this batch's part of means over the update."""
         raise NotImplementedError
 
-    def book(self, inputs: dict[str, dict[str, Tensor]], **losses: Tensor | float) -> None:
+    def book(self, inputs: dict[str, Text], **losses: Tensor | float) -> None:
         """Add a batch's documents, and its part of the update's losses, to the log of this update."""
         raise NotImplementedError
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
-        """The loss of a batch, times the number of processes: gradients are averaged, while losses are parts of a sum.
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Passes forward and back over one text after the other, so that one text's activations are in memory at a time.
 
+        Returns the sum of the losses, times the number of processes: gradients are averaged, while losses are parts of a sum.
         A batch of no documents, of a process that has fewer than others, is a pass whose loss does not count.
         """
-        loss, parts = model(inputs) if model is not self.model else self.loss(model, inputs)
-        if isinstance(inputs, Filler):
-            return 0 * loss
-        self.book(inputs, **parts)
-        return loss * distributed.world()
+        model.train()
+        batch: dict[str, Any] = self._prepare_inputs(inputs)
+        total: Any = 0.0
+        factor = 0 if isinstance(inputs, Filler) else distributed.world()
+        for name, text in batch.items():
+            waits = name != list(batch)[-1]  # gradients are averaged once, after the last text
+            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+                loss, parts = model(name, text) if model is not self.model else self.loss(model, name, text)
+                loss = loss * factor
+                loss.backward()
+            total = total + loss.detach()
+            if factor:
+                self.book({name: text}, **parts)
+            del loss, parts
+        return total
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's batches. Trainer's own loader would repeat documents, so that all processes have equally many."""
@@ -111,7 +126,7 @@ class HfTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, dict[str, Tensor]]], Any]:
+    ) -> tuple[list[dict[str, Text]], Any]:
         """The batches of one update. Counts their tokens first, because the loss is a mean over all tokens of the update."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         names, real = list(batches[0] if batches else {}), [b for b in batches if not isinstance(b, Filler)]

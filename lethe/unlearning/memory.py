@@ -209,15 +209,11 @@ class Phases:
         return {part: size for part, size in found.items() if size}
 
     def _trial(self) -> Parts:
-        """The batch before training, with live teachers.
-
-        If there are two losses to compare, it moves float32 weights, and keeps copies of them during a pass over one text, in
-        which no gradients are pending. The other passes are those of an update.
-        """
+        """The batch before training, with live teachers. It moves float32 weights if there are two losses to compare."""
         shapes, trained = self.shapes, self.shapes.trained // self.shards
         compared = len(self.needs) == 2 and not self.config.rewind and shapes.trained == 4 * shapes.numbers
-        parts = self.passes.update | {"teachers": self._teachers(self.needs), "maps": self._map_bytes(), "gradients": trained}
-        return parts | {"pending": 0, "copies": trained} if compared and trained > parts.get("pending", 0) else parts
+        teachers = {"teachers": self._teachers(self.needs), "maps": self._map_bytes()}
+        return self.passes.update | teachers | {"gradients": trained, "copies": trained * compared}
 
     def _training(self) -> Parts:
         """The passes of an update, or the optimizer's step, if that takes more."""

@@ -55,11 +55,7 @@ class Passes:
 
     @functools.cached_property
     def update(self) -> dict[str, int]:
-        """Gradients, activations and logits at the peak of an update's passes; `heap`: those in tensors below `HEAP`.
-
-        `pending` are gradients from one text that wait until those from the other text can be added: autograd runs the
-        backward passes of both texts one after the other, and adds before it accumulates.
-        """
+        """Gradients, activations and logits at the peak of an update's passes; `heap`: those in tensors below `HEAP`."""
         config, student, vocabulary = self.config, self.student, self.text.vocab_size
         shape = config.per_device_train_batch_size, self.width
         if config.gradient_checkpointing:
@@ -68,21 +64,20 @@ class Passes:
         with recording() as record, fast_passes(student, config.fast):
             for _ in range(min(2, config.gradient_accumulation_steps)):
                 ids = torch.zeros(shape, dtype=torch.long, device=META)
-                views: Any = {name: self._view(name, need, ids) for name, need in self.needs.items()}
-                loss, losses = config.loss(views.get("forget"), views.get("retain"), Progress(0, 1, 1))
-                loss.backward()
-                del views, loss, losses, ids
+                for name, need in self.needs.items():
+                    loss, losses = config.loss(name, self._view(name, need, ids), Progress(0, 1, 1))
+                    loss.backward()
+                    del loss, losses
+                del ids
         gradients = record.of(*(p.grad for p in student.parameters()))
-        shapes = {tuple(p.shape) for p in student.parameters() if p.requires_grad}
 
         def kind(number: int, size: int, shape: tuple[int, ...]) -> str:
-            name = "gradients" if number in gradients else "pending" if shape in shapes else "activations"
-            name = "logits" if shape[-1:] == (vocabulary,) else name
+            name = "gradients" if number in gradients else "logits" if shape[-1:] == (vocabulary,) else "activations"
             return name if size >= HEAP else f"small {name}"
 
         found = record.peak(kind)
         student.zero_grad()
-        names = ("gradients", "pending", "activations", "logits")
+        names = ("gradients", "activations", "logits")
         parts = {name: found.get(name, 0) + found.get(f"small {name}", 0) for name in names}
         return parts | {"heap": sum(size for name, size in found.items() if name.startswith("small"))}
 

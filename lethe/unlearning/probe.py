@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from lethe.distributed import whole
+from lethe.training.hf_trainer import Text
 from lethe.training.merged_lora import fast_passes
 
 if TYPE_CHECKING:
     from lethe.methods.method import Method
-    from lethe.unlearning.trainer import Batch, UnlearnTrainer
+    from lethe.unlearning.trainer import UnlearnTrainer
 
 BALANCE = 100.0
 """Forget gradient over retain gradient in the lab's recipes (70 to 260), for which coefficients are proposed."""
@@ -58,7 +59,8 @@ def probe(trainer: UnlearnTrainer) -> Probe:
         scale = measured(trainer, batch)
         model.zero_grad()
         started = time.monotonic()
-        trainer.losses(model, batch, trainer.progress(trainer.first_epoch_steps))[0].backward()
+        for name, text in batch.items():
+            trainer.loss_at(trainer.progress(trainer.first_epoch_steps), model, name, text)[0].backward()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
@@ -67,7 +69,7 @@ def probe(trainer: UnlearnTrainer) -> Probe:
     return Probe(names, seconds, scale)
 
 
-def measured(trainer: UnlearnTrainer, batch: Batch) -> dict[str, Any]:
+def measured(trainer: UnlearnTrainer, batch: dict[str, Text]) -> dict[str, Any]:
     """The losses, the norms of the gradients of the weighted forget and retain loss, their ratio, and the weight of the forget
     loss that would give the lab's ratio. A name that ends in `_after` is a value after the weights were moved.
     """
@@ -78,12 +80,12 @@ def measured(trainer: UnlearnTrainer, batch: Batch) -> dict[str, Any]:
     loss = 0.0
     if "forget" in batch:
         losses, loss, found["forget_gradient"] = _backward(trainer, batch, "forget", done=0)
-        found = {name: value for name, value in losses.items() if not name.startswith("retain_")} | found
+        found = losses | found
     if "retain" in batch:
         with _moved(model, loss) if compared else contextlib.nullcontext():  # type: ignore[arg-type]
             losses, _, norm = _backward(trainer, batch, "retain", done=trainer.first_epoch_steps)
         after = "_after" if compared else ""
-        found |= {name + after: value for name, value in losses.items() if name.startswith("retain_")}
+        found |= {name + after: value for name, value in losses.items()}
         found[f"retain_gradient{after}"] = norm
     if compared:
         retain = found["retain_gradient_after"]
@@ -112,12 +114,11 @@ def warning(scale: dict[str, Any], config: Method) -> list[str]:
     return [text]
 
 
-def _backward(trainer: UnlearnTrainer, batch: Batch, text: str, done: int) -> tuple[dict[str, float], float, float]:
-    """The losses on a batch, the weighted loss of one text (without the other's), and the norm of its gradient."""
+def _backward(trainer: UnlearnTrainer, batch: dict[str, Text], name: str, done: int) -> tuple[dict[str, float], float, float]:
+    """The losses of one text of a batch, their weighted sum, and the norm of its gradient."""
     model: nn.Module = trainer.model  # type: ignore[assignment]
     model.zero_grad()
-    other = "retain" if text == "forget" else "forget"
-    loss, losses = trainer.losses(model, batch, trainer.progress(done), silent=other)
+    loss, losses = trainer.loss_at(trainer.progress(done), model, name, batch[name])
     loss.backward()
     norms = [
         whole(p.grad.norm(dtype=torch.promote_types(p.dtype, torch.float32))) for p in model.parameters() if p.grad is not None

@@ -1,6 +1,6 @@
-"""The trainer of unlearning: it reads both texts of a batch and hands them to the method's loss.
+"""The trainer of unlearning: it reads the texts of a batch one by one and hands them to the method's loss.
 
-batch -> the model's states on each text, in one forward pass each -> View -> method.loss(forget, retain, progress)
+text of a batch -> the model's states, in one forward pass -> View -> method.loss(text, view, progress)
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from lethe.methods.method import Losses, Method, Progress
 from lethe.models.activations import read
 from lethe.objectives.losses import head_of
+from lethe.training.hf_trainer import Text
 from lethe.training.trainer import RunTrainer
-from lethe.unlearning.view import Teacher, View, silence
-
-Batch = dict[str, dict[str, Tensor]]
+from lethe.unlearning.view import Teacher, View
 
 
 class UnlearnTrainer(RunTrainer):
@@ -44,18 +43,14 @@ class UnlearnTrainer(RunTrainer):
         """How far the run is after so many updates."""
         return Progress(done, self.first_epoch_steps, self.steps)
 
-    def loss(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Losses]:
-        """The method's loss on one batch of an update."""
-        return self.losses(model, inputs, self.progress(self.state.global_step))
+    def loss(self, model: nn.Module, name: str, text: Text) -> tuple[Tensor, Losses]:
+        return self.loss_at(self.progress(self.state.global_step), model, name, text)
 
-    def losses(self, model: nn.Module, batch: Batch, progress: Progress, silent: str | None = None) -> tuple[Tensor, Losses]:
-        """The loss and its parts, without those of the text `silent`."""
-        views: dict[str, Any] = {
-            name: silence(text) if name == silent else self.view(model, name, text) for name, text in batch.items()
-        }
-        return self.config.loss(views.get("forget"), views.get("retain"), progress)  # type: ignore[arg-type]
+    def loss_at(self, progress: Progress, model: nn.Module, name: str, text: Text) -> tuple[Tensor, Losses]:
+        """The method's loss on one text of a batch, and its parts."""
+        return self.config.loss(name, self.view(model, name, text), progress)
 
-    def view(self, model: nn.Module, name: str, text: dict[str, Tensor]) -> View:
+    def view(self, model: nn.Module, name: str, text: Text) -> View:
         """The model's pass over one text of a batch, and what the loss compares it with."""
         need = self.needs[name]
         return View(

@@ -8,8 +8,7 @@ read from disk (`lethe.unlearning.frozen`).
 A `View` owns the mask, the counts of the whole optimizer update that means are taken over, and the choice between the plain
 and the chunked form of a loss (`lethe.objectives.losses`). The teacher runs, or its cache is read, when a loss first needs it.
 
-A method's loss uses only the public functions of `View`, because `Silent`, which measures a loss without one text, has no
-activations and no outputs. Each function says which fields of `Need` it reads.
+A method's loss uses only the public functions of `View`. Each of them says which fields of `Need` it reads.
 """
 
 from __future__ import annotations
@@ -154,22 +153,3 @@ class View:
         if head is None:
             return losses.log_likelihood(output, self.input_ids, self.mask)
         return losses.chunked_log_likelihood(output, head, self.input_ids, self.mask)
-
-
-class Silent(View):
-    """A text that is left out of a loss: each of its loss terms is 0 and has no gradient."""
-
-    def distance(self) -> Tensor:
-        return torch.zeros((), device=self.mask.device)
-
-    kl = cross_entropy = distance
-
-    def log_likelihood(self) -> Float[Tensor, " batch"]:
-        return torch.zeros(len(self.mask), device=self.mask.device)
-
-    teacher_log_likelihood = log_likelihood
-
-
-def silence(text: dict[str, Tensor]) -> Silent:
-    """The silent view of a text in a batch."""
-    return Silent(text["input_ids"], text["mask"], text["index"], States(), tokens=1, documents=1)
