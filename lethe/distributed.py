@@ -153,6 +153,7 @@ def from_first(function: Callable[[], T]) -> T:
         return function()
     from torch import distributed as dist
 
+    start()
     outcome: list[Any] = [None, None]
     if is_first():
         try:
@@ -386,9 +387,7 @@ def orthogonal_updates(
 
 def _rows(matrix: Tensor, rows: int) -> Tensor:
     """The matrix with zeros below it, so that it has so many rows."""
-    padded = matrix.new_zeros(rows, *matrix.shape[1:])
-    padded[: len(matrix)] = matrix
-    return padded
+    return matrix.new_zeros(rows, *matrix.shape[1:]).slice_scatter(matrix, 0, 0, len(matrix))
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:
