@@ -114,7 +114,9 @@ def start() -> None:
         number, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
         if number >= count > 1:
             raise LetheError(f"torchrun: {local_world()} processes were started, but there are {count} GPUs; start fewer")
-        torch.cuda.set_device(number if count > 1 else 0)  # where each process sees one GPU, it is its own
+        if count == 1:  # each process sees its own GPU alone; transformers takes the one of this number
+            os.environ["LOCAL_RANK"] = "0"
+        torch.cuda.set_device(number if count > 1 else 0)
     if not dist.is_initialized():
         dist.init_process_group(backend(), timeout=timedelta(hours=HOURS))
         atexit.register(_leave)
@@ -229,7 +231,8 @@ def _control() -> Any:
 def averaged(model: nn.Module, loss: Callable[..., Any], may_miss: bool) -> nn.Module | None:
     """A module that computes `loss(model, …)` and averages the gradients of `model` over the processes.
 
-    None for one process. FSDP2 averages those of sharded parameters itself. `may_miss`: some parameters may get no gradient.
+    None for one process. FSDP2 averages those of sharded parameters itself. `may_miss`: some parameters may get no gradient in
+    the pass that averages, the last one of a batch.
     """
     import torch
     from torch.nn.parallel import DistributedDataParallel
@@ -237,18 +240,12 @@ def averaged(model: nn.Module, loss: Callable[..., Any], may_miss: bool) -> nn.M
     if world() == 1:
         return None
 
-    class Loss(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *text: Any) -> Any:
-            return loss(self.model, *text)
-
+    module: Any = torch.nn.Module()
+    module.model, module.forward = model, lambda *text: loss(model, *text)
     gathered_away(model)
     if all(is_sharded(p) for p in model.parameters() if p.requires_grad):
-        return Loss()
-    return DistributedDataParallel(Loss(), init_sync=False, broadcast_buffers=False, find_unused_parameters=may_miss)
+        return module
+    return DistributedDataParallel(module, init_sync=False, broadcast_buffers=False, find_unused_parameters=may_miss)
 
 
 # Sharded models

@@ -5,7 +5,7 @@
 #   gpu-check.sh [WHEELS [FOLDER]]
 #
 # WHEELS: the folder that gpu-wheels.sh filled; without it, nothing is installed. FOLDER: a new folder on a local disk with
-# 40 GiB free, for weights, runs and gpu-check.json; without it, a temporary one that is removed.
+# 60 GiB free, for weights, runs and gpu-check.json; without it, a temporary one that is removed.
 # The last line that is printed is the table as JSON. LETHE_GPU_SECONDS: the limit of the whole check, 480.
 set -euo pipefail
 

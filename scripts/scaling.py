@@ -2,7 +2,7 @@
 
     python scripts/scaling.py
 
-A table stands between two comments, `<!-- table NAME -->` and `<!-- end -->`. tests/test_scaling.py compares the page with
+A table stands between two comments, `<!-- table NAME -->` and `<!-- end -->`. tests/test_memory.py compares the page with
 what this program would write, so that it cannot become outdated.
 """
 
@@ -110,7 +110,7 @@ def disk_table() -> str:
 
 def copies_table() -> str:
     """The 7B recipe with three whole models in memory, and as Lethe holds them."""
-    lines = [["part", "three copies, GiB", "Lethe, live, GiB"]]
+    lines = [["part", "three copies, GiB", "Lethe, `teacher_cache: live`, GiB"]]
     found = planned("7B", "LoRA", 1)[1]
     before, now = three_copies(found), found.phases["training"]
     for part in before:

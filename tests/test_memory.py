@@ -138,6 +138,11 @@ def test_fsdp_divides_weights_gradients_and_optimizer_and_ddp_does_not():
     gathered = 2 * phases.shapes.plain_block + phases.shapes.plain_outside
     assert fsdp["teachers"] == one["teachers"] // 4 and ddp["teachers"] == fsdp["teachers"] + gathered
     assert ddp["buckets"] == one["gradients"] and "gathered" in fsdp
+    lora = Phases(recipe(lora=LoraSettings(r=4)), lambda: on_meta(GPTNeoXConfig(**SMALL), torch.float32), Load(64, {}))
+    one, fsdp = (lora.estimate(*how).phases["training"] for how in ((1, "ddp"), (4, "fsdp")))
+    adapters = lora.shapes.trained  # each device has them whole
+    assert fsdp["weights"] == (one["weights"] - adapters) // 4 + adapters
+    assert fsdp["optimizer"] == one["optimizer"] and fsdp["gradients"] == one["gradients"]
     small, large = Estimate({"training": {"weights": 5}}), Estimate({"training": {"weights": 15}})
     assert (choose_parallel(small, 10), choose_parallel(large, 10)) == ("ddp", "fsdp")
 

@@ -25,7 +25,7 @@ from lethe.objectives.losses import head_of
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import optimizers
-from lethe.training.check import refuse_sharded
+from lethe.training.check import refuse_8bit
 from lethe.training.saves import save_artifact
 from lethe.training.trainer import RunTrainer, Sequences, keep_threads, weighted_means
 from lethe.unlearning.view import View
@@ -56,11 +56,10 @@ class TamperTrainer(RunTrainer):
 def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> Run:
     """Train on the attacker's text, and evaluate in between."""
     model: Any
+    refuse_8bit(config, distributed.world())
     sharded = divided(
         lambda: refs.outline(checked.model), config.parallel, LORA if config.lora or config.adapter == "train" else FULL
     )
-    if sharded:
-        refuse_sharded(config)
     model, tokenizer = refs.load(checked.model, "float32", sharded=sharded)
     refuse_unscorable(model, tokenizer, config.eval)
     if not isinstance(model, PeftModel):

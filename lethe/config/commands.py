@@ -70,14 +70,15 @@ class AffineScoreConfig(Settings):
 
 @dataclass
 class ResumeConfig(Settings):
-    """Resume an interrupted run of any kind; training continues from its last save, with a bit-identical result."""
+    """Resume an interrupted run of any kind. Training continues from its last save. On a CPU the result is bit-identical, with
+    the same number of processes and threads."""
 
     run: str
     """The run: its id, a part of its folder's name that fits only this run, or its folder."""
     out: str = "runs"
     """Another folder of runs to look in."""
     devices: Positive | None = None
-    """Number of processes to start on this machine, if it is another than before; null: as the run's settings say."""
+    """Number of processes to start on this machine; null: the run's own setting `devices`, or one if it has none."""
     trust_record: bool = False
     """true: run the shell lines and open the database that a sweep's record names, even if you started no sweep with them."""
 

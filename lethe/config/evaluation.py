@@ -79,10 +79,11 @@ class EvaluateConfig(TaskSettings):
     dtype: Dtype = "float32"
     """Type of the weights."""
     devices: Positive | None = None
-    """Number of processes to start on this machine, each with a GPU of its own if there are any; null: as many as were started,
-    one or those of torchrun. They share the questions."""
+    """Number of processes to start on this machine, each with a GPU of its own if there are any. Each scores a part of the
+    questions. null: one process, or those that torchrun, accelerate or Slurm started."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp: each process holds the whole model; fsdp: each holds a part of every weight; auto: ddp if that fits into memory."""
+    """ddp: each process holds the whole model; fsdp: each holds a shard of every weight; auto: ddp if the model fits into the
+    memory of one device, else fsdp."""
     time_limit: Amount = 0.0
     """Hours after which the run stops with status failed (0: no limit)."""
     out: str = "runs"

@@ -31,8 +31,8 @@ class SlurmSettings(Settings):
     nodes: Positive = 1
     """Machines per job."""
     devices: Count = 0
-    """Processes of a job on each node, each with a GPU of its own if the partition has GPUs. All of them work on one run, whose
-    update then has that many times as many documents. 0: one process, and no GPU is requested."""
+    """Processes of a job on each node, each with a GPU of its own if the partition has GPUs. All processes of a job work on one
+    run, so an update has nodes · devices times as many documents. 0: one process on each node, and no GPU is requested."""
     cpus: Positive | None = None
     """CPU cores per process."""
     memory: str | None = None

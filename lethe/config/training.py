@@ -79,7 +79,7 @@ class TrainingSettings(Settings):
     per_device_train_batch_size: Positive = 16
     """Documents (of each kind) in one forward pass on one device. More documents need more memory."""
     gradient_accumulation_steps: Positive = 1
-    """Forward passes in one optimizer update. The update has this many times more documents, at the same memory."""
+    """Forward passes in one optimizer update. The update has this many times as many documents, at the same memory."""
     lr: Annotated[float, above(0)] = 1e-3
     """Peak learning rate."""
     optimizer: OptimizerName = "adamw"
@@ -107,11 +107,11 @@ class TrainingSettings(Settings):
     on_divergence: Literal["stop", "finish"] = "stop"
     """stop: a diverged run ends with the weights of its last save; finish: training continues. Both have status `diverged`."""
     devices: Positive | None = None
-    """Number of processes to start on this machine, each with a GPU of its own if there are any; null: as many as were started,
-    one or those of torchrun. The update has this many times more documents."""
+    """Number of processes to start on this machine, each with a GPU of its own if there are any. An update then has this many
+    times as many documents. null: one process, or those that torchrun, accelerate or Slurm started."""
     parallel: Parallel = "auto"
-    """How several processes divide the work. ddp: each holds the whole model; fsdp: each holds a part of every weight, which
-    takes less memory and more communication; auto: ddp if that fits into memory."""
+    """How several processes divide the work. ddp: each holds the whole model; fsdp: each holds a shard of every weight, which
+    takes less memory and more communication; auto: ddp if the run fits into the memory of one device, else fsdp."""
     time_limit: Amount = 0.0
     """Hours after which the run saves and stops (0: no limit)."""
     report_to: list[str] = field(default_factory=list)

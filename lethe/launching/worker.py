@@ -30,6 +30,7 @@ from lethe.progress import quiet
 from lethe.runs import garbage
 from lethe.runs.locks import HeldError
 from lethe.runs.peers import DONE
+from lethe.runs.record import Status
 from lethe.runs.run import Run, Terminated, now
 from lethe.runs.slurm_jobs import current_job_id
 from lethe.runs.supervise import log_file
@@ -47,10 +48,10 @@ RENAMED = {"kept_threshold": "retained_threshold", "prune": "stop_early"}
 SECONDS_TO_NAME_JOB = 30
 
 
-def work(folders: Sequence[str | Path], job_id: str | None = None) -> bool:
-    """Resume each run that is not complete, in order, until one does not complete. Returns whether all are complete.
+def work(folders: Sequence[str | Path], job_id: str | None = None) -> Status | None:
+    """Resume each run that is not complete, in order, until one does not complete. Returns the status of the last one.
 
-    A run that is refused, or raises, is `failed` with its reason. Returns at once if another process works on one.
+    A run that is refused, or raises, is `failed` with its reason. Returns None at once if another process works on one.
     """
     for folder in folders:
         if distributed.from_first(lambda: Run.open(folder).status) == "complete":  # noqa: B023 (called at once)
@@ -59,17 +60,17 @@ def work(folders: Sequence[str | Path], job_id: str | None = None) -> bool:
         try:
             run.hold(job_id)
         except HeldError:
-            return False
+            return None
         try:
-            if not _complete(run, job_id):
-                return False
+            if (status := _finish(run, job_id)) != "complete":
+                return status
         finally:
             run.lock.release()
-    return True
+    return "complete"
 
 
-def _complete(run: Run, job_id: str | None) -> bool:
-    """Resume a run that this process holds. Returns whether it is complete.
+def _finish(run: Run, job_id: str | None) -> Status:
+    """Resume a run that this process holds. Returns its status then.
 
     Raises:
         Terminated: this process received a request to stop, but the run did not.
@@ -77,10 +78,10 @@ def _complete(run: Run, job_id: str | None) -> bool:
     if job_id is not None and run.record["job_id"] != job_id:
         run.update(job_id=job_id)
     if run.status == "complete":
-        return True
+        return run.status
     if request := distributed.from_first(run.asked_to_stop):
         run.update(status="cancelled", reason=request, finished=now())
-        return False
+        return run.status
     try:
         run = resume_run(run)
     except Terminated:
@@ -96,7 +97,7 @@ def _complete(run: Run, job_id: str | None) -> bool:
             reason = "another process of the run ended before it began; see log-rank*.txt and the logs of the job"
         # Written even if the run has recorded it: if the disk is full now, this raises, and the run counts as lost.
         run.update(**{} if ended else {"status": "failed", "reason": reason, "finished": now()})
-    return run.status == "complete"
+    return run.status
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Work:
         while Run.open(self.folders[0]).record["job_id"] != job_id and time.monotonic() < deadline:
             time.sleep(0.2)
         with trust_task_code(self.trusts):
-            if work(self.folders, job_id):
+            if work(self.folders, job_id) == "complete":
                 with contextlib.suppress(RuntimeError):  # of one that has failed
                     distributed.gather(None)  # when one task has ended, Slurm gives the others only some time
 
@@ -193,9 +194,11 @@ def one_of_several(folder: str, trusts: str) -> int:
     os.dup2(2, 1)
     try:
         with trust_task_code(trusts == "True"):
-            work([folder])
-            with contextlib.suppress(RuntimeError):
-                distributed.gather(None)  # the first has recorded how the run ended
+            if work([folder]) == "failed":  # perhaps in this process alone, so that the others are not waited for
+                distributed.has_last_word()
+            else:
+                with contextlib.suppress(RuntimeError):
+                    distributed.gather(None)  # the first has recorded how the run ended
     except Terminated:
         return 143
     except KeyboardInterrupt:  # at the keyboard, which the process that started this one reports

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lethe.distributed import device, from_first, world
-from lethe.errors import printable
+from lethe.errors import LetheError, printable
 from lethe.models.activations import blocks
 from lethe.models.folder import silent
 from lethe.runs.machine import available_memory
@@ -26,10 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 def pretrained(folder: Path, config: Any, dtype: torch.dtype, **how: Any) -> tuple[Any, dict[str, Any]]:
-    """The model in a folder, and the loading report of transformers. `how`: further settings of `from_pretrained`."""
+    """The model in a folder, and the loading report of transformers. `how`: further settings of `from_pretrained`.
+
+    Raises:
+        LetheError: the whole model is larger than the free memory of the GPU.
+    """
     from transformers import AutoModelForCausalLM
 
     if not how and device().type != "cpu":
+        needed = dtype.itemsize * sum(parameter.numel() for parameter in on_meta(config, dtype).parameters())
+        if needed > (free := available_memory()):
+            raise LetheError(
+                f"memory: the weights of '{folder}' take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of the GPU are "
+                f"free; use more GPUs (devices, with parallel fsdp), or a smaller dtype"
+            )
         how = {"device_map": {"": device()}}
     found: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **how

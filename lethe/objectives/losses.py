@@ -26,10 +26,10 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 Activations = dict[int, Float[Tensor, "batch seq hidden"]]
-CHUNK = 128
+CHUNK, GPU_CHUNK = 128, 512
 """Tokens of a chunk, or a sixth of all tokens if that is less. With fewer, matmuls with a large vocabulary lose speed."""
 PANEL = 2**20
-"""Weights of the output head that one matmul takes: faster than all at once with few tokens, and in less memory."""
+"""Weights of the output head that one matmul takes on a CPU: faster than all at once with few tokens, and in less memory."""
 PLAIN = 2**21
 """Up to this many logits, the plain form of a loss is faster, and is used."""
 LEAST = 2**18
@@ -189,7 +189,9 @@ def chunked_log_likelihood(
     def losses(states: Tensor, following: Tensor) -> Tensor:
         return torch_cross_entropy(wide(head(states)), following, reduction="none")
 
-    parts = [checkpoint(losses, states[part], following[part], use_reentrant=False) for part in slices(len(states), CHUNK)]
+    parts = [
+        checkpoint(losses, states[part], following[part], use_reentrant=False) for part in slices(len(states), _chunk(states))
+    ]
     found = wide(hidden.new_zeros(later.shape))
     return -found.masked_scatter(later.bool(), torch.cat(parts)).sum(-1) if parts else -found.sum(-1)
 
@@ -231,7 +233,7 @@ def _walk(
     of_hidden = torch.empty_like(hidden) if needed[0] else None
     of_weight = torch.zeros_like(weight, dtype=losses.dtype) if needed[1] else None
     of_bias = torch.zeros_like(bias, dtype=losses.dtype) if needed[2] else None  # type: ignore[arg-type]
-    for chunk in slices(count, max(LEAST // vocabulary, min(CHUNK, -(-count // 6)))):
+    for chunk in slices(count, max(LEAST // vocabulary, min(_chunk(hidden), -(-count // 6)))):
         logits, target = logits_of(hidden[chunk], weight, bias), target_of(chunk)
         for part in slices(len(logits), SLICE // vocabulary if logits.device.type == "cpu" else len(logits)):
             log_q = wide(logits[part]).log_softmax(-1)
@@ -251,7 +253,7 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """W h + b of some tokens, one panel of W after the other."""
     logits = hidden.new_empty(len(hidden), len(weight))
     bias = weight.new_zeros(len(weight)) if bias is None else bias  # with a bias, a matmul of few tokens uses the cores better
-    for panel in slices(len(weight), len(weight) if hidden.is_meta else PANEL // weight.shape[1]):
+    for panel in slices(len(weight), PANEL // weight.shape[1] if hidden.device.type == "cpu" else len(weight)):
         torch.addmm(bias[panel], hidden, weight[panel].T, out=logits[:, panel])
     return logits
 
@@ -261,6 +263,11 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:  # of half precision: summed in float32 over the chunks
         total += a @ b
+
+
+def _chunk(hidden: Tensor) -> int:
+    """Tokens of a chunk on this device; the meta device stands for a GPU."""
+    return CHUNK if hidden.device.type == "cpu" else GPU_CHUNK
 
 
 def slices(count: int, size: int) -> list[slice]:

@@ -126,15 +126,21 @@ def build_once(
             evict(folder.parent, room)
             return False
 
-        if distributed.from_first(prepare):
-            return load()
+        if not distributed.from_first(prepare):
+            try:
+                build(partial)
+                distributed.from_first(lambda: partial.rename(folder))
+            except OSError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        found, error = None, None
         try:
-            build(partial)
-            distributed.from_first(lambda: partial.rename(folder))
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        return load()
+            found = load()
+        except OSError as own:
+            error = own
+        if distributed.total([error is not None])[0]:
+            raise error or OSError("another process cannot read the cache; all machines must share $LETHE_HOME")
+        return found  # type: ignore[return-value]
 
 
 def identity(pid: int | None = None) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def available_memory() -> int:
     """Free memory in bytes for this process: of its GPU if there is one, else its share of the machine's."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
     return psutil.virtual_memory().available // distributed.local_world()
 
 

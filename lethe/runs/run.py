@@ -372,9 +372,10 @@ class Run:
         """Whether any of the run's processes has received a request to stop, which then is one to all of them."""
         if not self.peers:
             return bool(self.stopping)
-        if distributed.total([bool(self.stopping)])[0]:
-            self.stopping = next(filter(None, distributed.gather(self.stopping)))
-        return bool(self.stopping)
+        requests = distributed.gather(self.stopping)  # a request that comes after this is for the next time
+        if any(requests):
+            self.stopping = next(filter(None, requests))
+        return any(requests)
 
 
 _logged: set[str] = set()

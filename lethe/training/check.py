@@ -53,10 +53,10 @@ def refuse_rank(config: UnlearnSettings | TamperConfig, model: refs.ModelRef) ->
         )
 
 
-def refuse_sharded(config: UnlearnSettings | TamperConfig) -> None:
-    """Refuse an optimizer of all weights that was not tried on parts of them."""
-    if config.optimizer == "adamw_8bit" and config.lora is None:
-        raise LetheError("optimizer: adamw_8bit was not tried with fsdp on all weights; use adamw or muon, or parallel ddp")
+def refuse_8bit(config: UnlearnSettings | TamperConfig, devices: int) -> None:
+    """Refuse 8-bit AdamW of all weights on several devices: with ddp each rounds at random, with fsdp it was not tried."""
+    if devices > 1 and config.optimizer == "adamw_8bit" and config.lora is None:
+        raise LetheError("optimizer: adamw_8bit trains all weights on one device only; use adamw or muon with parallel fsdp")
 
 
 def refuse_unavailable(config: TrainingSettings) -> None:

@@ -20,7 +20,7 @@ from lethe.errors import LetheError
 from lethe.models import refs
 from lethe.runs.machine import available_memory
 from lethe.training.check import plan as training_plan
-from lethe.training.check import refuse_rank
+from lethe.training.check import refuse_8bit, refuse_rank
 from lethe.unlearning.check import refuse_types
 from lethe.unlearning.memory import Estimate, Load, Phases, choose_parallel, taken
 
@@ -39,6 +39,7 @@ def fit(config: Any) -> dict[str, Any]:
     refs.refuse_length(config.max_length, model)
     refuse_rank(config, model)
     refuse_types(config)
+    refuse_8bit(config, config.devices or 1)
     planned = training_plan(config, documents_of(config))
     on_gpu = torch.cuda.is_available() and config.device == "gpu"
     free = available_memory() if on_gpu else psutil.virtual_memory().available // (config.devices or 1)
@@ -163,12 +164,10 @@ class _Estimates:
             try:
                 changed = dataclasses.replace(config, **settings)
                 refuse_types(changed)
+                refuse_8bit(changed, count := change.get("devices", devices))
             except LetheError:  # it has no effect on this recipe, or is refused with it
                 continue
-            count = change.get("devices", devices)
             parallel, found = self.best(changed, count, memory)
-            if parallel == "fsdp" and changed.optimizer == "adamw_8bit" and changed.lora is None:
-                continue  # `refuse_sharded`
             said = {name: "r 16" if name == "lora" else value for name, value in change.items()}
             if tried and "devices" in change and tried[-1]["change"].keys() == change.keys():
                 tried.pop()  # fewer devices, which do not fit

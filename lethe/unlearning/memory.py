@@ -11,7 +11,7 @@ that is read. Teachers whose outputs are cached leave the memory before training
 
 With N processes, `ddp` holds the model N times, and a copy of the gradients for the all-reduce. `fsdp` shards weights,
 gradients and optimizer state: each device has 1/N of them, and the whole of two blocks and of what is outside the blocks.
-Teachers with weights of their own are sharded in both.
+Adapters are whole in both, with their gradients and optimizer state. Teachers with weights of their own are sharded in both.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ class Phases:
         """
         self.load = dataclasses.replace(self.load, processes=processes, parallel=parallel)
         self.shards = processes if parallel == "fsdp" else 1
+        self.trained_shards = self.shards if self.config.lora is None else 1
         with _simulated():
             phases = self._phases()
         count = sum(p.numel() for p in self.frozen.parameters())
@@ -187,8 +188,8 @@ class Phases:
                 "activations": self.passes.building,
             }
         phases["training"] = self._training()
-        state = self.passes.optimizer[0] // self.shards
-        gathered = 4 * self.shapes.largest if self.shards > 1 else 0
+        state = self.passes.optimizer[0] // self.trained_shards
+        gathered = 4 * self.shapes.largest if self.trained_shards > 1 else 0
         phases["saving"] = {"optimizer": state, "gathered": gathered, "teachers": self._teachers(self.live)}
         phases["evaluation"] = {"optimizer": state} | self._evaluation()
         return phases
@@ -196,9 +197,10 @@ class Phases:
     def _with_rest(self, phase: str, parts: Parts) -> Parts:
         """A phase with what every phase has. Parts of zero bytes are left out."""
         shapes, after = self.shapes, phase in {"training", "saving", "evaluation"}
+        adapters = shapes.trained if self.config.lora else 0
         found = {
             "libraries": CONTEXT if self.load.gpu else self.load.libraries + LATER,
-            "weights": shapes.weights // self.shards,
+            "weights": (shapes.weights - adapters) // self.shards + adapters,
             **{part: size for part, size in parts.items() if part != "heap"},
         }
         if after and not self.load.gpu:
@@ -210,27 +212,28 @@ class Phases:
 
     def _trial(self) -> Parts:
         """The batch before training, with live teachers. It moves float32 weights if there are two losses to compare."""
-        shapes, trained = self.shapes, self.shapes.trained // self.shards
+        shapes, shards = self.shapes, self.trained_shards
         compared = len(self.needs) == 2 and not self.config.rewind and shapes.trained == 4 * shapes.numbers
-        teachers = {"teachers": self._teachers(self.needs), "maps": self._map_bytes()}
-        return self.passes.update | teachers | {"gradients": trained, "copies": trained * compared}
+        passes = self.passes.trial if compared else self.passes.update
+        divided = {part: passes[part] // shards for part in ("gradients", "copies")}
+        return passes | divided | {"teachers": self._teachers(self.needs), "maps": self._map_bytes()}
 
     def _training(self) -> Parts:
         """The passes of an update, or the optimizer's step, if that takes more."""
         shapes = self.shapes
         state, temporaries = self.passes.optimizer
-        passes = self.passes.update | {"gradients": self.passes.update["gradients"] // self.shards}
-        step = {"gradients": shapes.trained // self.shards}
+        passes = self.passes.update | {"gradients": self.passes.update["gradients"] // self.trained_shards}
+        step = {"gradients": shapes.trained // self.trained_shards}
         peak = sum(size for part, size in passes.items() if part != "heap")
         stepping = step["gradients"] + temporaries > peak
         buckets = 0
         if self.load.processes > 1:
-            buckets = 2 * (shapes.trained_block + shapes.trained_outside) if self.shards > 1 else shapes.trained
+            buckets = 2 * (shapes.trained_block + shapes.trained_outside) if self.trained_shards > 1 else shapes.trained
         return {
             "teachers": self._teachers(self.live) + self._cached_heads(),
             "maps": self._map_bytes() if any(need.mapped for need in self.live.values()) else 0,
             **(step if stepping else passes),
-            "optimizer": state // self.shards + (temporaries if stepping else 0),
+            "optimizer": state // self.trained_shards + (temporaries if stepping else 0),
             "buckets": buckets,
         }
 

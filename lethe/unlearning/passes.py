@@ -56,30 +56,50 @@ class Passes:
     @functools.cached_property
     def update(self) -> dict[str, int]:
         """Gradients, activations and logits at the peak of an update's passes; `heap`: those in tensors below `HEAP`."""
-        config, student, vocabulary = self.config, self.student, self.text.vocab_size
-        shape = config.per_device_train_batch_size, self.width
-        if config.gradient_checkpointing:
+        return self._peak(min(2, self.config.gradient_accumulation_steps))
+
+    @functools.cached_property
+    def trial(self) -> dict[str, int]:
+        """The same of the batch before training, if it compares two losses; `copies`: weights that are moved in between."""
+        return self._peak(1, compares=True)
+
+    def _peak(self, batches: int, compares: bool = False) -> dict[str, int]:
+        student, vocabulary = self.student, self.text.vocab_size
+        if self.config.gradient_checkpointing:
             student.activation_checkpointing_enable()
         student.train()
-        with recording() as record, fast_passes(student, config.fast):
-            for _ in range(min(2, config.gradient_accumulation_steps)):
-                ids = torch.zeros(shape, dtype=torch.long, device=META)
-                for name, need in self.needs.items():
-                    loss, losses = config.loss(name, self._view(name, need, ids), Progress(0, 1, 1))
-                    loss.backward()
-                    del loss, losses
-                del ids
-        gradients = record.of(*(p.grad for p in student.parameters()))
+        copies, gradients = set(), set()
+        with recording() as record, fast_passes(student, self.config.fast):
+            if compares:
+                self._pass("forget")
+                gradients |= record.of(*(p.grad for p in student.parameters()))
+                before = [p.detach().clone() for p in student.parameters() if p.grad is not None]
+                copies = record.of(*before)
+                student.zero_grad()
+                self._pass("retain")
+                gradients |= record.of(*(p.grad for p in student.parameters()))
+                del before
+                student.zero_grad()
+            for _ in range(batches):
+                for name in self.needs:
+                    self._pass(name)
+        gradients |= record.of(*(p.grad for p in student.parameters()))
 
         def kind(number: int, size: int, shape: tuple[int, ...]) -> str:
             name = "gradients" if number in gradients else "logits" if shape[-1:] == (vocabulary,) else "activations"
+            name = "copies" if number in copies else name
             return name if size >= HEAP else f"small {name}"
 
         found = record.peak(kind)
         student.zero_grad()
-        names = ("gradients", "activations", "logits")
+        names = ("gradients", "activations", "logits", "copies")
         parts = {name: found.get(name, 0) + found.get(f"small {name}", 0) for name in names}
         return parts | {"heap": sum(size for name, size in found.items() if name.startswith("small"))}
+
+    def _pass(self, name: str) -> None:
+        """The loss of one text of a batch, and its gradient."""
+        ids = torch.zeros(self.config.per_device_train_batch_size, self.width, dtype=torch.long, device=META)
+        self.config.loss(name, self._view(name, self.needs[name], ids), Progress(0, 1, 1))[0].backward()
 
     @functools.cached_property
     def optimizer(self) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import optimizers
 from lethe.training.check import plan as training_plan
-from lethe.training.check import refuse_sharded
+from lethe.training.check import refuse_8bit
 from lethe.training.optimizers import needs_masters, newton_schulz_dtype
 from lethe.training.saves import save_artifact
 from lethe.training.trainer import Sequences
@@ -130,10 +130,9 @@ def prepare(run: Run, config: Method, checked: Checked, resumed: bool = False) -
 
 
 def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
+    refuse_8bit(config, distributed.world())
     libraries = memory.taken()
     planned, parallel = run.record.get("plan") or {}, parallel_of(config, checked.model)
-    if parallel == "fsdp" and distributed.world() > 1:
-        refuse_sharded(config)
     model, tokenizer = refs.load(checked.model, config.dtype, sharded=parallel == "fsdp")
     refuse_unscorable(model, tokenizer, config.eval)
     reference, source = _teacher_models(config, checked, new=not planned)
@@ -168,9 +167,9 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
         run, config, student.train(), tokenizer, dataset, config.eval,
         teachers=teachers, first_epoch_steps=plan["first_epoch_steps"], steps=plan["steps"],
     )  # fmt: skip
+    trainer.may_miss_gradients = distributed.world() > 1 and trainer.misses_gradients()
     made = Prepared(config, checked, trainer, tokenizer, reference, source)
     if planned:
-        trainer.may_miss_gradients = bool(planned["no_gradient"])
         division = {"devices": distributed.world(), "parallel": parallel}
         if division != {"devices": planned.get("devices", 1), "parallel": planned.get("parallel", parallel)}:
             parts, by_phase = _memory(made, run.record.get("teachers") or planned["teachers"], libraries)
@@ -179,7 +178,6 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
         memory.refuse_too_much(planned["memory"], memory.loaded(made))
         return made
     _describe(made, plan, libraries)
-    trainer.may_miss_gradients = bool(plan["no_gradient"])
     plan["maps"] = maps_plan
     warnings += optimizers.untouched(student, config, adapted_layers(config, student))
     run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})

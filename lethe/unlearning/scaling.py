@@ -4,13 +4,14 @@
     backward pass      = one more for inputs, and one more for weights if all weights are trained
     hours              = max(FLOPs / (devices · peak · utilisation), bytes sent by one device / bandwidth)
 
-The maximum assumes that devices compute while they send. Traffic of one update, with N devices, W bytes of weights and G bytes
-of gradients:
+The maximum assumes that devices compute while they send. Bytes that one device sends in an update, with N devices:
 
-    ddp    all-reduce of the gradients                             2 G (N − 1) / N
-    fsdp   in each batch, for each text: weights are gathered      (2 W + G) (N − 1) / N
-           forward and backward, gradients are reduced
-           in each batch: the weights of teachers that run live    W (N − 1) / N
+    ddp           (2 G + A T) (N − 1) / N             all-reduce of the gradients; passes of teachers gather their weights
+    fsdp          A (K (2 W + G) + T) (N − 1) / N     weights are gathered forward and backward, gradients are reduced
+    fsdp, LoRA    (2 G + A (2 K W + T)) (N − 1) / N   frozen weights are gathered; adapters are averaged as in ddp
+
+G: bytes of gradients. W: bytes of the sharded weights. T: bytes of the teachers that run live and are models of their own;
+under fsdp with LoRA also the reference. A: batches of one device in an update. K: texts in a batch.
 """
 
 from __future__ import annotations
@@ -89,11 +90,12 @@ def _traffic(config: Method, phases: Phases, processes: int, parallel: str, batc
     """Bytes that one device sends in an update of so many batches."""
     shapes, texts = phases.shapes, len(config.needs())
     share = (processes - 1) / processes
-    teachers = phases.gathered_by_teachers(parallel)
-    if parallel == "ddp":
-        return round(share * (2 * shapes.trained + batches * teachers))
-    gathered = 2 * texts * shapes.weights + teachers
-    return round(batches * share * (gathered + texts * shapes.trained))
+    gathered = phases.gathered_by_teachers(parallel)
+    if parallel == "fsdp" and config.lora:
+        gathered += 2 * texts * (shapes.weights - shapes.trained)
+    elif parallel == "fsdp":
+        return round(batches * share * (texts * (2 * shapes.weights + shapes.trained) + gathered))
+    return round(share * (2 * shapes.trained + batches * gathered))
 
 
 def _update_flops(config: Method, phases: Phases, name: str, need: Need) -> float:
