@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -117,6 +119,8 @@ def start() -> None:
         if count == 1:  # each process sees its own GPU alone; transformers takes the one of this number
             os.environ["LOCAL_RANK"] = "0"
         torch.cuda.set_device(number if count > 1 else 0)
+    elif sys.platform == "linux":  # glibc would not give the memory of gathered weights back, several times a model
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
     if not dist.is_initialized():
         dist.init_process_group(backend(), timeout=timedelta(hours=HOURS))
         atexit.register(_leave)

@@ -190,6 +190,8 @@ class Phases:
         phases["training"] = self._training()
         state = self.passes.optimizer[0] // self.trained_shards
         gathered = 4 * self.shapes.largest if self.trained_shards > 1 else 0
+        if self.trained_shards > 1 and not self.load.gpu:  # in host memory, which rank 0 gathers a save in
+            gathered += self.shapes.trained + self.passes.optimizer[0]
         phases["saving"] = {"optimizer": state, "gathered": gathered, "teachers": self._teachers(self.live)}
         phases["evaluation"] = {"optimizer": state} | self._evaluation()
         return phases
