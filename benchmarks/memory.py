@@ -1,8 +1,10 @@
 """The estimate of peak memory beside the peak of the process, for recipes on one model.
 
-    python benchmarks/memory.py MODEL SOURCE [--width 64] [--batch 4] [--small]
+    python benchmarks/memory.py MODEL SOURCE [--width 64] [--batch 4] [--small] [--only full adamw live]
+    python benchmarks/memory.py MODEL SOURCE --small --only adamw live false --devices 2 --parallel fsdp
 
-Each run is a process of its own with three updates. Its peak is VmHWM, which the run records as `environment.peak_memory`.
+Each run is a process of its own with three updates. Its peak is VmHWM, which the run records as `environment.peak_memory`; of
+several processes it is that of rank 0.
 """
 
 from __future__ import annotations
@@ -43,13 +45,19 @@ def main() -> None:
     parser.add_argument("--batch", default="4", help="documents in a batch")
     parser.add_argument("--layers", nargs="+", default=["0", "2", "4"])
     parser.add_argument("--small", action="store_true", help="fewer documents and questions, for a model that is slow")
+    parser.add_argument("--only", nargs="+", default=[], help="only rows that have all these words in their first columns")
+    parser.add_argument("--devices", default="1", help="processes of a run")
+    parser.add_argument("--parallel", default="auto", help="how they divide it: ddp or fsdp")
     given = parser.parse_args()
     documents, mapped, questions = ("16", "64", "4") if given.small else ("64", "400", "16")
     print("| recipe | optimizer | teachers | checkpointing | peak, MB | estimate / peak | phase | parts, MB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     axes = (("lora", "full"), ("adamw", "muon"), ("live", "cached"), ("false", "true"))
     for kind, optimizer, cache, again in itertools.product(*axes):
+        if not set(given.only) <= {kind, optimizer, cache, again}:
+            continue
         settings = {
+            "devices": given.devices, "parallel": given.parallel,
             "lora": LORA[kind][0], "optimizer": optimizer, "teacher_cache": cache, "gradient_checkpointing": again,
             "max_length": given.width, "per_device_train_batch_size": given.batch, "layers": f"[{', '.join(given.layers)}]",
             "num_train_examples": documents, "affine_examples": mapped, "eval.limit": questions, "lr": "1e-4",

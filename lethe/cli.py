@@ -253,7 +253,7 @@ def _check(settings: Check, as_json: bool) -> None:
     """Show the plan of a `lethe unlearn` run, or why it cannot work. No model is trained and no run is created.
 
     With `memory` or `devices`, the weights are not read: Lethe computes the memory that the run takes on each device from the
-    model's config.json. If it does not fit, the largest batch that does is printed, and the peak after each of several changes.
+    model's config.json, and prints the largest batch that fits. If the run does not fit, it tries several changes.
     """
     from lethe.report.tables import memory_tables, plan_table
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lethe.maps import affine, ridge
 from lethe.models import refs
 from lethe.progress import quiet
 from lethe.runs import peers
+from lethe.runs.locks import build_once
 from lethe.training.hf_trainer import HfTrainer
 from lethe.training.optimizers import orthogonalise
 from lethe.unlearning.frozen import Frozen
@@ -82,6 +84,18 @@ def values() -> None:
 
     def fail() -> None:
         raise ValueError(f"of rank {rank}")
+
+    def load() -> None:
+        if rank == world - 1:  # as on a machine that does not share the folder
+            raise FileNotFoundError("made up")
+
+    folder = Path(distributed.from_first(tempfile.mkdtemp)) / "cache"
+    try:
+        build_once(folder, lambda: False, lambda partial: distributed.from_first(partial.mkdir), load)
+    except OSError as error:
+        assert ("made up" if rank == world - 1 else "LETHE_HOME") in str(error)
+    else:
+        raise AssertionError
 
     for function, kind in ((refuse, LetheError), (fail, (ValueError, RuntimeError))):
         try:

@@ -180,6 +180,10 @@ def test_check_refuses_what_it_cannot_plan(shapes, capsys):
         (["--memory", "80 apples"], "memory: expected a size such as 80GiB, got '80 apples'"),
         (["--device", "cpu"], "device: cpu has no effect without memory or devices"),
         (["--memory", "1GiB", "--layers", "9"], "layers: 9 is out of range"),
+        (
+            "--layers 0 --max_length 64 --devices 2 --lora null --optimizer adamw_8bit --dtype float32".split(),
+            "adamw_8bit trains all weights on one device only",
+        ),
     ):
         assert main(["check", "--config", "deep-ignorance-7b/lora", "--model", str(shapes), *words]) == 2
         assert said in capsys.readouterr().err

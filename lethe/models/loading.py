@@ -87,7 +87,7 @@ def first_blocks(folder: Path, config: Any, dtype: torch.dtype, last: int, **how
             return None
         with silent():
             model, report = pretrained(folder, shorter, dtype, **how)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (LetheError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers refuses a configuration or its weights in many ways
         why = f"{type(error).__name__}: {printable(error, 200)}"
