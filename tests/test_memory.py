@@ -181,7 +181,20 @@ def test_check_refuses_what_it_cannot_plan(shapes, capsys):
         (["--device", "cpu"], "device: cpu has no effect without memory or devices"),
         (["--memory", "1GiB", "--layers", "9"], "layers: 9 is out of range"),
         (
-            "--layers 0 --max_length 64 --devices 2 --lora null --optimizer adamw_8bit --dtype float32".split(),
+            [
+                "--layers",
+                "0",
+                "--max_length",
+                "64",
+                "--devices",
+                "2",
+                "--lora",
+                "null",
+                "--optimizer",
+                "adamw_8bit",
+                "--dtype",
+                "float32",
+            ],
             "adamw_8bit trains all weights on one device only",
         ),
     ):
