@@ -82,8 +82,7 @@ def first_blocks(folder: Path, config: Any, dtype: torch.dtype, last: int, **how
             setattr(text, name, value[:count])
     text.num_hidden_layers = count
     try:
-        whole, part = (blocks(on_meta(each, dtype)) for each in (config, shorter))
-        if any(_built(a) != _built(b) for a, b in zip(whole, part, strict=False)):
+        if not _same_blocks(on_meta(config, dtype), on_meta(shorter, dtype)):
             return None
         with silent():
             model, report = pretrained(folder, shorter, dtype, **how)
@@ -109,6 +108,14 @@ def place(model: Any, last: int | None) -> None:
         head.to("meta")
     for block in blocks(model)[last + 1 :]:
         block.to("meta")
+
+
+def _same_blocks(whole: nn.Module, part: nn.Module) -> bool:
+    """Whether the blocks of `part` are built as the first ones of `whole`."""
+    try:
+        return all(_built(a) == _built(b) for a, b in zip(blocks(whole), blocks(part), strict=False))
+    except LetheError:  # another list of `part`, such as AltUp's projections in gemma3n, is as long as its blocks
+        return False
 
 
 def _built(block: nn.Module) -> list[Any]:
