@@ -25,6 +25,7 @@ from lethe.errors import LetheError
 from lethe.evaluation.tasks.consent import trust_task_code
 from lethe.methods.distill import Distill
 from lethe.methods.npo import NPO
+from lethe.methods.rmu import RMU
 from lethe.methods.transfer import Transfer
 from lethe.runs.finding import find_runs
 from lethe.runs.run import Run

@@ -232,11 +232,11 @@ def _control() -> Any:
 # Training
 
 
-def averaged(model: nn.Module, loss: Callable[..., Any], may_miss: bool) -> nn.Module | None:
+def averaged(model: nn.Module, loss: Callable[..., Any], may_miss: bool, later: bool) -> nn.Module | None:
     """A module that computes `loss(model, …)` and averages the gradients of `model` over the processes.
 
     None for one process. FSDP2 averages those of sharded parameters itself. `may_miss`: some parameters may get no gradient in
-    the pass that averages, the last one of a batch.
+    the pass that averages, the last one of a batch. `later`: gradients are added up after all passes, not by this module.
     """
     import torch
     from torch.nn.parallel import DistributedDataParallel
@@ -247,7 +247,7 @@ def averaged(model: nn.Module, loss: Callable[..., Any], may_miss: bool) -> nn.M
     module: Any = torch.nn.Module()
     module.model, module.forward = model, lambda *text: loss(model, *text)
     gathered_away(model)
-    if all(is_sharded(p) for p in model.parameters() if p.requires_grad):
+    if later or all(is_sharded(p) for p in model.parameters() if p.requires_grad):
         return module
     return DistributedDataParallel(module, init_sync=False, broadcast_buffers=False, find_unused_parameters=may_miss)
 

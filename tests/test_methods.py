@@ -14,7 +14,7 @@ import torch
 from lab_runs import settings
 from torch import Tensor
 
-from lethe import NPO, Distill, LoraSettings, Transfer, tamper, unlearn
+from lethe import NPO, RMU, Distill, LoraSettings, Transfer, tamper, unlearn
 from lethe.cli import main
 from lethe.config import EvalSettings, ResumeConfig, TamperConfig
 from lethe.config.parse import from_recipe
@@ -41,6 +41,7 @@ METHODS = {
     "transfer without maps": lambda **more: Transfer(source="s", layers=[1], affine="none", **more),
     "distill": lambda **more: Distill(source="s", layers=[0, 1], **more),
     "npo": lambda **more: NPO(beta=0.7, layers=[0, 1], **more),
+    "rmu": lambda **more: RMU(layers=[2], steering=3.0, seed=5, **more),
 }
 
 
@@ -91,6 +92,12 @@ def by_formula(method: Any, models: dict[str, Any], progress: Progress) -> Tenso
     if isinstance(method, NPO):
         ratios = [likelihood("model", ids) - likelihood("reference", ids).detach() for ids in DOCUMENTS["forget"]]
         forget = sum(2 / method.beta * torch.log(1 + torch.exp(method.beta * ratio)) for ratio in ratios) / len(ratios)
+    elif isinstance(method, RMU):
+        torch.manual_seed(5)
+        u = torch.rand(32, dtype=torch.float64)
+        u = u / u.square().sum().sqrt()
+        rows = torch.cat([passed("model", ids)[0][2] for ids in DOCUMENTS["forget"]])
+        forget = sum(((row - 3 * u) ** 2).sum() / 32 for row in rows) / len(rows)
     elif isinstance(method, Distill):
         forget = kl("source", "forget")
     else:

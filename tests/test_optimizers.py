@@ -64,6 +64,24 @@ def test_its_adamw_is_torchs_adamw():
     torch.testing.assert_close(mine[0], other[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sgd_is_torchs_sgd_and_small_steps_of_bfloat16_weights_add_up(make_model, tmp_path, dtype):
+    model = AutoModelForCausalLM.from_pretrained(make_model("gpt2", tmp_path), dtype=dtype)
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, Transfer(source="x", optimizer="sgd", weight_decay=0.1, lr=1e-3))
+    assert {group["algorithm"] for group in optimizer.param_groups} == {"sgd"}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(50):
+        optimizer.step()
+    for name, p in model.named_parameters():
+        decay = 0.0 if name.endswith("bias") or ".ln_" in name else 0.1
+        expected = before[name]
+        for _ in range(50):
+            expected = expected * (1 - 1e-3 * decay) - 1e-3
+        torch.testing.assert_close(p.detach().float(), expected, rtol=0.004 if dtype == "bfloat16" else 1e-5, atol=2e-6)
+
+
 def test_orthogonalise_keeps_directions_and_evens_out_singular_values():
     matrix = torch.randn(20, 12, generator=torch.Generator().manual_seed(2))
     result = orthogonalise(matrix, torch.float32)

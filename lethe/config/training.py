@@ -9,7 +9,7 @@ from lethe.config.checks import Amount, Count, Fraction, Length, Positive, Seed,
 from lethe.errors import LetheError
 
 Parallel = Literal["auto", "ddp", "fsdp"]
-OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
+OptimizerName = Literal["adamw", "adamw_8bit", "muon", "sgd"]
 LAYERS = [0, 1, 2, 3, 4]
 UNLEARNED, MAPPED = 2048, 100_000
 """How many documents unlearning (per kind) and a fit of affine maps use at most if no number is given."""
@@ -83,8 +83,9 @@ class TrainingSettings(Settings):
     lr: Annotated[float, above(0)] = 1e-3
     """Peak learning rate."""
     optimizer: OptimizerName = "adamw"
-    """muon: Muon for hidden matrices, AdamW for the rest; adamw_8bit: AdamW with 8-bit state (torchao or bitsandbytes).
-    When all weights are trained in bfloat16, adamw_8bit needs torchao, which rounds at random."""
+    """muon: Muon for hidden matrices, AdamW for the rest; sgd: lr times the gradient, without momentum; adamw_8bit: AdamW with
+    8-bit state (torchao or bitsandbytes). When all weights are trained in bfloat16, adamw_8bit needs torchao, which rounds at
+    random."""
     newton_schulz_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matmuls in Muon's Newton-Schulz iteration; auto: bfloat16 on a GPU, float32 on a CPU."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"

@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Count, Dtype, Layers, Memory, RunName, Settings, must_be
+from lethe.config.checks import Count, Dtype, Layers, Memory, RunName, Settings, above, must_be
 from lethe.config.evaluation import EvalSettings
 from lethe.config.training import LoraSettings, Text, Texts, TrainingSettings
 from lethe.errors import LetheError
+
+
+@dataclass
+class SamSettings(Settings):
+    """Sharpness-aware minimisation of the forget loss (Fan et al., https://arxiv.org/abs/2502.05374)."""
+
+    rho: Annotated[float, above(0)] = 0.01
+    """How far the weights move up the forget loss before its gradient is taken, as a norm over all trained weights. A higher
+    value makes forgetting hold over a wider region."""
 
 
 @dataclass
@@ -36,6 +45,11 @@ class UnlearnSettings(TrainingSettings):
     """Train LoRA adapters, which are saved without the model; null: train all weights."""
     merge: bool = False
     """Merge the adapters into the model at the end and save the whole model."""
+    sam: SamSettings | None = None
+    """Take the forget gradient at nearby weights where the forget loss is higher, such as {rho: 0.01}; null: at the weights. It
+    costs one more pass over the forget text."""
+    same_sign: bool = False
+    """Of the forget gradient, use only the entries that have the sign of the retain gradient."""
     dtype: Dtype = "float32"
     """Type of the model's weights."""
     teacher_dtype: Dtype | None = None
@@ -54,6 +68,10 @@ class UnlearnSettings(TrainingSettings):
         super().__post_init__()
         if self.retain == []:
             raise LetheError("retain: name at least one text")
+        if self.sam and self.dtype == "bfloat16" and self.lora is None:
+            raise LetheError(
+                "sam: rounding of bfloat16 weights is larger than its moves; set dtype to float32, or train adapters"
+            )
         self.refuse_idle("merge", when=self.lora is None, why="in full-rank training (lora: null), where there is no adapter")
 
     @property

@@ -28,6 +28,7 @@ from lethe.errors import LetheError, nearest, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lethe.unlearning.update import Gradient, Update
     from lethe.unlearning.view import View
 
 Losses = dict[str, "Tensor"]
@@ -63,6 +64,18 @@ class Maps:
     given: str | None = None
     documents: int = 0
     convention: Literal["auto", "block_output", "hidden_states"] = "auto"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Which weights a method trains, or which get adapters.
+
+    `matrices`: all weights; mlp: the matrices of the MLPs; mlp_in, mlp_out: those that read, or write, the residual stream.
+    `blocks`: of these blocks; None: of all.
+    """
+
+    matrices: Literal["all", "mlp", "mlp_in", "mlp_out"] = "all"
+    blocks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,11 @@ class Method(UnlearnSettings):
         no_teacher = not any(need.teacher for need in needs.values())
         self.refuse_idle("teacher_cache", when=no_teacher, why="on a recipe whose losses use no teacher")
         self.refuse_idle("layers", when=not self.reads_layers, why="without adapters")
+        if self.lora and self.lora.targets != "all" and self.trained.matrices != "all":
+            raise LetheError(f"lora.targets: {own} adapts matrices of the MLPs of its own choice; leave it out")
+        self.refuse_idle("sam", "same_sign", when=self.is_procedure, why=f"with method {own}, which computes its own gradient")
+        for setting, text in (("sam", "forget"), ("same_sign", "forget"), ("same_sign", "retain")):
+            self.refuse_idle(setting, when=text not in needs, why=f"on a recipe without a {text} loss")
 
     def needs(self) -> dict[str, Need]:
         """By text, `forget` or `retain`, what the loss reads; a text that it does not read is left out.
@@ -119,6 +137,23 @@ class Method(UnlearnSettings):
         """
         raise NotImplementedError
 
+    def gradient(self, update: Update) -> Gradient:
+        """The gradient that an optimizer update steps with, by parameter. Only a procedure defines it.
+
+        Every other method steps with the gradient of the sum of its losses, or with what `sam` and `same_sign` make of it.
+        """
+        raise NotImplementedError
+
+    @property
+    def is_procedure(self) -> bool:
+        """Whether the method computes the gradient of an update itself."""
+        return type(self).gradient is not Method.gradient
+
+    @property
+    def by_update(self) -> bool:
+        """Whether a step needs more than the gradient of the summed loss."""
+        return self.is_procedure or self.sam is not None or self.same_sign
+
     def coefficients(self, progress: Progress) -> dict[str, float]:
         """Coefficients that change during a run, by the name of their setting, for the log and the plan."""
         return {}
@@ -126,6 +161,11 @@ class Method(UnlearnSettings):
     def warnings(self, plan: dict[str, Any]) -> list[str]:
         """Warnings for the plan of a run, about settings that may be a mistake."""
         return []
+
+    @property
+    def trained(self) -> Trained:
+        """The weights that the method trains."""
+        return Trained()
 
     @property
     def maps(self) -> Maps | None:
@@ -303,6 +343,15 @@ class ForgetAndRetain(Method):
         return dict(zip(("remove_coef", "retain_coef"), self.weights(progress), strict=True))
 
     def warnings(self, plan: dict[str, Any]) -> list[str]:
+        found = []
+        if self.same_sign and self.retain_loss != "ce" and not self.rewind:
+            found.append(
+                f"same_sign: the gradient of retain_loss {self.retain_loss} is 0 at the start, so that the signs of the first "
+                f"update are those of rounding; retain_loss ce has signs from the start"
+            )
+        return found + self._schedule_warnings(plan)
+
+    def _schedule_warnings(self, plan: dict[str, Any]) -> list[str]:
         if self.schedule == "constant" or plan["steps"] >= plan["first_epoch_steps"]:
             return []
         end = self.weights(Progress(plan["steps"] - 1, plan["first_epoch_steps"], plan["steps"]))[1]

@@ -15,13 +15,15 @@ from lethe import distributed
 from lethe.config import LoraSettings
 from lethe.errors import LetheError, printable
 from lethe.models.activations import blocks
-from lethe.models.experts import plain_linear, routers
+from lethe.models.experts import fused, plain_linear, routers
 
 
-def add_adapters(model: PreTrainedModel, lora: LoraSettings, layers: list[int], seed: int) -> nn.Module:
+def add_adapters(
+    model: PreTrainedModel, lora: LoraSettings, layers: list[int], seed: int, names: list[str] | None = None
+) -> nn.Module:
     """Put LoRA on the linear layers of the blocks up to the last of `layers`, with initial weights from `seed`.
 
-    Later blocks get none, since the forget loss has no gradient there.
+    Later blocks get none, since the forget loss has no gradient there. `names`: put it on these linear layers instead.
 
     Raises:
         LetheError: there is no layer to adapt, or PEFT does not adapt this architecture.
@@ -32,7 +34,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings, layers: list[int], 
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=linear_layers(model, max(layers), lora.targets),
+        target_modules=linear_layers(model, max(layers), lora.targets) if names is None else names,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
         task_type="CAUSAL_LM",
     )
@@ -111,6 +113,36 @@ def linear_layers(model: nn.Module, last: int, targets: str = "all") -> list[str
     if not names:
         raise LetheError(f"lora.targets: {type(model).__name__} has no linear layer of kind {targets} to adapt; use all")
     return names
+
+
+def mlp_matrices(model: nn.Module, which: str, numbers: tuple[int, ...] | None = None) -> list[str]:
+    """Full names of linear layers of the MLPs. `which`: mlp, mlp_in (they read the residual stream) or mlp_out (they write it).
+
+    `numbers`: of these blocks; None: of all. An MLP writes with its last linear layer.
+
+    Raises:
+        LetheError: the MLP of a block is a mixture of experts, or has no such layer.
+    """
+    config: Any = model.config
+    width = config.get_text_config().hidden_size
+    attention, no_target = _attention(model, len(blocks(model)) - 1), routers(model)
+    prefixes = {id(module): name for name, module in model.named_modules()}
+    found = []
+    for number, block in enumerate(blocks(model)):
+        if numbers is not None and number not in numbers:
+            continue
+        linear: list[Any] = [m for m in block.modules() if plain_linear(m) and id(m) not in attention | no_target]
+        shapes = [tuple(m.weight.shape) if isinstance(m, Conv1D) else tuple(reversed(m.weight.shape)) for m in linear]
+        writing = linear[-1:] if shapes and shapes[-1][1] == width else []
+        reading = [m for m, shape in zip(linear, shapes, strict=True) if shape[0] == width and m not in writing]
+        if not writing or not reading or any(fused(m) for m in block.modules()) or len(linear) > len(reading) + len(writing):
+            raise LetheError(
+                f"method: it trains the matrices of plain MLPs, and block {number} of {type(model).__name__} has another kind "
+                f"(such as experts); use a method that trains all weights, such as npo"
+            )
+        chosen = {"mlp": reading + writing, "mlp_in": reading, "mlp_out": writing}[which]
+        found += [prefixes[id(module)] for module in chosen]
+    return found
 
 
 def left_out(model: nn.Module, lora: LoraSettings, layers: list[int]) -> float:

@@ -41,6 +41,8 @@ class HfTrainer(Trainer):
     steps with.
     """
 
+    by_update = False
+    """Whether `update` computes the gradient of a whole update, in place of one pass after the other over each batch."""
     may_miss_gradients = False
     """Whether some trained parameters may get no gradient from the last text of a batch. Several processes have to know."""
 
@@ -49,6 +51,8 @@ class HfTrainer(Trainer):
         self.order = Order(len(data), config, planned_batch(run))
         self.tokens: dict[str, int] = {}
         self.documents_in_update: dict[str, int] = {}
+        self.batches: list[Any] = []
+        self.state_of_method: dict[str, dict[str, Tensor]] = {}
         self.learning_rates: dict[str, float] = {}
         distributed.start()
         super().__init__(model, _arguments(run, config, self.order), data_collator=collate, train_dataset=data)
@@ -80,6 +84,10 @@ class HfTrainer(Trainer):
         """The loss of one text of a batch and its parts by name: this batch's part of means over the update."""
         raise NotImplementedError
 
+    def update(self, batches: list[Any]) -> Tensor:
+        """Give the trained parameters the gradient of a whole update. Returns what `training_step` returns."""
+        raise NotImplementedError
+
     def book(self, inputs: dict[str, Text], **losses: Tensor | float) -> None:
         """Add a batch's documents, and its part of the update's losses, to the log of this update."""
         raise NotImplementedError
@@ -91,6 +99,9 @@ class HfTrainer(Trainer):
         A batch of no documents, of a process that has fewer than others, is a pass whose loss does not count.
         """
         model.train()
+        if self.by_update:
+            last = inputs is self.batches[-1]
+            return self.update(self.batches) if last else torch.zeros((), device=distributed.device())
         batch: dict[str, Any] = self._prepare_inputs(inputs)
         total: Any = 0.0
         factor = 0 if isinstance(inputs, Filler) else distributed.world()
@@ -117,7 +128,7 @@ class HfTrainer(Trainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """The model, inside a module that averages gradients if there are several processes."""
-        return distributed.averaged(self.model, self.loss, self.may_miss_gradients) or model  # type: ignore[arg-type]
+        return distributed.averaged(self.model, self.loss, self.may_miss_gradients, self.by_update) or model  # type: ignore[arg-type]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the whole gradient. With sharded parameters, Trainer's is not a number yet."""
@@ -128,6 +139,7 @@ class HfTrainer(Trainer):
     ) -> tuple[list[dict[str, Text]], Any]:
         """The batches of one update. Counts their tokens first, because the loss is a mean over all tokens of the update."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.batches = batches
         names, real = list(batches[0] if batches else {}), [b for b in batches if not isinstance(b, Filler)]
         tokens = [sum(int(b[name]["mask"].sum()) for b in real) for name in names]
         counts = list(map(int, distributed.total(tokens + [sum(len(b[name]["mask"]) for b in real) for name in names])))
@@ -153,7 +165,7 @@ class HfTrainer(Trainer):
         broken = [not distributed.own(p).isfinite().all() for p in saves.trained(self.model).values()]  # type: ignore[arg-type]
         if not ending and not distributed.total([any(broken)])[0]:
             parts = (self.model, self.optimizer, self.lr_scheduler, self.state)
-            saves.write(self.run.path / "saves", self.state.global_step, *parts, every=self.config.save_every)  # type: ignore[arg-type]
+            saves.write(self.run.path / "saves", self.state.global_step, *parts, self.state_of_method, self.config.save_every)  # type: ignore[arg-type]
             self.run.beat()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -164,6 +176,7 @@ class HfTrainer(Trainer):
         """Load the optimizer's state of a Lethe save, whose files have other names."""
         if checkpoint is not None:
             saves.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+            self.state_of_method = saves.load_state(Path(checkpoint), self.model)  # type: ignore[arg-type]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load the random state of a Lethe save, so that the resumed run is bit-identical."""

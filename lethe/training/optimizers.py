@@ -1,9 +1,9 @@
 """Optimizers, and which one trains each parameter.
 
-`adamw` and `adamw_8bit` train all parameters. `muon` trains the hidden matrices: the linear layers inside the blocks, fused QKV
-and MLP too, and the two matrices of a LoRA adapter. Embeddings, output head, norms, biases, routers and the three-dimensional
-tensors of experts are then trained by AdamW. The module that holds a parameter decides its route. Its size does not, because
-fused QKV and MLP matrices are as large as some embeddings.
+`adamw`, `adamw_8bit` and `sgd` train all parameters. `muon` trains the hidden matrices: the linear layers inside the blocks,
+fused QKV and MLP too, and the two matrices of a LoRA adapter. Embeddings, output head, norms, biases, routers and the
+three-dimensional tensors of experts are then trained by AdamW. The module that holds a parameter decides its route. Its size
+does not, because fused QKV and MLP matrices are as large as some embeddings.
 
 model -> routes -> parameter groups -> one torch Optimizer        routes -> what the plan says is trained
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lethe import distributed
@@ -40,7 +40,7 @@ MOMENTUM = 0.95
 BETAS, EPS = (0.9, 0.999), 1e-8
 SHARE = 0.01
 """The plan has a warning if at least this share of the blocks' weights has no adapter, or is left to AdamW."""
-STATE_BYTES: dict[OptimizerName, int] = {"adamw": 8, "muon": 4, "adamw_8bit": 2}
+STATE_BYTES: dict[OptimizerName, int] = {"adamw": 8, "muon": 4, "adamw_8bit": 2, "sgd": 0}
 """Bytes of state that each optimizer stores per trained parameter."""
 
 
@@ -69,7 +69,7 @@ def routes(model: nn.Module, optimizer: OptimizerName) -> list[Route]:
                 role = _role(module, short.rsplit(".", 1)[-1], parameter, id(module) in inside, module is head)
                 if role == "matrix" and (id(module) in no_matrix or not plain_linear(module)):
                     role = "router"
-                algorithm = "muon" if optimizer == "muon" and role == "matrix" else "adamw"
+                algorithm = "sgd" if optimizer == "sgd" else "muon" if optimizer == "muon" and role == "matrix" else "adamw"
                 found.append(Route(short, role, algorithm, tuple(parameter.shape), isinstance(module, Conv1D)))
     return found
 
@@ -140,6 +140,8 @@ def make_optimizer(model: nn.Module, config: TrainingSettings) -> Optimizer:
     listed = list(groups.values())
     if config.optimizer == "muon" or needs_masters(model, config.optimizer):
         return Muon(listed, lr=config.lr, newton_schulz_dtype=newton_schulz_dtype(config.newton_schulz_dtype))
+    if config.optimizer == "sgd":
+        return SGD(listed, lr=config.lr)
     if config.optimizer == "adamw_8bit":
         return eight_bit_adamw()(listed, lr=config.lr, betas=BETAS, eps=EPS)
     return AdamW(listed, lr=config.lr, betas=BETAS, eps=EPS, fused=True)  # unfused: a dozen calls per adapter
@@ -169,7 +171,7 @@ def eight_bit_adamw() -> Callable[..., Optimizer]:
 
 
 class Muon(Optimizer):
-    """Muon for groups whose `algorithm` is `muon`, AdamW for those whose `algorithm` is `adamw`.
+    """Muon for groups whose `algorithm` is `muon`, AdamW or SGD for those whose `algorithm` is `adamw` or `sgd`.
 
     Muon (https://kellerjordan.github.io/posts/muon/): the update is Nesterov momentum, orthogonalised by five
     Newton–Schulz steps and scaled by √max(1, outputs / inputs) of the matrix. `transposed` groups have matrices of
@@ -208,6 +210,8 @@ class Muon(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 buffer = distributed.own(state["momentum_buffer"]).lerp_(gradient, 1 - MOMENTUM)
                 updates.append(torch.lerp(gradient, buffer, MOMENTUM))
+            elif group["algorithm"] == "sgd":
+                mine.sub_(gradient, alpha=group["lr"])
             else:
                 self._adamw(weight, gradient, state, group)
         whole = distributed.orthogonal_updates(

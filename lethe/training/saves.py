@@ -2,7 +2,7 @@
 
     saves/begin.safetensors                 the trained parameters before the first update, until the first planned save
     saves/step-100/   weights.safetensors   those after it, under the names that they have in memory
-                      optimizer.pt, scheduler.pt, random.pt, trainer_state.json
+                      optimizer.pt, scheduler.pt, random.pt, trainer_state.json; method.pt, if the method has state
                       manifest.json         size and SHA-256 of each, written last
 
 A save is written into a folder of another name, synced and renamed. It counts only if every file is as its manifest says. So a
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 KEPT = 2
 BEGIN = "begin.safetensors"
 MANIFEST = "manifest.json"
+METHOD = "method.pt"
+"""What the method remembers from one update to the next; only of methods that do."""
 FILES = ("weights.safetensors", "optimizer.pt", "scheduler.pt", "random.pt", "trainer_state.json")
 
 
@@ -61,31 +63,38 @@ def _begin(folder: Path, weights: dict[str, torch.Tensor]) -> None:
         ) from error
 
 
-def write(folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: Any, state: Any, every: int = 0) -> Path:
-    """Save a training at `step` under `folder`.
+def write(
+    folder: Path, step: int, model: nn.Module, optimizer: Any, scheduler: Any, state: Any, method: Any = None, every: int = 0
+) -> Path:
+    """Save a training at `step` under `folder`. `method`: what the method remembers, by name and parameter.
 
     All but the newest two saves, and the newest planned one (at a multiple of `every` updates), are removed afterwards.
 
     Raises:
         LetheError: it cannot be written; earlier saves are intact.
     """
-    weights, moments = _whole(trained(model)), _whole(optimizer.state_dict())
     draws = distributed.gather(random_state())
-    return distributed.from_first(lambda: _write(folder, step, weights, moments, scheduler.state_dict(), draws, state, every))
+    tensors = {
+        "optimizer.pt": _whole(optimizer.state_dict()),
+        "scheduler.pt": scheduler.state_dict(),
+        "random.pt": draws[0] | ({"others": draws[1:]} if draws[1:] else {}),
+    } | ({METHOD: _whole(method)} if method else {})
+    weights = _whole(trained(model))
+    return distributed.from_first(lambda: _write(folder, step, weights, tensors, state, every))
 
 
-def _write(folder: Path, step: int, weights: Any, moments: Any, schedule: Any, draws: Any, state: Any, every: int) -> Path:
+def _write(folder: Path, step: int, weights: Any, tensors: dict[str, Any], state: Any, every: int) -> Path:
     final, temporary = folder / f"step-{step}", folder / f".step-{step}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         save_file(weights, temporary / "weights.safetensors")
-        torch.save(moments, temporary / "optimizer.pt")
-        torch.save(schedule, temporary / "scheduler.pt")
-        torch.save(draws[0] | ({"others": draws[1:]} if draws[1:] else {}), temporary / "random.pt")
+        for name, value in tensors.items():
+            torch.save(value, temporary / name)
         state.save_to_json(str(temporary / "trainer_state.json"))
-        facts = {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in FILES}
+        names = dict.fromkeys((*FILES, *tensors))
+        facts = {name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in names}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": facts}, indent=2))
-        for name in (*FILES, MANIFEST):
+        for name in (*names, MANIFEST):
             _sync(temporary / name)
         shutil.rmtree(final, ignore_errors=True)  # left over from before a resume
         temporary.rename(final)
@@ -177,6 +186,18 @@ def load_optimizer(save: Path, optimizer: Any, scheduler: Any) -> None:
                 state[name] = distributed.put(value, parameters[number])
     optimizer.load_state_dict(saved)
     scheduler.load_state_dict(torch.load(save / "scheduler.pt", weights_only=True))
+
+
+def load_state(save: Path, model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """What the method remembered at a save: tensors in the form of the parameters that they belong to."""
+    if not (save / METHOD).exists():
+        return {}
+    saved = torch.load(save / METHOD, weights_only=True)
+    parameters = dict(model.named_parameters())
+    return {
+        kind: {name: distributed.put(value.to(parameters[name].device), parameters[name]) for name, value in values.items()}
+        for kind, values in saved.items()
+    }
 
 
 def _whole(state: Any) -> Any:

@@ -183,7 +183,7 @@ def _changes(config: Any, devices: int) -> list[dict[str, Any]]:
         single.append({"gradient_checkpointing": True})
     if any(need.teacher for need in config.needs().values()) and not cached_texts(config):
         single.append({"teacher_cache": "cached"})
-    if config.optimizer != "adamw_8bit":
+    if config.optimizer in {"adamw", "muon"}:
         single.append({"optimizer": "adamw_8bit"})
     if config.lora is None:
         single.append({"lora": LoraSettings()})

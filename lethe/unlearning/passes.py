@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from lethe.config import AffineConfig
 from lethe.maps.affine import AffineMap
 from lethe.methods.method import Method, Need, Progress
-from lethe.models.activations import States, blocks, read
-from lethe.models.adapters import add_adapters
+from lethe.models.activations import States, read
 from lethe.training.merged_lora import fast_passes
 from lethe.training.optimizers import STATE_BYTES, make_optimizer, needs_masters
 from lethe.unlearning.changes import AGREEMENT_BATCH
-from lethe.unlearning.simulation import META, recording
+from lethe.unlearning.simulation import META, Record, recording
 from lethe.unlearning.teacher_cache import TOKENS
+from lethe.unlearning.trained import trainable
+from lethe.unlearning.update import Loss, Update, step_gradient
 from lethe.unlearning.view import View
 
 UNCAPPED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -80,9 +81,7 @@ class Passes:
                 gradients |= record.of(*(p.grad for p in student.parameters()))
                 del before
                 student.zero_grad()
-            for _ in range(batches):
-                for name in self.needs:
-                    self._pass(name)
+            gradients |= self._update(batches, record)
         gradients |= record.of(*(p.grad for p in student.parameters()))
 
         def kind(number: int, size: int, shape: tuple[int, ...]) -> str:
@@ -96,10 +95,30 @@ class Passes:
         parts = {name: found.get(name, 0) + found.get(f"small {name}", 0) for name in names}
         return parts | {"heap": sum(size for name, size in found.items() if name.startswith("small"))}
 
-    def _pass(self, name: str) -> None:
-        """The loss of one text of a batch, and its gradient."""
+    def _update(self, batches: int, record: Record) -> set[int]:
+        """The passes of an update of so many batches. Returns the numbers of the gradients between them."""
+        if not self.config.by_update:
+            for _ in range(batches):
+                for name in self.needs:
+                    self._pass(name)
+            return set()
+        gradients: set[int] = set()
+
+        def passes(name: str, loss: Loss | None) -> None:
+            for _ in range(batches):
+                self._pass(name, loss)
+            gradients.update(record.of(*(p.grad for p in parameters.values())))
+
+        parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+        for name, gradient in step_gradient(self.config, Update(parameters, passes, Progress(0, 1, 1))).items():
+            parameters[name].grad = gradient
+        return gradients
+
+    def _pass(self, name: str, loss: Loss | None = None) -> None:
+        """A loss of one text of a batch, by default the method's, and its gradient."""
         ids = torch.zeros(self.config.per_device_train_batch_size, self.width, dtype=torch.long, device=META)
-        self.config.loss(name, self._view(name, self.needs[name], ids), Progress(0, 1, 1))[0].backward()
+        loss = loss or (lambda view: self.config.loss(name, view, Progress(0, 1, 1)))
+        loss(self._view(name, self.needs[name], ids))[0].backward()  # without a name, the view is freed before
 
     @functools.cached_property
     def optimizer(self) -> tuple[int, int]:
@@ -186,11 +205,7 @@ class _Teacher:
 def student_of(config: Method, outline: Outline) -> Any:
     """The model that is trained, on the meta device, with adapters where the recipe has them."""
     with META:
-        model = outline()
-        if config.lora is None:
-            return model.requires_grad_(True)
-        layers = [len(blocks(model)) - 1] if config.layers is None else config.layers
-        return add_adapters(model, config.lora, layers, config.seed)
+        return trainable(config, outline())
 
 
 def _empty(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -21,10 +21,10 @@ from lethe import distributed
 from lethe.errors import LetheError, full_disk
 from lethe.evaluation.accuracy import refuse_unscorable
 from lethe.maps.affine import AffineMap
-from lethe.methods.method import Method
+from lethe.methods.method import Method, Trained
 from lethe.models import refs, streaming
 from lethe.models.activations import blocks, copied
-from lethe.models.adapters import add_adapters, without_adapters
+from lethe.models.adapters import without_adapters
 from lethe.models.architecture_check import refuse_unreadable, refuse_untrainable
 from lethe.runs.run import Run
 from lethe.text import corpora
@@ -39,6 +39,7 @@ from lethe.unlearning.check import Checked
 from lethe.unlearning.fit import parallel_of
 from lethe.unlearning.frozen import Frozen, WithoutAdapters
 from lethe.unlearning.probe import probe, warning
+from lethe.unlearning.trained import adapted_layers, trainable
 from lethe.unlearning.trainer import UnlearnTrainer
 from lethe.unlearning.view import Teacher
 
@@ -167,7 +168,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
         run, config, student.train(), tokenizer, dataset, config.eval,
         teachers=teachers, first_epoch_steps=plan["first_epoch_steps"], steps=plan["steps"],
     )  # fmt: skip
-    trainer.may_miss_gradients = distributed.world() > 1 and trainer.misses_gradients()
+    trainer.may_miss_gradients = distributed.world() > 1 and not trainer.by_update and trainer.misses_gradients()
     made = Prepared(config, checked, trainer, tokenizer, reference, source)
     if planned:
         division = {"devices": distributed.world(), "parallel": parallel}
@@ -179,7 +180,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
         return made
     _describe(made, plan, libraries)
     plan["maps"] = maps_plan
-    warnings += optimizers.untouched(student, config, adapted_layers(config, student))
+    warnings += optimizers.untouched(student, config, adapted_layers(config, student)) if config.trained == Trained() else []
     run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
     return made
 
@@ -234,16 +235,9 @@ def _student(
     distributed.gathered_away(model)
     if config.rewind and source is not None:
         rewind(model, source, config.rewind)
-    if config.lora is None:
-        return model.requires_grad_(True)
-    if config.rewind and not config.merge:
+    if config.lora and config.rewind and not config.merge:
         save_artifact(run, "base", model, tokenizer)
-    return add_adapters(model, config.lora, adapted_layers(config, model), config.seed)
-
-
-def adapted_layers(config: Method, model: nn.Module) -> list[int]:
-    """The layers that decide where adapters sit: on all blocks up to the last of them."""
-    return list(range(len(blocks(model)))) if config.layers is None else config.layers
+    return trainable(config, model)
 
 
 @torch.no_grad()

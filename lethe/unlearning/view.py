@@ -118,6 +118,15 @@ class View:
         """
         return losses.squared_distance(self.states.activations, self.target.activations, self.mask, self.tokens, self.variance)
 
+    def distance_to(self, vector: Float[Tensor, " hidden"]) -> Tensor:
+        """Mean over layers, tokens and dimensions of (h − vector)². Needs `layers`."""
+        targets = {n: vector.to(values.device, losses.wide(values).dtype) for n, values in self.states.activations.items()}
+        return losses.squared_distance(self.states.activations, targets, self.mask, self.tokens)
+
+    def activation(self, layer: int) -> Float[Tensor, "batch seq hidden"]:
+        """The model's activations at one layer. Needs it in `layers`."""
+        return declared(self.states.activations.get(layer), f"layer {layer}")
+
     def kl(self) -> Tensor:
         """KL(teacher ‖ model) of next-token distributions, a mean over tokens. Needs `teacher` and `logits`."""
         ours, theirs, head = self._output, declared(self.target.output, "logits"), declared(self.teacher, "teacher").head

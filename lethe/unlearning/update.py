@@ -1,0 +1,125 @@
+"""The gradient of one optimizer update, for methods and wrappers that need more than that of the summed loss.
+
+    Update.gradient("forget")    the gradient of the loss of one text, over all batches of the update
+    Update.moved(by)             inside, the weights are elsewhere
+    step_gradient(config, …)     what the optimizer steps with: a procedure's gradient, or forget and retain gradient combined
+
+A plain loss needs none of this: `HfTrainer.training_step` adds up its gradient batch by batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lethe.distributed import whole
+from lethe.methods.method import Losses, Method, Progress
+from lethe.unlearning.view import View
+
+Gradient = dict[str, Tensor]
+"""A tensor for each trained parameter that a loss reaches, by the parameter's name."""
+Loss = Callable[[View], tuple[Tensor, Losses]]
+
+
+@dataclass
+class Update:
+    """One optimizer update, as `Method.gradient` sees it.
+
+    `parameters` are the trained ones, by name. `passes(text, loss)` adds the gradient of a loss of one text to `.grad`, over
+    all batches of the update and all processes. `state` is what the method remembers from one update to the next: tensors in
+    the form of a parameter. Saves hold it.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    passes: Callable[[str, Loss | None], None]
+    progress: Progress
+    state: dict[str, Gradient] = field(default_factory=dict)
+
+    def gradient(self, text: str, loss: Loss | None = None) -> Gradient:
+        """The gradient of the loss of one text at the present weights.
+
+        `loss`: a function from the text's view to the loss and its parts for the log; None: the method's own.
+        """
+        self.clear()
+        self.passes(text, loss)
+        found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        self.clear()
+        return found
+
+    def clear(self) -> None:
+        """Forget the gradients that the parameters have."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    @contextlib.contextmanager
+    def moved(self, by: Gradient, scale: float = 1.0) -> Iterator[None]:
+        """Inside, the weights are θ + scale · by. Afterwards they are as they were, bit for bit."""
+        with self.restored(by):
+            self.add(by, scale)
+            yield
+
+    @contextlib.contextmanager
+    def restored(self, which: Gradient | None = None) -> Iterator[None]:
+        """Inside, weights may change. Afterwards they are as they were. `which`: names of those that change; None: all."""
+        before = {name: self.parameters[name].detach().clone() for name in which or self.parameters}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    self.parameters[name].copy_(value)
+
+    @torch.no_grad()
+    def add(self, change: Gradient, scale: float = 1.0) -> None:
+        """θ ← θ + scale · change."""
+        for name, value in change.items():
+            self.parameters[name].add_(value, alpha=scale)
+
+
+def norm(gradient: Gradient) -> float:
+    """The Euclidean norm of all entries together, those of all processes."""
+    squares = [whole(value.to(torch.promote_types(value.dtype, torch.float32)).square().sum()) for value in gradient.values()]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def step_gradient(config: Method, update: Update) -> Gradient:
+    """The gradient that the optimizer steps with."""
+    return config.gradient(update) if config.is_procedure else combined(config, update)
+
+
+def combined(config: Method, update: Update) -> Gradient:
+    """The sum of the forget gradient and of the retain gradient, with the wrappers that the settings name."""
+    forget = sharpness_aware(update, config.sam.rho) if config.sam else update.gradient("forget")
+    retain = update.gradient("retain") if "retain" in config.needs() else {}
+    if config.same_sign:
+        forget = agreeing(forget, retain)
+    return {
+        name: forget[name] + retain[name] if name in forget and name in retain else forget.get(name, retain.get(name))  # type: ignore[misc]
+        for name in update.parameters
+        if name in forget or name in retain
+    }
+
+
+def sharpness_aware(update: Update, rho: float) -> Gradient:
+    """The forget gradient at θ + ρ g / ‖g‖, with the forget gradient g at θ: where the forget loss is higher close by.
+
+    The norm is that of all trained parameters together. (Fan et al., https://arxiv.org/abs/2502.05374.)
+    """
+    gradient = update.gradient("forget")
+    size = norm(gradient)
+    if not size:
+        return gradient
+    with update.moved(gradient, rho / size):
+        return update.gradient("forget")
+
+
+def agreeing(forget: Gradient, retain: Gradient) -> Gradient:
+    """The forget gradient where it has the sign of the retain gradient, else 0."""
+    return {
+        name: torch.where(value.sign() == retain[name].sign(), value, 0) if name in retain else torch.zeros_like(value)
+        for name, value in forget.items()
+    }
