@@ -62,13 +62,20 @@ def recipes(out: Path) -> dict[str, Any]:
         "float64": recipe(out, **full, dtype="float64"),
         # the retain loss reads two blocks, so later weights get a gradient from the forget text alone
         "wrapped": NPO(**full | wrapped, per_device_train_batch_size=8, dtype="float64", eval=recipe(out).eval),
+        "adapters": NPO(
+            **short | wrapped,
+            per_device_train_batch_size=8,
+            lora=LoraSettings(dropout=0.0),
+            dtype="float64",
+            eval=recipe(out).eval,
+        ),
         "unread": NPO(**full, per_device_train_batch_size=8, retain_loss="mse", layers=[0, 1], eval=recipe(out).eval),
     }
 
 
 CASES = [(name, *how) for name in ("transfer", "adamw", "muon") for how in SEVERAL]
-CASES += [(name, *how) for name in ("npo", "float64", "wrapped", "unread") for how in SEVERAL[:2]]
-WHOLE = [(name, 1, "ddp") for name in ("transfer", "npo", "adamw", "muon", "float64", "wrapped", "unread")]
+CASES += [(name, *how) for name in ("npo", "float64", "wrapped", "adapters", "unread") for how in SEVERAL[:2]]
+WHOLE = [(name, 1, "ddp") for name in ("transfer", "npo", "adamw", "muon", "float64", "wrapped", "adapters", "unread")]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,7 @@ def test_losses_and_weights_are_those_of_one_process(runs, name, processes, para
     run, whole = runs[name, processes, parallel], runs[name, 1, "ddp"]
     assert run.status == whole.status == "complete" and len(run.rows("metrics.jsonl")) == 20
     assert_same_data(run, whole)
-    limit = 1e-9 if name in {"float64", "wrapped"} else 1e-5
+    limit = 1e-9 if name in {"float64", "wrapped", "adapters"} else 1e-5
     assert losses_apart(run, whole) < limit
     assert weights_apart(run, whole) < limit
     assert run.record["plan"]["effective_batch"] == whole.record["plan"]["effective_batch"] == 8

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,10 +26,12 @@ from lethe.config.unlearning import CheckSettings, UnlearnSettings
 from lethe.errors import LetheError, nearest, printable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lethe.unlearning.update import Gradient, Update
     from lethe.unlearning.view import View
+
+    Over = Callable[[str, dict[str, nn.Parameter], str], Iterator[Update]]
 
 Losses = dict[str, "Tensor"]
 DEFAULT = "transfer"
@@ -136,6 +138,14 @@ class Method(UnlearnSettings):
         are the batch's share of a mean over the whole optimizer update.
         """
         raise NotImplementedError
+
+    def begin(self, model: nn.Module, over: Over) -> dict[str, Tensor]:
+        """What the method computes once, before the first update, from the model and its texts: tensors by name.
+
+        `over(text, parameters, description)` goes once over a text and gives an `Update` for each group of documents. The run
+        keeps the result in the file `method.safetensors`. Updates and views have it as `given`.
+        """
+        return {}
 
     def gradient(self, update: Update) -> Gradient:
         """The gradient that an optimizer update steps with, by parameter. Only a procedure defines it.

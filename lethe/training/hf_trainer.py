@@ -119,12 +119,12 @@ class HfTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's batches. Trainer's own loader would repeat documents, so that all processes have equally many."""
-
-        def collate(items: list[Any]) -> Any:
-            return self.data_collator(items) if items else Filler(self.data_collator([self.train_dataset[0]]))  # type: ignore[index]
-
         pin = self.args.dataloader_pin_memory
-        return DataLoader(self.train_dataset, batch_sampler=self.order, collate_fn=collate, pin_memory=pin)  # type: ignore[arg-type]
+        return DataLoader(self.train_dataset, batch_sampler=self.order, collate_fn=self.collated, pin_memory=pin)  # type: ignore[arg-type]
+
+    def collated(self, items: list[Any]) -> Any:
+        """A batch of these documents of the training data; without any, one that does not count."""
+        return self.data_collator(items) if items else Filler(self.data_collator([self.train_dataset[0]]))  # type: ignore[index]
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """The model, inside a module that averages gradients if there are several processes."""
@@ -140,14 +140,18 @@ class HfTrainer(Trainer):
         """The batches of one update. Counts their tokens first, because the loss is a mean over all tokens of the update."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.batches = batches
+        self.count(batches)
+        # The scheduler changes the rates before Trainer logs the update.
+        self.learning_rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}  # type: ignore[union-attr]
+        return batches, count
+
+    def count(self, batches: list[Any]) -> None:
+        """Count the tokens and documents of an update, of all processes."""
         names, real = list(batches[0] if batches else {}), [b for b in batches if not isinstance(b, Filler)]
         tokens = [sum(int(b[name]["mask"].sum()) for b in real) for name in names]
         counts = list(map(int, distributed.total(tokens + [sum(len(b[name]["mask"]) for b in real) for name in names])))
         self.tokens = dict(zip(names, counts, strict=False))
         self.documents_in_update = dict(zip(names, counts[len(names) :], strict=True))
-        # The scheduler changes the rates before Trainer logs the update.
-        self.learning_rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}  # type: ignore[union-attr]
-        return batches, count
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train with fast passes. They end with the training, so that saving and evaluating afterwards use PEFT's code."""
@@ -227,11 +231,15 @@ class Order(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
-        for start in range(0, self.examples, self.effective_batch):
-            update = order[start : start + self.effective_batch]
+        for update in self.updates(order):
+            yield from update
+
+    def updates(self, documents: list[int]) -> Iterator[list[list[int]]]:
+        """Documents in their order, divided into updates: for each, the batches of this process."""
+        for start in range(0, len(documents), self.effective_batch):
+            update = documents[start : start + self.effective_batch]
             own = list(distributed.share(update))
-            for first in range(0, self._batches_of(len(update)) * self.size, self.size):
-                yield own[first : first + self.size]
+            yield [own[at : at + self.size] for at in range(0, self._batches_of(len(update)) * self.size, self.size)]
 
 
 def _arguments(run: Run, config: TrainingSettings, order: Order) -> TrainingArguments:

@@ -59,6 +59,7 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
         made.fit_maps(run)
         made.measure_variance(run)
         cache_teachers(run, made)
+        made.begin(run)
         made.free_teachers()
         made.trainer.train_with_bar(f"Unlearning {config.name}")
         _finish(run, made)

@@ -11,15 +11,18 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lethe import distributed
 from lethe.errors import LetheError, full_disk
 from lethe.evaluation.accuracy import refuse_unscorable
+from lethe.files import sha256, write_atomically
 from lethe.maps.affine import AffineMap
 from lethe.methods.method import Method, Trained
 from lethe.models import refs, streaming
@@ -86,6 +89,18 @@ class Prepared:
         teacher = self.trainer.teachers.get("forget")
         if teacher and teacher.need.variance:
             self.trainer.target_variance = maps.variances(run, teacher, self.sequences["forget"], self.pad_id)
+
+    def begin(self, run: Run) -> None:
+        """Compute what the method needs before the first update, or load what an interrupted run has computed."""
+        path, recorded = run.path / "method.safetensors", (run.record.get("artifacts") or {}).get("method")
+        if type(self.config).begin is Method.begin:
+            return
+        if not distributed.from_first(lambda: recorded and path.is_file() and sha256(path) == recorded["sha256"]):
+            found = self.config.begin(self.trainer.model, self.trainer.updates_over)  # type: ignore[arg-type]
+            whole = {name: distributed.whole(value.detach()).cpu().contiguous() for name, value in found.items()}
+            digest = distributed.from_first(lambda: _write(path, whole))
+            run.update(artifacts={"method": {"path": path.name, "sha256": digest}})
+        self.trainer.given = {name: value.to(distributed.device()) for name, value in load_file(path).items()}
 
     @property
     def pair(self) -> maps.Pair | None:
@@ -212,6 +227,11 @@ def _last_layer(config: Method, role: str) -> int | None:
 def _untouched(config: Method) -> bool:
     """Whether a model that is not trained yet has the weights and the type of its teachers' target."""
     return not config.rewind and config.teacher_dtype in {None, config.dtype}
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    write_atomically(path, save(tensors))
+    return sha256(path)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ A procedure, or a wrapper such as `sam`, gets the batches of a whole update inst
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lethe import distributed
 from lethe.methods.method import Losses, Method, Progress
 from lethe.models.activations import read
 from lethe.objectives.losses import head_of
+from lethe.progress import bar
 from lethe.training.hf_trainer import Filler, Text
 from lethe.training.trainer import RunTrainer
 from lethe.unlearning.update import Loss, Update, step_gradient
@@ -37,6 +39,7 @@ class UnlearnTrainer(RunTrainer):
         self.target_variance: dict[int, float] | None = None
         self.needs = self.config.needs()
         self.by_update = self.config.by_update
+        self.given: dict[str, Tensor] = {}
         self.head = head_of(self.model)  # type: ignore[arg-type]
         compared = [teacher for teacher in teachers.values() if teacher.need.logits] if self.head is not None else []
         heads = [teacher.model.head() for teacher in compared]
@@ -69,42 +72,62 @@ class UnlearnTrainer(RunTrainer):
             variance=self.target_variance if name == "forget" else None,
             tokens=self.tokens[name],
             documents=self.documents_in_update[name],
+            given=self.given,
         )
 
     def update(self, batches: list[Any]) -> Tensor:
         """Give the trained parameters the gradient of an update that is more than that of the summed loss."""
         model: Any = self.model
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        texts: set[str] = set()
-        names: set[str] = set()
         total = torch.zeros((), device=distributed.device())
-
-        def passes(text: str, loss: Loss | None) -> None:
-            """Of each text and loss, only the first values are logged: later ones are those at weights that a step tries."""
-            first, known = text not in texts, frozenset(names)
-            for batch in batches:
-                value, parts, one = self._backward(model, text, batch, loss)
-                total.add_(value * first)
-                if not isinstance(batch, Filler):
-                    new = {name: part for name, part in parts.items() if name not in known}
-                    self.book({text: one} if first else {}, **new)
-                    names.update(parts)
-            texts.add(text)
-            if not distributed.sharded_modules(model):
-                distributed.add_up([p.grad for p in parameters.values() if p.grad is not None])
-
-        update = Update(parameters, passes, self.progress(self.state.global_step), self.state_of_method)
+        update = self._update(batches, parameters, total)
         for name, gradient in step_gradient(self.config, update).items():
             parameters[name].grad = gradient
         return total * distributed.world()
 
-    def _backward(self, model: nn.Module, name: str, batch: Any, loss: Loss | None) -> tuple[Tensor, Losses, Text]:
-        """Add the gradient of a loss of one text of a batch. FSDP2 divides by the number of processes, so it is multiplied."""
-        text: Any = self._prepare_inputs(batch)[name]  # type: ignore[index]
-        value, parts = loss(self.view(model, name, text)) if loss else self.loss(model, name, text)
-        counts = not isinstance(batch, Filler)
-        (value * counts * (distributed.world() if distributed.sharded_modules(model) else 1)).backward()
-        return value.detach() * counts, parts, text
+    def updates_over(self, text: str, parameters: dict[str, nn.Parameter], description: str) -> Iterator[Update]:
+        """Once over a text before training, in the order of its documents, in updates as large as those of training.
+
+        The gradients are those of `parameters`, which may be others than the run trains. Nothing is logged. `description` is
+        for the progress bar.
+        """
+        dataset: Any = self.train_dataset
+        count = len(dataset.texts[text])
+        with bar(description, count, "documents") as advance:
+            for numbers in self.order.updates(list(range(count))):
+                batches = [self.collated([dataset[i] for i in some]) for some in numbers]
+                self.count(batches)
+                yield self._update(batches, parameters, None)
+                advance(self.documents_in_update[text])
+
+    def _update(self, batches: list[Any], parameters: dict[str, nn.Parameter], total: Tensor | None) -> Update:
+        """Batches as an `Update`. The loss of each text is added to `total` and logged; None: nothing is logged.
+
+        Later losses of a text are not: a method takes them at weights that it tries.
+        """
+        model: Any = self.model
+        texts: set[str] = set()
+        names: set[str] = set()
+        divided = any(map(distributed.is_sharded, parameters.values()))
+        factor = distributed.world() if divided else 1  # FSDP2 divides the gradients of shards
+
+        def passes(text: str, loss: Loss | None) -> None:
+            first, known = total is not None and text not in texts, frozenset(names)
+            for batch in batches:
+                one: Any = self._prepare_inputs(batch)[text]  # type: ignore[index]
+                value, parts = loss(self.view(model, text, one)) if loss else self.loss(model, text, one)
+                counts = not isinstance(batch, Filler)
+                (value * counts * factor).backward()
+                if first:
+                    total.add_(value.detach() * counts)  # type: ignore[union-attr]
+                if counts and total is not None:
+                    self.book({text: one} if first else {}, **{name: p for name, p in parts.items() if name not in known})
+                    names.update(parts)
+            texts.add(text)
+            if not divided:
+                distributed.add_up([p.grad for p in parameters.values() if p.grad is not None])
+
+        return Update(parameters, passes, self.progress(self.state.global_step), self.state_of_method, self.given)
 
     def changing(self) -> dict[str, float]:
         coefficients = self.config.coefficients(self.progress(self.state.global_step - 1))

@@ -31,13 +31,14 @@ class Update:
 
     `parameters` are the trained ones, by name. `passes(text, loss)` adds the gradient of a loss of one text to `.grad`, over
     all batches of the update and all processes. `state` is what the method remembers from one update to the next: tensors in
-    the form of a parameter. Saves hold it.
+    the form of a parameter. Saves hold it. `given`: what `Method.begin` has computed.
     """
 
     parameters: dict[str, nn.Parameter]
     passes: Callable[[str, Loss | None], None]
     progress: Progress
     state: dict[str, Gradient] = field(default_factory=dict)
+    given: dict[str, Tensor] = field(default_factory=dict)
 
     def gradient(self, text: str, loss: Loss | None = None) -> Gradient:
         """The gradient of the loss of one text at the present weights.
@@ -72,6 +73,19 @@ class Update:
             with torch.no_grad():
                 for name, value in before.items():
                     self.parameters[name].copy_(value)
+
+    @contextlib.contextmanager
+    def at(self, weights: Gradient) -> Iterator[None]:
+        """Inside, the weights of these names are `weights`. Afterwards they are as they were."""
+        with self.restored(weights):
+            with torch.no_grad():
+                for name, value in weights.items():
+                    self.parameters[name].copy_(value)
+            yield
+
+    def copy(self) -> Gradient:
+        """The present weights."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def add(self, change: Gradient, scale: float = 1.0) -> None:

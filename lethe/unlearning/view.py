@@ -13,7 +13,7 @@ A method's loss uses only the public functions of `View`. Each of them says whic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
@@ -93,7 +93,8 @@ def declared(value: T | None, what: str) -> T:
 class View:
     """`states`: the model's activations and outputs on this text. `tokens`, `documents`: their numbers in the whole update.
 
-    `head` is the model's output head, where the logits are its output for the final hidden states and nothing else.
+    `head` is the model's output head, where the logits are its output for the final hidden states and nothing else. `given`:
+    what `Method.begin` has computed, which the trial before training does without.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -105,6 +106,7 @@ class View:
     head: nn.Linear | None = None
     teacher: Teacher | None = None
     variance: dict[int, float] | None = None
+    given: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def target(self) -> States:
