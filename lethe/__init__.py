@@ -24,8 +24,10 @@ from lethe.config import (
 from lethe.errors import LetheError
 from lethe.evaluation.tasks.consent import trust_task_code
 from lethe.methods.distill import Distill
+from lethe.methods.mudman import MUDMAN
 from lethe.methods.npo import NPO
 from lethe.methods.rmu import RMU
+from lethe.methods.tar import TAR
 from lethe.methods.transfer import Transfer
 from lethe.runs.finding import find_runs
 from lethe.runs.run import Run

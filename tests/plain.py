@@ -22,6 +22,7 @@ from lethe.models import refs
 from lethe.runs.run import Run
 from lethe.unlearning.check import check
 from lethe.unlearning.prepare import prepare
+from lethe.unlearning.trained import trainable
 from lethe.unlearning.trainer import UnlearnTrainer
 
 VOCABULARY = [
@@ -78,6 +79,11 @@ class Plain:
             for row in run.rows("batches.jsonl")
         ]
 
+    def adapted(self, config: Any) -> nn.Module:
+        """The model with the adapters that a recipe begins with."""
+        self.model.requires_grad_(False)
+        return trainable(config, self.model)
+
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -85,8 +91,10 @@ class Plain:
     def gradient(self, loss: Tensor) -> dict[str, Tensor]:
         """The gradient of a loss, with zeros where there is none."""
         names = self.parameters
-        found = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
-        return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(names.items(), found, strict=True)}
+        wanted = {name: p for name, p in names.items() if p.requires_grad}
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        given = dict(zip(wanted, found, strict=True))
+        return {name: torch.zeros_like(p) if given.get(name) is None else given[name] for name, p in names.items()}
 
     def log_p(self, ids: Tensor, name: str = "model") -> Tensor:
         """Next-token log-probabilities of one document, [tokens, vocabulary]."""
@@ -116,6 +124,15 @@ class Plain:
     def cross_entropy(self, update: int, text: str) -> Tensor:
         """Cross-entropy, a mean over the tokens that have one before them."""
         return self.mean(update, text, lambda ids: -self.likelihood(ids), lambda ids: ids.shape[1] - 1)
+
+    def negative_entropy(self, update: int, text: str) -> Tensor:
+        """Σ p log p, a mean over tokens."""
+        return self.mean(update, text, lambda ids: (self.log_p(ids).exp() * self.log_p(ids)).sum(), lambda ids: ids.shape[1])
+
+    def activations(self, ids: Tensor, name: str = "model") -> list[Tensor]:
+        """The residual stream after each block, [tokens, hidden]; that of the last block is after the final norm."""
+        model = self.model if name == "model" else self.others[name]
+        return [h[0] for h in model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[1:]]
 
     def npo(self, update: int, beta: float) -> Tensor:
         """NPO's loss of the forget documents, a mean over documents."""

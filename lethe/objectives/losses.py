@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cosine_similarity, linear
 from torch.nn.functional import cross_entropy as torch_cross_entropy
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 Activations = dict[int, Float[Tensor, "batch seq hidden"]]
@@ -103,6 +103,14 @@ def squared_distance(
     return sum(layers, start=mask.new_zeros((), dtype=layers[0].dtype)) / (len(layers) * count)
 
 
+def cosine_distance(
+    student: Activations, target: Float[Tensor, "batch seq hidden"], mask: Int[Tensor, "batch seq"], tokens: int
+) -> Tensor:
+    """Mean over layers and non-padding tokens of 1 − cos(h, target), in at least float32."""
+    layers = [((1 - cosine_similarity(wide(h), target.to(wide(h)), dim=-1)) * mask).sum() for h in student.values()]
+    return torch.stack(layers).mean() / tokens
+
+
 def kl(
     logits: Float[Tensor, "batch seq vocab"],
     teacher_logits: Float[Tensor, "batch seq vocab"],
@@ -166,6 +174,27 @@ def chunked_cross_entropy(
     return sum_over_tokens(of_tokens(hidden[:, :-1], later), head, following.__getitem__, _cross_entropy) / (
         later.sum() if tokens is None else tokens
     )
+
+
+def negative_entropy(
+    logits: Float[Tensor, "batch seq vocab"], mask: Int[Tensor, "batch seq"], tokens: Tensor | int | None = None
+) -> Tensor:
+    """Σ p log p of next-token distributions in nats, averaged over non-padding tokens: −ln V if they are uniform."""
+    log_p = wide(logits).log_softmax(-1)
+    return ((log_p.exp() * log_p).sum(-1) * mask).sum() / (mask.sum() if tokens is None else tokens)
+
+
+def chunked_negative_entropy(
+    hidden: Float[Tensor, "batch seq hidden"],
+    head: nn.Linear,
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+) -> Tensor:
+    """`negative_entropy` from the inputs of the output head."""
+    if mask.numel() * len(head.weight) <= PLAIN:
+        return negative_entropy(head(hidden), mask, tokens)
+    rows = of_tokens(hidden, mask)
+    return sum_over_tokens(rows, head, rows.__getitem__, _entropy) / (mask.sum() if tokens is None else tokens)
 
 
 def log_likelihood(
@@ -288,3 +317,10 @@ def _cross_entropy(following: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """− log q(token), and its gradient q − 1(token)."""
     losses = -log_q.gather(-1, following).squeeze(-1)
     return losses, log_q.exp_().scatter_add_(-1, following, -torch.ones_like(following, dtype=log_q.dtype))
+
+
+def _entropy(states: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ q log q, and its gradient q (log q − Σ q log q)."""
+    q = log_q.exp()
+    losses = (q * log_q).sum(-1)
+    return losses, log_q.sub_(losses[..., None]).mul_(q)

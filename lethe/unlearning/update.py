@@ -94,6 +94,14 @@ class Update:
             self.parameters[name].add_(value, alpha=scale)
 
 
+def added(*gradients: Gradient) -> Gradient:
+    """The sum of gradients, each with parameters of its own."""
+    found: Gradient = {}
+    for gradient in gradients:
+        found |= {name: found[name] + value if name in found else value for name, value in gradient.items()}
+    return found
+
+
 def norm(gradient: Gradient) -> float:
     """The Euclidean norm of all entries together, those of all processes."""
     squares = [whole(value.to(torch.promote_types(value.dtype, torch.float32)).square().sum()) for value in gradient.values()]
@@ -111,11 +119,7 @@ def combined(config: Method, update: Update) -> Gradient:
     retain = update.gradient("retain") if "retain" in config.needs() else {}
     if config.same_sign:
         forget = agreeing(forget, retain)
-    return {
-        name: forget[name] + retain[name] if name in forget and name in retain else forget.get(name, retain.get(name))  # type: ignore[misc]
-        for name in update.parameters
-        if name in forget or name in retain
-    }
+    return added(forget, retain)
 
 
 def sharpness_aware(update: Update, rho: float) -> Gradient:

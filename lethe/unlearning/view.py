@@ -125,6 +125,12 @@ class View:
         targets = {n: vector.to(values.device, losses.wide(values).dtype) for n, values in self.states.activations.items()}
         return losses.squared_distance(self.states.activations, targets, self.mask, self.tokens)
 
+    def distance_from_direction(self, vectors: Float[Tensor, "vocab hidden"]) -> Tensor:
+        """Mean over layers and tokens of 1 − cos(h, v), v the vector of the token. Needs `layers`."""
+        return losses.cosine_distance(
+            self.states.activations, vectors.to(self.input_ids.device)[self.input_ids], self.mask, self.tokens
+        )
+
     def activation(self, layer: int) -> Float[Tensor, "batch seq hidden"]:
         """The model's activations at one layer. Needs it in `layers`."""
         return declared(self.states.activations.get(layer), f"layer {layer}")
@@ -143,6 +149,12 @@ class View:
             return losses.cross_entropy(self._output, self.input_ids, self.mask, tokens)
         return losses.chunked_cross_entropy(self._output, self.head, self.input_ids, self.mask, tokens)
 
+    def negative_entropy(self) -> Tensor:
+        """Σ p log p of the model's next-token distributions, a mean over tokens. Needs `logits`."""
+        if self.head is None:
+            return losses.negative_entropy(self._output, self.mask, self.tokens)
+        return losses.chunked_negative_entropy(self._output, self.head, self.mask, self.tokens)
+
     def log_likelihood(self) -> Float[Tensor, " batch"]:
         """The model's log-likelihood of each document, the sum over its tokens that have one before them. Needs `logits`."""
         return self._log_likelihood(self._output, self.head)
@@ -155,6 +167,11 @@ class View:
     def mean_over_documents(self, values: Float[Tensor, " batch"]) -> Tensor:
         """The batch's part of the mean over all documents of the update."""
         return values.sum() / self.documents
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of next-token logits. Needs `logits`."""
+        return self._output.shape[-1] if self.head is None else len(self.head.weight)
 
     @property
     def _output(self) -> Tensor:

@@ -1,0 +1,107 @@
+"""MUDMAN: unlearning gradients of a copy that relearns, masked by their agreement with the retain gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from lethe.config.checks import Amount, Fraction, Positive, above
+from lethe.config.training import LoraSettings, OptimizerName
+from lethe.errors import LetheError
+from lethe.methods.method import Losses, Method, Need, Progress, Trained
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lethe.unlearning.update import Gradient, Update
+    from lethe.unlearning.view import View
+
+
+@dataclass(kw_only=True)
+class MUDMAN(Method):
+    """Unlearn by MUDMAN (Sondej et al., https://arxiv.org/abs/2506.12484).
+
+        a ← 0.9 a + 0.1 ∇ CE(θ) on retain text                             a starts at 0
+        φ ← φ − adversary_lr · ∇ CE(φ) on forget text                      φ ← θ every adversary_every updates
+        g = ∇ Σ p log p at φ on forget text
+        θ ← θ − retain_lr · a − lr · (g / ‖g‖, where g has the sign of a, else 0)
+
+    θ are the weights, φ an adversary that relearns the topic, p its next-token distributions. 0.9 is retain_momentum. The norm
+    is that of all of g. Only the matrices that read the input of the MLPs are trained. No source checkpoint is used.
+    """
+
+    lr: float = 0.1
+    """Length of the forget step, before entries without agreement are removed. The schedule lowers retain_lr in proportion."""
+    retain_lr: Amount = 1e-3
+    """Learning rate of the retain step."""
+    retain_momentum: Fraction = 0.9
+    """Share of the earlier retain gradients in their running mean. A higher value averages over more updates."""
+    adversary_lr: Annotated[float, above(0)] = 1e-3
+    """Learning rate of the adversary. A higher value relearns more before each forget step."""
+    adversary_every: Positive = 32
+    """Updates after which the adversary starts again from the model's weights."""
+    lora: LoraSettings | None = None
+    """null: the matrices themselves are trained. mudman does not train adapters."""
+    optimizer: OptimizerName = "sgd"
+    """sgd: the step of the method as it is; others change it."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    max_grad_norm: Amount = 0.0
+    """Norm at which the step, divided by lr, is clipped (0: no clipping)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_idle("lora", when=True, why="with method mudman, which trains the matrices themselves")
+        self.refuse_idle("optimizer", when=True, why="with method mudman, whose step is its own")
+        if self.dtype == "bfloat16":
+            raise LetheError("dtype: the adversary's steps are lost to rounding in bfloat16; set it to float32")
+
+    @property
+    def trained(self) -> Trained:
+        return Trained("mlp_in")
+
+    def needs(self) -> dict[str, Need]:
+        return {"forget": Need(logits=True), "retain": Need(logits=True)}
+
+    def loss(self, text: str, view: View, progress: Progress) -> tuple[Tensor, Losses]:
+        return negative_entropy(view) if text == "forget" else retain_cross_entropy(view)
+
+    def gradient(self, update: Update) -> Gradient:
+        import torch
+
+        from lethe.unlearning.update import norm
+
+        state, beta = update.state, self.retain_momentum
+        if update.progress.done % self.adversary_every == 0:
+            state["adversary"] = update.copy()
+        retain = update.gradient("retain")
+        before = state.get("retain", {name: torch.zeros_like(g) for name, g in retain.items()})
+        state["retain"] = {name: beta * before[name] + (1 - beta) * g for name, g in retain.items()}
+        with update.at(state["adversary"]):
+            update.add(update.gradient("forget", adversary_cross_entropy), -self.adversary_lr)
+            state["adversary"] = update.copy()
+            forget = update.gradient("forget", negative_entropy)
+        size = norm(forget) or 1.0
+        step = {}
+        for name, a in state["retain"].items():
+            g = forget[name]
+            step[name] = self.retain_lr / self.lr * a + torch.where(g.sign() == a.sign(), g, 0) / size
+        return step
+
+
+def negative_entropy(view: View) -> tuple[Tensor, Losses]:
+    """Σ p log p, to be minimised: distributions become uniform."""
+    loss = view.negative_entropy()
+    return loss, {"negative_entropy_loss": loss}
+
+
+def adversary_cross_entropy(view: View) -> tuple[Tensor, Losses]:
+    """The loss that an adversary lowers on forget text."""
+    loss = view.cross_entropy()
+    return loss, {"adversary_ce_loss": loss}
+
+
+def retain_cross_entropy(view: View) -> tuple[Tensor, Losses]:
+    """Cross-entropy on retain text."""
+    loss = view.cross_entropy()
+    return loss, {"retain_ce_loss": loss}
