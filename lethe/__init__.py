@@ -23,10 +23,14 @@ from lethe.config import (
 )
 from lethe.errors import LetheError
 from lethe.evaluation.tasks.consent import trust_task_code
+from lethe.methods.circuit_breaker import CircuitBreaker
 from lethe.methods.distill import Distill
+from lethe.methods.grad_diff import GradDiff
+from lethe.methods.max_entropy import MaxEntropy
 from lethe.methods.mudman import MUDMAN
 from lethe.methods.npo import NPO
 from lethe.methods.rmu import RMU
+from lethe.methods.simnpo import SimNPO
 from lethe.methods.tar import TAR
 from lethe.methods.transfer import Transfer
 from lethe.runs.finding import find_runs

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lethe.objectives.losses import cross_entropy, kl, squared_distance
+from lethe.objectives import losses
+from lethe.objectives.losses import (
+    chunked_uniform_cross_entropy,
+    cross_entropy,
+    kl,
+    norm_of_difference,
+    positive_cosine,
+    squared_distance,
+    uniform_cross_entropy,
+)
 
 BATCH, SEQ, HIDDEN, VOCAB = 3, 7, 5, 11
 LENGTHS = [7, 4, 2]
@@ -84,6 +93,60 @@ def test_kl_of_distributions_far_apart_is_finite(mask):
     model, reference = torch.zeros(BATCH, SEQ, VOCAB), torch.zeros(BATCH, SEQ, VOCAB)
     reference[..., 0], model[..., 1] = 200.0, 200.0
     assert kl(model, reference, mask).item() == pytest.approx(200, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_losses_on_directions_and_norms_have_a_gradient_where_activations_are_equal_or_zero(activations, mask, dtype):
+    """At the start of training h = a. The norm's gradient is then 0, and that of the cosine 0 up to rounding."""
+    student = {n: (300 * x).to(dtype).requires_grad_() for n, x in activations[0].items()}
+    equal = {n: x.detach().clone() for n, x in student.items()}
+    zero = {n: torch.zeros_like(x, requires_grad=True) for n, x in student.items()}
+    for loss, given, target, expected in (
+        (norm_of_difference, student, equal, 0),
+        (positive_cosine, student, equal, 1),
+        (positive_cosine, zero, equal, 0),
+        (positive_cosine, student, {n: torch.zeros_like(x) for n, x in equal.items()}, 0),
+    ):
+        value = loss(given, target, mask)
+        gradients = torch.autograd.grad(value, list(given.values()))
+        assert value.dtype == torch.promote_types(dtype, torch.float32) and value.item() == pytest.approx(expected, abs=1e-6)
+        assert all(g.dtype == dtype and g.abs().max() < 1e-7 for g in gradients)
+
+
+def test_the_uniform_cross_entropy_is_1_for_equal_logits_and_more_for_others(logits, mask):
+    model, _ = logits
+    p = torch.distributions.Categorical(logits=model.double())
+    to_uniform = math.log(VOCAB) + (torch.distributions.kl_divergence(uniform(VOCAB), p) * mask).sum() / mask.sum()
+    assert uniform_cross_entropy(torch.zeros_like(model), mask).item() == pytest.approx(1)
+    assert uniform_cross_entropy(model, mask).item() == pytest.approx(to_uniform.item() / math.log(VOCAB), rel=1e-5)
+    top = model.clone()
+    top[..., :4] = 9.0
+    assert uniform_cross_entropy(top, mask, top_k=4).item() == pytest.approx(1)
+    assert uniform_cross_entropy(model, mask, top_k=VOCAB).item() == pytest.approx(uniform_cross_entropy(model, mask).item())
+
+
+def uniform(count: int) -> torch.distributions.Categorical:
+    return torch.distributions.Categorical(logits=torch.zeros(count, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("top_k", [0, 3, VOCAB])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_uniform_cross_entropy_in_chunks_has_the_same_value_and_gradients(mask, monkeypatch, top_k, dtype):
+    hidden = noise(BATCH, SEQ, HIDDEN, seed=1).to(dtype).requires_grad_()
+    head = torch.nn.Linear(HIDDEN, VOCAB, dtype=dtype)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(2))
+    found = []
+    for plain in (losses.PLAIN, 0):
+        for name, size in (("PLAIN", plain), ("CHUNK", 3), ("LEAST", 1), ("SLICE", 2 * VOCAB)):
+            monkeypatch.setattr(losses, name, size)
+        value = chunked_uniform_cross_entropy(hidden, head, mask, 40, top_k)
+        found.append([value, *torch.autograd.grad(value, [hidden, head.weight, head.bias])])
+    for plain, chunked in zip(*found, strict=True):
+        largest = plain.double().abs().max()
+        assert (
+            plain.dtype == chunked.dtype
+            and (plain - chunked).abs().max() <= (1e-12 if dtype == torch.float64 else 0.02) * largest
+        )
 
 
 def test_ce_is_that_of_transformers(logits, mask, make_model, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from lab_runs import settings
 from torch import Tensor
 
-from lethe import NPO, RMU, Distill, LoraSettings, Transfer, tamper, unlearn
+from lethe import NPO, RMU, CircuitBreaker, Distill, GradDiff, LoraSettings, MaxEntropy, SimNPO, Transfer, tamper, unlearn
 from lethe.cli import main
 from lethe.config import EvalSettings, ResumeConfig, TamperConfig
 from lethe.config.parse import from_recipe
@@ -42,6 +42,10 @@ METHODS = {
     "distill": lambda **more: Distill(source="s", layers=[0, 1], **more),
     "npo": lambda **more: NPO(beta=0.7, layers=[0, 1], **more),
     "rmu": lambda **more: RMU(layers=[2], steering=3.0, seed=5, **more),
+    "grad_diff": lambda **more: GradDiff(layers=[0, 1], **more),
+    "simnpo": lambda **more: SimNPO(beta=1.3, delta=2.0, layers=[0, 1], **more),
+    "max_entropy": lambda **more: MaxEntropy(layers=[0, 1], **more),
+    "max_entropy of some": lambda **more: MaxEntropy(top_k=5, layers=[0, 1], **more),
 }
 
 
@@ -94,10 +98,20 @@ def by_formula(method: Any, models: dict[str, Any], progress: Progress) -> Tenso
         forget = sum(2 / method.beta * torch.log(1 + torch.exp(method.beta * ratio)) for ratio in ratios) / len(ratios)
     elif isinstance(method, RMU):
         torch.manual_seed(5)
-        u = torch.rand(32, dtype=torch.float64)
-        u = u / u.square().sum().sqrt()
+        drawn = torch.rand(32, dtype=torch.float64)
         rows = torch.cat([passed("model", ids)[0][2] for ids in DOCUMENTS["forget"]])
-        forget = sum(((row - 3 * u) ** 2).sum() / 32 for row in rows) / len(rows)
+        forget = sum(((row - 3 * drawn / drawn.square().sum().sqrt()) ** 2).sum() / 32 for row in rows) / len(rows)
+    elif isinstance(method, GradDiff):
+        forget = sum(likelihood("model", ids) for ids in DOCUMENTS["forget"]) / sum(len(ids) - 1 for ids in DOCUMENTS["forget"])
+    elif isinstance(method, SimNPO):
+        means = (-likelihood("model", ids) / (len(ids) - 1) for ids in DOCUMENTS["forget"])
+        each = [2 / method.beta * torch.log(1 + torch.exp(-method.beta * (mean - method.delta))) for mean in means]
+        forget = sum(each) / len(each)
+    elif isinstance(method, MaxEntropy):
+        rows = torch.cat([passed("model", ids)[1] for ids in DOCUMENTS["forget"]])
+        some = (row.sort(descending=True).values[: method.top_k or len(row)] for row in rows)
+        each = [-(z - z.exp().sum().log()).mean() / math.log(len(z)) for z in some]
+        forget = sum(each) / len(each)
     elif isinstance(method, Distill):
         forget = kl("source", "forget")
     else:
@@ -141,16 +155,66 @@ def test_the_loss_and_its_gradient_are_the_formula(models, monkeypatch, name, he
     monkeypatch.setattr(losses, "CHUNK", 3)
     monkeypatch.setattr(losses, "PLAIN", 1)
     method = METHODS[name](remove_coef=2.0, retain_coef=3.0, retain_loss=retain_loss, schedule="ramp")
-    progress, parameters = Progress(3, 10, 20), list(models["model"].requires_grad_(True).parameters())
+    progress = Progress(3, 10, 20)
+    models["model"].requires_grad_(True)
+    assert_equal(models["model"], by_formula(method, models, progress), by_views(method, models, progress, heads))
+
+
+def assert_equal(model: Any, expected: Tensor, found: Tensor) -> None:
+    """The same value and the same gradient of each parameter."""
     results = []
-    for loss in (by_formula(method, models, progress), by_views(method, models, progress, heads)):
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for loss in (expected, found):
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         results.append([loss.detach(), *(g for g in gradients if g is not None)])
     assert len(results[0]) == len(results[1])
     largest = max(float(g.abs().max()) for g in results[0][1:])
     assert results[1][0].item() == pytest.approx(results[0][0].item(), rel=1e-9)
-    for expected, found in zip(results[0][1:], results[1][1:], strict=True):
-        assert (found - expected).abs().max() <= 1e-9 * largest
+    for one, other in zip(results[0][1:], results[1][1:], strict=True):
+        assert (other - one).abs().max() <= 1e-9 * largest
+
+
+def circuit_breaker_by_formula(method: CircuitBreaker, models: dict[str, Any], progress: Progress) -> Tensor:
+    """The loss of circuit breakers, token by token."""
+    cosines, norms = [], []
+    for text, into in (("forget", cosines), ("retain", norms)):
+        for ids in DOCUMENTS[text]:
+            ours, theirs = (
+                models[name](torch.tensor([ids]), output_hidden_states=True).hidden_states for name in ("model", "reference")
+            )
+            for layer in method.layers or []:
+                for h, a in zip(ours[layer + 1][0], theirs[layer + 1][0].detach(), strict=True):
+                    cosine = (h * a).sum() / ((h * h).sum().sqrt() * (a * a).sum().sqrt())
+                    into.append(torch.clamp(cosine, min=0) if text == "forget" else ((h - a) ** 2).sum().sqrt())
+    p = progress.done / (2 * progress.steps)
+    forget, retain = (sum(values) / len(values) for values in (cosines, norms))
+    assert 0 < sum(value == 0 for value in cosines) < len(cosines)  # some are negative, some not
+    return method.remove_coef * (1 - p) * forget + method.retain_coef * p * retain
+
+
+def test_circuit_breakers_have_their_formula_and_its_gradient(models):
+    method, progress = CircuitBreaker(layers=[0, 2], remove_coef=2, retain_coef=3), Progress(3, 10, 20)
+    models["model"].requires_grad_(True)
+    assert_equal(
+        models["model"], circuit_breaker_by_formula(method, models, progress), by_views(method, models, progress, heads=False)
+    )
+
+
+def test_circuit_breakers_start_without_a_gradient(models):
+    """Before the first update the model is the reference: cosines are 1, norms 0, and neither gradient is NaN."""
+    method = CircuitBreaker(layers=[0, 2], remove_coef=2, retain_coef=3)
+    same = models | {"model": models["reference"].requires_grad_(True)}
+    loss = by_views(method, same, Progress(19, 10, 20), heads=False)
+    assert loss.item() == pytest.approx(2 * (1 - 19 / 40), rel=1e-9)
+    gradients = torch.autograd.grad(loss, list(same["model"].parameters()), allow_unused=True)
+    assert max(float(g.abs().max()) for g in gradients if g is not None) < 1e-12
+    models["reference"].requires_grad_(False)
+
+
+def test_coefficients_of_circuit_breakers_meet_in_the_middle():
+    """The paper's α (1 − t / 2T) and α t / 2T."""
+    method = CircuitBreaker(remove_coef=10, retain_coef=6)
+    found = [method.coefficients(Progress(done, 5, 20)) for done in (0, 10, 20)]
+    assert [tuple(each.values()) for each in found] == [(10, 0), (7.5, 1.5), (5, 3)]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +274,17 @@ def test_help_shows_the_settings_of_one_method(name, capsys):
         ("--method npo --source lab:final", "source: lab:final has no effect with method npo"),
         ("--method npo --remove_coef 0 --retain_coef 0", "remove_coef and retain_coef are both 0"),
         ("--method npo --beta 0", "beta: must be above 0"),
+        ("--method max_entropy --top_k 1", "top_k: one logit alone is always uniform; set it to 2 or more"),
+        ("--method max_entropy --top_k 5000", "top_k: 5000 is above the vocabulary of 'lab:final'"),
+        ("--method max_entropy --top_k 5000 --memory 1GiB", "there is no setting '--memory'"),
+        ("--method max_entropy --top_k 5 --remove_coef 0", "top_k: 5 has no effect while remove_coef is 0"),
+        ("--method max_entropy --retain_loss mse", "layers: retain_loss mse compares activations"),
+        ("--method simnpo --delta -1", "delta: must be at least 0"),
+        ("--method circuit_breaker --layers null", "layers: name at least one layer"),
+        ("--method circuit_breaker --layers []", "layers: name at least one layer"),
+        ("--method circuit_breaker --layers 77", "layers: 77 is out of range; 'lab:final' has"),
+        ("--method circuit_breaker --remove_coef 0", "remove_coef: must be above 0"),
+        ("--method circuit_breaker --source lab:global_step900", "source: lab:global_step900 has no effect"),
         ("--source s --cb_scale relative --remove_coef 0", "cb_scale: relative has no effect"),
         ("--method npo --retain_loss mse", "layers: retain_loss mse compares activations"),
         ("--method npo --retain_loss ce --remove_coef 0 --teacher_cache live", "teacher_cache: live has no effect"),
@@ -274,6 +349,38 @@ def test_the_plan_of_a_method_without_a_source_names_none(lab, tmp_path):
     assert "proposed_remove_coef" in plan["scale"] and not list(tmp_path.iterdir())
     free = inspect(NPO(**short(tmp_path, retain_coef=0)))
     assert set(free["teachers"]) == {"forget"}
+
+
+@pytest.mark.parametrize("method", [GradDiff, CircuitBreaker])
+def test_the_plan_proposes_nothing_where_a_forget_loss_is_below_0_or_has_no_gradient(lab, tmp_path, method):
+    """Circuit breakers would be moved by rounding errors to anywhere, and the values there say nothing."""
+    own = {"layers": [0, 2, 4], "retain_coef": 3} if method is CircuitBreaker else {"retain_loss": "kl"}
+    plan = inspect(method(**short(tmp_path, **own)))
+    assert not {"ratio", "dominates", "proposed_remove_coef"} & set(plan["scale"]) and plan["no_gradient"] == []
+    assert not any("dominates" in warning for warning in plan["warnings"])
+    if method is CircuitBreaker:
+        assert plan["scale"]["cos_loss"] == pytest.approx(1) and plan["scale"]["forget_gradient"] < 1e-6
+        assert plan["coefficients"] == {"start": [10, 0], "middle": [7.5, 0.75], "end": pytest.approx([5.25, 1.425])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [LoraSettings(dropout=0.0), None], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        (GradDiff, {"retain_loss": "kl", "remove_coef": 0.3}),
+        (SimNPO, {"beta": 1.0, "delta": 4.0, "remove_coef": 1.0}),
+        (MaxEntropy, {"remove_coef": 5.0}),
+        (MaxEntropy, {"remove_coef": 5.0, "top_k": 20}),
+        (CircuitBreaker, {"layers": [0, 2, 4], "remove_coef": 1000.0, "retain_coef": 1.0}),
+    ],
+)
+def test_methods_without_a_source_lower_their_forget_loss(lab, tmp_path, method, own, lora):
+    run = unlearn(method(**short(tmp_path, **own, lora=lora, lr=2e-3)))
+    name = next(name for name in run.record["losses"] if not name.startswith("retain_"))
+    first, *_, last = run.rows("metrics.jsonl")
+    assert run.status == "complete" and "source" not in run.record["parents"] and len(run.record["losses"]) == 2
+    assert last[name] < first[name] - 0.02 * abs(first[name])
 
 
 def before(tmp_path: Path) -> Run:

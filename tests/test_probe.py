@@ -206,6 +206,7 @@ def test_a_term_without_weight_is_said_with_coefficients_to_try(world, tmp_path,
     [
         ({"retain_coef": 0.0}, ["cb_loss", "forget_gradient"]),
         ({"remove_coef": 0.0}, ["retain_kl_loss", "retain_gradient"]),
+        ({"retain_loss": "ce"}, ["cb_loss", "forget_gradient", "retain_ce_loss", "retain_gradient"]),
         ({"rewind": 1.0, "affine": "none"}, ["cb_loss", "forget_gradient", "retain_kl_loss", "retain_gradient"]),
         ({"dtype": "bfloat16", "lora": None}, ["cb_loss", "forget_gradient", "retain_kl_loss", "retain_gradient"]),
     ],

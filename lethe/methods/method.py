@@ -28,6 +28,7 @@ from lethe.errors import LetheError, nearest, printable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lethe.models.refs import ModelRef
     from lethe.unlearning.update import Gradient, Update
     from lethe.unlearning.view import View
 
@@ -99,7 +100,7 @@ class Method(UnlearnSettings):
     scale: ClassVar[str | None] = None
     """The setting that the forget loss is multiplied by, for which the plan proposes a value; None: it proposes none.
 
-    The proposal assumes a forget loss above 0 and a retain loss that is 0 at the start.
+    The proposal assumes a forget loss above 0 that has a gradient at the start.
     """
     by_document: ClassVar[tuple[str, ...]] = ()
     """Losses that are means over documents; all others are means over tokens."""
@@ -164,6 +165,13 @@ class Method(UnlearnSettings):
         """Whether a step needs more than the gradient of the summed loss."""
         return self.is_procedure or self.sam is not None or self.same_sign
 
+    def refuse_model(self, model: ModelRef) -> None:
+        """Refuse a model that the method cannot work on, by its config.json.
+
+        Raises:
+            LetheError: names the setting and what would work.
+        """
+
     def coefficients(self, progress: Progress) -> dict[str, float]:
         """Coefficients that change during a run, by the name of their setting, for the log and the plan."""
         return {}
@@ -186,6 +194,16 @@ class Method(UnlearnSettings):
     def fits_maps(self) -> bool:
         """Whether affine maps are fitted before training."""
         return self.maps is not None and self.maps.given is None
+
+    @property
+    def compares_gradients(self) -> bool:
+        """Whether the plan compares the gradient of the forget loss with that of the retain loss.
+
+        The comparison needs a retain loss that is 0 at the start: the distance of an unchanged model from the reference.
+        """
+        retain = self.needs().get("retain")
+        at_zero = retain is not None and retain.teacher == "reference" and not self.rewind
+        return self.scale is not None and at_zero and "forget" in self.needs()
 
     @property
     def needs_source(self) -> bool:

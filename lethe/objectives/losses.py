@@ -14,7 +14,9 @@ the logits are. Padding is not computed. After the fused linear cross-entropy of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,6 +113,32 @@ def cosine_distance(
     return torch.stack(layers).mean() / tokens
 
 
+def positive_cosine(
+    student: Activations, target: Activations, mask: Int[Tensor, "batch seq"], tokens: Tensor | int | None = None
+) -> Tensor:
+    """Mean over layers and non-padding tokens of max(0, cos(h, a)), in at least float32; `target` holds a by layer.
+
+    Where h = a, as at the start of training, the cosine is at its maximum: its gradient is 0, up to rounding.
+    """
+    pairs = [(wide(student[layer]), wide(target[layer])) for layer in student]
+    return _mean_over_layers([cosine_similarity(h, a, dim=-1).relu() for h, a in pairs], mask, tokens)
+
+
+def norm_of_difference(
+    student: Activations, target: Activations, mask: Int[Tensor, "batch seq"], tokens: Tensor | int | None = None
+) -> Tensor:
+    """Mean over layers and non-padding tokens of ‖h − a‖₂, in at least float32; `target` holds a by layer.
+
+    Where h = a, as at the start of training, the gradient is 0.
+    """
+    return _mean_over_layers([(wide(student[n]) - wide(target[n])).norm(dim=-1) for n in student], mask, tokens)
+
+
+def _mean_over_layers(values: list[Tensor], mask: Tensor, tokens: Tensor | int | None) -> Tensor:
+    total = torch.stack([(value * mask).sum() for value in values]).sum()
+    return total / (len(values) * (mask.sum() if tokens is None else tokens))
+
+
 def kl(
     logits: Float[Tensor, "batch seq vocab"],
     teacher_logits: Float[Tensor, "batch seq vocab"],
@@ -195,6 +223,36 @@ def chunked_negative_entropy(
         return negative_entropy(head(hidden), mask, tokens)
     rows = of_tokens(hidden, mask)
     return sum_over_tokens(rows, head, rows.__getitem__, _entropy) / (mask.sum() if tokens is None else tokens)
+
+
+def uniform_cross_entropy(
+    logits: Float[Tensor, "batch seq vocab"],
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+    top_k: int = 0,
+) -> Tensor:
+    """(log Σ exp z − mean z) / ln k of next-token logits z, averaged over non-padding tokens: 1 if they are equal, else more.
+
+    z are all logits, or the k = `top_k` largest.
+    """
+    z = wide(logits).topk(top_k, -1).values if top_k else wide(logits)
+    loss = (z.logsumexp(-1) - z.mean(-1)) / math.log(z.shape[-1])
+    return (loss * mask).sum() / (mask.sum() if tokens is None else tokens)
+
+
+def chunked_uniform_cross_entropy(
+    hidden: Float[Tensor, "batch seq hidden"],
+    head: nn.Linear,
+    mask: Int[Tensor, "batch seq"],
+    tokens: Tensor | int | None = None,
+    top_k: int = 0,
+) -> Tensor:
+    """`uniform_cross_entropy` from the inputs of the output head."""
+    if mask.numel() * len(head.weight) <= PLAIN:
+        return uniform_cross_entropy(head(hidden), mask, tokens, top_k)
+    rows = of_tokens(hidden, mask)  # as the target too, which the uniform distribution does not need
+    total = sum_over_tokens(rows, head, rows.__getitem__, partial(_uniform, top_k))
+    return total / (mask.sum() if tokens is None else tokens)
 
 
 def log_likelihood(
@@ -311,6 +369,15 @@ def _kl(logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     losses = log_p.sub_(log_q).mul_(p).sum(-1)
     return losses, log_q.exp_().sub_(p)
+
+
+def _uniform(top_k: int, target: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """(log Σ exp z − mean z) / ln k of all or the k largest logits, and its gradient (softmax z − 1 / k) / ln k."""
+    z, where = log_q.topk(top_k, -1) if top_k else (log_q, None)  # less a constant of the token, which changes neither
+    k, total = z.shape[-1], z.logsumexp(-1)
+    losses = (total - z.mean(-1)) / math.log(k)
+    gradient = z.sub_(total[:, None]).exp_().sub_(1 / k).div_(math.log(k))
+    return losses, gradient if where is None else torch.zeros_like(log_q).scatter_(-1, where, gradient)
 
 
 def _cross_entropy(following: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,7 @@ def check(config: Method, effective_batch: int | None = None) -> Checked:
     if model.adapter:
         raise LetheError(f"model: '{config.model}' is an adapter saved without its model; merge the two first")
     refs.refuse_length(config.max_length, model)
+    config.refuse_model(model)
     checked = Checked(model, None, [], [])
     if config.needs_source and not config.finds_source:
         check_source(config, checked)

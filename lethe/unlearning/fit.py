@@ -37,6 +37,7 @@ def fit(config: Any) -> dict[str, Any]:
     model = refs.resolve(config.model, config.out, weights=False)
     refs.refuse_layers(model, config.layers if config.layers and config.reads_layers else [0])
     refs.refuse_length(config.max_length, model)
+    config.refuse_model(model)
     refuse_rank(config, model)
     refuse_types(config)
     refuse_8bit(config, config.devices or 1)

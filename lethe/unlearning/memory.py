@@ -215,7 +215,7 @@ class Phases:
     def _trial(self) -> Parts:
         """The batch before training, with live teachers. It moves float32 weights if there are two losses to compare."""
         shapes, shards = self.shapes, self.trained_shards
-        compared = len(self.needs) == 2 and not self.config.rewind and shapes.trained == 4 * shapes.numbers
+        compared = self.config.compares_gradients and shapes.trained == 4 * shapes.numbers
         passes = self.passes.trial if compared else self.passes.update
         divided = {part: passes[part] // shards for part in ("gradients", "copies")}
         return passes | divided | {"teachers": self._teachers(self.needs), "maps": self._map_bytes()}

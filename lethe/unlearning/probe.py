@@ -3,9 +3,9 @@
 The value of a loss says little about its weight: cb_loss is as large as the model's activations, squared, and the retain loss
 is 0 at the start. So Lethe compares the norms of their gradients. The gradient of the forget loss is that at the start. The
 gradient of the retain loss is that at the point where the forget loss is a tenth lower, to first order. To get there, every
-weight moves by the same distance against the sign of its gradient, as in AdamW's first update. There is no comparison without
-both losses, for a rewound model (which starts away from the reference), and for weights of a type that would round the move
-away. The model's weights are restored.
+weight moves by the same distance against the sign of its gradient, as in AdamW's first update. The model's weights are
+restored. There is no comparison if the retain loss is not 0 at the start (`retain_loss: ce`, a rewound model), if the method
+has no `scale` (`grad_diff`, `circuit_breaker`), without both losses, and for weights of a type that would round the move away.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measured(trainer: UnlearnTrainer, batch: dict[str, Text]) -> dict[str, Any]:
     """
     model, config = trainer.model, trainer.config
     wide = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)  # type: ignore[union-attr]
-    compared = len(batch) == 2 and wide and not config.rewind
+    compared = config.compares_gradients and wide
     found: dict[str, Any] = {}
     loss = 0.0
     if "forget" in batch:
@@ -92,9 +92,8 @@ def measured(trainer: UnlearnTrainer, batch: dict[str, Text]) -> dict[str, Any]:
         ratio = found["forget_gradient"] / retain if retain else math.inf
         near = BALANCE / FAR <= ratio <= BALANCE * FAR  # False for NaN and infinity
         found |= {"ratio": ratio, "dominates": "neither" if near else f"{'retain' if ratio < BALANCE else 'forget'} loss"}
-        if config.scale:
-            proposed = float(f"{getattr(config, config.scale) * BALANCE / ratio:.2g}") if ratio else math.inf
-            found[f"proposed_{config.scale}"] = proposed
+        proposed = float(f"{getattr(config, config.scale) * BALANCE / ratio:.2g}") if ratio else math.inf  # type: ignore[arg-type]
+        found[f"proposed_{config.scale}"] = proposed
     return {
         name: value if isinstance(value, str) else float(f"{value:.4g}") if math.isfinite(value) else None
         for name, value in found.items()

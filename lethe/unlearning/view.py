@@ -135,6 +135,14 @@ class View:
         """The model's activations at one layer. Needs it in `layers`."""
         return declared(self.states.activations.get(layer), f"layer {layer}")
 
+    def positive_cosine(self) -> Tensor:
+        """Mean over layers and tokens of max(0, cos(h, a)), a the teacher's activation. Needs `teacher` and `layers`."""
+        return losses.positive_cosine(self.states.activations, self.target.activations, self.mask, self.tokens)
+
+    def norm_of_difference(self) -> Tensor:
+        """Mean over layers and tokens of ‖h − a‖₂, a the teacher's activation. Needs `teacher` and `layers`."""
+        return losses.norm_of_difference(self.states.activations, self.target.activations, self.mask, self.tokens)
+
     def kl(self) -> Tensor:
         """KL(teacher ‖ model) of next-token distributions, a mean over tokens. Needs `teacher` and `logits`."""
         ours, theirs, head = self._output, declared(self.target.output, "logits"), declared(self.teacher, "teacher").head
@@ -154,6 +162,19 @@ class View:
         if self.head is None:
             return losses.negative_entropy(self._output, self.mask, self.tokens)
         return losses.chunked_negative_entropy(self._output, self.head, self.mask, self.tokens)
+
+    def uniform_cross_entropy(self, top_k: int = 0) -> Tensor:
+        """(log Σ exp z − mean z) / ln k of the k = `top_k` largest next-token logits z (0: all), a mean over tokens.
+
+        It is 1 where they are equal, else more. Needs `logits`.
+        """
+        if self.head is None:
+            return losses.uniform_cross_entropy(self._output, self.mask, self.tokens, top_k)
+        return losses.chunked_uniform_cross_entropy(self._output, self.head, self.mask, self.tokens, top_k)
+
+    def predicted_tokens(self) -> Int[Tensor, " batch"]:
+        """The number of tokens of each document that have one before them; 1 if there are none."""
+        return self.mask[:, 1:].sum(-1).clamp(min=1)
 
     def log_likelihood(self) -> Float[Tensor, " batch"]:
         """The model's log-likelihood of each document, the sum over its tokens that have one before them. Needs `logits`."""
