@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 
 from lethe import config as c
-from lethe.config.parse import from_settings
+from lethe.config.parse import from_settings, section_of
 from lethe.errors import LetheError, nearest, printable
 from lethe.launching.worker import SETTINGS
+from lethe.methods.method import named
+from lethe.methods.user_file import is_file
 from lethe.results import regimes
 from lethe.results.listing import number
 from lethe.runs.run import Run
 from lethe.sweeps import axes
 from lethe.sweeps.axes import Point
 from lethe.sweeps.trials import Plan, Stage, Trial
+from lethe.sweeps.trust import methods_of
 from lethe.text import corpora
 from lethe.unlearning.check import check
 
@@ -56,6 +59,10 @@ class Planner:
     def __init__(self, config: c.SweepConfig):
         self.config = config
         self.title: str = config.kind
+        self.recipes: dict[Any, dict[str, Any]] = {}
+        for method in methods_of(config):
+            if is_file(method):
+                named(method)  # so that its settings are known
         self.axes = axes.parse(config.vary, config.tamper is not None)
 
     # -- what is run
@@ -69,8 +76,21 @@ class Planner:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """All settings of the unlearning run that is varied."""
-        return c.to_dict(section("unlearn", self.config.unlearn, self.config.out))
+        """All settings of the unlearning run that is varied; where the method is, with the first one."""
+        methods = next((axis.values for axis in self.axes if axis.name == "method"), [None])
+        return self.recipe_with(methods[0])
+
+    def recipe_with(self, method: str | None) -> dict[str, Any]:
+        """All settings of the unlearning run with one of the varied methods and its defaults; None: the recipe's own method."""
+        if method not in self.recipes:
+            given = self.config.unlearn if method is None else section_of(self.config.unlearn) | {"method": method}
+            self.recipes[method] = c.to_dict(section("unlearn", given, self.config.out))
+        return self.recipes[method]
+
+    def settings_at(self, point: Point) -> dict[str, Any]:
+        """All settings of the unlearning run at a point."""
+        recipe = self.recipe_with(point["method"]) if "method" in point else self.recipe
+        return axes.settings_at(recipe, point)
 
     @cached_property
     def attack(self) -> dict[str, Any] | None:
@@ -131,14 +151,17 @@ class Planner:
         with corpora.read_once():
             for point in self.samples():
                 self._check(self.plan(point, self.config.seed_list[:1]))
-        return dataclasses.replace(self.config, unlearn=self.recipe, tamper=self.attack)
+        varies_method = any(axis.name == "method" for axis in self.axes)  # each method has defaults of its own
+        recipe = section_of(self.config.unlearn) if varies_method else self.recipe
+        return dataclasses.replace(self.config, unlearn=recipe, tamper=self.attack)
 
     def samples(self) -> Iterable[Point]:
         """The points to check before anything runs: both ends of every range, and every listed value."""
         for axis in self.axes:
             for value in axis.values or (axis.at(0), axis.at(1)):
                 others = {other.name: (other.values or (other.at(0),))[0] for other in self.axes if not other.when}
-                point = others | {axis.name: value}
+                wanted = {name: first_of(axis.when[name]) for name in axis.when if any(name == each.name for each in self.axes)}
+                point = others | wanted | {axis.name: value}
                 if axis.applies(point, self.recipe):
                     yield point
 
@@ -157,7 +180,7 @@ class Planner:
         """For each seed, the unlearning run at a point and, if the sweep has one, the attack on its result."""
         stages: list[Stage] = []
         for seed in seeds:
-            settings = axes.settings_at(self.recipe, point) | {"seed": seed}
+            settings = self.settings_at(point) | {"seed": seed}
             name = axes.name_at(self.config.name, settings, point, seed if len(self.config.seed_list) > 1 else None)
             model = f"@{len(stages)}"
             stages.append(("unlearn", settings | {"name": name}))
@@ -314,6 +337,11 @@ def baseline(model: str, evaluation: dict[str, Any], dtype: c.Dtype, out: str) -
     how = {name: evaluation[name] for name in ("limit", "task_data", "num_fewshot")}
     settings = c.EvaluateConfig(model, evaluation["tasks"], **how, dtype=dtype, out=out, name="baseline")
     return Plan("baseline", [("evaluate", c.to_dict(settings))], facts={"reference": True, "model": model})
+
+
+def first_of(value: Any) -> Any:
+    """The first value of a list, or the value itself."""
+    return value[0] if isinstance(value, list) else value
 
 
 def short(result: Result) -> Result:

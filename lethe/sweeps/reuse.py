@@ -15,6 +15,7 @@ from lethe.files import sha256
 from lethe.launching.worker import SETTINGS
 from lethe.maps.folder import WEIGHTS, find_maps
 from lethe.methods.method import Method
+from lethe.methods.user_file import is_file
 from lethe.models import refs
 from lethe.results.listing import is_imported
 from lethe.runs.finding import find_runs
@@ -86,6 +87,8 @@ def inputs(settings: dict[str, Any], out: str | Path) -> dict[str, str]:
         folder = next((path for path in (Path(task), Path(task).parent) if path.is_dir() and str(path) != "."), None)
         if folder is not None:
             files[task] = [file for file in folder.rglob("*") if file.is_file()]
+    if is_file(settings.get("method")):
+        files[settings["method"]] = [Path(settings["method"])]
     if settings.get("affine") not in {None, "fit", "none"}:
         files[settings["affine"]] = [find_maps(settings["affine"], str(out)) / WEIGHTS]
     return {name: sha256(*paths) for name, paths in files.items()}
