@@ -224,14 +224,34 @@ def _combined(config: type, parts: Iterable[Part]) -> Any:
     Raises:
         LetheError: a setting does not exist, or its value is not allowed.
     """
-    known, made = fields_of(config), _defaults(config)
+    return _object(config, _together(config, _defaults(config), parts))
+
+
+def filled(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a variant of `config`, those that are given and the defaults of the others. Values are not checked.
+
+    Raises:
+        LetheError: a setting does not exist.
+    """
+    config = _variant(config, given, trusts=False)
+    defaults = {f.name: default_of(f) for f in dataclasses.fields(config)}
+    return _together(config, defaults | _defaults(config), [(None, given)])
+
+
+def _together(config: type, made: dict[str, Any], parts: Iterable[Part]) -> Any:
+    """Plain data with the settings of all parts, in their order.
+
+    Raises:
+        LetheError: a setting does not exist.
+    """
+    known = fields_of(config)
     for recipe, content in parts:
         try:
             made = _merged(made, content, known)
         except KeyError as error:
             what = f"config: '{recipe}' has an unknown field" if recipe else "there is no setting"
             raise LetheError(f"{what} '{error.args[0]}'{_advice(error.args[0], known, config)}") from None
-    return _object(config, made)
+    return made
 
 
 def _merged(old: Any, new: Any, known: dict[str, Any], prefix: str = "") -> Any:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 
 from lethe import config as c
-from lethe.config.parse import from_settings, section_of
+from lethe.config.parse import filled, from_settings, section_of
 from lethe.errors import LetheError, nearest, printable
 from lethe.launching.worker import SETTINGS
-from lethe.methods.method import named
+from lethe.methods.method import Method, named
 from lethe.methods.user_file import is_file
 from lethe.results import regimes
 from lethe.results.listing import number
@@ -59,7 +59,6 @@ class Planner:
     def __init__(self, config: c.SweepConfig):
         self.config = config
         self.title: str = config.kind
-        self.recipes: dict[Any, dict[str, Any]] = {}
         for method in methods_of(config):
             if is_file(method):
                 named(method)  # so that its settings are known
@@ -76,21 +75,27 @@ class Planner:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """All settings of the unlearning run that is varied; where the method is, with the first one."""
-        methods = next((axis.values for axis in self.axes if axis.name == "method"), [None])
-        return self.recipe_with(methods[0])
+        """All settings of the unlearning run that is varied; of several methods, with the first."""
+        if self.methods:
+            return self.recipes[self.methods[0]]
+        return c.to_dict(section("unlearn", self.config.unlearn, self.config.out))
 
-    def recipe_with(self, method: str | None) -> dict[str, Any]:
-        """All settings of the unlearning run with one of the varied methods and its defaults; None: the recipe's own method."""
-        if method not in self.recipes:
-            given = self.config.unlearn if method is None else section_of(self.config.unlearn) | {"method": method}
-            self.recipes[method] = c.to_dict(section("unlearn", given, self.config.out))
-        return self.recipes[method]
+    @property
+    def methods(self) -> list[str]:
+        """The methods that are varied."""
+        return next((axis.values for axis in self.axes if axis.name == "method"), [])
+
+    @cached_property
+    def recipes(self) -> dict[str, dict[str, Any]]:
+        """For each method that is varied, the recipe with its defaults. A setting may need a value that only a point has."""
+        given = section_of(self.config.unlearn)
+        refuse_seed(given.get("seed"))
+        own = settings_of_sweep("unlearn", given, self.config.out)
+        return {method: filled(Method, given | own | {"method": method}) for method in self.methods}
 
     def settings_at(self, point: Point) -> dict[str, Any]:
         """All settings of the unlearning run at a point."""
-        recipe = self.recipe_with(point["method"]) if "method" in point else self.recipe
-        return axes.settings_at(recipe, point)
+        return axes.settings_at(self.recipes[point["method"]] if "method" in point else self.recipe, point)
 
     @cached_property
     def attack(self) -> dict[str, Any] | None:
@@ -151,8 +156,7 @@ class Planner:
         with corpora.read_once():
             for point in self.samples():
                 self._check(self.plan(point, self.config.seed_list[:1]))
-        varies_method = any(axis.name == "method" for axis in self.axes)  # each method has defaults of its own
-        recipe = section_of(self.config.unlearn) if varies_method else self.recipe
+        recipe = section_of(self.config.unlearn) if self.methods else self.recipe  # each method has defaults of its own
         return dataclasses.replace(self.config, unlearn=recipe, tamper=self.attack)
 
     def samples(self) -> Iterable[Point]:
@@ -319,17 +323,31 @@ def section(kind: str, given: dict[str, Any], out: str, name: str = "") -> Any:
     Raises:
         LetheError: a setting is wrong, or is one that the sweep sets itself.
     """
-    own = {"out": out, "name": name or SETTINGS[kind].name} | ({"model": "@0"} if kind == "tamper" else {})
     try:
-        for key, value in own.items():
-            if given.get(key, value) != value:
-                raise LetheError(f"{key}: {printable(given[key], 80)} has no effect in a sweep; leave it out")
-        made = from_settings(SETTINGS[kind], given | own)
-        if made.seed:
-            raise LetheError(f"seed: {made.seed} has no effect in a sweep; give seeds: [{made.seed}]")
+        made = from_settings(SETTINGS[kind], given | settings_of_sweep(kind, given, out, name))
+        refuse_seed(made.seed)
     except LetheError as error:
         raise LetheError(f"{name or kind}: {error}") from error
     return made
+
+
+def settings_of_sweep(kind: str, given: dict[str, Any], out: str, name: str = "") -> dict[str, Any]:
+    """The settings of runs of a kind that the sweep sets itself.
+
+    Raises:
+        LetheError: they are given other values.
+    """
+    own = {"out": out, "name": name or SETTINGS[kind].name} | ({"model": "@0"} if kind == "tamper" else {})
+    for key, value in own.items():
+        if given.get(key, value) != value:
+            raise LetheError(f"{key}: {printable(given[key], 80)} has no effect in a sweep; leave it out")
+    return own
+
+
+def refuse_seed(seed: Any) -> None:
+    """Refuse a seed in the recipe of a sweep."""
+    if seed:
+        raise LetheError(f"seed: {seed} has no effect in a sweep; give seeds: [{seed}]")
 
 
 def baseline(model: str, evaluation: dict[str, Any], dtype: c.Dtype, out: str) -> Plan:
