@@ -84,7 +84,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer updates done, and how many the first epoch and the whole run have."""
+    """How far a run is: optimizer updates done, and how many the first epoch and the whole run have.
+
+    With `layered`, the first epoch is the first pass of the first stage.
+    """
 
     done: int
     first_epoch: int
@@ -126,6 +129,7 @@ class Method(UnlearnSettings):
         self.refuse_idle("sam", "same_sign", when=self.is_procedure, why=f"with method {own}, which computes its own gradient")
         for setting, text in (("sam", "forget"), ("same_sign", "forget"), ("same_sign", "retain")):
             self.refuse_idle(setting, when=text not in needs, why=f"on a recipe without a {text} loss")
+        self.refuse_idle("layered", when=len(needs) < 2, why="on a recipe whose losses do not read both forget and retain text")
 
     def needs(self) -> dict[str, Need]:
         """By text, `forget` or `retain`, what the loss reads; a text that it does not read is left out.

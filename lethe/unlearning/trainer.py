@@ -131,4 +131,5 @@ class UnlearnTrainer(RunTrainer):
 
     def changing(self) -> dict[str, float]:
         coefficients = self.config.coefficients(self.progress(self.state.global_step - 1))
-        return {f"{name}_t": value for name, value in coefficients.items()}
+        stage = {"stage": self.order.stage_of(self.state.global_step - 1)} if self.config.layered else {}
+        return {f"{name}_t": value for name, value in coefficients.items()} | stage
