@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from lethe.config.checks import Count, Dtype, Layers, Memory, RunName, Settings, above, at_least, must_be
 from lethe.config.evaluation import EvalSettings
-from lethe.config.training import LoraSettings, Text, Texts, TrainingSettings
+from lethe.config.training import LoraSettings, Text, Texts, TextSource, TrainingSettings
 from lethe.errors import LetheError
 
 
@@ -86,6 +86,8 @@ class UnlearnSettings(TrainingSettings):
             )
         if self.layered and self.max_steps > 0:
             raise LetheError("max_steps: with layered, every stage has a number of epochs; set epochs, and leave max_steps out")
+        if self.layered and isinstance(self.forget, TextSource) and self.forget.part:
+            raise LetheError("forget.part: layered splits the text itself; leave part out")
         if self.layered and self.packing == "packed":
             raise LetheError("packing: a packed sequence can have documents of two parts; with layered, set it to none")
         self.refuse_idle("merge", when=self.lora is None, why="in full-rank training (lora: null), where there is no adapter")
