@@ -17,12 +17,11 @@ from several import start as started
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe import NPO, Distill, TamperConfig, TextSource, unlearn
+from lethe import NPO, Distill, LayeredSettings, TamperConfig, TextSource, unlearn
 from lethe.attacks.tampering import check_tamper
 from lethe.cli import main
 from lethe.config import EvalSettings, ResumeConfig, SuiteConfig, to_dict
 from lethe.config.parse import build
-from lethe.config.unlearning import LayeredSettings
 from lethe.errors import LetheError
 from lethe.report.attacks import worst_table
 from lethe.results.study import Study
@@ -150,7 +149,8 @@ def test_training_is_that_of_a_plain_loop_over_the_stages(lab, pair, tmp_path, m
     common = {name: pair[name] for name in ("model", "forget", "retain")} | {
         "layered": LayeredSettings(3), "epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
         "dtype": "float64", "lora": None, "lr": 1e-3, "max_grad_norm": 0.0, "lr_scheduler_type": "linear", "seed": 3,
-        "out": str(tmp_path), "eval": EvalSettings(["lab_forget_robust"], limit=1), "schedule": "constant", "remove_coef": 0.7, "retain_coef": 1.3,
+        "out": str(tmp_path), "eval": EvalSettings(["lab_forget_robust"], limit=1),
+        "schedule": "constant", "remove_coef": 0.7, "retain_coef": 1.3,
     }  # fmt: skip
     made = NPO(**common, beta=0.3) if method == "npo" else Distill(**common, source=pair["source"])
     run = unlearn(made)
@@ -303,7 +303,7 @@ def test_a_suite_on_a_layered_run_attacks_with_every_part_and_with_all(lab, laye
     alone = spelled_out(SuiteConfig(models=["lab:final"], suite="standard", out=out)).attacks
     repeated = [n for n, a in alone.items() if a.get("attack") is None and "forget" not in a and "after" not in a]
     added = [f"{name}-{piece}" for name in repeated for piece in ("part1of3", "part2of3", "part3of3", "all")]
-    assert names == [*alone, *added] and len(repeated) == 8
+    assert names == [*alone, *added] and len(repeated) == 9
     whole = corpora.read("lab:forget")
     for i, piece in enumerate(("part1of3", "part2of3", "part3of3", "all")):
         attack = suite.attacks[f"full-adamw-{piece}"]

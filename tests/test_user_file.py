@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -31,38 +32,11 @@ from lethe.sweeps.grid import Grid
 from lethe.sweeps.resuming import resume
 from lethe.sweeps.reuse import complete_runs
 
-HEAD = """
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
-
-from lethe.config.checks import above
-from lethe.methods.method import ForgetAndRetain, Losses, Method, Need
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lethe.unlearning.view import View
-"""
-CLASS = '''
-@dataclass(kw_only=True)
-class Ascent(ForgetAndRetain):
-    """Unlearn by gradient ascent.
-
-        ascent_loss = -gain * cross-entropy
-    """
-
-    gain: Annotated[float, above(0)] = 0.01
-    """Factor of the forget loss."""
-
-    def forget_need(self) -> Need:
-        return Need(logits=True)
-
-    def forget_loss(self, forget: View) -> tuple[Tensor, Losses]:
-        ascent = -self.gain * forget.cross_entropy()
-        return ascent, {"ascent_loss": ascent}
-'''
+DOCS = Path(__file__).parent.parent / "docs"
+FILE = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)[0]
+"""The file in the documents."""
+HEAD, CLASS = FILE.replace("Losses, Need", "Losses, Method, Need").split("@dataclass")
+CLASS = f"@dataclass{CLASS}"
 
 
 @pytest.fixture
@@ -101,7 +75,7 @@ def test_the_help_of_a_file_lists_its_settings_and_warns_once_that_it_is_code(mi
     with pytest.raises(SystemExit):
         main(["unlearn", "--method", "./mine.py", "--help"])
     shown = capsys.readouterr()
-    assert "method ./mine.py: Unlearn by gradient ascent." in shown.out and "Factor of the forget loss." in shown.out
+    assert "method ./mine.py: Unlearn by gradient ascent." in shown.out and "Factor of the cross-entropy." in shown.out
     assert shown.err == "lethe: method './mine.py' is Python code, and runs with your permissions\n"
 
 

@@ -300,7 +300,7 @@ def names() -> list[str]:
 def named(name: str) -> type[Method]:
     """The method of that name, or in that file."""
     if user_file.is_file(name):
-        return user_file.load(name)
+        return user_file.load(name, Method, ForgetAndRetain)
     if name not in names():
         raise LetheError(f"method: there is no method '{printable(name, 80)}'{nearest(str(name), names())}")
     module = importlib.import_module(f"lethe.methods.{name}")

@@ -10,7 +10,6 @@ the sweep runs. Each content is loaded once, as a module of its own.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import sys
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
 
 COPY = "method.py"
 """The file's copy in the folder of a run."""
-PREFIX = "lethe_method_"
+PREFIX, PATH, CLASS = "lethe_method_", "LETHE_PATH", "LETHE_CLASS"
+"""Names of a file's module (with its SHA-256), and of what Lethe keeps in it: its path and its class."""
 TAKES = {"needs": 0, "loss": 3, "gradient": 1, "forget_need": 0, "forget_loss": 1}
 """How many arguments Lethe gives to the functions that a method may define."""
 _trusted: set[str] = set()
@@ -52,8 +52,8 @@ def trust(method: str | Path) -> None:
         store(_stamp(key), str(method))
 
 
-def load(method: str | Path) -> type[Method]:
-    """The class of the method in a file.
+def load(method: str | Path, base: type[Method], usual: type[Method]) -> type[Method]:
+    """The class of the method in a file: a subclass of `base` (Method), perhaps of `usual` (ForgetAndRetain).
 
     Raises:
         LetheError: the user has never named this file, it cannot be run, or it does not define a method.
@@ -68,17 +68,17 @@ def load(method: str | Path) -> type[Method]:
     name = f"{PREFIX}{key}"
     if name not in sys.modules:
         module = types.ModuleType(name)
-        module.__file__, module.__dict__["METHOD"] = str(Path(method).absolute()), str(method)
+        module.__file__, module.__dict__[PATH] = str(Path(method).absolute()), str(method)
         sys.modules[name] = module
         try:
             exec(compile(source, module.__file__, "exec"), module.__dict__)
-            _method_in(module, shown)
+            module.__dict__[CLASS] = _method_in(module, shown, base, usual)
         except BaseException as error:
             del sys.modules[name]
             if isinstance(error, LetheError | KeyboardInterrupt):
                 raise
             raise LetheError(f"method: '{shown}' cannot be loaded{_place(error, module.__file__)}: {_said(error)}") from error
-    return _method_in(sys.modules[name], shown)
+    return _class_of(sys.modules[name])
 
 
 def sha256_of(method: type) -> str | None:
@@ -90,7 +90,7 @@ def name_of(method: type) -> str:
     """The name of a method's class: that of its module in lethe/methods, or the path of its file."""
     if sha256_of(method) is None:
         return method.__module__.rpartition(".")[2]
-    return str(vars(sys.modules[method.__module__])["METHOD"])
+    return str(vars(sys.modules[method.__module__])[PATH])
 
 
 def is_same(method: Any, kind: type) -> bool:
@@ -100,7 +100,12 @@ def is_same(method: Any, kind: type) -> bool:
 
 def loaded() -> list[type[Method]]:
     """The methods of all files that this process has loaded."""
-    return [_method_in(module, name) for name, module in list(sys.modules.items()) if name.startswith(PREFIX)]
+    return [_class_of(module) for name, module in list(sys.modules.items()) if name.startswith(PREFIX)]
+
+
+def _class_of(module: types.ModuleType) -> type[Method]:
+    found: type[Method] = vars(module)[CLASS]
+    return found
 
 
 def hashes(methods: Iterable[Any]) -> dict[str, str]:
@@ -150,40 +155,36 @@ def refuse_changed(expected: dict[str, str]) -> None:
             )
 
 
-def _method_in(module: types.ModuleType, shown: str) -> type[Method]:
+def _method_in(module: types.ModuleType, shown: str, base: Any, usual: Any) -> type[Method]:
     """The one method that a module defines, after a check that it is whole."""
-    from lethe.methods.method import ForgetAndRetain, Method
-
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
     ]
     found = [each for each in dict.fromkeys(found) if not each.__name__.startswith("_")]
     if len(found) != 1:
         classes = ", ".join(each.__name__ for each in found) or "none"
         raise LetheError(f"method: '{shown}' must define one subclass of Method or ForgetAndRetain, and defines {classes}")
-    (method,) = found
-    if "__dataclass_fields__" not in vars(method) or not dataclasses.is_dataclass(method):
+    method: Any = found[0]
+    if "__dataclass_fields__" not in vars(method):
         raise LetheError(f"method: {method.__name__} in '{shown}' is no dataclass; write @dataclass(kw_only=True) above it")
-    written = {name for name in TAKES if getattr(method, name, None) is not getattr(Method, name, None)}
-    if issubclass(method, ForgetAndRetain):
-        written -= {name for name in ("forget_need", "forget_loss") if getattr(method, name) is getattr(ForgetAndRetain, name)}
+    written = {name for name in TAKES if getattr(method, name, None) is not getattr(base, name, None)}
+    if issubclass(method, usual):
+        written -= {name for name in ("forget_need", "forget_loss") if getattr(method, name) is getattr(usual, name)}
         lacking = [name for name in ("forget_need", "forget_loss") if name not in written]
     else:
         lacking = [name for name in ("needs", "loss") if name not in written and not (name == "loss" and "gradient" in written)]
     if lacking:
         raise LetheError(f"method: {method.__name__} in '{shown}' does not define {lacking[0]}(); write it")
     for name in sorted(written):
-        _refuse_signature(method, name, shown)
-    types_of(method)  # type: ignore[arg-type]  # mypy takes a class for one of its objects
-    return method
+        _refuse_signature(method, name, getattr(usual, name, None), shown)
+    types_of(method)
+    return method  # type: ignore[no-any-return]
 
 
-def _refuse_signature(method: type, name: str, shown: str) -> None:
-    from lethe.methods.method import ForgetAndRetain, Method
-
-    original = getattr(ForgetAndRetain, name, None) or getattr(Method, name)
+def _refuse_signature(method: type, name: str, original: Any, shown: str) -> None:
+    """Refuse a function that does not take what Lethe gives it, as the function `original` of the base class does."""
     wanted, given = inspect.signature(original), inspect.signature(getattr(method, name))
     try:
         given.bind(*range(TAKES[name] + 1))

@@ -24,7 +24,13 @@ from lethe.text import corpora
 
 NO_EFFECT_ON_NUMBERS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache", "fast"}
 """Settings that do not change what a run measures."""
-AS_BEFORE = [("cb_scale", "raw"), ("affine_examples", c.MAPPED), ("method", "transfer"), ("forget_kl_coef", 0.0)]
+AS_BEFORE = [
+    ("cb_scale", "raw"),
+    ("affine_examples", c.MAPPED),
+    ("method", "transfer"),
+    ("forget_kl_coef", 0.0),
+    ("layered", None),
+]
 """Settings that earlier versions lacked, with the value that stands for their behaviour: their runs count as equal."""
 
 
