@@ -140,6 +140,22 @@ def test_a_helper_class_whose_name_begins_with_an_underscore_is_no_second_method
     assert from_recipe(Method, None, method="./mine.py").base_gain == 0.01
 
 
+def test_a_procedure_may_be_a_file(mine, own_home):
+    base = CLASS.replace("ForgetAndRetain", "Method").replace(
+        "def forget_loss(self, forget: View)", "def gradient(self, update)"
+    )
+    mine.write_text(
+        HEAD
+        + base.replace("def forget_need(self) -> Need", "def needs(self)")
+        .replace("Need(logits", "dict(forget=Need(logits")
+        .replace("True)\n\n", "True))\n\n")
+    )
+    assert from_recipe(Method, None, method="./mine.py").is_procedure
+    mine.write_text(mine.read_text().replace("def gradient(self, update)", "def gradient(self)"))
+    with pytest.raises(LetheError, match=r"gradient\(self\) of Ascent in './mine.py' must be gradient\(self, update\)"):
+        from_recipe(Method, None, method="./mine.py")
+
+
 def test_a_record_cannot_run_a_file_that_the_user_has_not_named(mine, own_home, capsys):
     mine.write_text(f"{mine.read_text()}\nopen('ran', 'w').close()\n")
     with pytest.raises(LetheError, match="that you have not run before; read it, and if you trust it, add --trust_record true"):

@@ -32,7 +32,7 @@ COPY = "method.py"
 """The file's copy in the folder of a run."""
 PREFIX, PATH, CLASS = "lethe_method_", "LETHE_PATH", "LETHE_CLASS"
 """Names of a file's module (with its SHA-256), and of what Lethe keeps in it: its path and its class."""
-TAKES = {"needs": 0, "loss": 3, "gradient": 1, "forget_need": 0, "forget_loss": 1}
+TAKES = {"needs": 0, "loss": 3, "gradient": 1, "begin": 2, "forget_need": 0, "forget_loss": 1}
 """How many arguments Lethe gives to the functions that a method may define."""
 _trusted: set[str] = set()
 

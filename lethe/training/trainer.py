@@ -54,6 +54,14 @@ class Sequences(Dataset):
     def __getitem__(self, i: int) -> dict[str, tuple[int, list[int]]]:
         return {name: (number, self.texts[name][number]) for name, number in self.numbers(i).items()}
 
+    def own(self, text: str) -> int:
+        """The number of sequences that are a text's own."""
+        return len(self.texts[text])
+
+    def side_by_side(self, i: int) -> dict[str, tuple[int, list[int]]]:
+        """Sequence i of each text."""
+        return {name: (i % len(sequences), sequences[i % len(sequences)]) for name, sequences in self.texts.items()}
+
     def numbers(self, i: int) -> dict[str, int]:
         """The number of the sequence of each text in item i."""
         return {name: i % len(sequences) for name, sequences in self.texts.items()}

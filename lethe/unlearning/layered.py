@@ -28,6 +28,9 @@ class Layered(Sequences):
     def stages(self) -> list[int]:
         return [max(bound, len(self.texts["retain"]) - bound) for bound in self.bounds]
 
+    def own(self, text: str) -> int:
+        return self.kept if text == "retain" else len(self.texts[text])
+
     def __len__(self) -> int:
         return self.ends[-1]
 
