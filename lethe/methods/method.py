@@ -12,7 +12,6 @@ docs/extending.md adds a method step by step.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import lethe.methods
 from lethe.config.checks import Amount
 from lethe.config.parse import fields_of
-from lethe.config.unlearning import CheckSettings, UnlearnSettings
+from lethe.config.unlearning import UnlearnSettings
 from lethe.errors import LetheError, nearest, printable
 from lethe.methods import user_file
 
@@ -274,27 +273,11 @@ class Method(UnlearnSettings):
         return settings
 
 
-@dataclass(kw_only=True)
-class Check(CheckSettings):
-    """The settings of `lethe check`. Those of the method come beside them (`variant`)."""
-
-    trust = Method.trust
-
-    @classmethod
-    def variant(cls, given: Mapping[str, Any]) -> type[Method]:
-        """The class that has the settings of a method, and those of the devices to plan for."""
-        return _checked(Method.variant(given))  # type: ignore[arg-type]  # mypy takes a class for one of its objects
-
-
-@functools.cache
-def _checked(method: type[Method]) -> type[Method]:
-    own = {"__module__": method.__module__, "__doc__": method.__doc__}
-    return dataclass(kw_only=True)(type(f"Check{method.__name__}", (method, CheckSettings), own))
-
-
 def names() -> list[str]:
     """The methods that come with Lethe, by name."""
-    return sorted({module.name for module in pkgutil.iter_modules(lethe.methods.__path__)} - {"method", "user_file"})
+    return sorted(
+        {module.name for module in pkgutil.iter_modules(lethe.methods.__path__)} - {"method", "user_file", "check_settings"}
+    )
 
 
 def named(name: str) -> type[Method]:
