@@ -15,6 +15,7 @@ from lethe.config import (
     CompareConfig,
     EvalSettings,
     EvaluateConfig,
+    LayeredSettings,
     LoraSettings,
     SuiteConfig,
     SweepConfig,

@@ -26,7 +26,8 @@ from lethe.config.arguments import TRUST, as_suite, command_of, consent, is_suit
 from lethe.config.parse import parse
 from lethe.errors import LONGEST, LetheError, full_disk, printable
 from lethe.evaluation.tasks.consent import trust_task_code
-from lethe.methods.method import Check, Method
+from lethe.methods.check_settings import Check
+from lethe.methods.method import Method
 from lethe.progress import quiet
 from lethe.runs import garbage
 from lethe.runs.run import Run, Terminated

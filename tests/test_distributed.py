@@ -391,7 +391,7 @@ def test_order_splits_each_update_without_loss(monkeypatch, examples, size, accu
     def order(rank: int, number: int = world, effective: int | None = None) -> Order:
         monkeypatch.setenv("WORLD_SIZE", str(number))
         monkeypatch.setenv("RANK", str(rank))
-        made = Order(examples, config, effective)
+        made = Order([examples], config, effective)
         made.set_epoch(3)
         return made
 

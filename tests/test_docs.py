@@ -17,11 +17,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from lethe import cli
 from lethe.config import EvaluateConfig, SweepConfig
 from lethe.config.parse import from_recipe
 from lethe.lab.presets import PRESETS
+from lethe.methods import user_file
 from lethe.sweeps.grid import Grid
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +104,7 @@ def test_every_page_with_commands_is_run():
 
 def test_commands_that_are_only_shown_are_valid(here, monkeypatch):
     (here / "mine.yaml").write_text(blocks("docs/guides/model-and-data.md", "yaml")[0])
+    (here / "mine.py").write_text(blocks("docs/extending.md", "python")[0])
     monkeypatch.chdir(here)
     shown = [command for page in PAGES if page.parent.name != "reference" for command in commands(str(page), "text")]
     assert len(shown) > 8
@@ -132,6 +135,10 @@ def test_recipes_in_the_guides_are_valid(here, monkeypatch):
 
     assert from_recipe(cli.COMMANDS["unlearn"].config, recipe("model-and-data")).layers == [5, 10, 15, 20, 25, 30]
     assert len(Grid(from_recipe(SweepConfig, recipe("sweeps"))).samples()) == 27
+    (here / "mine.py").write_text(blocks("docs/extending.md", "python")[0])
+    user_file.trust("mine.py")
+    over_methods = SweepConfig(**yaml.safe_load(blocks("docs/guides/sweeps.md", "yaml")[1]))
+    assert [plan.point["method"] for plan in Grid(over_methods).plans] == ["transfer", "npo", "npo", "./mine.py"]
     assert from_recipe(SweepConfig, recipe("several-machines"), vary={"lr": [1e-3]}).slurm.time == "12:00:00"
     tasks = from_recipe(EvaluateConfig, recipe("evaluation"), model="lab:final", tasks=["biothreat", "general"]).tasks
     assert tasks == ["wmdp_bio_robust", "wmdp_bio_cloze", "mmlu"]
@@ -180,4 +187,4 @@ def test_the_site_builds_without_a_broken_link_and_loads_nothing_from_elsewhere(
 
 def test_the_method_that_the_guide_shows_is_the_one_in_the_package():
     source = (ROOT / "lethe" / "methods" / "npo.py").read_text()
-    assert all(line in source for line in blocks("docs/extending.md", "python")[0].splitlines())
+    assert all(line in source for line in blocks("docs/extending.md", "python")[1].splitlines())

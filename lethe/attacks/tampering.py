@@ -10,11 +10,11 @@ so that curves can be compared with those of controls that never knew the topic:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lethe.config import ATTACKED, TamperConfig, to_dict
+from lethe.config import ATTACKED, TamperConfig, as_text_source, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.check import check_tasks
 from lethe.evaluation.tasks.consent import trusts_task_code
@@ -81,13 +81,12 @@ def check_tamper(config: TamperConfig, effective_batch: int | None = None) -> Ch
         return CheckedAttack(ref, [], {"steps": len(config.strengths)}, None)
     refs.refuse_length(config.max_length, ref)
     refuse_rank(config, ref)
-    everything = corpora.read(config.forget)
-    documents = corpora.take(everything, config.num_train_examples, "back", "forget text", ATTACKED)
+    documents = corpora.take(corpora.read(config.forget), config.num_train_examples, "back", "forget text", ATTACKED)
     if config.attack == "prompt" and max(config.strengths) > len(documents):
         raise LetheError(f"strengths: {max(config.strengths):g} documents are needed, the text has {len(documents)}; lower it")
     if config.adapter == "train" and not ref.adapter:
         raise LetheError(f"adapter: '{config.model}' is not an adapter, so there is no adapter to train; leave it out")
-    used = _documents_unlearned(config, everything)
+    used = _documents_unlearned(config)
     shared = None if used is None else sum(d.id in used for d in documents)
     if shared and config.overlap == "refuse":
         left = len(documents) - shared
@@ -104,8 +103,8 @@ def check_tamper(config: TamperConfig, effective_batch: int | None = None) -> Ch
     )
 
 
-def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document]) -> set[str] | None:
-    """The documents among `everything` that the attacked run was unlearned with, as forget or as retain text.
+def _documents_unlearned(config: TamperConfig) -> set[str] | None:
+    """The documents of the attacker's text that the attacked run was unlearned with, as forget or as retain text.
 
     A model that an attack saved counts as unlearned with the documents of the attacked model. A folder inside a run's folder
     belongs to that run.
@@ -118,6 +117,10 @@ def _documents_unlearned(config: TamperConfig, everything: list[corpora.Document
         run = refs.run_of(run.record["config"]["model"], run.path.parent)
     parents = (run.record.get("parents") or {}) if run else {}
     texts = [parents[role] for role in ("forget", "retain") if role in parents]
-    fronts = [everything[: text["documents"]] for text in texts]
-    used = [front for front, text in zip(fronts, texts, strict=True) if corpora.fingerprint(front) == text["sha256"]]
+    source = as_text_source(config.forget)
+    known = [corpora.read(source)]
+    if source.first or source.part:  # unlearning had the whole text
+        known.append(corpora.read(replace(source, first=None, part=None)))
+    fronts = [(everything[: text["documents"]], text["sha256"]) for everything in known for text in texts]
+    used = [front for front, sha256 in fronts if corpora.fingerprint(front) == sha256]
     return {document.id for front in used for document in front} if used else None

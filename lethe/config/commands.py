@@ -80,7 +80,8 @@ class ResumeConfig(Settings):
     devices: Positive | None = None
     """Number of processes to start on this machine; null: the run's own setting `devices`, or one if it has none."""
     trust_record: bool = False
-    """true: run the shell lines and open the database that a sweep's record names, even if you started no sweep with them."""
+    """true: run what the record names even if you have started nothing with it: the file of a run's method, the shell lines of
+    a sweep's jobs, its database."""
 
 
 @dataclass

@@ -45,7 +45,7 @@ def parse(command: str, config: type, words: list[str], example: str, positional
     settings = _settings(_named(words, config, positional))
     given = {name: values[0] for name, values in settings if len(values) == 1}
     parts = [_read(values) for name, values in settings if name == "config"]
-    config = _variant(config, *(content for _, content in parts), given)
+    config = _variant(config, *(content for _, content in parts), given, trusts=True)
     if "help" in dict(settings):
         sys.stdout.write(_help(command, config, example, about))
         raise SystemExit(0)
@@ -65,14 +65,27 @@ def from_recipe(config: type, recipe: str | Path | None, /, **overrides: Any) ->
 
     `overrides` are settings that replace those of the recipe, as they would on the command line.
     """
+    return _from_recipe(config, recipe, overrides, trusts=True)
+
+
+def _from_recipe(config: type, recipe: str | Path | None, overrides: Mapping[str, Any], trusts: bool) -> Any:
     parts = [*([] if recipe is None else [_read([str(recipe)])]), (None, overrides)]
-    return _combined(_variant(config, *(content for _, content in parts)), parts)
+    return _combined(_variant(config, *(content for _, content in parts), trusts=trusts), parts)
 
 
 def from_settings(config: type, given: Mapping[str, Any]) -> Any:
-    """The config object of a section of a recipe: settings, with `recipe` as the recipe to start from."""
+    """The config object of a section of a recipe or of a record: settings, with `recipe` as the recipe to start from."""
     overrides = {name: value for name, value in given.items() if name != "recipe"}
-    return from_recipe(config, given.get("recipe"), **overrides)
+    return _from_recipe(config, given.get("recipe"), overrides, trusts=False)
+
+
+def section_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a section of a recipe and its `recipe` give, without defaults. Settings inside others are merged."""
+    made = dict(_read([given["recipe"]])[1]) if given.get("recipe") else {}
+    for name, value in given.items():
+        both = isinstance(value, Mapping) and isinstance(made.get(name), Mapping)
+        made[name] = made[name] | value if both else value
+    return {name: value for name, value in made.items() if name != "recipe"}
 
 
 def build(kind: Any, value: Any) -> Any:
@@ -211,14 +224,34 @@ def _combined(config: type, parts: Iterable[Part]) -> Any:
     Raises:
         LetheError: a setting does not exist, or its value is not allowed.
     """
-    known, made = fields_of(config), _defaults(config)
+    return _object(config, _together(config, _defaults(config), parts))
+
+
+def filled(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a variant of `config`, those that are given and the defaults of the others. Values are not checked.
+
+    Raises:
+        LetheError: a setting does not exist.
+    """
+    config = _variant(config, given, trusts=False)
+    defaults = {f.name: default_of(f) for f in dataclasses.fields(config)}
+    return _together(config, defaults | _defaults(config), [(None, given)])
+
+
+def _together(config: type, made: dict[str, Any], parts: Iterable[Part]) -> Any:
+    """Plain data with the settings of all parts, in their order.
+
+    Raises:
+        LetheError: a setting does not exist.
+    """
+    known = fields_of(config)
     for recipe, content in parts:
         try:
             made = _merged(made, content, known)
         except KeyError as error:
             what = f"config: '{recipe}' has an unknown field" if recipe else "there is no setting"
             raise LetheError(f"{what} '{error.args[0]}'{_advice(error.args[0], known, config)}") from None
-    return _object(config, made)
+    return made
 
 
 def _merged(old: Any, new: Any, known: dict[str, Any], prefix: str = "") -> Any:
@@ -238,10 +271,17 @@ def _merged(old: Any, new: Any, known: dict[str, Any], prefix: str = "") -> Any:
     return made
 
 
-def _variant(config: type, *given: Mapping[Any, Any]) -> type:
-    """The class that has the settings: `config`, or the one that it chooses by what is given (a later setting counts)."""
-    choose = getattr(config, "variant", None)
-    return choose(dict(itertools.chain.from_iterable(each.items() for each in given))) if choose else config
+def _variant(config: Any, *given: Mapping[Any, Any], trusts: bool) -> type:
+    """The class that has the settings: `config`, or the one that it chooses by what is given (a later setting counts).
+
+    `trusts`: the user gives these settings, so that a file which they name as the method may run.
+    """
+    if not hasattr(config, "variant"):
+        return config
+    together = dict(itertools.chain.from_iterable(each.items() for each in given))
+    if trusts:
+        config.trust(together)
+    return config.variant(together)
 
 
 def _defaults(config: type) -> dict[str, Any]:
@@ -272,9 +312,9 @@ def _advice(name: str, known: dict[str, Any], config: Any) -> str:
     return nearest(name, known)
 
 
-def _help(command: str, config: type, example: str, about: str) -> str:
+def _help(command: str, config: Any, example: str, about: str) -> str:
     if hasattr(config, "variant"):  # a method has formulas to show
-        about = f"{about}\n\nmethod {config.__module__.rpartition('.')[2]}: {inspect.cleandoc(config.__doc__ or '')}"
+        about = f"{about}\n\nmethod {config.title()}: {inspect.cleandoc(config.__doc__ or '')}"
     parser = argparse.ArgumentParser(
         usage=f"lethe {command} [--config RECIPE] [--name value ...]",
         description=about,

@@ -187,7 +187,8 @@ class SweepStatusConfig(Settings):
     out: str = "runs"
     """The folder to look for it in."""
     trust_record: bool = False
-    """true: run the shell lines and open the database that the sweep's record names, even if you started no sweep with them."""
+    """true: run the shell lines and files of methods, and open the database, that the sweep's record names, even if you started
+    nothing with them."""
 
 
 @dataclass

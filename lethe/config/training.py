@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -13,6 +14,18 @@ OptimizerName = Literal["adamw", "adamw_8bit", "muon", "sgd"]
 LAYERS = [0, 1, 2, 3, 4]
 UNLEARNED, MAPPED = 2048, 100_000
 """How many documents unlearning (per kind) and a fit of affine maps use at most if no number is given."""
+
+
+def part_of(part: str) -> tuple[int, int]:
+    """`2/3` as (2, 3); (0, 0) if it is no part."""
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", part)
+    number, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    return (number, parts) if 1 <= number <= parts else (0, 0)
+
+
+def _refuse_part(name: str, part: str) -> None:
+    if part_of(part) == (0, 0):
+        raise LetheError(f"{name}: expected a part such as 2/3, the second of three, got '{part}'")
 
 
 @dataclass
@@ -27,6 +40,11 @@ class TextSource(Settings):
     """A template that makes the document from several columns, such as "{title}\\n\\n{abstract}\\n\\n{text}"."""
     split: str = "train"
     """The split of a hub data set that is read."""
+    first: Positive | None = None
+    """Read only so many documents, the first in the order of their SHA-256, from which unlearning takes its own; null: all."""
+    part: Annotated[str, _refuse_part] | None = None
+    """Read only one part, such as 2/3: the second of three as equal parts as possible, in the same order. With `first`, it is a
+    part of those documents. The parts are those of layered unlearning."""
     weight: Annotated[float, above(0)] = 1.0
     """How many documents come from this source, relative to the weights of the other sources of a mixture."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Count, Dtype, Layers, Memory, RunName, Settings, above, must_be
+from lethe.config.checks import Count, Dtype, Layers, Memory, RunName, Settings, above, at_least, must_be
 from lethe.config.evaluation import EvalSettings
-from lethe.config.training import LoraSettings, Text, Texts, TrainingSettings
+from lethe.config.training import LoraSettings, Text, Texts, TextSource, TrainingSettings
 from lethe.errors import LetheError
 
 
@@ -18,6 +18,15 @@ class SamSettings(Settings):
     rho: Annotated[float, above(0)] = 0.01
     """How far the weights move up the forget loss before its gradient is taken, as a norm over all trained weights. A higher
     value makes forgetting hold over a wider region."""
+
+
+@dataclass
+class LayeredSettings(Settings):
+    """Layered unlearning (Qian et al., https://arxiv.org/abs/2505.09500): the forget text in parts, one stage for each."""
+
+    parts: Annotated[int, at_least(2)] = 3
+    """Parts of the forget text, in the order of its documents, as equal as possible. Stage i unlearns parts 1 to i, while the
+    later parts count as retain text. More parts take more updates."""
 
 
 @dataclass
@@ -50,6 +59,9 @@ class UnlearnSettings(TrainingSettings):
     costs one more pass over the forget text."""
     same_sign: bool = False
     """Of the forget gradient, use only the entries that have the sign of the retain gradient."""
+    layered: LayeredSettings | None = None
+    """Unlearn the forget text part by part in stages, such as {parts: 3}; `epochs` then counts passes within each stage. null:
+    all of it at once."""
     dtype: Dtype = "float32"
     """Type of the model's weights."""
     teacher_dtype: Dtype | None = None
@@ -72,6 +84,12 @@ class UnlearnSettings(TrainingSettings):
             raise LetheError(
                 "sam: rounding of bfloat16 weights is larger than its moves; set dtype to float32, or train adapters"
             )
+        if self.layered and self.max_steps > 0:
+            raise LetheError("max_steps: with layered, every stage has a number of epochs; set epochs, and leave max_steps out")
+        if self.layered and isinstance(self.forget, TextSource) and self.forget.part:
+            raise LetheError("forget.part: layered splits the text itself; leave part out")
+        if self.layered and self.packing == "packed":
+            raise LetheError("packing: a packed sequence can have documents of two parts; with layered, set it to none")
         self.refuse_idle("merge", when=self.lora is None, why="in full-rank training (lora: null), where there is no adapter")
 
     @property

@@ -25,6 +25,7 @@ from lethe import distributed
 from lethe.config.parse import build
 from lethe.errors import LetheError, printable
 from lethe.evaluation.tasks.consent import trust_task_code
+from lethe.methods import user_file
 from lethe.methods.method import Method
 from lethe.progress import quiet
 from lethe.runs import garbage
@@ -182,6 +183,8 @@ def settings_of(run: Run, kind: type) -> Any:
         if settings.get("unlearn"):
             settings["unlearn"] = Method.of_record(settings["unlearn"])
     try:
+        if run.record["kind"] == "unlearn" and user_file.is_file(settings.get("method")):
+            settings = settings | {"method": str(user_file.kept(run))}
         return build(kind, settings | {"out": str(run.path.parent)})
     except LetheError as error:
         raise LetheError(f"run: the config in '{run.path / 'run.json'}' cannot be used: {error}") from error

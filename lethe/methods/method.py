@@ -12,7 +12,6 @@ docs/extending.md adds a method step by step.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import lethe.methods
 from lethe.config.checks import Amount
 from lethe.config.parse import fields_of
-from lethe.config.unlearning import CheckSettings, UnlearnSettings
+from lethe.config.unlearning import UnlearnSettings
 from lethe.errors import LetheError, nearest, printable
+from lethe.methods import user_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,7 +83,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer updates done, and how many the first epoch and the whole run have."""
+    """How far a run is: optimizer updates done, and how many the first epoch and the whole run have.
+
+    With `layered`, the first epoch is the first pass of the first stage.
+    """
 
     done: int
     first_epoch: int
@@ -95,7 +98,8 @@ class Method(UnlearnSettings):
     """Unlearn a topic. `--method NAME --help` lists the settings of one method."""
 
     method: str = DEFAULT
-    """The unlearning method: the name of a file in lethe/methods."""
+    """The unlearning method: the name of a file in lethe/methods, or a file of your own, such as ./mine.py. A file is Python
+    code that runs with your permissions. Its path is relative to the working directory, also in a recipe."""
 
     scale: ClassVar[str | None] = None
     """The setting that the forget loss is multiplied by, for which the plan proposes a value; None: it proposes none.
@@ -106,10 +110,10 @@ class Method(UnlearnSettings):
     """Losses that are means over documents; all others are means over tokens."""
 
     def __post_init__(self) -> None:
-        own = type(self).__module__.rsplit(".", 1)[-1]
-        if self.method not in (DEFAULT, own):
+        own = user_file.name_of(type(self))
+        if self.method not in (DEFAULT, own) and not user_file.is_same(self.method, type(self)):
             raise LetheError(f"method: these are settings of {own}, not of {printable(self.method, 80)}")
-        self.method = own
+        self.method = own if self.method == DEFAULT else self.method
         super().__post_init__()
         needs = self.needs()
         if self.needs_source and not self.source:
@@ -124,6 +128,7 @@ class Method(UnlearnSettings):
         self.refuse_idle("sam", "same_sign", when=self.is_procedure, why=f"with method {own}, which computes its own gradient")
         for setting, text in (("sam", "forget"), ("same_sign", "forget"), ("same_sign", "retain")):
             self.refuse_idle(setting, when=text not in needs, why=f"on a recipe without a {text} loss")
+        self.refuse_idle("layered", when=len(needs) < 2, why="on a recipe whose losses do not read both forget and retain text")
 
     def needs(self) -> dict[str, Need]:
         """By text, `forget` or `retain`, what the loss reads; a text that it does not read is left out.
@@ -226,6 +231,17 @@ class Method(UnlearnSettings):
         return next((need.layers for need in self.needs().values() if need.mapped), ())
 
     @classmethod
+    def title(cls) -> str:
+        """The name of the method, or the path of its file."""
+        return user_file.name_of(cls)
+
+    @classmethod
+    def trust(cls, given: Mapping[str, Any]) -> None:
+        """The user gives these settings: if `method` is a file, it may run."""
+        if user_file.is_file(given.get("method")):
+            user_file.trust(given["method"])
+
+    @classmethod
     def variant(cls, given: Mapping[str, Any]) -> type[Method]:
         """The class that has the settings of a recipe: that of its `method`.
 
@@ -257,29 +273,17 @@ class Method(UnlearnSettings):
         return settings
 
 
-@dataclass(kw_only=True)
-class Check(CheckSettings):
-    """The settings of `lethe check`. Those of the method come beside them (`variant`)."""
-
-    @classmethod
-    def variant(cls, given: Mapping[str, Any]) -> type[Method]:
-        """The class that has the settings of a method, and those of the devices to plan for."""
-        return _checked(Method.variant(given))  # type: ignore[arg-type]  # mypy takes a class for one of its objects
-
-
-@functools.cache
-def _checked(method: type[Method]) -> type[Method]:
-    own = {"__module__": method.__module__, "__doc__": method.__doc__}
-    return dataclass(kw_only=True)(type(f"Check{method.__name__}", (method, CheckSettings), own))
-
-
 def names() -> list[str]:
-    """The methods that there are, by name."""
-    return sorted(module.name for module in pkgutil.iter_modules(lethe.methods.__path__) if module.name != "method")
+    """The methods that come with Lethe, by name."""
+    return sorted(
+        {module.name for module in pkgutil.iter_modules(lethe.methods.__path__)} - {"method", "user_file", "check_settings"}
+    )
 
 
 def named(name: str) -> type[Method]:
-    """The method of that name."""
+    """The method of that name, or in that file."""
+    if user_file.is_file(name):
+        return user_file.load(name, Method, ForgetAndRetain)
     if name not in names():
         raise LetheError(f"method: there is no method '{printable(name, 80)}'{nearest(str(name), names())}")
     module = importlib.import_module(f"lethe.methods.{name}")
@@ -291,13 +295,13 @@ def named(name: str) -> type[Method]:
 
 
 def every() -> list[type[Method]]:
-    """All methods."""
+    """All methods that come with Lethe."""
     return [named(name) for name in names()]
 
 
 def all_fields() -> dict[str, Any]:
-    """The settings of all methods by dotted name, with their types."""
-    return {name: kind for method in every() for name, kind in fields_of(method).items()}
+    """The settings of all methods by dotted name, with their types: of those that come with Lethe, and of files in use."""
+    return {name: kind for method in (*every(), *user_file.loaded()) for name, kind in fields_of(method).items()}
 
 
 @dataclass(kw_only=True)

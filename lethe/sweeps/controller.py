@@ -24,7 +24,7 @@ from lethe.runs.run import STOP, Run
 from lethe.sweeps import journal
 from lethe.sweeps.folder import CANCELLED, Settings, Sweep, planner_of
 from lethe.sweeps.trials import Trial
-from lethe.sweeps.trust import consent
+from lethe.sweeps.trust import consent, consent_to_methods
 
 SECONDS_BETWEEN_ROUNDS = {"local": 0.5, "slurm": 2.0}
 SECONDS_BETWEEN_RECORDS = 1.0
@@ -149,6 +149,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
         LetheError: a setting of the sweep or of any run in it cannot work; nothing is left behind.
     """
     refuse_run_folder(config.out)
+    methods = consent_to_methods(config, given=run is None)
     planner = planner_of(config)
     if run is None:
         config = planner.checked()
@@ -158,7 +159,7 @@ def sweep(config: Settings, run: Run | None = None) -> Run:
         if config.storage:
             journal.storage_of(config.storage, Path(config.out))
         run = Run.create("sweep", planner.title, c.to_dict(config), config.out)
-        run.update(goal=config.goal, plan={"runs": planner.expected})
+        run.update(goal=config.goal, plan={"runs": planner.expected}, method_files=methods)
         consent(config, given=True)
     with run.running():
         made = Sweep(run, config)

@@ -25,6 +25,7 @@ from lethe.files import refuse_links
 from lethe.launching import launchers
 from lethe.launching.slurm import log_file
 from lethe.launching.worker import settings_of
+from lethe.methods.user_file import keep, refuse_changed
 from lethe.runs import slurm_jobs
 from lethe.runs.finding import find_run
 from lethe.runs.run import Run
@@ -36,7 +37,7 @@ from lethe.sweeps.planner import Planner
 from lethe.sweeps.reuse import complete_runs, inputs, key_of, made_from_the_same
 from lethe.sweeps.suite import Suite
 from lethe.sweeps.trials import STOPPED_EARLY, Plan, Trial
-from lethe.sweeps.trust import consent
+from lethe.sweeps.trust import consent, consent_to_methods
 
 logger = logging.getLogger(__name__)
 Settings = c.SweepConfig | c.SuiteConfig
@@ -61,6 +62,8 @@ def config_of(run: Run, trusts: bool) -> Settings:
     """
     config = settings_of(run, c.SuiteConfig if "suite" in run.record["config"] else c.SweepConfig)
     consent(config, given=trusts)
+    refuse_changed(run.record.get("method_files") or {})
+    consent_to_methods(config, given=trusts)
     return config
 
 
@@ -156,6 +159,7 @@ class Sweep:
         runs: list[Run] = []
         for kind, settings in trial.get("stages"):
             run = Run.create(kind, settings["name"], _with_results(settings, runs), self.out)
+            keep(run, (self.run.record.get("method_files") or {}).get(settings.get("method")))
             run.update(
                 launcher=self.config.launcher,
                 sweep={"id": self.run.id, "trial": trial.get("name")},

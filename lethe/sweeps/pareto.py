@@ -91,7 +91,7 @@ class Pareto(Planner):
             if not inside:
                 return None
             point[axis.name] = value
-        ours, theirs = (that_matter("unlearn", each) | {"seed": 0} for each in (axes.settings_at(self.recipe, point), settings))
+        ours, theirs = (that_matter("unlearn", each) | {"seed": 0} for each in (self.settings_at(point), settings))
         return point if ours == theirs else None
 
     # -- new points

@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 
 from lethe import config as c
-from lethe.config.parse import from_settings
+from lethe.config.parse import filled, from_settings, section_of
 from lethe.errors import LetheError, nearest, printable
 from lethe.launching.worker import SETTINGS
+from lethe.methods.method import Method, named
+from lethe.methods.user_file import is_file
 from lethe.results import regimes
 from lethe.results.listing import number
 from lethe.runs.run import Run
 from lethe.sweeps import axes
 from lethe.sweeps.axes import Point
 from lethe.sweeps.trials import Plan, Stage, Trial
+from lethe.sweeps.trust import methods_of
 from lethe.text import corpora
 from lethe.unlearning.check import check
 
@@ -56,6 +59,9 @@ class Planner:
     def __init__(self, config: c.SweepConfig):
         self.config = config
         self.title: str = config.kind
+        for method in methods_of(config):
+            if is_file(method):
+                named(method)  # so that its settings are known
         self.axes = axes.parse(config.vary, config.tamper is not None)
 
     # -- what is run
@@ -69,8 +75,27 @@ class Planner:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """All settings of the unlearning run that is varied."""
+        """All settings of the unlearning run that is varied; of several methods, with the first."""
+        if self.methods:
+            return self.recipes[self.methods[0]]
         return c.to_dict(section("unlearn", self.config.unlearn, self.config.out))
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods that are varied."""
+        return next((axis.values for axis in self.axes if axis.name == "method"), [])
+
+    @cached_property
+    def recipes(self) -> dict[str, dict[str, Any]]:
+        """For each method that is varied, the recipe with its defaults. A setting may need a value that only a point has."""
+        given = section_of(self.config.unlearn)
+        refuse_seed(given.get("seed"))
+        own = settings_of_sweep("unlearn", given, self.config.out)
+        return {method: filled(Method, given | own | {"method": method}) for method in self.methods}
+
+    def settings_at(self, point: Point) -> dict[str, Any]:
+        """All settings of the unlearning run at a point."""
+        return axes.settings_at(self.recipes[point["method"]] if "method" in point else self.recipe, point)
 
     @cached_property
     def attack(self) -> dict[str, Any] | None:
@@ -131,14 +156,16 @@ class Planner:
         with corpora.read_once():
             for point in self.samples():
                 self._check(self.plan(point, self.config.seed_list[:1]))
-        return dataclasses.replace(self.config, unlearn=self.recipe, tamper=self.attack)
+        recipe = section_of(self.config.unlearn) if self.methods else self.recipe  # each method has defaults of its own
+        return dataclasses.replace(self.config, unlearn=recipe, tamper=self.attack)
 
     def samples(self) -> Iterable[Point]:
         """The points to check before anything runs: both ends of every range, and every listed value."""
         for axis in self.axes:
             for value in axis.values or (axis.at(0), axis.at(1)):
                 others = {other.name: (other.values or (other.at(0),))[0] for other in self.axes if not other.when}
-                point = others | {axis.name: value}
+                wanted = {name: first_of(axis.when[name]) for name in axis.when if any(name == each.name for each in self.axes)}
+                point = others | wanted | {axis.name: value}
                 if axis.applies(point, self.recipe):
                     yield point
 
@@ -157,7 +184,7 @@ class Planner:
         """For each seed, the unlearning run at a point and, if the sweep has one, the attack on its result."""
         stages: list[Stage] = []
         for seed in seeds:
-            settings = axes.settings_at(self.recipe, point) | {"seed": seed}
+            settings = self.settings_at(point) | {"seed": seed}
             name = axes.name_at(self.config.name, settings, point, seed if len(self.config.seed_list) > 1 else None)
             model = f"@{len(stages)}"
             stages.append(("unlearn", settings | {"name": name}))
@@ -296,17 +323,31 @@ def section(kind: str, given: dict[str, Any], out: str, name: str = "") -> Any:
     Raises:
         LetheError: a setting is wrong, or is one that the sweep sets itself.
     """
-    own = {"out": out, "name": name or SETTINGS[kind].name} | ({"model": "@0"} if kind == "tamper" else {})
     try:
-        for key, value in own.items():
-            if given.get(key, value) != value:
-                raise LetheError(f"{key}: {printable(given[key], 80)} has no effect in a sweep; leave it out")
-        made = from_settings(SETTINGS[kind], given | own)
-        if made.seed:
-            raise LetheError(f"seed: {made.seed} has no effect in a sweep; give seeds: [{made.seed}]")
+        made = from_settings(SETTINGS[kind], given | settings_of_sweep(kind, given, out, name))
+        refuse_seed(made.seed)
     except LetheError as error:
         raise LetheError(f"{name or kind}: {error}") from error
     return made
+
+
+def settings_of_sweep(kind: str, given: dict[str, Any], out: str, name: str = "") -> dict[str, Any]:
+    """The settings of runs of a kind that the sweep sets itself.
+
+    Raises:
+        LetheError: they are given other values.
+    """
+    own = {"out": out, "name": name or SETTINGS[kind].name} | ({"model": "@0"} if kind == "tamper" else {})
+    for key, value in own.items():
+        if given.get(key, value) != value:
+            raise LetheError(f"{key}: {printable(given[key], 80)} has no effect in a sweep; leave it out")
+    return own
+
+
+def refuse_seed(seed: Any) -> None:
+    """Refuse a seed in the recipe of a sweep."""
+    if seed:
+        raise LetheError(f"seed: {seed} has no effect in a sweep; give seeds: [{seed}]")
 
 
 def baseline(model: str, evaluation: dict[str, Any], dtype: c.Dtype, out: str) -> Plan:
@@ -314,6 +355,11 @@ def baseline(model: str, evaluation: dict[str, Any], dtype: c.Dtype, out: str) -
     how = {name: evaluation[name] for name in ("limit", "task_data", "num_fewshot")}
     settings = c.EvaluateConfig(model, evaluation["tasks"], **how, dtype=dtype, out=out, name="baseline")
     return Plan("baseline", [("evaluate", c.to_dict(settings))], facts={"reference": True, "model": model})
+
+
+def first_of(value: Any) -> Any:
+    """The first value of a list, or the value itself."""
+    return value[0] if isinstance(value, list) else value
 
 
 def short(result: Result) -> Result:

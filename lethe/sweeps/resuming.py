@@ -10,6 +10,7 @@ from lethe import config as c
 from lethe import distributed
 from lethe.errors import LetheError
 from lethe.launching.worker import resume_run
+from lethe.methods import user_file
 from lethe.results.listing import is_imported
 from lethe.runs.finding import find_run
 from lethe.runs.machine import refuse_several_processes
@@ -37,7 +38,9 @@ def resume(config: c.ResumeConfig) -> Run:
             if config.devices:
                 raise LetheError("devices: a sweep's runs have their own number of devices; leave it out")
             return sweep(config_of(run, config.trust_record), run)
-        if config.trust_record:
+        if config.trust_record and "method_file" in run.record:
+            user_file.trust(user_file.kept(run))
+        elif config.trust_record:
             raise LetheError(f"trust_record: has no effect on a run of kind {run.record['kind']}; leave it out")
         return resume_run(run, config.devices)
     finally:

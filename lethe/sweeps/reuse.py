@@ -15,6 +15,7 @@ from lethe.files import sha256
 from lethe.launching.worker import SETTINGS
 from lethe.maps.folder import WEIGHTS, find_maps
 from lethe.methods.method import Method
+from lethe.methods.user_file import is_file
 from lethe.models import refs
 from lethe.results.listing import is_imported
 from lethe.runs.finding import find_runs
@@ -23,7 +24,13 @@ from lethe.text import corpora
 
 NO_EFFECT_ON_NUMBERS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache", "fast"}
 """Settings that do not change what a run measures."""
-AS_BEFORE = [("cb_scale", "raw"), ("affine_examples", c.MAPPED), ("method", "transfer"), ("forget_kl_coef", 0.0)]
+AS_BEFORE = [
+    ("cb_scale", "raw"),
+    ("affine_examples", c.MAPPED),
+    ("method", "transfer"),
+    ("forget_kl_coef", 0.0),
+    ("layered", None),
+]
 """Settings that earlier versions lacked, with the value that stands for their behaviour: their runs count as equal."""
 
 
@@ -86,6 +93,8 @@ def inputs(settings: dict[str, Any], out: str | Path) -> dict[str, str]:
         folder = next((path for path in (Path(task), Path(task).parent) if path.is_dir() and str(path) != "."), None)
         if folder is not None:
             files[task] = [file for file in folder.rglob("*") if file.is_file()]
+    if is_file(settings.get("method")):
+        files[settings["method"]] = [Path(settings["method"])]
     if settings.get("affine") not in {None, "fit", "none"}:
         files[settings["affine"]] = [find_maps(settings["affine"], str(out)) / WEIGHTS]
     return {name: sha256(*paths) for name, paths in files.items()}

@@ -8,7 +8,8 @@ A suite is a YAML file (Lethe's own are in `lethe/attacks/suites/`) with some of
     attacks:
       NAME: {...}                   # settings of `lethe tamper`; `after: OTHER` starts from the model that OTHER saved
 
-`spelled_out` writes the suite into the configuration. `Suite` makes a plan for every attack on every model and control, and one
+`spelled_out` writes the suite into the configuration. For a run of layered unlearning, `with_parts` adds attacks with each part
+of its forget text. `Suite` makes a plan for every attack on every model and control, and one
 a seed for attacks that draw at random. The controller of sweeps runs them.
 """
 
@@ -63,8 +64,39 @@ def spelled_out(config: c.SuiteConfig) -> c.SuiteConfig:
         raise LetheError(f"only: the suite has no attack '{unknown[0]}'{nearest(unknown[0], suite.attacks)}")
     chosen = {each: own for each, own in suite.attacks.items() if not config.only or each in config.only}
     given = {each: getattr(config, each) for each in config.changed()}
-    both = {"attacks": chosen, "only": [], "common": _over(suite.common, config.common)}
+    common = _over(suite.common, config.common)
+    both = {"attacks": with_parts(chosen, common, config.models, config.out), "only": [], "common": common}
     return dataclasses.replace(suite, **(given | both))
+
+
+def with_parts(attacks: dict[str, Any], common: dict[str, Any], models: list[str], out: str) -> dict[str, Any]:
+    """The attacks and, for each layered run among the models, fine-tuning with each part and with all of its forget text.
+
+    Each fine-tuning attack of the suite is repeated with every part, except those with a text of their own and those that
+    follow another attack.
+    """
+    repeated = {
+        name: own or {}
+        for name, own in attacks.items()
+        if (common | (own or {})).get("attack", "finetune") == "finetune" and not {"forget", "after"} & set(own or {})
+    }
+    made = dict(attacks)
+    for run in filter(None, (refs.run_of(model, out) for model in models)):
+        if not run.record["config"].get("layered") or "forget" not in (run.record.get("parents") or {}):
+            continue
+        count, parts = run.record["parents"]["forget"]["documents"], run.record["config"]["layered"]["parts"]
+        text = c.to_dict(c.as_text_source(build(c.TextSource | str, run.record["config"]["forget"]))) | {"first": count}
+        pieces = {f"part{i}of{parts}": text | {"part": f"{i}/{parts}"} for i in range(1, parts + 1)} | {"all": text}
+        for (name, own), (piece, forget) in itertools.product(repeated.items(), pieces.items()):
+            most = count if piece == "all" else count // parts
+            given = (common | own).get("num_train_examples")
+            few = {"num_train_examples": min(given, most)} if given else {}
+            attack = {key: value for key, value in own.items() if key != "save_model"}
+            attack |= few | {"forget": forget, "overlap": "allow"}
+            known = made.setdefault(f"{name}-{piece}", attack)
+            if known != attack:
+                made[f"{name}-{piece}-{run.id}"] = attack
+    return made
 
 
 class Suite(Planner):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lethe import files
 from lethe.config import TextSource, as_text_source
+from lethe.config.training import part_of
 from lethe.errors import LetheError, full_disk, nearest
 from lethe.models import refs
 
@@ -73,7 +74,32 @@ def _read(source: TextSource) -> list[Document]:
             documents.setdefault(key, Document(body, key))
     if not documents:
         raise LetheError(f"text '{source.source}' has no document with text in it; give another text")
-    return [documents[key] for key in sorted(documents)]
+    return _chosen(source, [documents[key] for key in sorted(documents)])
+
+
+def _chosen(source: TextSource, documents: list[Document]) -> list[Document]:
+    """The documents that `first` and `part` leave.
+
+    Raises:
+        LetheError: there are fewer.
+    """
+    if source.first and source.first > len(documents):
+        raise LetheError(
+            f"first: text '{source.source}' has {len(documents)} documents, {source.first} are requested; lower it"
+        )
+    documents = documents[: source.first]
+    if source.part is None:
+        return documents
+    number, parts = part_of(source.part)
+    if parts > len(documents):
+        raise LetheError(f"part: text '{source.source}' has {len(documents)} documents, too few for {parts} parts; use fewer")
+    bounds = part_bounds(len(documents), parts)
+    return documents[bounds[number - 1] : bounds[number]]
+
+
+def part_bounds(count: int, parts: int) -> list[int]:
+    """Where parts of `count` documents begin and end, as equal as possible: part i is from bound i - 1 to bound i."""
+    return [i * count // parts for i in range(parts + 1)]
 
 
 def take(
@@ -145,7 +171,9 @@ def record(text: str | TextSource | list[TextSource], documents: list[Document])
     if isinstance(text, list):
         name = " + ".join(f"{source.weight:g}·{source.source}" for source in text)
     else:
-        name = as_text_source(text).source
+        source = as_text_source(text)
+        name = source.source + (f" (first {source.first})" if source.first else "")
+        name += f" (part {source.part})" if source.part else ""
     return {"ref": name, "documents": len(documents), "sha256": fingerprint(documents)}
 
 

@@ -13,16 +13,20 @@ from lethe.models import refs
 from lethe.runs.run import Run
 
 
-def plan(config: TrainingSettings, examples: int, effective_batch: int | None = None) -> dict[str, Any]:
+def plan(config: TrainingSettings, examples: int | list[int], effective_batch: int | None = None) -> dict[str, Any]:
     """How long a run is: `steps` are optimizer updates, `forward_passes` the batches of one device.
 
     `unique_examples` is the number of documents of each kind (of the larger kind, when they differ). `effective_batch` is that
-    of a resumed run, which keeps it if it had another number of processes.
+    of a resumed run, which keeps it if it had another number of processes. Several numbers of examples are those of stages, and
+    each stage has `config.epochs` passes.
     """
+    stages = examples if isinstance(examples, list) else [examples]
+    examples = max(stages)
     processes = distributed.processes(config.devices)
     effective_batch = effective_batch or config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    per_epoch = math.ceil(examples / effective_batch)
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
+    passes = [math.ceil(stage / effective_batch) for stage in stages]
+    per_epoch, by_stage = sum(passes), [math.ceil(config.epochs * updates) for updates in passes]
+    steps = config.max_steps if config.max_steps > 0 else sum(by_stage)
     if config.warmup_steps >= steps:
         raise LetheError(
             f"warmup_steps: a run of {steps} updates never reaches lr {config.lr:g} with {config.warmup_steps}; lower it"
@@ -30,14 +34,15 @@ def plan(config: TrainingSettings, examples: int, effective_batch: int | None = 
     whole, rest = divmod(steps, per_epoch)
     in_update = math.ceil(effective_batch / (config.per_device_train_batch_size * processes))
     last = math.ceil((examples % effective_batch or effective_batch) / (config.per_device_train_batch_size * processes))
+    each = whole * ((per_epoch - 1) * in_update + last) + rest * in_update
     return {
         "unique_examples": examples,
         "steps": steps,
-        "forward_passes": whole * ((per_epoch - 1) * in_update + last) + rest * in_update,
+        "forward_passes": each if len(stages) == 1 else steps * in_update,  # updates of stages are filled up
         "effective_batch": effective_batch,
         "epochs": steps / per_epoch,
-        "first_epoch_steps": per_epoch,
-    }
+        "first_epoch_steps": passes[0],
+    } | ({"stage_steps": by_stage} if len(stages) > 1 else {})
 
 
 def planned_batch(run: Run | None) -> int | None:

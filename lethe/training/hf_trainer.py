@@ -8,6 +8,8 @@ an underscore are private to transformers, so pyproject.toml names the versions 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ class HfTrainer(Trainer):
 
     def __init__(self, run: Run, config: TrainingSettings, model: nn.Module, data: Any, collate: Any):
         self.run, self.config = run, config
-        self.order = Order(len(data), config, planned_batch(run))
+        self.order = Order(data.stages, config, planned_batch(run))
         self.tokens: dict[str, int] = {}
         self.documents_in_update: dict[str, int] = {}
         self.batches: list[Any] = []
@@ -203,14 +205,22 @@ class Order(Sampler):
     share these evenly, and split their part into batches of `per_device_train_batch_size`. All have equally many batches, so a
     process with fewer documents ends with empty ones. The last update of an epoch may have fewer documents.
 
+    `stages`: the number of items of each stage. Several stages, each with its `epochs` passes, are one epoch for Trainer. It
+    counts batches by the update, so the last update of each pass then has as many batches as the others, some of them empty.
+
     `effective_batch`: that of the run that is resumed, which may have had another number of processes.
     """
 
-    def __init__(self, examples: int, config: TrainingSettings, effective_batch: int | None = None):
-        self.examples, self.seed, self.size = examples, config.seed, config.per_device_train_batch_size
+    def __init__(self, stages: list[int], config: TrainingSettings, effective_batch: int | None = None):
+        self.stages, self.seed, self.size = stages, config.seed, config.per_device_train_batch_size
+        self.epochs = config.epochs if len(stages) == 1 else 1.0
+        """Epochs of Trainer."""
         given = self.size * config.gradient_accumulation_steps * distributed.world()
         self.effective_batch = effective_batch or given
         self.batches_in_update = self._batches_of(self.effective_batch)
+        passes = [math.ceil(stage / self.effective_batch) for stage in stages]
+        self.updates_in_stage = passes if len(stages) == 1 else [math.ceil(config.epochs * updates) for updates in passes]
+        """Updates of each stage in one epoch of Trainer."""
         self.set_epoch(0)
 
     @property
@@ -226,13 +236,26 @@ class Order(Sampler):
         return -(-documents // (self.size * distributed.world()))
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.examples, self.effective_batch)
-        return whole * self.batches_in_update + self._batches_of(rest)
+        lacking = 0
+        if len(self.stages) == 1 and (rest := self.stages[0] % self.effective_batch):
+            lacking = self.batches_in_update - self._batches_of(rest)
+        return sum(self.updates_in_stage) * self.batches_in_update - lacking
+
+    def stage_of(self, done: int) -> int:
+        """The stage, from 1, of the update after `done` updates."""
+        return 1 + sum(done >= end for end in itertools.accumulate(self.updates_in_stage[:-1]))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
-        for update in self.updates(order):
-            yield from update
+        first, seed = 0, self.seed + self.epoch
+        for items, updates in zip(self.stages, self.updates_in_stage, strict=True):
+            for done in range(0, updates, math.ceil(items / self.effective_batch)):
+                order = (first + torch.randperm(items, generator=torch.Generator().manual_seed(seed))).tolist()
+                for update in itertools.islice(self.updates(order), updates - done):
+                    yield from update
+                    if len(self.stages) > 1:
+                        yield from [[]] * (self.batches_in_update - len(update))
+                seed += 1
+            first += items
 
     def updates(self, documents: list[int]) -> Iterator[list[list[int]]]:
         """Documents in their order, divided into updates: for each, the batches of this process."""
@@ -247,7 +270,7 @@ def _arguments(run: Run, config: TrainingSettings, order: Order) -> TrainingArgu
     arguments = TrainingArguments(
         output_dir=str(run.path),
         run_name=run.record["name"],
-        num_train_epochs=config.epochs,
+        num_train_epochs=order.epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=order.batches_in_update,

@@ -43,15 +43,32 @@ class Sequences(Dataset):
     def __init__(self, **texts: list[list[int]]):
         self.texts = texts
 
+    @property
+    def stages(self) -> list[int]:
+        """The number of items of each stage of training."""
+        return [len(self)]
+
     def __len__(self) -> int:
         return max(len(sequences) for sequences in self.texts.values())
 
     def __getitem__(self, i: int) -> dict[str, tuple[int, list[int]]]:
+        return {name: (number, self.texts[name][number]) for name, number in self.numbers(i).items()}
+
+    def own(self, text: str) -> int:
+        """The number of sequences that are a text's own."""
+        return len(self.texts[text])
+
+    def side_by_side(self, i: int) -> dict[str, tuple[int, list[int]]]:
+        """Sequence i of each text."""
         return {name: (i % len(sequences), sequences[i % len(sequences)]) for name, sequences in self.texts.items()}
+
+    def numbers(self, i: int) -> dict[str, int]:
+        """The number of the sequence of each text in item i."""
+        return {name: i % len(sequences) for name, sequences in self.texts.items()}
 
     def tokens(self, i: int) -> int:
         """Number of tokens of item i, over all texts."""
-        return sum(len(sequences[i % len(sequences)]) for sequences in self.texts.values())
+        return sum(len(self.texts[name][number]) for name, number in self.numbers(i).items())
 
 
 def collate(items: list[dict[str, tuple[int, list[int]]]], pad_id: int) -> dict[str, dict[str, Tensor]]:

@@ -63,7 +63,7 @@ def check(config: Method, effective_batch: int | None = None) -> Checked:
     refuse_types(config)
     refuse_rank(config, model)
     if config.packing == "none":
-        plan(config, max(len(checked.forget), len(checked.retain)), effective_batch)
+        plan(config, sizes(config, len(checked.forget), len(checked.retain)), effective_batch)
     if config.maps and config.fits_maps:
         most = config.maps.documents
         checked.mapped = corpora.select(config.retain, None if most else 0, "front", "retain", most)
@@ -93,6 +93,20 @@ def check_source(config: Method, checked: Checked) -> None:
     if config.maps and config.maps.given:
         checked.affine = find_maps(config.maps.given, config.out)
         checked.conventions = check_maps(checked.affine, model, source, list(config.mapped_layers), config.maps.convention)
+
+
+def sizes(config: Method, forget: int, retain: int) -> int | list[int]:
+    """The number of items of each stage, for so many documents of each text; without stages, of the training data.
+
+    Raises:
+        LetheError: there are fewer documents than parts.
+    """
+    if config.layered is None:
+        return max(forget, retain)
+    parts = config.layered.parts
+    if forget < parts:
+        raise LetheError(f"layered.parts: the forget text has {forget} documents, too few for {parts} parts; lower it")
+    return [max(bound, retain + forget - bound) for bound in corpora.part_bounds(forget, parts)[1:]]
 
 
 def refuse_types(config: Method) -> None:

@@ -21,7 +21,7 @@ from lethe.models import refs
 from lethe.runs.machine import available_memory
 from lethe.training.check import plan as training_plan
 from lethe.training.check import refuse_8bit, refuse_rank
-from lethe.unlearning.check import refuse_types
+from lethe.unlearning.check import refuse_types, sizes
 from lethe.unlearning.memory import Estimate, Load, Phases, choose_parallel, taken
 
 MOST_DEVICES = 64
@@ -41,7 +41,8 @@ def fit(config: Any) -> dict[str, Any]:
     refuse_rank(config, model)
     refuse_types(config)
     refuse_8bit(config, config.devices or 1)
-    planned = training_plan(config, documents_of(config))
+    documents = documents_of(config)
+    planned = training_plan(config, sizes(config, documents, documents))
     on_gpu = torch.cuda.is_available() and config.device == "gpu"
     free = available_memory() if on_gpu else psutil.virtual_memory().available // (config.devices or 1)
     memory = memory_bytes(config.memory) if config.memory else free
@@ -80,7 +81,8 @@ def documents_of(config: Any) -> int:
 def cached_texts(config: Any) -> frozenset[str]:
     """The texts whose teacher is cached. Under `auto` it is, if training reads documents more than once."""
     epochs = training_plan(config, documents_of(config))["epochs"]
-    cached = config.teacher_cache == "cached" or (config.teacher_cache == "auto" and epochs > 1)
+    again = epochs > 1 or config.layered is not None
+    cached = config.teacher_cache == "cached" or (config.teacher_cache == "auto" and again)
     return frozenset(text for text, need in config.needs().items() if need.teacher and cached)
 
 
@@ -118,7 +120,7 @@ class _Estimates:
         maps = (config.maps.documents if config.maps else 0) or MAPPED
         load = Load(
             width=config.max_length,
-            tokens=dict.fromkeys(config.needs(), documents),
+            tokens={text: documents * (1 + (text == "retain" and config.layered is not None)) for text in config.needs()},
             mapped_tokens=maps * config.max_length if config.fits_maps else 0,
             cached=cached_texts(config),
             gpu=self.gpu,

@@ -18,6 +18,7 @@ from lethe.config import CheckpointsConfig, to_dict
 from lethe.errors import LetheError
 from lethe.evaluation.checkpoint_sweep import checkpoints
 from lethe.evaluation.tasks.consent import trusts_task_code
+from lethe.methods import user_file
 from lethe.methods.method import Method
 from lethe.results import regimes
 from lethe.runs.machine import refuse_several_processes
@@ -45,7 +46,9 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
     config, checked = _checked(config, run)
     resumed = run is not None
     several = is_for_several(config.devices, resumed)
-    run = run or Run.create("unlearn", config.name, to_dict(config), config.out)
+    if run is None:
+        run = Run.create("unlearn", config.name, to_dict(config), config.out)
+        user_file.keep(run, user_file.sha256_of(type(config)))
     if several:
         return work_together(run, config.devices, trusts_task_code())  # type: ignore[arg-type]
     from lethe.training.trainer import keep_threads

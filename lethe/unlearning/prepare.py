@@ -41,6 +41,7 @@ from lethe.unlearning import changes, maps, memory, teacher_cache
 from lethe.unlearning.check import Checked
 from lethe.unlearning.fit import parallel_of
 from lethe.unlearning.frozen import Frozen, WithoutAdapters
+from lethe.unlearning.layered import Layered
 from lethe.unlearning.probe import probe, warning
 from lethe.unlearning.trained import adapted_layers, trainable
 from lethe.unlearning.trainer import UnlearnTrainer
@@ -172,10 +173,10 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     for teacher in teachers.values():
         teacher.maps = given if teacher.need.mapped else None
     documents = {"forget": checked.forget, "retain": checked.retain}
-    dataset = Sequences(
-        **{name: corpora.sequences_of(documents[name], tokenizer, config.max_length, config.packing) for name in config.needs()}
-    )
-    plan = training_plan(config, len(dataset), planned.get("effective_batch"))
+    dataset = _training_data(config, documents, tokenizer)
+    plan = training_plan(config, dataset.stages, planned.get("effective_batch"))
+    if isinstance(dataset, Layered):
+        plan["stages"] = dataset.described(plan.pop("stage_steps"))
     plan["documents"] = {name: len(part) for name, part in documents.items()}
     plan |= {"devices": distributed.world(), "parallel": parallel} if distributed.world() > 1 else {}
     plan["tokens"] = round(sum(map(dataset.tokens, range(len(dataset)))) * plan["epochs"])
@@ -198,6 +199,13 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     warnings += optimizers.untouched(student, config, adapted_layers(config, student)) if config.trained == Trained() else []
     run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
     return made
+
+
+def _training_data(config: Method, documents: dict[str, list[corpora.Document]], tokenizer: Any) -> Sequences:
+    """The sequences of the texts that the losses read; those of all stages, if there are stages."""
+    length, packing = config.max_length, config.packing
+    rows = {name: corpora.sequences_of(documents[name], tokenizer, length, packing) for name in config.needs()}
+    return Layered(config.layered.parts, **rows) if config.layered else Sequences(**rows)
 
 
 def _teacher_models(config: Method, checked: Checked, new: bool) -> tuple[Frozen, Frozen | None]:

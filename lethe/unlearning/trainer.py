@@ -92,10 +92,10 @@ class UnlearnTrainer(RunTrainer):
         for the progress bar.
         """
         dataset: Any = self.train_dataset
-        count = len(dataset.texts[text])
+        count = dataset.own(text)
         with bar(description, count, "documents") as advance:
             for numbers in self.order.updates(list(range(count))):
-                batches = [self.collated([dataset[i] for i in some]) for some in numbers]
+                batches = [self.collated([dataset.side_by_side(i) for i in some]) for some in numbers]
                 self.count(batches)
                 yield self._update(batches, parameters, None)
                 advance(self.documents_in_update[text])
@@ -131,4 +131,5 @@ class UnlearnTrainer(RunTrainer):
 
     def changing(self) -> dict[str, float]:
         coefficients = self.config.coefficients(self.progress(self.state.global_step - 1))
-        return {f"{name}_t": value for name, value in coefficients.items()}
+        stage = {"stage": self.order.stage_of(self.state.global_step - 1)} if self.config.layered else {}
+        return {f"{name}_t": value for name, value in coefficients.items()} | stage
