@@ -69,8 +69,6 @@ class MUDMAN(Method):
     def gradient(self, update: Update) -> Gradient:
         import torch
 
-        from lethe.unlearning.update import norm
-
         state, beta = update.state, self.retain_momentum
         if update.progress.done % self.adversary_every == 0:
             state["adversary"] = update.copy()
@@ -81,7 +79,7 @@ class MUDMAN(Method):
             update.add(update.gradient("forget", adversary_cross_entropy), -self.adversary_lr)
             state["adversary"] = update.copy()
             forget = update.gradient("forget", negative_entropy)
-        size = norm(forget) or 1.0
+        size = update.norm(forget) or 1.0
         step = {}
         for name, a in state["retain"].items():
             g = forget[name]

@@ -84,17 +84,13 @@ class TAR(Method):
         return loss, {"mapping_loss": loss}
 
     def gradient(self, update: Update) -> Gradient:
-        from lethe.unlearning.update import added
-
         if update.progress.done < self.mapping_steps:
-            return added(update.gradient("forget"), update.gradient("retain"))
-        return added(self.tamper_resistance(update), update.gradient("retain"))
+            return update.added(update.gradient("forget"), update.gradient("retain"))
+        return update.added(self.tamper_resistance(update), update.gradient("retain"))
 
     def tamper_resistance(self, update: Update) -> Gradient:
         """The gradients of negative entropy at the attacker's weights, weighted and added up."""
         import torch
-
-        from lethe.unlearning.update import added
 
         total: Gradient = {}
         with update.restored():
@@ -106,7 +102,7 @@ class TAR(Method):
                 if (i + 1) % self.attack_every == 0:
                     weight = self.remove_coef * math.exp(0.0625 * (i - (self.attack_steps - 1)))
                     found = update.gradient("forget", attacked_entropy)
-                    total = added(total, {name: weight * g for name, g in found.items()})
+                    total = update.added(total, {name: weight * g for name, g in found.items()})
         return total
 
 

@@ -56,6 +56,20 @@ class Update:
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    @staticmethod
+    def added(*gradients: Gradient) -> Gradient:
+        """The sum of gradients, each with parameters of its own."""
+        found: Gradient = {}
+        for gradient in gradients:
+            found |= {name: found[name] + value if name in found else value for name, value in gradient.items()}
+        return found
+
+    @staticmethod
+    def norm(gradient: Gradient) -> float:
+        """The Euclidean norm of all entries together, those of all processes."""
+        squares = [whole(g.to(torch.promote_types(g.dtype, torch.float32)).square().sum()) for g in gradient.values()]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
     @contextlib.contextmanager
     def moved(self, by: Gradient, scale: float = 1.0) -> Iterator[None]:
         """Inside, the weights are θ + scale · by. Afterwards they are as they were, bit for bit."""
@@ -94,20 +108,6 @@ class Update:
             self.parameters[name].add_(value, alpha=scale)
 
 
-def added(*gradients: Gradient) -> Gradient:
-    """The sum of gradients, each with parameters of its own."""
-    found: Gradient = {}
-    for gradient in gradients:
-        found |= {name: found[name] + value if name in found else value for name, value in gradient.items()}
-    return found
-
-
-def norm(gradient: Gradient) -> float:
-    """The Euclidean norm of all entries together, those of all processes."""
-    squares = [whole(value.to(torch.promote_types(value.dtype, torch.float32)).square().sum()) for value in gradient.values()]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-
-
 def step_gradient(config: Method, update: Update) -> Gradient:
     """The gradient that the optimizer steps with."""
     return config.gradient(update) if config.is_procedure else combined(config, update)
@@ -119,7 +119,7 @@ def combined(config: Method, update: Update) -> Gradient:
     retain = update.gradient("retain") if "retain" in config.needs() else {}
     if config.same_sign:
         forget = agreeing(forget, retain)
-    return added(forget, retain)
+    return update.added(forget, retain)
 
 
 def sharpness_aware(update: Update, rho: float) -> Gradient:
@@ -128,7 +128,7 @@ def sharpness_aware(update: Update, rho: float) -> Gradient:
     The norm is that of all trained parameters together. (Fan et al., https://arxiv.org/abs/2502.05374.)
     """
     gradient = update.gradient("forget")
-    size = norm(gradient)
+    size = update.norm(gradient)
     if not size:
         return gradient
     with update.moved(gradient, rho / size):
