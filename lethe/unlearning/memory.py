@@ -292,7 +292,7 @@ class Phases:
     def _one_model(self) -> bool:
         """Whether the reference is the model with its adapters off."""
         config = self.config
-        return config.lora is not None and not config.rewind and config.teacher_dtype in {None, config.dtype}
+        return config.lora is not None and not config.moves_start and config.teacher_dtype in {None, config.dtype}
 
     def _map_bytes(self) -> int:
         return 4 * len(self.config.mapped_layers) * self.text.hidden_size * (self.text.hidden_size + 1)
