@@ -253,7 +253,12 @@ def _teachers(config: Method, reference: Frozen, source: Frozen | None, parents:
 
 
 def _student(
-    run: Run, config: Method, checked: Checked, model: PreTrainedModel, source: Frozen | None, tokenizer: PreTrainedTokenizerBase
+    run: Run,
+    config: Method,
+    checked: Checked,
+    model: PreTrainedModel,
+    source: Frozen | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> nn.Module:
     """The model that is trained: with the weights that the recipe starts from, and with adapters where it has them."""
     distributed.gathered_away(model)

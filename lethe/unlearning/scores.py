@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,12 @@ def bytes_of(parameter: Tensor) -> int:
     return parameter.numel() * (parameter.element_size() + 2 * max(4, parameter.element_size()))
 
 
-def groups(parameters: Parameters, most: int = GROUP) -> list[Parameters]:
-    """Parameters in their order, in groups whose gradients and sums take `most` bytes; at least one parameter each."""
-    found, size = list[Parameters](), most + 1
+def groups(parameters: Parameters) -> list[Parameters]:
+    """Parameters in their order, in groups whose gradients and sums take `GROUP` bytes; at least one parameter each."""
+    found, size = list[Parameters](), GROUP + 1
     for name, parameter in parameters.items():
         more = bytes_of(distributed.own(parameter))
-        if size + more > most:
+        if size + more > GROUP:
             found, size = [*found, {}], 0
         found[-1][name] = parameter
         size += more
@@ -77,7 +76,10 @@ def fisher(model: Any, texts: dict[str, list[list[int]]], pad_id: int, file: Pat
     parts = groups(parameters)
     sharded = bool(distributed.sharded_modules(model))
     model.eval()
-    with bar("Scoring weights", len(parts) * sum(map(len, texts.values())), "documents") as advance, _written(file, parameters) as write:
+    with (
+        bar("Scoring weights", len(parts) * sum(map(len, texts.values())), "documents") as advance,
+        _written(file, parameters) as write,
+    ):
         for part in parts:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(sharded or name in part)
@@ -118,21 +120,30 @@ def _backward(model: Any, head: nn.Linear | None, batch: list[list[int]], pad_id
     tokens = sum(map(len, batch))
     if tokens == len(batch):  # no token has one before it
         return
-    size = max(1, TOKENS // max(map(len, batch))) * distributed.world()
+    size = documents_in_pass(max(map(len, batch))) * distributed.world()
     times = distributed.world() if distributed.sharded_modules(model) else 1  # FSDP2 averages over processes
     for start in range(0, len(batch), size):
         mine = distributed.share(batch[start : start + size])
         ids, mask = (t.to(distributed.device()) for t in corpora.pad(list(mine) or batch[:1], pad_id))
         mask = mask if mine else torch.zeros_like(mask)
-        states = read(model, ids, [], output=True, head=head)
-        (times * View(ids, mask, ids[:, 0], states, tokens, len(batch), head).cross_entropy()).backward()
+        (times * nll(model, head, ids, mask, tokens, len(batch))).backward()
+
+
+def documents_in_pass(length: int) -> int:
+    """Documents of this length in one forward pass."""
+    return min(BATCH, max(1, TOKENS // length))
+
+
+def nll(model: Any, head: nn.Linear | None, ids: Tensor, mask: Tensor, tokens: int, documents: int) -> Tensor:
+    """The part of some documents of the mean NLL of a batch, which has so many tokens and documents."""
+    return View(ids, mask, ids[:, 0], read(model, ids, [], output=True, head=head), tokens, documents, head).cross_entropy()
 
 
 @contextlib.contextmanager
 def _written(file: Path, parameters: Parameters) -> Iterator[Callable[[Tensor], None]]:
     """A function that writes the scores of the next parameter. The file is complete or absent.
 
-    The safetensors format: the length of the header, the header, then the tensors. So the scores need not be in memory together.
+    In the safetensors format: the header's length, the header, then the tensors, which are never in memory together.
     """
     facts, end = dict[str, Any](), 0
     for name, parameter in parameters.items():
@@ -143,9 +154,13 @@ def _written(file: Path, parameters: Parameters) -> Iterator[Callable[[Tensor], 
     temporary = file.with_name(f".{file.name}.tmp")
     with contextlib.ExitStack() as stack:
         opened: Any = stack.enter_context(temporary.open("wb")) if distributed.is_first() else None
-        distributed.from_first(lambda: opened.write(len(header).to_bytes(8, "little") + header))
-        yield lambda scores: distributed.from_first(lambda: opened.write(scores.cpu().contiguous().numpy().tobytes()))
-        distributed.from_first(lambda: (opened.flush(), os.fsync(opened.fileno())))
+
+        def to_disk(data: bytes) -> None:
+            opened.write(data)
+            opened.flush()
+
+        distributed.from_first(lambda: to_disk(len(header).to_bytes(8, "little") + header))
+        yield lambda scores: distributed.from_first(lambda: to_disk(scores.cpu().contiguous().numpy().tobytes()))
     distributed.from_first(lambda: temporary.replace(file))
 
 
@@ -190,12 +205,15 @@ class Highest:
         with safe_open(self.file, "pt") as scores:
             names = set(scores.keys())
             for name, parameter in parameters.items():
-                found = scores.get_tensor(name) if name in names else None
-                if found is None or found.shape != parameter.shape or found.isnan().any():
-                    what = "no scores" if found is None else "NaN" if found.shape == parameter.shape else f"shape {list(found.shape)}"
-                    raise LetheError(
-                        f"rewind_weights: {what} for {name} {list(parameter.shape)} in '{self.file}'; give a number for each weight"
-                    )
+                wrong, shape = None, list(parameter.shape)
+                if name not in names:
+                    wrong = "no scores"
+                elif (found := scores.get_tensor(name)).shape != parameter.shape:
+                    wrong = f"shape {list(found.shape)}"
+                elif found.isnan().any():
+                    wrong = "NaN"
+                if wrong:
+                    raise LetheError(f"rewind_weights: '{self.file}' has {wrong} for {name} {shape}; give each weight a number")
         if other := sorted(names - parameters.keys()):
             raise LetheError(f"rewind_weights: the model has no parameter {other[0]}, of '{self.file}'; leave it out")
 

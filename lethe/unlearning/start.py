@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,14 @@ from lethe.unlearning.check import Checked
 from lethe.unlearning.frozen import Frozen
 from lethe.unlearning.scores import Highest
 
-Shares = dict[str, dict[str, float]]
-
 
 def move_start(
-    run: Run, config: Method, checked: Checked, model: PreTrainedModel, source: Frozen | None, tokenizer: PreTrainedTokenizerBase
+    run: Run,
+    config: Method,
+    checked: Checked,
+    model: PreTrainedModel,
+    source: Frozen | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Move the model's weights to where the recipe starts, and record which of them were rewound."""
     if config.corrupt:
@@ -58,7 +60,7 @@ def _fisher(run: Run, config: Method, checked: Checked, model: Any, tokenizer: P
 
     `lethe check` scores one batch of each text, and estimates the time of all.
     """
-    file, recorded = run.path / scores.FILE, (run.record.get("artifacts") or {}).get("scores")
+    file, recorded = run.path / scores.FILE, (run.record.get("artifacts") or {}).get("scores") or {}
     if distributed.from_first(lambda: bool(recorded) and file.is_file() and sha256(file) == recorded["sha256"]):
         return file
     most = scores.BATCH if run.record["kind"] == "check" else scores.DOCUMENTS
@@ -119,7 +121,7 @@ def corrupt(model: nn.Module, settings: CorruptSettings, seed: int) -> None:
 
 
 def _move(parameter: Tensor, target: Tensor, share: float, chosen: Tensor | None = None) -> None:
-    """θ ← (1 − share) θ + share · target, in place; with `chosen`, where it is true. `target` and `chosen` are whole tensors."""
+    """θ ← (1 − share) θ + share · target, in place; with `chosen`, where it is true. Both tensors are whole."""
 
     def part(value: Tensor) -> Tensor:
         return distributed.own(distributed.put(value, parameter)).to(parameter.device)
