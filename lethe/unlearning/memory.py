@@ -220,7 +220,8 @@ class Phases:
         sizes = [scores.bytes_of(p) // self.shards for p in self.frozen.parameters()]
         group = max(*sizes, min(sum(sizes), scores.GROUP))
         read = {name: need for name, need in self.needs.items() if need.teacher == "source"}
-        return self.passes.scoring | {"scores": group, "teachers": self._teachers(read)}
+        gradients = self.shapes.whole // self.shards if self.shards > 1 else 0  # FSDP2 computes those of all groups
+        return self.passes.scoring | {"scores": group, "gradients": gradients, "teachers": self._teachers(read)}
 
     def _trial(self) -> Parts:
         """The batch before training, with live teachers. It moves float32 weights if there are two losses to compare."""

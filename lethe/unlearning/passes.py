@@ -144,14 +144,11 @@ class Passes:
         ids = torch.zeros(scores.documents_in_pass(self.width), self.width, dtype=torch.long, device=META)
         with recording() as record:
             scores.nll(model, self.heads[1], ids, torch.ones_like(ids), ids.numel(), len(ids)).backward()
-        gradients = record.of(*(p.grad for p in model.parameters()))
+        gradients = record.of(*(p.grad for p in model.parameters()))  # only a group's are there, and counted with its sums
+        record.events = [event for event in record.events if event[0] not in gradients]
         model.zero_grad()
         model.requires_grad_(False)
-
-        def kind(number: int, size: int, shape: tuple[int, ...]) -> str:
-            return "gradients" if number in gradients else "logits" if shape[-1:] == (vocabulary,) else "activations"
-
-        found = record.peak(kind)
+        found = record.peak(lambda number, size, shape: "logits" if shape[-1:] == (vocabulary,) else "activations")
         return {name: found.get(name, 0) for name in ("activations", "logits")}
 
     @functools.cached_property
