@@ -1,6 +1,6 @@
 """The command line: each command builds one config object and calls one function of it.
 
-    lethe unlearn --config lab --remove_coef 20 --lora.r 8
+    lethe unlearn --config lab --lr 2e-3 --lora.r 8
 
 Settings come from the defaults, then the recipe (YAML), then the command line. Each command imports what needs torch inside its
 function, after the checks that do not need it, so that help and errors answer at once. A `LetheError` is one line on standard
@@ -273,7 +273,7 @@ def _check(settings: Check, as_json: bool) -> None:
         _print(table)
 
 
-@command("unlearn", "lethe unlearn --config lab --remove_coef 20 --lora.r 8", runs_tasks=True)
+@command("unlearn", "lethe unlearn --config lab --lr 2e-3 --lora.r 8", runs_tasks=True)
 def _unlearn(settings: Method, as_json: bool) -> None:
     from lethe.unlearning.pipeline import unlearn
 

@@ -21,6 +21,7 @@ from lethe.config import LoraSettings, memory_bytes, recipes
 from lethe.config.parse import from_recipe
 from lethe.methods.method import Method
 from lethe.models.loading import on_meta
+from lethe.unlearning import scores
 from lethe.unlearning.memory import Estimate, Load, Phases, choose_parallel, estimate
 from lethe.unlearning.passes import Passes
 from lethe.unlearning.simulation import META, recording
@@ -227,3 +228,16 @@ def test_the_tables_of_the_page_on_scaling_are_up_to_date():
 
     page = scaling.PAGE.read_text(encoding="utf-8")
     assert page == scaling.updated(page)
+
+
+def test_scoring_weights_holds_a_group_of_gradients_and_sums(monkeypatch):
+    config = recipe(Distill, rewind=1.0, rewind_weights="fisher")
+    model = on_meta(GPTNeoXConfig(**SMALL), torch.float32)
+    sizes = [12 * p.numel() for p in model.parameters()]  # a gradient and two sums in float32
+    found = estimated(config).phases["scores"]
+    assert found["scores"] == sum(sizes) and found["activations"] > 0 and "gradients" not in found
+    monkeypatch.setattr(scores, "GROUP", max(sizes) + 1000)
+    assert estimated(config).phases["scores"]["scores"] == max(sizes) + 1000
+    shared = estimated(config, processes=4, parallel="fsdp").phases["scores"]
+    assert shared["gradients"] == sum(sizes) // 12 and shared["weights"] == found["weights"] // 4
+    assert "scores" not in estimated(recipe(Distill, rewind=1.0)).phases

@@ -57,7 +57,7 @@ def llama(make_model, tmp_path_factory) -> dict[str, Any]:
     }
 
 
-REWOUND = {"rewind": 0.5, "forget_kl_coef": 1.0, "packing": "packed", "affine": "none"}
+REWOUND = {"rewind": 0.5, "rewind_weights": "fisher", "forget_kl_coef": 1.0, "packing": "packed", "affine": "none"}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 from lethe import AffineConfig, LoraSettings, TamperConfig, Transfer, fit_affine, tamper, unlearn
 from lethe.config import EvalSettings, TextSource
+from lethe.config.unlearning import CorruptSettings
 from lethe.errors import LetheError
 from lethe.maps.folder import HASH, METADATA, WEIGHTS
 from lethe.models import refs
@@ -183,6 +184,9 @@ CHANGES: dict[str, Any] = {
     "retain": [TextSource("lab:retain"), TextSource("{home}/extra.jsonl", weight=0.5)],
     "packing": "packed",
     "rewind": 0.5,
+    "rewind_weights": "fisher",
+    "rewind_share": 0.5,
+    "corrupt": CorruptSettings(),
     "forget_kl_coef": 2.0,
     "cb_scale": "relative",
     "num_train_examples": 8,

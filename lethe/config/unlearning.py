@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Count, Dtype, Layers, Memory, RunName, Settings, above, at_least, must_be
+from lethe.config.checks import Amount, Count, Dtype, Layers, Memory, RunName, Settings, above, at_least, must_be
 from lethe.config.evaluation import EvalSettings
 from lethe.config.training import LoraSettings, Text, Texts, TextSource, TrainingSettings
 from lethe.errors import LetheError
@@ -30,6 +30,16 @@ class LayeredSettings(Settings):
 
 
 @dataclass
+class CorruptSettings(Settings):
+    """Noise in the weights that training starts from."""
+
+    share: Annotated[float, must_be("above 0 and at most 1", lambda share: 0 < share <= 1)] = 0.6
+    """Every weight is multiplied by 1 - share. Higher values erase more of the model, and training has more to restore."""
+    noise: Amount = 0.1
+    """share * noise * N is added to matrices; N is drawn as Xavier's uniform initialisation, by the run's seed."""
+
+
+@dataclass
 class UnlearnSettings(TrainingSettings):
     """What an unlearning run is made of, whatever its method."""
 
@@ -46,6 +56,15 @@ class UnlearnSettings(TrainingSettings):
     """none: one document a sequence, cut at max_length; packed: documents joined and split into sequences of max_length."""
     rewind: Annotated[float, must_be("between 0 (the model) and 1 (the source)", lambda share: 0 <= share <= 1)] = 0.0
     """Start from (1 - rewind) * model + rewind * source, weight by weight. 0: from the model, 1: from the source."""
+    rewind_weights: str = "all"
+    """Which weights are rewound. all: every weight; fisher: those that serve the forget text more than the retain text, by
+    their Fisher information; a .safetensors file with a score for every weight, or run:ID of a run that has scores: those
+    with the highest scores."""
+    rewind_share: Annotated[float, must_be("above 0 and at most 1", lambda share: 0 < share <= 1)] = 0.75
+    """Share of the model's weights that is rewound, those with the highest scores. Higher values hold better against attacks
+    and cost more general accuracy."""
+    corrupt: CorruptSettings | None = None
+    """Start from the model's weights, shrunk and with noise; null: start from the model's weights as they are."""
     layers: Layers | None = None
     """Layer L is the residual stream after block L (from 0). Adapters sit on blocks up to the last one; null: on all blocks."""
     num_train_examples: Count | None = None
@@ -90,7 +109,16 @@ class UnlearnSettings(TrainingSettings):
             raise LetheError("forget.part: layered splits the text itself; leave part out")
         if self.layered and self.packing == "packed":
             raise LetheError("packing: a packed sequence can have documents of two parts; with layered, set it to none")
+        if self.rewind and self.corrupt:
+            raise LetheError("rewind and corrupt both set the weights to start from; set rewind: 0, or corrupt: null")
+        self.refuse_idle("rewind_weights", when=not self.rewind, why="while rewind is 0")
+        self.refuse_idle("rewind_share", when=self.rewind_weights == "all", why="with rewind_weights all")
         self.refuse_idle("merge", when=self.lora is None, why="in full-rank training (lora: null), where there is no adapter")
+
+    @property
+    def moves_start(self) -> bool:
+        """Whether training starts from other weights than the model's."""
+        return self.rewind > 0 or self.corrupt is not None
 
     @property
     def finds_source(self) -> bool:

@@ -207,7 +207,7 @@ class Method(UnlearnSettings):
         The comparison needs a retain loss that is 0 at the start: the distance of an unchanged model from the reference.
         """
         retain = self.needs().get("retain")
-        at_zero = retain is not None and retain.teacher == "reference" and not self.rewind
+        at_zero = retain is not None and retain.teacher == "reference" and not self.moves_start
         return self.scale is not None and at_zero and "forget" in self.needs()
 
     @property
@@ -376,7 +376,7 @@ class ForgetAndRetain(Method):
 
     def warnings(self, plan: dict[str, Any]) -> list[str]:
         found = []
-        if self.same_sign and self.retain_loss != "ce" and not self.rewind:
+        if self.same_sign and self.retain_loss != "ce" and not self.moves_start:
             found.append(
                 f"same_sign: the gradient of retain_loss {self.retain_loss} is 0 at the start, so that the signs of the first "
                 f"update are those of rounding; retain_loss ce has signs from the start"

@@ -282,6 +282,11 @@ RECORD = _fields(
     losses=_maybe(_map(_maybe(_measured))),
     agreement=_fields("retain_with_reference", **dict.fromkeys(_AGREEMENT, _measured)),
     scores=_maybe(_map(_fields(*_FIT, **dict.fromkeys(_FIT, _measured)))),
+    rewound=_fields(
+        **dict.fromkeys(("threshold", "share", "tokens", "seconds"), _measured),
+        by_layer=_map(_measured),
+        by_role=_map(_measured),
+    ),
     update_by_layer=_map(_fields("distance", distance=_measured, stable_rank=_measured)),
     divergence=_maybe(_fields("step", "reason", step=_whole, reason=_text)),
     checkpoints=_maybe(_list(_checkpoint)),

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lethe.config import UNLEARNED, AffineConfig, as_text_source
-from lethe.errors import LetheError
+from lethe.errors import LetheError, printable
 from lethe.evaluation.check import check_tasks
-from lethe.files import refuse_run_folder
+from lethe.files import UnreadableError, refuse_run_folder, sha256
 from lethe.maps.folder import check_maps, find_maps
 from lethe.methods.method import Method
 from lethe.models import refs
+from lethe.models.folder import advice, shapes
+from lethe.runs.finding import find_run
 from lethe.text import corpora
 from lethe.training.check import plan, refuse_rank, refuse_unavailable
 
@@ -33,6 +35,8 @@ class Checked:
     conventions: list[str] = field(default_factory=list)
     mapped: list[corpora.Document] = field(default_factory=list)
     """Documents to fit maps on; none if the recipe names maps or uses none."""
+    scores: Path | None = None
+    """The file of scores that decide which weights are rewound; None if the recipe names none."""
 
 
 def check(config: Method, effective_batch: int | None = None) -> Checked:
@@ -52,6 +56,7 @@ def check(config: Method, effective_batch: int | None = None) -> Checked:
     checked = Checked(model, None, [], [])
     if config.needs_source and not config.finds_source:
         check_source(config, checked)
+    checked.scores = find_scores(config)
     if config.fits_maps:
         sources = config.retain if isinstance(config.retain, list) else [as_text_source(config.retain)]
         if any(source.source == "lab:forget" for source in sources):
@@ -107,6 +112,33 @@ def sizes(config: Method, forget: int, retain: int) -> int | list[int]:
     if forget < parts:
         raise LetheError(f"layered.parts: the forget text has {forget} documents, too few for {parts} parts; lower it")
     return [max(bound, retain + forget - bound) for bound in corpora.part_bounds(forget, parts)[1:]]
+
+
+def find_scores(config: Method) -> Path | None:
+    """The file of scores that `rewind_weights` names: a .safetensors file, or the scores of a run.
+
+    Raises:
+        LetheError: there is none, it cannot be read, or it was altered since its run wrote it.
+    """
+    name = config.rewind_weights
+    if name in {"all", "fisher"}:
+        return None
+    if name.startswith("run:"):
+        run = find_run(name.removeprefix("run:"), config.out)
+        file = run.artifact("scores")
+        if file is None:
+            raise LetheError(f"rewind_weights: '{name}' has no scores; name a run that had rewind_weights: fisher")
+    elif name.endswith(".safetensors"):
+        run, file = None, Path(name)
+    else:
+        raise LetheError(f"rewind_weights: expected all, fisher, a .safetensors file or run:ID, got '{printable(name, 80)}'")
+    try:
+        shapes(file)
+    except UnreadableError as error:
+        raise LetheError(f"rewind_weights: '{file}' cannot be read ({printable(error, 80)}){advice(error)}") from error
+    if run and sha256(file) != run.record["artifacts"]["scores"].get("sha256"):
+        raise LetheError(f"rewind_weights: '{file}' was altered after its run wrote it; score the weights again")
+    return file
 
 
 def refuse_types(config: Method) -> None:

@@ -32,6 +32,7 @@ from lethe.maps.ridge import sums_bytes
 from lethe.methods.method import Method, Need
 from lethe.models.activations import blocks
 from lethe.runs.machine import available_memory
+from lethe.unlearning import scores
 from lethe.unlearning.passes import Outline, Passes
 
 if TYPE_CHECKING:
@@ -174,6 +175,8 @@ class Phases:
 
     def _phases(self) -> dict[str, Parts]:
         phases = {"loading": {"teachers": self._teachers(self.needs)}, "trial": self._trial()}
+        if self.config.rewind_weights == "fisher":
+            phases["scores"] = self._scores()
         if self.config.fits_maps and self.config.mapped_layers:
             tokens = 0 if self.load.gpu else TOKEN * self.load.mapped_tokens
             phases["maps"] = {
@@ -211,6 +214,14 @@ class Phases:
             found["gathered"] = found.get("gathered", 0) + 2 * shapes.block + shapes.outside
         found["buffers"] = round(BUFFERS * sum(size for part, size in found.items() if part not in {"libraries", "caches"}))
         return {part: size for part, size in found.items() if size}
+
+    def _scores(self) -> Parts:
+        """A batch while weights are scored: gradients and sums of a group of parameters. The source may be there already."""
+        sizes = [scores.bytes_of(p) // self.shards for p in self.frozen.parameters()]
+        group = max(*sizes, min(sum(sizes), scores.GROUP))
+        read = {name: need for name, need in self.needs.items() if need.teacher == "source"}
+        gradients = self.shapes.whole // self.shards if self.shards > 1 else 0  # FSDP2 computes those of all groups
+        return self.passes.scoring | {"scores": group, "gradients": gradients, "teachers": self._teachers(read)}
 
     def _trial(self) -> Parts:
         """The batch before training, with live teachers. It moves float32 weights if there are two losses to compare."""
@@ -292,7 +303,7 @@ class Phases:
     def _one_model(self) -> bool:
         """Whether the reference is the model with its adapters off."""
         config = self.config
-        return config.lora is not None and not config.rewind and config.teacher_dtype in {None, config.dtype}
+        return config.lora is not None and not config.moves_start and config.teacher_dtype in {None, config.dtype}
 
     def _map_bytes(self) -> int:
         return 4 * len(self.config.mapped_layers) * self.text.hidden_size * (self.text.hidden_size + 1)

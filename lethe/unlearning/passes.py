@@ -19,6 +19,7 @@ from lethe.methods.method import Method, Need, Progress
 from lethe.models.activations import States, read
 from lethe.training.merged_lora import fast_passes
 from lethe.training.optimizers import STATE_BYTES, make_optimizer, needs_masters
+from lethe.unlearning import scores
 from lethe.unlearning.changes import AGREEMENT_BATCH
 from lethe.unlearning.simulation import META, Record, recording
 from lethe.unlearning.teacher_cache import TOKENS
@@ -135,6 +136,20 @@ class Passes:
         peak = record.peak(lambda number, size, shape: "state" if number in held else "temporaries")
         student.zero_grad()
         return sum(size for number, size, _ in record.events if number in held and size > 0), peak.get("temporaries", 0)
+
+    @functools.cached_property
+    def scoring(self) -> dict[str, int]:
+        """Activations and logits of one pass while weights are scored (`scores.py`)."""
+        model, vocabulary = self.frozen.requires_grad_(True), self.text.vocab_size
+        ids = torch.zeros(scores.documents_in_pass(self.width), self.width, dtype=torch.long, device=META)
+        with recording() as record:
+            scores.nll(model, self.heads[1], ids, torch.ones_like(ids), ids.numel(), len(ids)).backward()
+        gradients = record.of(*(p.grad for p in model.parameters()))  # only a group's are there, and counted with its sums
+        record.events = [event for event in record.events if event[0] not in gradients]
+        model.zero_grad()
+        model.requires_grad_(False)
+        found = record.peak(lambda number, size, shape: "logits" if shape[-1:] == (vocabulary,) else "activations")
+        return {name: found.get(name, 0) for name in ("activations", "logits")}
 
     @functools.cached_property
     def mapping(self) -> int:

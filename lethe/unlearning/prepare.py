@@ -43,6 +43,7 @@ from lethe.unlearning.fit import parallel_of
 from lethe.unlearning.frozen import Frozen, WithoutAdapters
 from lethe.unlearning.layered import Layered
 from lethe.unlearning.probe import probe, warning
+from lethe.unlearning.start import move_start
 from lethe.unlearning.trained import adapted_layers, trainable
 from lethe.unlearning.trainer import UnlearnTrainer
 from lethe.unlearning.view import Teacher
@@ -157,6 +158,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     parents |= {"source": refs.record(checked.source)} if checked.source else {}
     parents["forget"] = corpora.record(config.forget, checked.forget)
     parents["retain"] = corpora.record(config.retain, checked.retain)
+    parents |= {"scores": {"ref": config.rewind_weights, "sha256": sha256(checked.scores)}} if checked.scores else {}
     run.set_parents(**parents)
     refuse_untrainable(model, config.model, config.max_length)
     given: AffineMap | None = None
@@ -166,7 +168,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
         given, maps_plan, warnings = maps.given(run, config, config.maps, checked.affine, checked, pair, tokenizer)
     elif config.fits_maps:
         maps_plan = f"fitted on {len(checked.mapped)} documents of the retain text before training"
-    student = _student(run, config, model, source, tokenizer)
+    student = _student(run, config, checked, model, source, tokenizer)
     if config.lora and _untouched(config):
         reference = WithoutAdapters(checked.model, config.dtype, student)
     teachers = _teachers(config, reference, source, parents)
@@ -196,6 +198,8 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
         return made
     _describe(made, plan, libraries)
     plan["maps"] = maps_plan
+    if scored := (run.record.get("rewound") or {}).get("seconds"):
+        plan["seconds"]["scoring weights"] = scored
     warnings += optimizers.untouched(student, config, adapted_layers(config, student)) if config.trained == Trained() else []
     run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
     return made
@@ -234,7 +238,7 @@ def _last_layer(config: Method, role: str) -> int | None:
 
 def _untouched(config: Method) -> bool:
     """Whether a model that is not trained yet has the weights and the type of its teachers' target."""
-    return not config.rewind and config.teacher_dtype in {None, config.dtype}
+    return not config.moves_start and config.teacher_dtype in {None, config.dtype}
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
@@ -257,31 +261,19 @@ def _teachers(config: Method, reference: Frozen, source: Frozen | None, parents:
 
 
 def _student(
-    run: Run, config: Method, model: PreTrainedModel, source: Frozen | None, tokenizer: PreTrainedTokenizerBase
+    run: Run,
+    config: Method,
+    checked: Checked,
+    model: PreTrainedModel,
+    source: Frozen | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> nn.Module:
-    """The model that is trained: rewound towards the source and with adapters, where the recipe says so."""
+    """The model that is trained: with the weights that the recipe starts from, and with adapters where it has them."""
     distributed.gathered_away(model)
-    if config.rewind and source is not None:
-        rewind(model, source, config.rewind)
-    if config.lora and config.rewind and not config.merge:
+    move_start(run, config, checked, model, source, tokenizer)
+    if config.lora and config.moves_start and not config.merge:
         save_artifact(run, "base", model, tokenizer)
     return trainable(config, model)
-
-
-@torch.no_grad()
-def rewind(model: nn.Module, source: Frozen, share: float) -> None:
-    """θ ← (1 − share) θ_model + share θ_source, weight by weight, in place.
-
-    Raises:
-        LetheError: a weight of the source is not finite.
-    """
-    with source.weights() as weight:
-        for name, parameter in model.named_parameters():
-            theirs = distributed.whole(weight(name))
-            if not theirs.isfinite().all():
-                raise LetheError(f"source: {name} is not finite, so the source diverged or is damaged; give another")
-            theirs = distributed.own(distributed.put(theirs.to(parameter.dtype), parameter))
-            distributed.own(parameter).lerp_(theirs.to(parameter.device), share)
 
 
 def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
