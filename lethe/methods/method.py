@@ -54,6 +54,11 @@ class Need:
     mapped: bool = False
     variance: bool = False
 
+    @property
+    def depth(self) -> int:
+        """How many blocks a pass runs for the layers alone."""
+        return max(self.layers, default=-1) + 1
+
 
 @dataclass(frozen=True)
 class Maps:

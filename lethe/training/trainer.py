@@ -28,6 +28,7 @@ from lethe.progress import Advance, bar
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import saves
+from lethe.training.cost import together
 from lethe.training.hf_trainer import HfTrainer
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ class RunTrainer(HfTrainer):
             super().log(logs, start_time)
             return
         now = time.monotonic()
-        parts = distributed.gather((dict(self._losses), dict(self._documents)))  # some may have had no document
+        counted = distributed.gather((dict(self._losses), dict(self._documents), self.tally.take()))
+        parts = [each[:2] for each in counted]  # some processes may have had no document
         row: dict[str, Any] = {"step": self.state.global_step, "loss": logs["loss"]}
         row |= {name: sum(losses.get(name, 0.0) for losses, _ in parts) for losses, _ in parts for name in losses}
         row |= self.changing()
@@ -108,6 +110,7 @@ class RunTrainer(HfTrainer):
         row["grad_norm"] = logs.get("grad_norm")
         row |= {f"{name}_tokens": count for name, count in self.tokens.items()}
         row |= {f"{name}_documents": count for name, count in self.documents_in_update.items()}
+        row |= together(each[2] for each in counted)
         row["tokens_per_second"] = round(sum(self.tokens.values()) / max(1e-9, now - self._started), 1)
         self._started = now
         self.run.append("metrics.jsonl", row)

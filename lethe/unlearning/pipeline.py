@@ -119,6 +119,7 @@ def _latest_ignorant(config: Method) -> str:
 def _finish(run: Run, made: Prepared) -> None:
     """Save, describe and evaluate a trained run. The artifact is saved first, so that no later failure loses it."""
     from lethe.models.adapters import merged
+    from lethe.training import cost
     from lethe.training.saves import save_artifact
     from lethe.training.trainer import weighted_means
     from lethe.unlearning import changes
@@ -140,3 +141,4 @@ def _finish(run: Run, made: Prepared) -> None:
         update_by_layer=lambda: changes.update_by_layer(student, made.reference),
     )
     run.update(evals=trainer.evaluation.at(trainer.state.global_step, student, f"Evaluating {config.name}"))
+    run.try_to_record(cost=lambda: cost.summary(run, lines, made.checked.model, config.out))

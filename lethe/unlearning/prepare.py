@@ -31,7 +31,7 @@ from lethe.models.adapters import without_adapters
 from lethe.models.architecture_check import refuse_unreadable, refuse_untrainable
 from lethe.runs.run import Run
 from lethe.text import corpora
-from lethe.training import optimizers
+from lethe.training import cost, optimizers
 from lethe.training.check import plan as training_plan
 from lethe.training.check import refuse_8bit
 from lethe.training.optimizers import needs_masters, newton_schulz_dtype
@@ -82,6 +82,7 @@ class Prepared:
         """Fit the maps where the recipe says so, or load those that an interrupted run has fitted."""
         if self.config.fits_maps and self.mapped and self.pair:
             self.mapped.maps = maps.fitted(run, self.config, self.checked, self.pair, self.tokenizer)
+            maps.book(run, self.mapped.maps, len(self.checked.mapped), self.reference, self.mapped.model)
             self.checked.mapped.clear()
 
     def measure_variance(self, run: Run) -> None:
@@ -349,10 +350,13 @@ def cache_teachers(run: Run, made: Prepared) -> None:
     chosen = distributed.from_first(lambda: run.record.get("teachers") or teachers_plan(made, run.record["plan"]["epochs"]))
     for text, how in chosen.items():
         if how.startswith("cached"):
-            teacher = made.trainer.teachers[text]
+            teacher, lengths = made.trainer.teachers[text], list(map(len, made.sequences[text]))
+            name = f"{teacher.need.teacher}_forward"
+            cost.book(run, f"{text} teacher", {name: sum(lengths)}, teacher.flops(lengths))
             teacher.cache = teacher_cache.open_or_build(teacher, text, made.sequences[text])
             if teacher.cache is None:
                 chosen[text] = "live: a cache could not be written"
+                cost.book(run, f"{text} teacher", {}, 0)
     run.update(teachers=chosen, plan={"teachers": chosen})
 
 
