@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Count, Dtype, Layers, Memory, RunName, Settings, above, must_be
+from lethe.config.checks import Count, Dtype, Fraction, Layers, Memory, Positive, RunName, Settings, above, must_be
 from lethe.config.evaluation import EvalSettings
 from lethe.config.training import LoraSettings, Text, Texts, TrainingSettings
 from lethe.errors import LetheError
@@ -18,6 +18,39 @@ class SamSettings(Settings):
     rho: Annotated[float, above(0)] = 0.01
     """How far the weights move up the forget loss before its gradient is taken, as a norm over all trained weights. A higher
     value makes forgetting hold over a wider region."""
+
+
+@dataclass
+class BudgetSettings(Settings):
+    """What a run may cost elsewhere. It ends when it exceeds its budget. Its result are the last weights within the budget."""
+
+    kl: Annotated[float, above(0)] | None = None
+    """Highest KL(reference ‖ model) of next tokens on neutral text that is not trained on, a mean over tokens, in nats. A
+    higher value lets the model change more. null: no limit."""
+    retain: Annotated[Fraction, above(0)] | None = None
+    """Highest loss of accuracy on the retain task of eval.tasks, against the model before unlearning: 0.02 is two points.
+    null: no limit."""
+    every: Positive | None = None
+    """Updates between two checks; the last update is always checked. A smaller number ends the run closer to the budget, and
+    takes longer. null: so many that checks take about a twenty-fifth of the run's computation."""
+    documents: Positive = 32
+    """Number of documents of neutral text for kl."""
+    questions: Count = 400
+    """Number of questions for retain, from the first one (0: all). More questions show smaller losses, and take longer."""
+    text: Texts | None = None
+    """Neutral text for kl; null: documents of the retain text that are not trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl is None and self.retain is None:
+            raise LetheError("budget: it has no limit; give kl, such as {kl: 0.01}, or retain, such as {retain: 0.02}")
+        self.refuse_idle("documents", "text", when=self.kl is None, why="without budget.kl")
+        self.refuse_idle("questions", when=self.retain is None, why="without budget.retain")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The highest allowed value of each measure."""
+        return {name: limit for name, limit in (("kl", self.kl), ("retain", self.retain)) if limit is not None}
 
 
 @dataclass
@@ -50,6 +83,9 @@ class UnlearnSettings(TrainingSettings):
     costs one more pass over the forget text."""
     same_sign: bool = False
     """Of the forget gradient, use only the entries that have the sign of the retain gradient."""
+    budget: BudgetSettings | None = None
+    """What the run may cost elsewhere, such as {kl: 0.01} or {retain: 0.02}. The run ends when it exceeds its budget, with the
+    last weights within it. null: no limit."""
     dtype: Dtype = "float32"
     """Type of the model's weights."""
     teacher_dtype: Dtype | None = None
@@ -71,6 +107,10 @@ class UnlearnSettings(TrainingSettings):
         if self.sam and self.dtype == "bfloat16" and self.lora is None:
             raise LetheError(
                 "sam: rounding of bfloat16 weights is larger than its moves; set dtype to float32, or train adapters"
+            )
+        if self.budget and self.rewind:
+            raise LetheError(
+                "budget: a run that rewinds starts outside its budget and would end at once; leave one of them out"
             )
         self.refuse_idle("merge", when=self.lora is None, why="in full-rank training (lora: null), where there is no adapter")
 

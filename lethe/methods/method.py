@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 Losses = dict[str, "Tensor"]
 DEFAULT = "transfer"
 """The method of a recipe that names none."""
+HELD_OUT = "held_out"
+"""The name of the text that `budget.kl` is measured on."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ class Method(UnlearnSettings):
             raise LetheError("source: name the ignorant checkpoint, or auto; `lethe checkpoints MODEL` finds it")
         unused = f"with method {own} and rewind 0, where no source checkpoint is used"
         self.refuse_idle("source", when=not self.takes_source, why=unused)
-        no_teacher = not any(need.teacher for need in needs.values())
-        self.refuse_idle("teacher_cache", when=no_teacher, why="on a recipe whose losses use no teacher")
+        no_teacher = not self.compared()
+        self.refuse_idle("teacher_cache", when=no_teacher, why="on a recipe that uses no teacher")
         self.refuse_idle("layers", when=not self.reads_layers, why="without adapters")
         if self.lora and self.lora.targets != "all" and self.trained.matrices != "all":
             raise LetheError(f"lora.targets: {own} adapts matrices of the MLPs of its own choice; leave it out")
@@ -135,6 +137,12 @@ class Method(UnlearnSettings):
         `__post_init__` of this class calls it, before a subclass has checked its own settings.
         """
         raise NotImplementedError
+
+    def compared(self) -> dict[str, Need]:
+        """By text, what is compared with a teacher: by the loss, and by `budget.kl` on held-out text."""
+        found = {text: need for text, need in self.needs().items() if need.teacher}
+        limited = self.budget is not None and self.budget.kl is not None
+        return found | ({HELD_OUT: Need("reference", logits=True)} if limited else {})
 
     def loss(self, text: str, view: View, progress: Progress) -> tuple[Tensor, Losses]:
         """The loss of one text of a batch, and its parts by name for the log. What is minimised is the sum over all texts.

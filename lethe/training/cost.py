@@ -63,6 +63,16 @@ def book(run: Run, work: str, tokens: Tokens, flops: float) -> None:
     run.update(cost={"before": before | {work: {"tokens": tokens, "flops": float(flops)}}})
 
 
+def seconds(run: Run, name: str) -> float:
+    """The seconds that a run has spent on `name`: `training`, `evaluation` or `budget`."""
+    return float((run.record.get("environment") or {}).get(f"{name}_seconds") or 0.0)
+
+
+def add_seconds(run: Run, name: str, more: float) -> None:
+    """Add seconds to a total that a resumed run continues."""
+    run.update(environment={f"{name}_seconds": round(seconds(run, name) + more, 3)})
+
+
 def summary(run: Run, rows: list[dict[str, Any]], model: refs.ModelRef, out: str | Path) -> dict[str, Any]:
     """`cost` of run.json. A number that is not known is absent, with the reason under `missing`.
 
@@ -76,10 +86,10 @@ def summary(run: Run, rows: list[dict[str, Any]], model: refs.ModelRef, out: str
     by_work = {"training": sum(row.get("flops", 0.0) for row in rows)} | {name: work["flops"] for name, work in before.items()}
     flops = sum(by_work.values())
     where = run.record.get("environment") or {}
-    seconds = {name: where[f"{name}_seconds"] for name in ("training", "evaluation", "budget") if f"{name}_seconds" in where}
+    took = {name: where[f"{name}_seconds"] for name in ("training", "evaluation", "budget") if f"{name}_seconds" in where}
     memory = {"process": peak_memory()} | ({"gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
     found: dict[str, Any] = {"tokens": dict(sorted(tokens.items())), "flops": flops, "flops_by_work": by_work}
-    found |= {"seconds": seconds, "peak_memory": memory}
+    found |= {"seconds": took, "peak_memory": memory}
     known = pretraining(model, out)
     if isinstance(known, str):
         return found | {"missing": {"pretraining": known}}
