@@ -5,14 +5,16 @@ from __future__ import annotations
 import signal
 
 import pytest
+import sweeping
 import torch
-from lab_runs import assert_same, interruptible, recipe, settings, start, wait_for, written
+from lab_runs import assert_same, interruptible, recipe, start, wait_for, written
 from safetensors.torch import load_file
 
-from lethe import BudgetSettings, Distill, LoraSettings, SweepConfig, TextSource, sweep, unlearn
+from lethe import BudgetSettings, Distill, LoraSettings, TextSource, sweep, unlearn
 from lethe.config import EvalSettings, ResumeConfig
 from lethe.errors import LetheError
 from lethe.models import refs
+from lethe.runs.finding import find_runs
 from lethe.runs.run import Run
 from lethe.sweeps.resuming import resume
 from lethe.text import corpora
@@ -57,14 +59,15 @@ def test_the_kl_is_that_of_a_plain_loop_over_text_that_was_not_trained_on(lab, t
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoraSettings(dropout=0.0), None])
 def test_a_run_ends_with_the_weights_of_the_last_check_within_its_budget(lab, tmp_path, lora):
-    run = unlearn(limited(tmp_path / "limited", lora=lora))
+    rate = {} if lora else {"lr": 3e-4}
+    run = unlearn(limited(tmp_path / "limited", lora=lora, **rate))
     budget, rows = run.record["budget"], run.rows("metrics.jsonl")
     kept, stopped = budget["kept_step"], budget["stopped_at"]
     assert run.status == "complete" and 0 < kept < stopped == kept + 2 == rows[-1]["step"] < 12
     within = {step: values["kl"] <= 0.004 for step, values in budget["values"].items()}
     assert within == {str(step): step <= kept for step in range(2, stopped + 1, 2)}
     assert f"at update {stopped} KL" in budget["reason"] and f"weights of update {kept}" in budget["reason"]
-    whole = unlearn(limited(tmp_path / "whole", lora=lora, budget=None, max_steps=kept))
+    whole = unlearn(limited(tmp_path / "whole", lora=lora, budget=None, max_steps=kept, **rate))
     file = "adapter/adapter_model.safetensors" if lora else "model/model.safetensors"
     ours, theirs = load_file(run.path / file), load_file(whole.path / file)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -145,11 +148,15 @@ def test_the_plan_chooses_how_often_so_that_checks_are_cheap(lab, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_varies_a_budget(lab, tmp_path):
-    base = {**settings(tmp_path / "sweep", **FAST), "budget": {"kl": 0.004, "every": 2, "documents": 12}}
-    del base["out"]
-    base |= {"lora": {"dropout": 0.0}, "eval": {"tasks": ["lab_forget_robust"], "limit": 8}}
-    made = sweep(SweepConfig(vary={"budget.kl": [0.001, 0.004]}, base=base, out=str(tmp_path / "sweep")))
-    assert made.status == "complete"
+    base = sweeping.recipe(budget={"kl": 1.0, "every": 2, "documents": 12})
+    limited = sweeping.config(tmp_path, unlearn=base, vary={"budget.kl": [1e-9, 1.0]})
+    made = sweep(limited)
+    runs = sorted((run for run in find_runs(tmp_path) if run.record["kind"] == "unlearn"), key=lambda run: run.record["name"])
+    assert made.status == "complete" and sorted(
+        run.record["budget"]["kept_step"] for run in runs if run.record["config"]["budget"]
+    ) == [0, 6]
+    again = sweep(limited)
+    assert [trial["reused"] for trial in again.record["trials"] if not trial["reference"]] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lethe import Distill, LoraSettings, TamperConfig, Transfer, tamper, unlearn
 from lethe.config import EvalSettings
+from lethe.config.unlearning import SamSettings
 from lethe.models import refs
 from lethe.models.activations import blocks, read
 from lethe.models.adapters import add_adapters
@@ -94,6 +95,16 @@ def test_tokens_of_a_run_are_those_of_its_documents(lab, tmp_path, cache):
 
 
 @pytest.mark.slow
+def test_a_second_pass_over_the_forget_text_counts(lab, tmp_path):
+    made = settings(tmp_path, teacher_cache="live", max_steps=2, num_train_examples=16, sam=SamSettings(0.01))
+    run = unlearn(Distill(**{**made, "eval": FEW}))
+    forget, retain = (sum(row[f"{name}_tokens"] for row in run.rows("metrics.jsonl")) for name in ("forget", "retain"))
+    tokens = run.record["cost"]["tokens"]
+    assert tokens["model_forward"] == tokens["model_backward"] == 2 * forget + retain
+    assert tokens["source_forward"] == 2 * forget and tokens["reference_forward"] == retain
+
+
+@pytest.mark.slow
 def test_maps_a_repeated_cache_and_an_attack_are_counted(lab, tmp_path):
     made = recipe(tmp_path / "runs", max_steps=10, affine_examples=64)  # more than one epoch: teachers are cached
     first, second = unlearn(made), unlearn(made)
@@ -123,7 +134,7 @@ def test_a_model_that_is_not_of_the_lab_has_no_share_and_says_why(make_model, te
         Transfer(
             model=str(tmp_path / "model"), source=str(tmp_path / "source"), layers=[1], max_length=64, max_steps=1,
             affine="none",
-            forget=str(tmp_path / "forget.txt"), retain=str(tmp_path / "retain.txt"), eval=EvalSettings([]),
+            forget=str(tmp_path / "forget.txt"), retain=str(tmp_path / "retain.txt"), eval=FEW,
             out=str(tmp_path / "out"),
         )
     )  # fmt: skip
