@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lethe.config import (
     AffineConfig,
     AffineScoreConfig,
+    BudgetSettings,
     CheckpointsConfig,
     CompareConfig,
     EvalSettings,

@@ -20,11 +20,12 @@ from lethe.models import refs
 from lethe.models.activations import blocks, read
 from lethe.models.adapters import add_adapters, merged
 from lethe.models.architecture_check import refuse_untrainable
+from lethe.models.flops import Flops
 from lethe.models.loading import divided
 from lethe.objectives.losses import head_of
 from lethe.runs.run import Run
 from lethe.text import corpora
-from lethe.training import optimizers
+from lethe.training import cost, optimizers
 from lethe.training.check import refuse_8bit
 from lethe.training.saves import save_artifact
 from lethe.training.trainer import RunTrainer, Sequences, keep_threads, weighted_means
@@ -44,9 +45,13 @@ class TamperTrainer(RunTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.head = head_of(self.model)  # type: ignore[arg-type]
+        self.flops = Flops(self.model)  # type: ignore[arg-type]
 
     def loss(self, model: nn.Module, name: str, text: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the next token, as a mean over the update's tokens that have one before them."""
+        lengths = text["mask"].sum(1).tolist()
+        self.tally.add("model_forward", lengths, self.flops.forward(lengths, 0, True))
+        self.tally.add("model_backward", lengths, self.flops.backward(lengths, 0, True, self.config.gradient_checkpointing))
         states = read(model, text["input_ids"], [], True, self.head)
         view = View(**text, states=states, tokens=self.tokens[name], documents=self.documents_in_update[name], head=self.head)
         loss = view.cross_entropy()
@@ -88,6 +93,7 @@ def finetune(config: TamperConfig, checked: CheckedAttack, run: Run | None) -> R
             plan=lambda: {"tokens": sum(line["attack_tokens"] for line in lines)},
         )
         run.update(evals=trainer.evaluation.at(trainer.state.global_step, model))
+        run.try_to_record(cost=lambda: cost.summary(run, lines, checked.model, config.out))
     trainer.clear_saves()
     return run
 

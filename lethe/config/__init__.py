@@ -45,7 +45,7 @@ from lethe.config.training import (
     TrainingSettings,
     as_text_source,
 )
-from lethe.config.unlearning import CheckSettings, LayeredSettings, UnlearnSettings
+from lethe.config.unlearning import BudgetSettings, CheckSettings, LayeredSettings, UnlearnSettings
 
 
 def to_dict(config: Any) -> dict[str, Any]:

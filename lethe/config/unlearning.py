@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lethe.config.checks import Amount, Count, Dtype, Layers, Memory, RunName, Settings, above, at_least, must_be
+from lethe.config.checks import (
+    Amount,
+    Count,
+    Dtype,
+    Fraction,
+    Layers,
+    Memory,
+    Positive,
+    RunName,
+    Settings,
+    above,
+    at_least,
+    must_be,
+)
 from lethe.config.evaluation import EvalSettings
 from lethe.config.training import LoraSettings, Text, Texts, TextSource, TrainingSettings
 from lethe.errors import LetheError
@@ -37,6 +50,39 @@ class CorruptSettings(Settings):
     """Every weight is multiplied by 1 - share. Higher values erase more of the model, and training has more to restore."""
     noise: Amount = 0.1
     """share * noise * N is added to matrices; N is drawn as Xavier's uniform initialisation, by the run's seed."""
+
+
+@dataclass
+class BudgetSettings(Settings):
+    """What a run may cost elsewhere. It ends when it exceeds its budget. Its result are the last weights within the budget."""
+
+    kl: Annotated[float, above(0)] | None = None
+    """Highest KL(reference ‖ model) of next tokens on neutral text that is not trained on, a mean over tokens, in nats. A
+    higher value lets the model change more. null: no limit."""
+    retain: Annotated[Fraction, above(0)] | None = None
+    """Highest loss of accuracy on the retain task of eval.tasks, against the model before unlearning: 0.02 is two points.
+    null: no limit."""
+    every: Positive | None = None
+    """Updates between two checks; the last update is always checked. A smaller number ends the run closer to the budget, and
+    takes longer. null: so many that checks take about a twenty-fifth of the run's computation."""
+    documents: Positive = 32
+    """Number of documents of neutral text for kl."""
+    questions: Count = 400
+    """Number of questions for retain, from the first one (0: all). More questions show smaller losses, and take longer."""
+    text: Texts | None = None
+    """Neutral text for kl; null: documents of the retain text that are not trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl is None and self.retain is None:
+            raise LetheError("budget: it has no limit; give kl, such as {kl: 0.01}, or retain, such as {retain: 0.02}")
+        self.refuse_idle("documents", "text", when=self.kl is None, why="without budget.kl")
+        self.refuse_idle("questions", when=self.retain is None, why="without budget.retain")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The highest allowed value of each measure."""
+        return {name: limit for name, limit in (("kl", self.kl), ("retain", self.retain)) if limit is not None}
 
 
 @dataclass
@@ -81,6 +127,9 @@ class UnlearnSettings(TrainingSettings):
     layered: LayeredSettings | None = None
     """Unlearn the forget text part by part in stages, such as {parts: 3}; `epochs` then counts passes within each stage. null:
     all of it at once."""
+    budget: BudgetSettings | None = None
+    """What the run may cost elsewhere, such as {kl: 0.01} or {retain: 0.02}. The run ends when it exceeds its budget, with the
+    last weights within it. null: no limit."""
     dtype: Dtype = "float32"
     """Type of the model's weights."""
     teacher_dtype: Dtype | None = None
@@ -113,6 +162,10 @@ class UnlearnSettings(TrainingSettings):
             raise LetheError("rewind and corrupt both set the weights to start from; set rewind: 0, or corrupt: null")
         self.refuse_idle("rewind_weights", when=not self.rewind, why="while rewind is 0")
         self.refuse_idle("rewind_share", when=self.rewind_weights == "all", why="with rewind_weights all")
+        if self.budget and self.moves_start:
+            raise LetheError(
+                "budget: a run with rewind or corrupt starts outside its budget and would end at once; leave one out"
+            )
         self.refuse_idle("merge", when=self.lora is None, why="in full-rank training (lora: null), where there is no adapter")
 
     @property

@@ -68,7 +68,7 @@ def evaluate_model(
         LetheError: a task is unknown, or its data cannot be loaded.
         NotNumbersError: log-likelihoods are not numbers.
     """
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         loaded = load_tasks(task_names, task_data, num_fewshot)
         leaves = {leaf.definition: leaf for leaves in loaded.values() for leaf in leaves}  # groups may share tasks
         answered = _answered(leaves, Scorer(model, tokenizer), limit, before, description)
@@ -94,7 +94,7 @@ def refuse_unscorable(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sett
     Raises:
         LetheError: this model cannot score an answer.
     """
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         scorer = Scorer(model, tokenizer)
         for leaves in load_tasks(settings.tasks, settings.task_data, settings.num_fewshot).values():
             for leaf in leaves:
@@ -202,7 +202,7 @@ def _sample(question: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside, all modules are in evaluation mode. Afterwards their modes and the random state are restored."""
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()

@@ -24,6 +24,7 @@ from lethe.config.parse import fields_of
 from lethe.config.unlearning import UnlearnSettings
 from lethe.errors import LetheError, nearest, printable
 from lethe.methods import user_file
+from lethe.methods.need import HELD_OUT, Maps, Need, Progress, Trained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,60 +38,6 @@ if TYPE_CHECKING:
 Losses = dict[str, "Tensor"]
 DEFAULT = "transfer"
 """The method of a recipe that names none."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """What the loss reads on one text: `layers`, `logits`, or both.
-
-    `teacher`: what the model is compared with; None: nothing, so that no teacher runs on this text. `layers`: activations of
-    these layers, of the model and the teacher. `logits`: next-token distributions of both. `mapped`: the teacher's activations
-    go through the affine maps, which the property `maps` of the method describes. `variance` (forget text only): their
-    distance is divided by the variance of the teacher's activations, by layer.
-    """
-
-    teacher: Literal["source", "reference"] | None = None
-    layers: tuple[int, ...] = ()
-    logits: bool = False
-    mapped: bool = False
-    variance: bool = False
-
-
-@dataclass(frozen=True)
-class Maps:
-    """The affine maps of a recipe.
-
-    `given`: the folder, run or hub id of maps; None: they are fitted before training, on at most `documents` documents of the
-    retain text (0: all). `convention`: what a layer's number means in given maps that have no record.
-    """
-
-    given: str | None = None
-    documents: int = 0
-    convention: Literal["auto", "block_output", "hidden_states"] = "auto"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Which weights a method trains, or which get adapters.
-
-    `matrices`: all weights; mlp: the matrices of the MLPs; mlp_in, mlp_out: those that read, or write, the residual stream.
-    `blocks`: of these blocks; None: of all.
-    """
-
-    matrices: Literal["all", "mlp", "mlp_in", "mlp_out"] = "all"
-    blocks: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: optimizer updates done, and how many the first epoch and the whole run have.
-
-    With `layered`, the first epoch is the first pass of the first stage.
-    """
-
-    done: int
-    first_epoch: int
-    steps: int
 
 
 @dataclass(kw_only=True)
@@ -120,8 +67,8 @@ class Method(UnlearnSettings):
             raise LetheError("source: name the ignorant checkpoint, or auto; `lethe checkpoints MODEL` finds it")
         unused = f"with method {own} and rewind 0, where no source checkpoint is used"
         self.refuse_idle("source", when=not self.takes_source, why=unused)
-        no_teacher = not any(need.teacher for need in needs.values())
-        self.refuse_idle("teacher_cache", when=no_teacher, why="on a recipe whose losses use no teacher")
+        no_teacher = not self.compared()
+        self.refuse_idle("teacher_cache", when=no_teacher, why="on a recipe that uses no teacher")
         self.refuse_idle("layers", when=not self.reads_layers, why="without adapters")
         if self.lora and self.lora.targets != "all" and self.trained.matrices != "all":
             raise LetheError(f"lora.targets: {own} adapts matrices of the MLPs of its own choice; leave it out")
@@ -136,6 +83,12 @@ class Method(UnlearnSettings):
         `__post_init__` of this class calls it, before a subclass has checked its own settings.
         """
         raise NotImplementedError
+
+    def compared(self) -> dict[str, Need]:
+        """By text, what is compared with a teacher: by the loss, and by `budget.kl` on held-out text."""
+        found = {text: need for text, need in self.needs().items() if need.teacher}
+        limited = self.budget is not None and self.budget.kl is not None
+        return found | ({HELD_OUT: Need("reference", logits=True)} if limited else {})
 
     def loss(self, text: str, view: View, progress: Progress) -> tuple[Tensor, Losses]:
         """The loss of one text of a batch, and its parts by name for the log. What is minimised is the sum over all texts.
@@ -276,7 +229,8 @@ class Method(UnlearnSettings):
 def names() -> list[str]:
     """The methods that come with Lethe, by name."""
     return sorted(
-        {module.name for module in pkgutil.iter_modules(lethe.methods.__path__)} - {"method", "user_file", "check_settings"}
+        {module.name for module in pkgutil.iter_modules(lethe.methods.__path__)}
+        - {"method", "need", "user_file", "check_settings"}
     )
 
 

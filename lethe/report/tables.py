@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lethe.report.attacks import attack_tables, recovery_table, tamper_table, worst_table
+from lethe.report.costs import COSTS, budget_notes, cost_table
 from lethe.report.imported import imported_tables
 from lethe.report.provenance import MODELS, PROVENANCE_TITLE, apart_table, models_table, provenance_table
 from lethe.report.rendering import Table, table_of
@@ -41,7 +42,7 @@ def all_tables(study: Study) -> list[Table]:
     tables += [unlearning_table(target, len(study.targets) > 1) for target in study.targets if target.rows]
     if study.attacks:
         tables += [worst_table(study), tamper_table(study), *attack_tables(study.attacks), recovery_table(study)]
-    tables += [updates_table(study.of_kind("unlearn"))]
+    tables += [updates_table(study.of_kind("unlearn")), cost_table(study.of_kind("unlearn") + study.of_kind("tamper"))]
     for run in study.runs:
         if scores := run.record.get("scores"):
             pair = f"{run.record['config'].get('source')} → {run.record['config'].get('model')}"
@@ -53,7 +54,7 @@ def all_tables(study: Study) -> list[Table]:
 
 def terminal(runs: list[Run]) -> list[Table]:
     """The tables for these runs alone, which a command prints: those of a report without the details."""
-    details = {UPDATES, PROVENANCE_TITLE, MODELS}
+    details = {UPDATES, COSTS, PROVENANCE_TITLE, MODELS}
     return [table for table in all_tables(Study(runs)) if table.title not in details]
 
 
@@ -115,7 +116,7 @@ def unlearning_table(target: Target, name_target: bool) -> Table:
     title = f"Runs: {target.ref}" if name_target else "Runs"
     notes = _regime_notes(target) if judged else []
     columns = ["Job ID", *settings, "Steps", *losses, *tasks]
-    return table_of(title, rows, [*notes, *remarks(target.runs, rows)], columns=columns)
+    return table_of(title, rows, [*notes, *budget_notes(target.runs), *remarks(target.runs, rows)], columns=columns)
 
 
 def _settings_columns(runs: list[Shown]) -> dict[str, str]:

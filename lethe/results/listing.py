@@ -28,7 +28,7 @@ from lethe.runs.run import Run, seconds_since
 
 COMPUTED = ("status", "reason", "age", "time", "progress", "eta", "results", "path", "lora_r")
 ALSO = {"job": "job_id", "seconds": "time", "steps_unit": "imported.steps_unit", "group": "imported.group"}
-PLACES = ("config", "plan", "losses", "imported", "imported.settings")
+PLACES = ("config", "plan", "losses", "cost", "cost.pretraining", "imported", "imported.settings")
 SETTINGS = {f.name for kind in (*every(), c.TamperConfig, c.EvaluateConfig) for f in fields(kind)}
 DEFAULT_COLUMNS = ("id", "job_id", "kind", "name", "status", "age", "time", "progress", "eta", "results")
 ONLY_IF_THERE = {"job_id", "eta"}

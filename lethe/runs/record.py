@@ -249,6 +249,13 @@ TRIAL = _fields(
     owner=_maybe(_fields(host=_text, pid=_whole, job_id=_text)),
 )
 """The user attributes of a trial in the Optuna study."""
+_cost = _fields(
+    tokens=_map(_whole),
+    before=_map(_fields("tokens", "flops", tokens=_map(_whole), flops=_number)),
+    flops=_number,
+    **dict.fromkeys(("flops_by_work", "seconds", "peak_memory", "pretraining"), _map(_number)),
+    missing=_map(_text),
+)
 _AGREEMENT = ("forget_with_source", "retain_with_reference")
 _FIT = ("mse", "r2", "no_map_mse", "no_map_r2")
 RECORD = _fields(
@@ -269,7 +276,7 @@ RECORD = _fields(
     environment=_fields(
         **dict.fromkeys(("host", "python", "device", "born"), _text),
         **dict.fromkeys(("pid", "threads"), _whole),
-        **dict.fromkeys(("seconds", "training_seconds", "evaluation_seconds", "peak_memory"), _number),
+        **dict.fromkeys(("seconds", "training_seconds", "evaluation_seconds", "budget_seconds", "peak_memory"), _number),
         versions=_object,
     ),
     plan=_fields(
@@ -288,6 +295,15 @@ RECORD = _fields(
         by_role=_map(_measured),
     ),
     update_by_layer=_map(_fields("distance", distance=_measured, stable_rank=_measured)),
+    cost=_cost,
+    budget=_fields(
+        values=_map(_map(_measured)),
+        **dict.fromkeys(("every", "kept_step"), _whole),
+        stopped_at=_maybe(_whole),
+        reason=_maybe(_text),
+        kept_sha256=_text,
+        retain_before=_measured,
+    ),
     divergence=_maybe(_fields("step", "reason", step=_whole, reason=_text)),
     checkpoints=_maybe(_list(_checkpoint)),
     filtered=_checkpoint,
@@ -306,7 +322,7 @@ RECORD = _fields(
     ),
 )
 ROWS: dict[str, Check] = {
-    "metrics.jsonl": _fields("step", step=_whole, attack_tokens=_number),
+    "metrics.jsonl": _fields("step", step=_whole, attack_tokens=_number, passes=_map(_whole), flops=_number),
     "batches.jsonl": _fields("step", step=_whole),
     "curve.jsonl": _fields("step", "evals", step=_whole, evals=_evals, strength=_number, tokens=_number),
     "samples.jsonl": _fields("task", task=_text),

@@ -14,13 +14,14 @@ from lethe.errors import LetheError
 from lethe.files import sha256
 from lethe.launching.worker import SETTINGS
 from lethe.maps.folder import WEIGHTS, find_maps
-from lethe.methods.method import Method
+from lethe.methods.method import HELD_OUT, Method
 from lethe.methods.user_file import is_file
 from lethe.models import refs
 from lethe.results.listing import is_imported
 from lethe.runs.finding import find_runs
 from lethe.runs.run import Run
 from lethe.text import corpora
+from lethe.unlearning.check import held_out
 
 NO_EFFECT_ON_NUMBERS = {"name", "out", "report_to", "time_limit", "save_every", "teacher_cache", "fast"}
 """Settings that do not change what a run measures."""
@@ -30,6 +31,7 @@ AS_BEFORE = [
     ("method", "transfer"),
     ("forget_kl_coef", 0.0),
     ("layered", None),
+    ("budget", None),
 ]
 """Settings that earlier versions lacked, with the value that stands for their behaviour: their runs count as equal."""
 
@@ -106,5 +108,12 @@ def _is_the_same(run: Run, role: str, parent: dict[str, Any]) -> bool:
     settings = build(SETTINGS[run.record["kind"]], run.record["config"])
     attacks = run.record["kind"] == "tamper"
     end, most = ("back", c.ATTACKED) if attacks else ("front", c.UNLEARNED)
-    documents = corpora.select(getattr(settings, role), settings.num_train_examples, end, f"{role} text", most)  # type: ignore[arg-type]
+
+    def trained_on(text: str) -> list[corpora.Document]:
+        return corpora.select(getattr(settings, text), settings.num_train_examples, end, f"{text} text", most)  # type: ignore[arg-type]
+
+    if role == HELD_OUT:
+        documents = held_out(settings, settings.budget, {d.id for text in ("forget", "retain") for d in trained_on(text)})
+    else:
+        documents = trained_on(role)
     return corpora.fingerprint(documents) == parent["sha256"]

@@ -150,6 +150,17 @@ def select(
     return chosen
 
 
+def beside(text: str | TextSource | list[TextSource], used: set[str], count: int) -> list[Document]:
+    """The first `count` documents that are not `used`, or fewer. Those of a mixture are in proportion to the weights."""
+    sources = text if isinstance(text, list) else [as_text_source(text)]
+    total, chosen, seen = sum(source.weight for source in sources), list[Document](), set(used)
+    bounds = [round(count * sum(s.weight for s in sources[:i]) / total) for i in range(len(sources) + 1)]
+    for source, low, high in zip(sources, bounds, bounds[1:], strict=False):
+        chosen += [document for document in read(source) if document.id not in seen][: high - low]
+        seen |= {document.id for document in chosen}
+    return chosen
+
+
 def split(documents: list[Document], held_out: float) -> tuple[list[Document], list[Document]]:
     """The documents to fit on, and the last ones, a share of `held_out`, to score on."""
     count = max(1, round(held_out * len(documents)))

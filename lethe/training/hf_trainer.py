@@ -24,6 +24,7 @@ from lethe.config import TrainingSettings
 from lethe.runs.run import Run
 from lethe.training import saves
 from lethe.training.check import planned_batch
+from lethe.training.cost import Tally
 from lethe.training.merged_lora import fast_passes
 from lethe.training.optimizers import make_optimizer
 
@@ -56,6 +57,7 @@ class HfTrainer(Trainer):
         self.batches: list[Any] = []
         self.state_of_method: dict[str, dict[str, Tensor]] = {}
         self.learning_rates: dict[str, float] = {}
+        self.tally = Tally()
         distributed.start()
         super().__init__(model, _arguments(run, config, self.order), data_collator=collate, train_dataset=data)
         self.is_distributed_loading_by_transformers = False  # Lethe averages gradients itself
@@ -107,6 +109,7 @@ class HfTrainer(Trainer):
         batch: dict[str, Any] = self._prepare_inputs(inputs)
         total: Any = 0.0
         factor = 0 if isinstance(inputs, Filler) else distributed.world()
+        self.tally.counts = bool(factor)
         for name, text in batch.items():
             waits = name != list(batch)[-1]  # gradients are averaged once, after the last text
             with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
@@ -161,6 +164,7 @@ class HfTrainer(Trainer):
             seeds = [self.config.seed + APART * rank for rank in range(distributed.world())]
             torch.manual_seed(seeds[distributed.rank()])
             self.run.update(environment={"dropout_seeds": seeds})
+        self.tally.take()  # of batches that were tried
         with fast_passes(self.model, self.config.fast):  # type: ignore[arg-type]
             return super().train(*args, **kwargs)
 

@@ -4,6 +4,7 @@
     saves/step-100/   weights.safetensors   those after it, under the names that they have in memory
                       optimizer.pt, scheduler.pt, random.pt, trainer_state.json; method.pt, if the method has state
                       manifest.json         size and SHA-256 of each, written last
+    saves/kept-80.safetensors               the last trained parameters within the run's budget; their hash is in run.json
 
 A save is written into a folder of another name, synced and renamed. It counts only if every file is as its manifest says. So a
 kill or a full disk leaves earlier saves intact. Every parameter is saved and loaded under its name in memory, because formats
@@ -46,21 +47,43 @@ FILES = ("weights.safetensors", "optimizer.pt", "scheduler.pt", "random.pt", "tr
 def begin(folder: Path, model: nn.Module) -> None:
     """Save the trained parameters before the first update, for a run that diverges before its first planned save."""
     weights = _whole(trained(model))
-    distributed.from_first(lambda: _begin(folder, weights))
+    distributed.from_first(lambda: _write_weights(folder / BEGIN, weights))
 
 
-def _begin(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    temporary = folder / f".{BEGIN}.{os.getpid()}.tmp"
+def keep(folder: Path, step: int, model: nn.Module) -> str:
+    """Save the trained parameters of `step`, which are within the run's budget. Returns the hash of the file.
+
+    Those kept before stay until `keep_only`.
+    """
+    weights = _whole(trained(model))
+    return distributed.from_first(lambda: _write_weights(kept(folder, step), weights))
+
+
+def kept(folder: Path, step: int) -> Path:
+    """The file of the parameters that were kept at `step`."""
+    return folder / f"kept-{step}.safetensors"
+
+
+def keep_only(folder: Path, step: int) -> None:
+    """Remove the kept parameters of other steps."""
+    if distributed.is_first():
+        for other in set(folder.glob("kept-*.safetensors")) - {kept(folder, step)}:
+            other.unlink(missing_ok=True)
+
+
+def _write_weights(file: Path, weights: dict[str, torch.Tensor]) -> str:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, temporary)
         _sync(temporary)
-        temporary.rename(folder / BEGIN)
+        temporary.rename(file)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise LetheError(
-            f"the weights before the first update could not be written ({str(error).splitlines()[0]}); make room in '{folder}'"
+            f"the weights could not be written to '{file}' ({str(error).splitlines()[0]}); make room and resume the run"
         ) from error
+    return sha256(file)
 
 
 def write(
@@ -160,7 +183,7 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_weights(save: Path, model: nn.Module) -> None:
-    """Load the parameters of a save, or of the file `BEGIN`, into the model. All names must match.
+    """Load the parameters of a save, or of a single file, into the model. All names must match.
 
     Raises:
         LetheError: the save has other parameters than the model trains.

@@ -28,6 +28,8 @@ from lethe.progress import Advance, bar
 from lethe.runs.run import Run
 from lethe.text import corpora
 from lethe.training import saves
+from lethe.training.budget import Budget
+from lethe.training.cost import add_seconds, seconds, together
 from lethe.training.hf_trainer import HfTrainer
 
 logger = logging.getLogger(__name__)
@@ -98,8 +100,14 @@ class RunTrainer(HfTrainer):
         self._started = time.monotonic()
         self._first_losses: list[float] = []
         self.evaluation = Evaluation(run, tokenizer, evaluation, config.on_divergence == "stop")
+        self.budget: Budget | None = None
         self.add_callback(self.evaluation)
         self.add_callback(_Saving(run, config.save_every))
+
+    def limit(self, budget: Budget) -> None:
+        """End the run once it exceeds this budget."""
+        self.budget = budget
+        self.add_callback(budget)
 
     def book(self, inputs: dict[str, dict[str, Tensor]], **losses: Tensor | float) -> None:
         """Add a batch's documents, and its part of the update's losses, to the log of this update."""
@@ -117,7 +125,8 @@ class RunTrainer(HfTrainer):
             super().log(logs, start_time)
             return
         now = time.monotonic()
-        parts = distributed.gather((dict(self._losses), dict(self._documents)))  # some may have had no document
+        counted = distributed.gather((dict(self._losses), dict(self._documents), self.tally.take()))
+        parts = [each[:2] for each in counted]  # some processes may have had no document
         row: dict[str, Any] = {"step": self.state.global_step, "loss": logs["loss"]}
         row |= {name: sum(losses.get(name, 0.0) for losses, _ in parts) for losses, _ in parts for name in losses}
         row |= self.changing()
@@ -125,6 +134,7 @@ class RunTrainer(HfTrainer):
         row["grad_norm"] = logs.get("grad_norm")
         row |= {f"{name}_tokens": count for name, count in self.tokens.items()}
         row |= {f"{name}_documents": count for name, count in self.documents_in_update.items()}
+        row |= together(each[2] for each in counted)
         row["tokens_per_second"] = round(sum(self.tokens.values()) / max(1e-9, now - self._started), 1)
         self._started = now
         self.run.append("metrics.jsonl", row)
@@ -159,7 +169,7 @@ class RunTrainer(HfTrainer):
         """Train from the newest save, or from the start. A progress bar shows the losses and the latest evaluation.
 
         If the run diverges and stops there, the model has the weights of the last planned save afterwards, or, without one, the
-        weights from before the first update.
+        weights from before the first update. With a budget, it always has the last weights within the budget.
         """
         planned = self.planned_steps()
         save, done = distributed.from_first(self._resume_point)
@@ -172,13 +182,15 @@ class RunTrainer(HfTrainer):
         with bar(description, planned) as advance:
             advance(done)
             self.add_callback(_Bar(advance, self.evaluation))
-            if save and done >= planned:
+            ended = self.budget is not None and save is not None and self.budget.resume(done)
+            if save and (done >= planned or ended):
                 saves.load_weights(save, self.model)  # type: ignore[arg-type]
                 self.state.global_step = done
             else:
                 self._train_timed(save)
-        if self.run.diverged and self.run.record["divergence"]["step"] > done and self.config.on_divergence == "stop":
-            self._fall_back()
+        stopped = self.run.diverged and self.run.record["divergence"]["step"] > done and self.config.on_divergence == "stop"
+        if self.budget is not None or stopped:
+            self._fall_back(stopped)
 
     def _resume_point(self) -> tuple[Path | None, int]:
         """The newest complete save and its step. The records of later updates, which are repeated, are removed."""
@@ -192,22 +204,33 @@ class RunTrainer(HfTrainer):
 
     def _train_timed(self, save: Path | None) -> None:
         """Train, and record the seconds it takes, without those of evaluations."""
-        began, evaluated = time.monotonic(), _seconds(self.run, "evaluation_seconds")
-        if save is None and self.config.on_divergence == "stop":
+        began, others = time.monotonic(), self._other_seconds()
+        if save is None and self.budget is not None:
+            self.budget.begin(self.model)  # type: ignore[arg-type]
+        elif save is None and self.config.on_divergence == "stop":
             saves.begin(self.run.path / "saves", self.model)  # type: ignore[arg-type]
         try:
             with self.run.deferring():
                 self.train(resume_from_checkpoint=str(save) if save else None)
         finally:
-            evaluated = _seconds(self.run, "evaluation_seconds") - evaluated
-            _add_seconds(self.run, "training_seconds", time.monotonic() - began - evaluated)
+            add_seconds(self.run, "training", time.monotonic() - began - (self._other_seconds() - others))
 
-    def _fall_back(self) -> None:
-        """Load the weights of the last planned save before the divergence, or those from before the first update."""
-        save, step = saves.before_divergence(self.run.path / "saves", self.config.save_every)
-        saves.load_weights(save, self.model)  # type: ignore[arg-type]
+    def _other_seconds(self) -> float:
+        return seconds(self.run, "evaluation") + seconds(self.run, "budget")
+
+    def _fall_back(self, diverged: bool) -> None:
+        """Load the last weights within the budget. Without a budget: those of the last planned save before the divergence, or
+        from before the first update.
+        """
+        model: Any = self.model
+        if self.budget is not None:
+            step = self.budget.restore(model)
+        else:
+            save, step = saves.before_divergence(self.run.path / "saves", self.config.save_every)
+            saves.load_weights(save, model)
         self.state.global_step = step
-        self.run.update(divergence={"weights_of_step": step})
+        if diverged:
+            self.run.update(divergence={"weights_of_step": step})
 
     def clear_saves(self) -> None:
         """Remove the saves of a run that is complete."""
@@ -270,7 +293,7 @@ class Evaluation(TrainerCallback):
                 self._record_divergence(step, f"{error}; {'lower strengths' if facts else 'lower lr'}")
                 evals, facts = {}, (facts or {}) | {"evals_missing": str(error)}
             self.run.append("curve.jsonl", {"step": step} | (facts or {}) | {"evals": evals})
-            _add_seconds(self.run, "evaluation_seconds", time.monotonic() - began)
+            add_seconds(self.run, "evaluation", time.monotonic() - began)
             self.last = (step, evals)
         return self.last[1] if self.last else {}
 
@@ -290,15 +313,6 @@ class Evaluation(TrainerCallback):
     def note(self) -> str:
         """The latest results in one line."""
         return "  ".join(f"{task} {value_of(result):.3f}" for task, result in self.last[1].items()) if self.last else ""
-
-
-def _seconds(run: Run, name: str) -> float:
-    return float((run.record.get("environment") or {}).get(name) or 0.0)
-
-
-def _add_seconds(run: Run, name: str, seconds: float) -> None:
-    """Add seconds to a total that a resumed run continues."""
-    run.update(environment={name: round(_seconds(run, name) + seconds, 3)})
 
 
 class _Saving(TrainerCallback):

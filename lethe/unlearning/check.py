@@ -10,7 +10,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lethe.config import UNLEARNED, AffineConfig, as_text_source
+from lethe.config import UNLEARNED, AffineConfig, BudgetSettings, as_text_source
 from lethe.errors import LetheError, printable
 from lethe.evaluation.check import check_tasks
 from lethe.files import UnreadableError, refuse_run_folder, sha256
@@ -18,6 +18,7 @@ from lethe.maps.folder import check_maps, find_maps
 from lethe.methods.method import Method
 from lethe.models import refs
 from lethe.models.folder import advice, shapes
+from lethe.results.regimes import RETAIN_TASKS, retain_task
 from lethe.runs.finding import find_run
 from lethe.text import corpora
 from lethe.training.check import plan, refuse_rank, refuse_unavailable
@@ -37,6 +38,8 @@ class Checked:
     """Documents to fit maps on; none if the recipe names maps or uses none."""
     scores: Path | None = None
     """The file of scores that decide which weights are rewound; None if the recipe names none."""
+    held_out: list[corpora.Document] = field(default_factory=list)
+    """Documents that `budget.kl` is measured on."""
 
 
 def check(config: Method, effective_batch: int | None = None) -> Checked:
@@ -47,6 +50,10 @@ def check(config: Method, effective_batch: int | None = None) -> Checked:
     """
     refuse_run_folder(config.out)
     check_tasks(config.eval)
+    if config.budget and config.budget.retain is not None and retain_task(config.eval.tasks) is None:
+        raise LetheError(
+            f"budget.retain: eval.tasks has no retain task; add {' or '.join(RETAIN_TASKS)}, or limit budget.kl instead"
+        )
     model = refs.resolve(config.model, config.out)
     refs.refuse_layers(model, config.layers if config.layers and config.reads_layers else [0])
     if model.adapter:
@@ -65,6 +72,8 @@ def check(config: Method, effective_batch: int | None = None) -> Checked:
     checked.retain = corpora.select(config.retain, config.num_train_examples, "front", "retain text", UNLEARNED)
     if {d.id for d in checked.forget} & {d.id for d in checked.retain}:
         raise LetheError("forget and retain text share documents; remove these from one of the two")
+    if config.budget and config.budget.kl is not None:
+        checked.held_out = held_out(config, config.budget, {d.id for d in [*checked.forget, *checked.retain]})
     refuse_types(config)
     refuse_rank(config, model)
     if config.packing == "none":
@@ -139,6 +148,24 @@ def find_scores(config: Method) -> Path | None:
     if run and sha256(file) != run.record["artifacts"]["scores"].get("sha256"):
         raise LetheError(f"rewind_weights: '{file}' was altered after its run wrote it; score the weights again")
     return file
+
+
+def held_out(config: Method, budget: BudgetSettings, trained: set[str]) -> list[corpora.Document]:
+    """The documents that `budget.kl` is measured on.
+
+    Raises:
+        LetheError: there are not enough that are not trained on.
+    """
+    if budget.text is not None and budget.text == config.forget:
+        raise LetheError("budget.text: this is the forget text, on which the model should change; give neutral text")
+    found = corpora.beside(config.retain if budget.text is None else budget.text, trained, budget.documents)
+    if len(found) < budget.documents:
+        name = "the retain text" if budget.text is None else "budget.text"
+        lower = "lower budget.documents" if budget.text else "lower num_train_examples or budget.documents, or name budget.text"
+        raise LetheError(
+            f"budget.kl: {name} has {len(found)} documents that are not trained on, {budget.documents} are needed; {lower}"
+        )
+    return found
 
 
 def refuse_types(config: Method) -> None:

@@ -17,6 +17,7 @@ import torch
 from lethe import distributed
 from lethe.config import MAPPED, UNLEARNED, LoraSettings, memory_bytes
 from lethe.errors import LetheError
+from lethe.methods.method import HELD_OUT
 from lethe.models import refs
 from lethe.runs.machine import available_memory
 from lethe.training.check import plan as training_plan
@@ -79,11 +80,12 @@ def documents_of(config: Any) -> int:
 
 
 def cached_texts(config: Any) -> frozenset[str]:
-    """The texts whose teacher is cached. Under `auto` it is, if training reads documents more than once."""
-    epochs = training_plan(config, documents_of(config))["epochs"]
-    again = epochs > 1 or config.layered is not None
-    cached = config.teacher_cache == "cached" or (config.teacher_cache == "auto" and again)
-    return frozenset(text for text, need in config.needs().items() if need.teacher and cached)
+    """The texts whose teacher is cached. Under `auto` it is, if training reads documents more than once; held-out text is."""
+    texts = frozenset(config.compared())
+    if config.teacher_cache != "auto":
+        return texts if config.teacher_cache == "cached" else frozenset()
+    again = config.layered is not None or training_plan(config, documents_of(config))["epochs"] > 1
+    return texts if again else texts & {HELD_OUT}
 
 
 def parallel_of(config: Any, model: refs.ModelRef) -> Literal["ddp", "fsdp"]:
@@ -117,10 +119,12 @@ class _Estimates:
 
     def _phases(self, config: Any) -> Phases:
         documents = documents_of(config) * config.max_length
+        held_out = {HELD_OUT: config.budget.documents * config.max_length} if HELD_OUT in config.compared() else {}
         maps = (config.maps.documents if config.maps else 0) or MAPPED
         load = Load(
             width=config.max_length,
-            tokens={text: documents * (1 + (text == "retain" and config.layered is not None)) for text in config.needs()},
+            tokens={text: documents * (1 + (text == "retain" and config.layered is not None)) for text in config.needs()}
+            | held_out,
             mapped_tokens=maps * config.max_length if config.fits_maps else 0,
             cached=cached_texts(config),
             gpu=self.gpu,
@@ -184,7 +188,7 @@ def _changes(config: Any, devices: int) -> list[dict[str, Any]]:
         single.append({"per_device_train_batch_size": 1})
     if not config.gradient_checkpointing:
         single.append({"gradient_checkpointing": True})
-    if any(need.teacher for need in config.needs().values()) and not cached_texts(config):
+    if config.compared() and not cached_texts(config):
         single.append({"teacher_cache": "cached"})
     if config.optimizer in {"adamw", "muon"}:
         single.append({"optimizer": "adamw_8bit"})

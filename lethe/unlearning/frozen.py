@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lethe.models import refs, streaming
 from lethe.models.adapters import under_adapters, without_adapters
+from lethe.models.flops import Flops
 from lethe.objectives.losses import head_of
 
 
@@ -40,6 +41,11 @@ class Frozen:
     def config(self) -> Any:
         """The configuration, from config.json."""
         return refs.configuration(self.ref)[0]
+
+    @cached_property
+    def flops(self) -> Flops:
+        """The operations of its passes, from config.json."""
+        return Flops(refs.outline(self.ref))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[nn.Module]:

@@ -36,7 +36,9 @@ from lethe.methods.method import Maps, Method
 from lethe.models.loading import device
 from lethe.runs.run import Run
 from lethe.text import corpora
+from lethe.training import cost
 from lethe.unlearning.check import Checked
+from lethe.unlearning.frozen import Frozen
 from lethe.unlearning.view import Teacher
 
 SCORED_DOCUMENTS = 64
@@ -112,6 +114,18 @@ def fitted(run: Run, config: Method, checked: Checked, pair: Pair, tokenizer: Pr
     written = distributed.from_first(lambda: sha256(weights))
     run.update(artifacts={"affine": {"path": "affine", "sha256": written}}, scores=maps.record["scores"])
     return maps
+
+
+def book(run: Run, maps: AffineMap, documents: int, reference: Frozen, source: Frozen) -> None:
+    """Record what a fit costs: a pass of both models over the text, and the sums XᵀX and XᵀY of each layer.
+
+    Documents count as equally long.
+    """
+    tokens = maps.record["tokens"] + maps.record["held_out_tokens"]
+    lengths = [tokens // documents + (n < tokens % documents) for n in range(documents)]
+    passes = sum(model.flops.forward(lengths, max(maps.layers) + 1, False) for model in (reference, source))
+    sums = sum(4 * tokens * weight.numel() for weight in maps.weight.values())
+    cost.book(run, "maps", {"reference_forward": tokens, "source_forward": tokens}, passes + sums)
 
 
 def settings_of(config: Method) -> AffineConfig:

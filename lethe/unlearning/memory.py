@@ -29,7 +29,7 @@ from torch import nn
 from lethe import distributed
 from lethe.errors import LetheError, printable
 from lethe.maps.ridge import sums_bytes
-from lethe.methods.method import Method, Need
+from lethe.methods.method import HELD_OUT, Method, Need
 from lethe.models.activations import blocks
 from lethe.runs.machine import available_memory
 from lethe.unlearning import scores
@@ -155,8 +155,8 @@ class Phases:
             self.passes = Passes(config, outline, load.width, load.cached)
         self.frozen, self.text = self.passes.frozen, self.passes.text
         self.shapes = Shapes.of(self.passes.student, self.frozen)
-        self.needs = config.needs()
-        self.live = {name: need for name, need in self.needs.items() if need.teacher and name not in load.cached}
+        self.needs, self.compared = config.needs(), config.compared()
+        self.live = {name: need for name, need in self.compared.items() if name not in load.cached}
 
     def estimate(self, processes: int, parallel: Literal["ddp", "fsdp"]) -> Estimate:
         """All phases of the recipe, on one of so many devices.
@@ -174,7 +174,7 @@ class Phases:
         return Estimate({name: self._with_rest(name, parts) for name, parts in phases.items()}, facts)
 
     def _phases(self) -> dict[str, Parts]:
-        phases = {"loading": {"teachers": self._teachers(self.needs)}, "trial": self._trial()}
+        phases = {"loading": {"teachers": self._teachers(self.compared)}, "trial": self._trial()}
         if self.config.rewind_weights == "fisher":
             phases["scores"] = self._scores()
         if self.config.fits_maps and self.config.mapped_layers:
@@ -186,7 +186,7 @@ class Phases:
             }
         if self.load.cached:
             phases["teachers"] = {
-                "teachers": self._teachers(self.needs),
+                "teachers": self._teachers(self.compared),
                 "maps": self._map_bytes(),
                 "activations": self.passes.building,
             }
@@ -196,12 +196,15 @@ class Phases:
         if self.trained_shards > 1 and not self.load.gpu:  # in host memory, which rank 0 gathers a save in
             gathered += self.shapes.trained + self.passes.optimizer[0]
         phases["saving"] = {"optimizer": state, "gathered": gathered, "teachers": self._teachers(self.live)}
+        if HELD_OUT in self.compared:
+            checking = {"teachers": self._teachers(self.live) + self._cached_heads(), "activations": self.passes.checking}
+            phases["budget"] = {"optimizer": state} | checking
         phases["evaluation"] = {"optimizer": state} | self._evaluation()
         return phases
 
     def _with_rest(self, phase: str, parts: Parts) -> Parts:
         """A phase with what every phase has. Parts of zero bytes are left out."""
-        shapes, after = self.shapes, phase in {"training", "saving", "evaluation"}
+        shapes, after = self.shapes, phase in {"training", "saving", "budget", "evaluation"}
         adapters = shapes.trained if self.config.lora else 0
         found = {
             "libraries": CONTEXT if self.load.gpu else self.load.libraries + LATER,
@@ -229,7 +232,7 @@ class Phases:
         compared = self.config.compares_gradients and shapes.trained == 4 * shapes.numbers
         passes = self.passes.trial if compared else self.passes.update
         divided = {part: passes[part] // shards for part in ("gradients", "copies")}
-        return passes | divided | {"teachers": self._teachers(self.needs), "maps": self._map_bytes()}
+        return passes | divided | {"teachers": self._teachers(self.compared), "maps": self._map_bytes()}
 
     def _training(self) -> Parts:
         """The passes of an update, or the optimizer's step, if that takes more."""
@@ -294,7 +297,7 @@ class Phases:
 
     def _cached_heads(self) -> int:
         """Bytes of the output heads that turn cached hidden states into logits, those that are not the model's own."""
-        kinds = {need.teacher for name, need in self.needs.items() if name in self.load.cached and need.logits}
+        kinds = {need.teacher for name, need in self.compared.items() if name in self.load.cached and need.logits}
         kinds -= {need.teacher for need in self.live.values()} | ({"reference"} if self._one_model else set())
         head = self.passes.heads[1]
         return len(kinds) * _bytes(head.parameters()) if head is not None else 0
@@ -309,7 +312,7 @@ class Phases:
         return 4 * len(self.config.mapped_layers) * self.text.hidden_size * (self.text.hidden_size + 1)
 
     def _cache_bytes(self) -> int:
-        return sum(self.load.tokens[name] * self.passes.token_bytes(self.needs[name]) for name in self.load.cached)
+        return sum(self.load.tokens[name] * self.passes.token_bytes(self.compared[name]) for name in self.load.cached)
 
 
 @contextlib.contextmanager

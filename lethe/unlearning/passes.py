@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lethe.config import AffineConfig
 from lethe.maps.affine import AffineMap
-from lethe.methods.method import Method, Need, Progress
+from lethe.methods.method import HELD_OUT, Method, Need, Progress
 from lethe.models.activations import States, read
 from lethe.training.merged_lora import fast_passes
 from lethe.training.optimizers import STATE_BYTES, make_optimizer, needs_masters
@@ -43,7 +43,8 @@ class Passes:
     """
 
     def __init__(self, config: Method, outline: Outline, width: int, cached: frozenset[str]):
-        self.config, self.width, self.cached, self.needs = config, width, cached, config.needs()
+        self.config, self.width, self.cached = config, width, cached
+        self.needs, self.compared = config.needs(), config.compared()
         self.frozen: Any = outline().eval().requires_grad_(False)
         self.student = student_of(config, outline)
         self.text = self.frozen.config.get_text_config()
@@ -167,11 +168,19 @@ class Passes:
         """One batch of a teacher while its outputs are cached."""
         ids = torch.zeros(max(1, TOKENS // self.width), self.width, dtype=torch.long, device=META)
         sizes = []
-        for need in (self.needs[name] for name in self.cached):
+        for need in (self.compared[name] for name in self.cached):
             with recording() as record, torch.no_grad():
                 _Teacher(self, need, cached=False).states(ids, ids[:, 0])
             sizes.append(record.most)
         return max(sizes, default=0)
+
+    @functools.cached_property
+    def checking(self) -> int:
+        """One batch of held-out text, compared with the reference."""
+        ids = torch.zeros(self.config.per_device_train_batch_size, self.width, dtype=torch.long, device=META)
+        with recording() as record, torch.no_grad():
+            self._view(HELD_OUT, self.compared[HELD_OUT], ids).kl()
+        return record.most
 
     @functools.cached_property
     def agreement(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lethe import distributed
 from lethe.config import CheckpointsConfig, to_dict
@@ -62,6 +62,8 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
         made.fit_maps(run)
         made.measure_variance(run)
         cache_teachers(run, made)
+        if made.checks:
+            made.checks.limit()
         made.begin(run)
         made.free_teachers()
         made.trainer.train_with_bar(f"Unlearning {config.name}")
@@ -119,9 +121,14 @@ def _latest_ignorant(config: Method) -> str:
     return sweep.record["latest_ignorant"]
 
 
+def _no_losses() -> NoReturn:
+    raise LetheError("the result is the weights from before the first update")
+
+
 def _finish(run: Run, made: Prepared) -> None:
     """Save, describe and evaluate a trained run. The artifact is saved first, so that no later failure loses it."""
     from lethe.models.adapters import merged
+    from lethe.training import cost
     from lethe.training.saves import save_artifact
     from lethe.training.trainer import weighted_means
     from lethe.unlearning import changes
@@ -134,12 +141,18 @@ def _finish(run: Run, made: Prepared) -> None:
         made.reference = Frozen(made.checked.model, config.teacher_dtype or config.dtype)  # merging overwrote it
     save_artifact(run, "adapter" if config.lora and not config.merge else "model", student, made.tokenizer)
     lines = distributed.from_first(lambda: run.rows("metrics.jsonl"))
+    kept = [line for line in lines if made.checks is None or line["step"] <= trainer.state.global_step]
     names = [name for name in lines[-1] if name.endswith("_loss")]
     units = {name: f"{'retain' if name.startswith('retain_') else 'forget'}_{made.unit(name)}" for name in names}
     run.try_to_record(
-        losses=lambda: weighted_means(lines, units),
+        losses=lambda: weighted_means(kept, units) if kept else _no_losses(),
         plan=lambda: {"tokens": sum(line.get(f"{text}_tokens", 0) for line in lines for text in ("forget", "retain"))},
         agreement=lambda: changes.agreement(student, made.compared(), made.pad_id),
         update_by_layer=lambda: changes.update_by_layer(student, made.reference),
     )
     run.update(evals=trainer.evaluation.at(trainer.state.global_step, student, f"Evaluating {config.name}"))
+    if made.checks:
+        made.checks.book()
+        if reason := run.record["budget"]["reason"]:
+            logger.warning("budget: %s", reason)
+    run.try_to_record(cost=lambda: cost.summary(run, lines, made.checked.model, config.out))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,21 @@ from lethe.errors import LetheError, full_disk
 from lethe.evaluation.accuracy import refuse_unscorable
 from lethe.files import sha256, write_atomically
 from lethe.maps.affine import AffineMap
-from lethe.methods.method import Method, Trained
+from lethe.methods.method import HELD_OUT, Method, Trained
 from lethe.models import refs, streaming
 from lethe.models.activations import blocks, copied
 from lethe.models.adapters import without_adapters
 from lethe.models.architecture_check import refuse_unreadable, refuse_untrainable
 from lethe.runs.run import Run
 from lethe.text import corpora
-from lethe.training import optimizers
+from lethe.training import cost, optimizers
 from lethe.training.check import plan as training_plan
 from lethe.training.check import refuse_8bit
 from lethe.training.optimizers import needs_masters, newton_schulz_dtype
 from lethe.training.saves import save_artifact
 from lethe.training.trainer import Sequences
-from lethe.unlearning import changes, maps, memory, teacher_cache
+from lethe.unlearning import budget, changes, maps, memory, teacher_cache
+from lethe.unlearning.budget import Checks, checks_of
 from lethe.unlearning.check import Checked
 from lethe.unlearning.fit import parallel_of
 from lethe.unlearning.frozen import Frozen, WithoutAdapters
@@ -59,12 +60,15 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     reference: Frozen
     source: Frozen | None
+    held_out: list[list[int]] = field(default_factory=list)
+    """Sequences of the text that `budget.kl` is measured on."""
+    checks: Checks | None = None
 
     @property
     def sequences(self) -> dict[str, list[list[int]]]:
         """The token ids of each text's sequences."""
         dataset: Any = self.trainer.train_dataset
-        return dataset.texts
+        return dataset.texts | ({HELD_OUT: self.held_out} if self.held_out else {})
 
     @property
     def pad_id(self) -> int:
@@ -84,6 +88,7 @@ class Prepared:
         """Fit the maps where the recipe says so, or load those that an interrupted run has fitted."""
         if self.config.fits_maps and self.mapped and self.pair:
             self.mapped.maps = maps.fitted(run, self.config, self.checked, self.pair, self.tokenizer)
+            maps.book(run, self.mapped.maps, len(self.checked.mapped), self.reference, self.mapped.model)
             self.checked.mapped.clear()
 
     def measure_variance(self, run: Run) -> None:
@@ -154,12 +159,7 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     model, tokenizer = refs.load(checked.model, config.dtype, sharded=parallel == "fsdp")
     refuse_unscorable(model, tokenizer, config.eval)
     reference, source = _teacher_models(config, checked, new=not planned)
-    parents = {"model": refs.record(checked.model)}
-    parents |= {"source": refs.record(checked.source)} if checked.source else {}
-    parents["forget"] = corpora.record(config.forget, checked.forget)
-    parents["retain"] = corpora.record(config.retain, checked.retain)
-    parents |= {"scores": {"ref": config.rewind_weights, "sha256": sha256(checked.scores)}} if checked.scores else {}
-    run.set_parents(**parents)
+    parents = _record_parents(run, config, checked)
     refuse_untrainable(model, config.model, config.max_length)
     given: AffineMap | None = None
     maps_plan, warnings = "none", list[str]()
@@ -187,7 +187,11 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
         teachers=teachers, first_epoch_steps=plan["first_epoch_steps"], steps=plan["steps"],
     )  # fmt: skip
     trainer.may_miss_gradients = distributed.world() > 1 and not trainer.by_update and trainer.misses_gradients()
-    made = Prepared(config, checked, trainer, tokenizer, reference, source)
+    held_out = corpora.tokenise(checked.held_out, tokenizer, config.max_length) if checked.held_out else []
+    made = Prepared(config, checked, trainer, tokenizer, reference, source, held_out)
+    if config.budget:
+        made.checks = Checks(run, config, config.budget, trainer, tokenizer, held_out)
+        plan["budget"] = planned.get("budget") or made.checks.plan(plan["steps"], plan["epochs"])
     if planned:
         division = {"devices": distributed.world(), "parallel": parallel}
         if division != {"devices": planned.get("devices", 1), "parallel": planned.get("parallel", parallel)}:
@@ -203,6 +207,19 @@ def _prepare(run: Run, config: Method, checked: Checked) -> Prepared:
     warnings += optimizers.untouched(student, config, adapted_layers(config, student)) if config.trained == Trained() else []
     run.update(plan=plan | {"warnings": warnings + _warnings(config, plan)})
     return made
+
+
+def _record_parents(run: Run, config: Method, checked: Checked) -> dict[str, Any]:
+    """Record what the run is made from: models, texts, scores."""
+    parents = {"model": refs.record(checked.model)}
+    parents |= {"source": refs.record(checked.source)} if checked.source else {}
+    parents["forget"] = corpora.record(config.forget, checked.forget)
+    parents["retain"] = corpora.record(config.retain, checked.retain)
+    parents |= {"scores": {"ref": config.rewind_weights, "sha256": sha256(checked.scores)}} if checked.scores else {}
+    if config.budget and checked.held_out:
+        parents[HELD_OUT] = corpora.record(config.budget.text or config.retain, checked.held_out)
+    run.set_parents(**parents)
+    return parents
 
 
 def _training_data(config: Method, documents: dict[str, list[corpora.Document]], tokenizer: Any) -> Sequences:
@@ -231,7 +248,7 @@ def _teacher_models(config: Method, checked: Checked, new: bool) -> tuple[Frozen
 
 def _last_layer(config: Method, role: str) -> int | None:
     """The last block that passes of the source or the reference need; None: all, for logits."""
-    needs = [need for need in config.needs().values() if need.teacher == role or need.mapped]
+    needs = [need for need in config.compared().values() if need.teacher == role or need.mapped]
     logits = any(need.logits and need.teacher == role for need in needs)
     return None if logits or not needs else max(layer for need in needs for layer in need.layers)
 
@@ -256,8 +273,8 @@ def _pair(config: Method, model: nn.Module, reference: Frozen, source: Frozen) -
 def _teachers(config: Method, reference: Frozen, source: Frozen | None, parents: dict[str, Any]) -> dict[str, Teacher]:
     """By text, the teacher that the method's loss needs."""
     models: dict[Any, Any] = {"reference": (reference, parents["model"]), "source": (source, parents.get("source"))}
-    needed = {text: need for text, need in config.needs().items() if need.teacher}
-    return {text: Teacher(need, models[need.teacher][0], models[need.teacher][1]["sha256"]) for text, need in needed.items()}
+    needed = config.compared().items()
+    return {text: Teacher(need, models[need.teacher][0], models[need.teacher][1]["sha256"]) for text, need in needed}
 
 
 def _student(
@@ -280,7 +297,7 @@ def _describe(made: Prepared, plan: dict[str, Any], libraries: int) -> None:
     """Add to the plan what the loaded models and one batch show."""
     config, trainer, student = made.config, made.trainer, made.trainer.model
     plan |= optimizers.describe(student, config)  # type: ignore[arg-type]
-    plan["teachers"] = distributed.from_first(lambda: teachers_plan(made, plan["epochs"]))
+    plan["teachers"] = distributed.from_first(lambda: teachers_plan(made, plan["epochs"], checks_of(plan)))
     plan["memory"], plan["memory_by_phase"] = _memory(made, plan["teachers"], libraries)
     memory.refuse_too_much(plan["memory"], memory.loaded(made))
     plan |= _probed(made, plan["forward_passes"])
@@ -333,12 +350,15 @@ def _probed(made: Prepared, passes: int) -> dict[str, Any]:
     return {"no_gradient": found.no_gradient, "seconds": seconds, "scale": found.scale}
 
 
-def teachers_plan(made: Prepared, epochs: float) -> dict[str, str]:
-    """By text, whether its teacher's outputs are computed live or come from a cache, and why."""
+def teachers_plan(made: Prepared, epochs: float, checks: int = 0) -> dict[str, str]:
+    """By text, whether its teacher's outputs are computed live or come from a cache, and why.
+
+    `checks`: how often the held-out text is read.
+    """
     plan = {}
     for text, teacher in made.trainer.teachers.items():
         dataset: Any = made.trainer.train_dataset
-        seen = epochs * len(dataset) / len(made.sequences[text])
+        seen = epochs * len(dataset) / len(made.sequences[text]) if text != HELD_OUT else checks
         to_be_fitted = made.config.fits_maps and teacher.need.mapped and teacher.maps is None
         plan[text] = teacher_cache.choose(made.config.teacher_cache, teacher, made.sequences[text], seen, to_be_fitted)
     return plan
@@ -346,13 +366,17 @@ def teachers_plan(made: Prepared, epochs: float) -> dict[str, str]:
 
 def cache_teachers(run: Run, made: Prepared) -> None:
     """Open or build the caches. A resumed run has the teachers that it began with."""
-    chosen = distributed.from_first(lambda: run.record.get("teachers") or teachers_plan(made, run.record["plan"]["epochs"]))
+    plan = run.record["plan"]
+    chosen = distributed.from_first(lambda: run.record.get("teachers") or teachers_plan(made, plan["epochs"], checks_of(plan)))
     for text, how in chosen.items():
         if how.startswith("cached"):
-            teacher = made.trainer.teachers[text]
+            teacher, lengths = made.trainer.teachers[text], list(map(len, made.sequences[text]))
+            name = f"{teacher.need.teacher}_forward"
+            cost.book(run, f"{text} teacher", {name: sum(lengths)}, teacher.flops(lengths))
             teacher.cache = teacher_cache.open_or_build(teacher, text, made.sequences[text])
             if teacher.cache is None:
                 chosen[text] = "live: a cache could not be written"
+                cost.book(run, f"{text} teacher", {}, 0)
     run.update(teachers=chosen, plan={"teachers": chosen})
 
 
@@ -371,4 +395,4 @@ def _warnings(config: Method, plan: dict[str, Any]) -> list[str]:
         found.append("muon orthogonalises the updates of A and B, the two matrices of an adapter, separately")
     if newton_schulz_dtype(config.newton_schulz_dtype) == torch.bfloat16 and not torch.cuda.is_available():
         found.append("newton_schulz_dtype: bfloat16 matmuls are about a hundred times slower than float32 on a CPU")
-    return found + warning(plan["scale"], config) + config.warnings(plan)
+    return found + budget.warnings(plan) + warning(plan["scale"], config) + config.warnings(plan)

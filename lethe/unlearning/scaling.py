@@ -1,8 +1,6 @@
-"""What a run costs on many devices: computation, traffic between devices, disk for caches, hours.
+"""What a run costs on many devices: computation (`lethe.models.flops`), traffic between devices, disk for caches, hours.
 
-    FLOPs of one token = 2 · (parameters of the matrices it passes) + 2 · tokens · hidden (causal attention), per block
-    backward pass      = one more for inputs, and one more for weights if all weights are trained
-    hours              = max(FLOPs / (devices · peak · utilisation), bytes sent by one device / bandwidth)
+    hours = max(FLOPs / (devices · peak · utilisation), bytes sent by one device / bandwidth)
 
 The maximum assumes that devices compute while they send. Bytes that one device sends in an update, with N devices:
 
@@ -19,10 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
-
-from lethe.methods.method import Method, Need
-from lethe.models.activations import blocks
+from lethe.methods.method import Method
+from lethe.models.flops import Flops
 from lethe.training.check import plan
 from lethe.unlearning.memory import Phases
 
@@ -67,13 +63,13 @@ def cost(config: Method, phases: Phases, processes: int, parallel: str, document
     """
     per_device = -(-documents // processes)
     planned = plan(config, per_device)
-    tokens = documents * config.max_length * planned["epochs"]
-    flops = sum(tokens * _update_flops(config, phases, name, need) for name, need in config.needs().items())
-    flops += sum(
-        documents * config.max_length * _pass_flops(phases, need, config.max_length)
-        for name, need in config.needs().items()
-        if name in phases.load.cached
-    )
+    student, frozen = Flops(phases.passes.student), Flops(phases.frozen)
+    flops = 0.0
+    for name, need in config.needs().items():
+        one = [config.max_length], need.depth, need.logits
+        seen = documents * planned["epochs"]
+        flops += seen * (student.forward(*one) + student.backward(*one, config.gradient_checkpointing))
+        flops += (documents if name in phases.load.cached else seen if need.teacher else 0) * frozen.forward(*one)
     batches = config.gradient_accumulation_steps
     traffic = _traffic(config, phases, processes, parallel, batches)
     link = device.inside if processes <= device.node else device.between
@@ -96,26 +92,3 @@ def _traffic(config: Method, phases: Phases, processes: int, parallel: str, batc
     elif parallel == "fsdp":
         return round(batches * share * (texts * (2 * shapes.weights + shapes.trained) + gathered))
     return round(share * (2 * shapes.trained + batches * gathered))
-
-
-def _update_flops(config: Method, phases: Phases, name: str, need: Need) -> float:
-    """FLOPs of one token of a text in an update."""
-    forward = _pass_flops(phases, need, config.max_length)
-    backward = forward * (1 if config.lora else 2)
-    again = _pass_flops(phases, Need(layers=need.layers or (len(blocks(phases.frozen)) - 1,)), config.max_length)
-    total = forward + backward + (again if config.gradient_checkpointing else 0)
-    total += 6 * phases.shapes.numbers if config.lora else 0
-    return total + (forward if need.teacher and name not in phases.load.cached else 0)
-
-
-def _pass_flops(phases: Phases, need: Need, width: int) -> float:
-    """FLOPs of one token in a pass without gradients that ends after the last layer, or with the logits."""
-    found = blocks(phases.frozen)
-    depth = len(found) if need.logits else max(need.layers) + 1
-    block = 2 * _matrices(found[0]) + 2 * width * phases.text.hidden_size
-    head = 2 * phases.text.hidden_size * phases.text.vocab_size if need.logits else 0
-    return depth * block + head
-
-
-def _matrices(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.ndim > 1)

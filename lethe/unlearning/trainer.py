@@ -8,6 +8,7 @@ A procedure, or a wrapper such as `sam`, gets the batches of a whole update inst
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from lethe import distributed
 from lethe.methods.method import Losses, Method, Progress
 from lethe.models.activations import read
+from lethe.models.flops import Flops
 from lethe.objectives.losses import head_of
 from lethe.progress import bar
+from lethe.training import cost
 from lethe.training.hf_trainer import Filler, Text
 from lethe.training.trainer import RunTrainer
 from lethe.unlearning.update import Loss, Update, step_gradient
@@ -40,6 +43,7 @@ class UnlearnTrainer(RunTrainer):
         self.needs = self.config.needs()
         self.by_update = self.config.by_update
         self.given: dict[str, Tensor] = {}
+        self.flops = Flops(self.model)  # type: ignore[arg-type]
         self.head = head_of(self.model)  # type: ignore[arg-type]
         compared = [teacher for teacher in teachers.values() if teacher.need.logits] if self.head is not None else []
         heads = [teacher.model.head() for teacher in compared]
@@ -61,19 +65,28 @@ class UnlearnTrainer(RunTrainer):
 
     def view(self, model: nn.Module, name: str, text: Text) -> View:
         """The model's pass over one text of a batch, and what the loss compares it with."""
-        need = self.needs[name]
+        need, teacher = self.needs[name], self.teachers.get(name)
+        lengths = text["mask"].sum(1).tolist()
+        count, passes = self.flops, (lengths, need.depth, need.logits)
+        self.tally.add("model_forward", lengths, count.forward(*passes))
+        if torch.is_grad_enabled():
+            self.tally.add("model_backward", lengths, count.backward(*passes, self.config.gradient_checkpointing))
         return View(
             text["input_ids"],
             text["mask"],
             text["index"],
             states=read(model, text["input_ids"], list(need.layers), need.logits, self.head),
             head=self.head,
-            teacher=self.teachers.get(name),
+            teacher=teacher,
             variance=self.target_variance if name == "forget" else None,
             tokens=self.tokens[name],
             documents=self.documents_in_update[name],
             given=self.given,
+            teacher_runs=partial(self._count_teacher, teacher, lengths) if teacher else None,
         )
+
+    def _count_teacher(self, teacher: Teacher, lengths: list[int]) -> None:
+        self.tally.add(f"{teacher.need.teacher}_forward", lengths, teacher.flops(lengths))
 
     def update(self, batches: list[Any]) -> Tensor:
         """Give the trained parameters the gradient of an update that is more than that of the summed loss."""
@@ -89,9 +102,11 @@ class UnlearnTrainer(RunTrainer):
         """Once over a text before training, in the order of its documents, in updates as large as those of training.
 
         The gradients are those of `parameters`, which may be others than the run trains. Nothing is logged. `description` is
-        for the progress bar.
+        for the progress bar, and names the work in the run's cost.
         """
         dataset: Any = self.train_dataset
+        usual, self.flops = self.flops, Flops(self.model)  # type: ignore[arg-type]
+        self.tally.take()
         count = dataset.own(text)
         with bar(description, count, "documents") as advance:
             for numbers in self.order.updates(list(range(count))):
@@ -99,6 +114,9 @@ class UnlearnTrainer(RunTrainer):
                 self.count(batches)
                 yield self._update(batches, parameters, None)
                 advance(self.documents_in_update[text])
+        self.flops = usual
+        counted = cost.together(distributed.gather(self.tally.take()))
+        cost.book(self.run, description, counted["passes"], counted["flops"])
 
     def _update(self, batches: list[Any], parameters: dict[str, nn.Parameter], total: Tensor | None) -> Update:
         """Batches as an `Update`. The loss of each text is added to `total` and logged; None: nothing is logged.
@@ -115,8 +133,9 @@ class UnlearnTrainer(RunTrainer):
             first, known = total is not None and text not in texts, frozenset(names)
             for batch in batches:
                 one: Any = self._prepare_inputs(batch)[text]  # type: ignore[index]
+                self.tally.counts = not isinstance(batch, Filler)
                 value, parts = loss(self.view(model, text, one)) if loss else self.loss(model, text, one)
-                counts = not isinstance(batch, Filler)
+                counts = self.tally.counts
                 (value * counts * factor).backward()
                 if first:
                     total.add_(value.detach() * counts)  # type: ignore[union-attr]

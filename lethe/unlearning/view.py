@@ -13,6 +13,7 @@ A method's loss uses only the public functions of `View`. Each of them says whic
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -51,6 +52,10 @@ class Teacher:
     head: nn.Linear | None = None
     maps: AffineMap | None = None
     cache: Cache | None = None
+
+    def flops(self, lengths: Sequence[int]) -> int:
+        """The operations of its pass over documents of these lengths."""
+        return self.model.flops.forward(lengths, self.need.depth, self.need.logits)
 
     def states(self, input_ids: Int[Tensor, "batch seq"], index: Int[Tensor, " batch"]) -> States:
         """The teacher's activations and outputs on documents `index`, from the cache if there is one."""
@@ -107,11 +112,16 @@ class View:
     teacher: Teacher | None = None
     variance: dict[int, float] | None = None
     given: dict[str, Tensor] = field(default_factory=dict)
+    teacher_runs: Callable[[], None] | None = None
+    """Called when the teacher computes its outputs, and not when they come from a cache."""
 
     @cached_property
     def target(self) -> States:
         """The teacher's activations and outputs."""
-        return declared(self.teacher, "teacher").states(self.input_ids, self.index)
+        teacher = declared(self.teacher, "teacher")
+        if self.teacher_runs and teacher.cache is None:
+            self.teacher_runs()
+        return teacher.states(self.input_ids, self.index)
 
     def distance(self) -> Tensor:
         """Mean over layers, tokens and dimensions of (h − a)², a the teacher's activation; over a's variance if it is known.
