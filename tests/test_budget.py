@@ -166,7 +166,7 @@ def test_a_sweep_varies_a_budget(lab, tmp_path):
         ({"budget": {"kl": 0.0}}, "kl: must be above 0"),
         ({"budget": {"kl": 0.01, "questions": 9}}, "questions: 9 has no effect without budget.retain"),
         ({"budget": {"retain": 0.01, "documents": 9}}, "documents: 9 has no effect without budget.kl"),
-        ({"budget": {"kl": 0.01}, "rewind": 0.5}, "budget: a run that rewinds starts outside its budget"),
+        ({"budget": {"kl": 0.01}, "rewind": 0.5}, "budget: a run with rewind or corrupt starts outside its budget"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, changes, said):
