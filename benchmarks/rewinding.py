@@ -10,7 +10,6 @@ updates about five.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -125,10 +124,18 @@ def unlearned(folder: Path, name: str, changes: dict[str, Any]) -> dict[str, Any
     return facts(run) | {"tokens": run.record["plan"]["tokens"], "rewound": run.record.get("rewound")}
 
 
-def attacks() -> dict[str, TamperConfig]:
+def attacks() -> dict[str, dict[str, Any]]:
     """The attacks on every model, by name: full-rank at each rate and length, and LoRA."""
-    made = {f"{n} at {lr:g}": TamperConfig(max_steps=n, lr=lr, num_train_examples=512) for n in UPDATES for lr in RATES}
-    return made | {"100 LoRA at 3e-3": TamperConfig(max_steps=100, lr=3e-3, num_train_examples=512, lora=LoraSettings())}
+    made: dict[str, dict[str, Any]] = {f"{n} at {lr:g}": {"max_steps": n, "lr": lr} for n in UPDATES for lr in RATES}
+    return made | {"100 LoRA at 3e-3": {"max_steps": 100, "lr": 3e-3, "lora": LoraSettings()}}
+
+
+def attacked(folder: Path, model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Attack a model, and evaluate it before and after."""
+    every = EvalSettings(TASKS, every=settings["max_steps"])
+    name = f"attack-{settings['max_steps']}"
+    config = TamperConfig(model=model, num_train_examples=512, eval=every, out=str(folder / "runs"), name=name, **settings)
+    return facts(tamper(config))
 
 
 def main() -> None:
@@ -140,12 +147,8 @@ def main() -> None:
         found = results.line(name, lambda name=name, changes=changes: unlearned(folder, name, changes))  # type: ignore[misc]
         models[name] = found["run"]
     for name, model in models.items():
-        for attack, config in attacks().items():
-            every = EvalSettings(TASKS, every=config.max_steps)
-            made = dataclasses.replace(
-                config, model=model, eval=every, out=str(folder / "runs"), name=f"attack-{config.max_steps}"
-            )
-            results.line(f"{name} | {attack}", lambda made=made: facts(tamper(made)))  # type: ignore[misc]
+        for attack, settings in attacks().items():
+            results.line(f"{name} | {attack}", lambda model=model, settings=settings: attacked(folder, model, settings))  # type: ignore[misc]
 
 
 if __name__ == "__main__":
