@@ -153,8 +153,10 @@ def test_runs_of_the_study_have_its_steps(name, changes, passes, updates):
 def test_a_lab_recipe_runs(lab, tmp_path, recipe):
     """On the nano lab, cut to three updates; nothing else is changed."""
     onset = f"lab:global_step{active_preset().onset}"
-    given = from_recipe(Method, recipe).source
+    whole = from_recipe(Method, recipe)
+    given = whole.source
     assert given == f"lab:global_step{PRESETS['standard'].onset}" or not given
-    short = {"max_steps": 3, "epochs": 1, "warmup_steps": 0, "out": str(tmp_path)} | ({"source": onset} if given else {})
+    length = {"num_train_examples": 9} if whole.layered else {"max_steps": 3}  # an update in each of three stages
+    short = length | {"epochs": 1, "warmup_steps": 0, "out": str(tmp_path)} | ({"source": onset} if given else {})
     run = unlearn(from_recipe(Method, recipe, **short, eval=EvalSettings(["lab_forget_robust"], limit=8)))
     assert run.status == "complete" and len(run.rows("metrics.jsonl")) == 3
