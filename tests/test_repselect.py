@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lab_runs import assert_same, start, wait_for
+from lab_runs import settings as settings_of_lab
 from plain import Plain, assert_same_weights, settings
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from lethe import LoraSettings, RepSelect, unlearn
+from lethe import RepSelect, unlearn
 from lethe.cli import main
 from lethe.config import EvalSettings, ResumeConfig, to_dict
+from lethe.errors import LetheError
 from lethe.methods.repselect import filtered
+from lethe.models import refs
 from lethe.runs.run import Run
 from lethe.sweeps.resuming import resume
 from lethe.unlearning.check import check
+from lethe.unlearning.memory import Load, estimate
 from lethe.unlearning.prepare import prepare
 
 MATRICES = {
@@ -141,3 +148,88 @@ def test_singular_values_of_rounding_are_left_alone():
     found = filtered(u * s @ v.T, 10, seed=0)
     assert torch.allclose(found, u * (4 / s) @ v.T, atol=1e-5)
     assert torch.equal(filtered(torch.zeros(6, 4), 2, seed=0), torch.zeros(6, 4))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lora.r 4", "lora: has no effect with method repselect, which trains the matrices themselves"),
+        ("--optimizer adamw", "optimizer: adamw has no effect with method repselect"),
+        ("--max_grad_norm 1", "max_grad_norm: 1.0 has no effect with method repselect, whose updates are all alike"),
+        ("--same_sign true", "same_sign: True has no effect with method repselect, which computes its own gradient"),
+        ("--components 4096", "components: 4096 is above the width of 'lab:final'"),
+        ("--max_steps -1", "max_steps: must be above 0"),
+        ("--attack_lr 0", "attack_lr: must be above 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(lab, capsys, words, said):
+    assert main(["unlearn", "--method", "repselect", *words.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
+def test_a_mixture_of_experts_is_refused(lab, make_model, tmp_path, family, capsys):
+    make_model(family, tmp_path / "model")
+    text = settings(tmp_path, str(tmp_path / "model"))
+    words = ["--model", text["model"], "--forget", text["forget"], "--retain", text["retain"], "--components", "4"]
+    assert main(["unlearn", "--method", "repselect", *words, "--out", str(tmp_path / "runs")]) == 2
+    assert "it trains the matrices of plain MLPs" in capsys.readouterr().err
+
+
+def test_an_attacker_that_diverges_ends_the_run_with_the_reason(lab, make_model, tmp_path):
+    given = settings(tmp_path, str(make_model("llama", tmp_path / "model")), dtype="float32")
+    with pytest.raises(LetheError, match=r"attack_lr: with 1e\+38, the attacker diverges; lower it"):
+        unlearn(RepSelect(**given, components=4, attack_lr=1e38))
+
+
+def of_lab(out: Path, **changes: Any) -> RepSelect:
+    given = settings_of_lab(out, num_train_examples=64, max_steps=12, save_every=3, **changes)
+    return RepSelect(**{n: v for n, v in given.items() if n not in {"source", "layers", "lora"}}, components=8, lr=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("updates", [0, 5])
+def test_a_run_killed_before_or_after_the_first_update_ends_in_the_same_bits(lab, tmp_path, updates):
+    config = of_lab(tmp_path / "whole", eval=EvalSettings(["lab_forget_robust"], every=4, limit=8))
+    whole = unlearn(config)
+    rows = whole.rows("metrics.jsonl")
+    assert whole.status == "complete" and rows[-1]["forget_ce_loss"] < rows[0]["forget_ce_loss"]
+    assert set(whole.record["artifacts"]) == {"method", "model"} and (whole.path / "method.safetensors").is_file()
+    process = start("unlearn", dataclasses.replace(config, out=str(tmp_path / "killed")), tmp_path)
+    run = wait_for(process, tmp_path / "killed", "metrics.jsonl", updates)
+    while not Run.open(run.path).record.get("plan"):  # the gradient is computed after it
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if Run.open(run.path).status == "lost":
+        run = resume(ResumeConfig(str(run.path)))
+    assert_same(Run.open(run.path), whole)
+
+
+@pytest.mark.slow
+def test_small_steps_of_bfloat16_weights_add_up(lab, tmp_path):
+    """Ten updates of a tenth are one update, up to the rounding of the weights at the end."""
+    few = EvalSettings(["lab_forget_robust"], limit=8)
+    ten, one = (
+        unlearn(dataclasses.replace(of_lab(tmp_path / str(n), dtype="bfloat16", eval=few), max_steps=n, lr=0.05 / n))
+        for n in (10, 1)
+    )
+    found, expected = (load_file(run.path / "model" / "model.safetensors") for run in (ten, one))
+    changed = load_file(ten.path / "method.safetensors")
+    assert all(value.dtype == torch.bfloat16 for value in changed.values())
+    for name in changed:
+        difference = (found[name].float() - expected[name].float()).abs()
+        assert (difference <= 2**-7 * expected[name].float().abs()).all() and (difference > 0).float().mean() < 0.02
+    assert all(torch.equal(found[name], expected[name]) for name in found.keys() - changed.keys())
+
+
+def test_the_plan_counts_the_gradient_of_all_matrices_in_float32(lab, tmp_path):
+    """G in float32 and a gradient in the weights' type, beside the attacker; afterwards the result in the weights' type."""
+    model = refs.resolve("lab:final")
+    config = of_lab(tmp_path, dtype="bfloat16")
+    load = Load(width=32, tokens={"forget": 64 * 32}, libraries=1)
+    found = estimate(config, lambda: refs.outline(model, "bfloat16"), load)
+    numbers = found.facts["trained"]
+    assert 6 * numbers <= found.phases["method"]["gradients"] <= 9 * numbers
+    assert found.phases["training"]["method"] == 2 * numbers and "method" not in found.phases["trial"]

@@ -191,7 +191,7 @@ class Phases:
                 "activations": self.passes.building,
             }
         if computed := self.passes.begun[1]:
-            divided = {"gradients": computed["gradients"] // self.trained_shards}
+            divided = {"gradients": computed.get("gradients", 0) // self.trained_shards}
             phases["method"] = computed | divided | {"teachers": self._teachers(self.needs)}
         phases["training"] = self._training()
         state = self.passes.optimizer[0] // self.trained_shards
