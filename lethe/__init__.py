@@ -31,6 +31,7 @@ from lethe.methods.grad_diff import GradDiff
 from lethe.methods.max_entropy import MaxEntropy
 from lethe.methods.mudman import MUDMAN
 from lethe.methods.npo import NPO
+from lethe.methods.repselect import RepSelect
 from lethe.methods.rmu import RMU
 from lethe.methods.simnpo import SimNPO
 from lethe.methods.tar import TAR

@@ -190,6 +190,9 @@ class Phases:
                 "maps": self._map_bytes(),
                 "activations": self.passes.building,
             }
+        if computed := self.passes.begun[1]:
+            divided = {"gradients": computed.get("gradients", 0) // self.trained_shards}
+            phases["method"] = computed | divided | {"teachers": self._teachers(self.needs)}
         phases["training"] = self._training()
         state = self.passes.optimizer[0] // self.trained_shards
         gathered = 4 * self.shapes.largest if self.trained_shards > 1 else 0
@@ -210,6 +213,7 @@ class Phases:
             "libraries": CONTEXT if self.load.gpu else self.load.libraries + LATER,
             "weights": (shapes.weights - adapters) // self.shards + adapters,
             **{part: size for part, size in parts.items() if part != "heap"},
+            "method": _bytes(self.passes.begun[0].values()) if after else 0,
         }
         if after and not self.load.gpu:
             found["caches"] = self._cache_bytes()

@@ -6,7 +6,7 @@ recipe, model on the meta device -> Passes: bytes of an update, of the optimizer
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Passes:
         self.needs, self.compared = config.needs(), config.compared()
         self.frozen: Any = outline().eval().requires_grad_(False)
         self.student = student_of(config, outline)
+        if config.gradient_checkpointing:
+            self.student.activation_checkpointing_enable()
         self.text = self.frozen.config.get_text_config()
         layers, hidden = config.mapped_layers, self.text.hidden_size
         weight = {n: torch.empty(hidden, hidden, device=META) for n in layers}
@@ -55,6 +57,29 @@ class Passes:
         if not any(getattr(self.text, name, None) for name in UNCAPPED):
             ours, theirs = self.student.get_output_embeddings(), self.frozen.get_output_embeddings()
             self.heads = (ours, theirs) if type(ours) is nn.Linear else (None, None)
+
+    @functools.cached_property
+    def begun(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What `Method.begin` returns, and the bytes at its peak: `gradients`, tensors like a trained parameter; `activations`.
+
+        Every pass over a text has two updates: in the second, there is a result of the first.
+        """
+        student = self.student
+        if type(self.config).begin is Method.begin:
+            return {}, {}
+        shapes = {tuple(p.shape) for p in student.parameters() if p.requires_grad}
+
+        def passes(name: str, loss: Loss | None) -> None:
+            for _ in range(min(2, self.config.gradient_accumulation_steps)):
+                self._pass(name, loss)
+
+        def over(text: str, parameters: dict[str, nn.Parameter], description: str) -> Iterator[Update]:
+            return (Update(parameters, passes, Progress(0, 1, 1)) for _ in range(2))
+
+        student.train()
+        with recording() as record:
+            found = self.config.begin(student, over)
+        return found, record.peak(lambda number, size, shape: "gradients" if shape in shapes else "activations")
 
     @functools.cached_property
     def update(self) -> dict[str, int]:
@@ -67,9 +92,7 @@ class Passes:
         return self._peak(1, compares=True)
 
     def _peak(self, batches: int, compares: bool = False) -> dict[str, int]:
-        student, vocabulary = self.student, self.text.vocab_size
-        if self.config.gradient_checkpointing:
-            student.activation_checkpointing_enable()
+        student, vocabulary, given = self.student, self.text.vocab_size, self.begun[0]
         student.train()
         copies, gradients = set(), set()
         with recording() as record, fast_passes(student, self.config.fast):
@@ -83,7 +106,7 @@ class Passes:
                 gradients |= record.of(*(p.grad for p in student.parameters()))
                 del before
                 student.zero_grad()
-            gradients |= self._update(batches, record)
+            gradients |= self._update(batches, record, given)
         gradients |= record.of(*(p.grad for p in student.parameters()))
 
         def kind(number: int, size: int, shape: tuple[int, ...]) -> str:
@@ -97,7 +120,7 @@ class Passes:
         parts = {name: found.get(name, 0) + found.get(f"small {name}", 0) for name in names}
         return parts | {"heap": sum(size for name, size in found.items() if name.startswith("small"))}
 
-    def _update(self, batches: int, record: Record) -> set[int]:
+    def _update(self, batches: int, record: Record, given: dict[str, Tensor]) -> set[int]:
         """The passes of an update of so many batches. Returns the numbers of the gradients between them."""
         if not self.config.by_update:
             for _ in range(batches):
@@ -112,7 +135,9 @@ class Passes:
             gradients.update(record.of(*(p.grad for p in parameters.values())))
 
         parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
-        for name, gradient in step_gradient(self.config, Update(parameters, passes, Progress(0, 1, 1))).items():
+        for name, gradient in step_gradient(
+            self.config, Update(parameters, passes, Progress(0, 1, 1), given=self.begun[0])
+        ).items():
             parameters[name].grad = gradient
         return gradients
 
@@ -120,7 +145,9 @@ class Passes:
         """A loss of one text of a batch, by default the method's, and its gradient."""
         ids = torch.zeros(self.config.per_device_train_batch_size, self.width, dtype=torch.long, device=META)
         loss = loss or (lambda view: self.config.loss(name, view, Progress(0, 1, 1)))
-        loss(self._view(name, self.needs[name], ids))[0].backward()  # without a name, the view is freed before
+        value = loss(self._view(name, self.needs[name], ids))[0]  # without a name, the view is freed before the backward pass
+        if torch.is_grad_enabled():
+            value.backward()
 
     @functools.cached_property
     def optimizer(self) -> tuple[int, int]:

@@ -103,7 +103,8 @@ class Prepared:
         if type(self.config).begin is Method.begin:
             return
         if not distributed.from_first(lambda: recorded and path.is_file() and sha256(path) == recorded["sha256"]):
-            found = self.config.begin(self.trainer.model, self.trainer.updates_over)  # type: ignore[arg-type]
+            with torch.random.fork_rng():  # a run that loads the result draws the same dropout afterwards
+                found = self.config.begin(self.trainer.model, self.trainer.updates_over)  # type: ignore[arg-type]
             whole = {name: distributed.whole(value.detach()).cpu().contiguous() for name, value in found.items()}
             digest = distributed.from_first(lambda: _write(path, whole))
             run.update(artifacts={"method": {"path": path.name, "sha256": digest}})

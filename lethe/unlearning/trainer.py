@@ -136,7 +136,10 @@ class UnlearnTrainer(RunTrainer):
                 self.tally.counts = not isinstance(batch, Filler)
                 value, parts = loss(self.view(model, text, one)) if loss else self.loss(model, text, one)
                 counts = self.tally.counts
-                (value * counts * factor).backward()
+                if torch.is_grad_enabled():
+                    (value * counts * factor).backward()
+                else:
+                    distributed.gathered_away(model)  # FSDP2 does it in a backward pass
                 if first:
                     total.add_(value.detach() * counts)  # type: ignore[union-attr]
                 if counts and total is not None:

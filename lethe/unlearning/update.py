@@ -30,8 +30,9 @@ class Update:
     """One optimizer update, as `Method.gradient` sees it.
 
     `parameters` are the trained ones, by name. `passes(text, loss)` adds the gradient of a loss of one text to `.grad`, over
-    all batches of the update and all processes. `state` is what the method remembers from one update to the next: tensors in
-    the form of a parameter. Saves hold it. `given`: what `Method.begin` has computed.
+    all batches of the update and all processes; without gradients enabled, it only logs the loss. `state` is what the method
+    remembers from one update to the next: tensors in the form of a parameter. Saves hold it. `given`: what `Method.begin` has
+    computed.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -50,6 +51,11 @@ class Update:
         found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         self.clear()
         return found
+
+    def value(self, text: str) -> None:
+        """Compute the method's loss of one text at the present weights without its gradient, for the log."""
+        with torch.no_grad():
+            self.passes(text, None)
 
     def clear(self) -> None:
         """Forget the gradients that the parameters have."""
