@@ -190,6 +190,8 @@ class Phases:
                 "maps": self._map_bytes(),
                 "activations": self.passes.building,
             }
+        if self.passes.begun[1]:
+            phases["method"] = {"teachers": self._teachers(self.needs), "activations": self.passes.begun[1]}
         phases["training"] = self._training()
         state = self.passes.optimizer[0] // self.trained_shards
         gathered = 4 * self.shapes.largest if self.trained_shards > 1 else 0
@@ -211,6 +213,8 @@ class Phases:
             "weights": (shapes.weights - adapters) // self.shards + adapters,
             **{part: size for part, size in parts.items() if part != "heap"},
         }
+        if after:
+            found["method"] = _bytes(self.passes.begun[0].values())
         if after and not self.load.gpu:
             found["caches"] = self._cache_bytes()
         if self.shards > 1 and phase != "loading":
@@ -274,7 +278,7 @@ class Phases:
         for need in needs.values():
             if need.teacher:
                 last, whole = kinds.get(need.teacher, (-1, False))
-                kinds[need.teacher] = max([last, *need.layers]), whole or need.logits
+                kinds[need.teacher] = max([last, *need.layers]), whole or need.logits or need.ending is not None
         if self._one_model:
             kinds.pop("reference", None)
         size = 0

@@ -106,7 +106,8 @@ class Prepared:
             found = self.config.begin(self.trainer.model, self.trainer.updates_over)  # type: ignore[arg-type]
             whole = {name: distributed.whole(value.detach()).cpu().contiguous() for name, value in found.items()}
             digest = distributed.from_first(lambda: _write(path, whole))
-            run.update(artifacts={"method": {"path": path.name, "sha256": digest}})
+            values = {"values": {name: float(value) for name, value in whole.items() if value.ndim == 0}}
+            run.update(artifacts={"method": {"path": path.name, "sha256": digest} | (values if values["values"] else {})})
         self.trainer.given = {name: value.to(distributed.device()) for name, value in load_file(path).items()}
 
     @property
@@ -120,7 +121,8 @@ class Prepared:
         teachers = self.trainer.teachers.values()
         live = [teacher.model for teacher in teachers if teacher.cache is None]
         for teacher in teachers:
-            if teacher.model not in live and teacher.model.bytes and teacher.head is not None:
+            alone = teacher.cache is not None and distributed.world() > 1  # only passes gather a sharded model's head
+            if (alone or teacher.model not in live) and teacher.model.bytes and teacher.head is not None:
                 teacher.head = copied(teacher.head)  # a view of the model's file would hold all of it
         for model in (self.source, self.reference):
             if model is not None and model not in live:
@@ -249,7 +251,7 @@ def _teacher_models(config: Method, checked: Checked, new: bool) -> tuple[Frozen
 def _last_layer(config: Method, role: str) -> int | None:
     """The last block that passes of the source or the reference need; None: all, for logits."""
     needs = [need for need in config.compared().values() if need.teacher == role or need.mapped]
-    logits = any(need.logits and need.teacher == role for need in needs)
+    logits = any((need.logits or need.ending) and need.teacher == role for need in needs)
     return None if logits or not needs else max(layer for need in needs for layer in need.layers)
 
 
