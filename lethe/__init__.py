@@ -33,9 +33,11 @@ from lethe.methods.mudman import MUDMAN
 from lethe.methods.npo import NPO
 from lethe.methods.repselect import RepSelect
 from lethe.methods.rmu import RMU
+from lethe.methods.sequential import Sequential
 from lethe.methods.simnpo import SimNPO
 from lethe.methods.tar import TAR
 from lethe.methods.transfer import Transfer
+from lethe.methods.tuned_lens import TunedLens
 from lethe.runs.finding import find_runs
 from lethe.runs.run import Run
 

@@ -34,7 +34,7 @@ from several import (
     work,
 )
 
-from lethe import MUDMAN, NPO, EvaluateConfig, LoraSettings, TamperConfig
+from lethe import MUDMAN, NPO, EvaluateConfig, LoraSettings, Sequential, TamperConfig, TunedLens
 from lethe.config import EvalSettings, to_dict
 from lethe.config.unlearning import SamSettings
 from lethe.errors import LetheError
@@ -55,6 +55,12 @@ def recipes(out: Path) -> dict[str, Any]:
     full = short | {"lora": None, "num_train_examples": 64}
     without = {name: value for name, value in full.items() if name not in {"lr_scheduler_type", "warmup_steps"}}
     wrapped = {"sam": SamSettings(rho=0.05), "same_sign": True, "retain_loss": "ce", "optimizer": "sgd", "lr": 1e-2}
+    lenses = full | {
+        "per_device_train_batch_size": 8,
+        "dtype": "float64",
+        "eval": recipe(out).eval,
+        "num_train_examples": DOCUMENTS,
+    }
     return {
         "transfer": recipe(out, **short, teacher_cache="live"),
         "npo": NPO(**short, per_device_train_batch_size=8, lora=LoraSettings(dropout=0.0), eval=recipe(out).eval),
@@ -70,13 +76,19 @@ def recipes(out: Path) -> dict[str, Any]:
             dtype="float64",
             eval=recipe(out).eval,
         ),
+        "tuned_lens": TunedLens(**lenses, layers=[0, 1], lens_epochs=2),
+        "sequential": Sequential(**lenses, layers=[0, 1, 2]),
+        "turns of adapters": Sequential(**lenses | {"lora": LoraSettings(dropout=0.0)}, layers=[0, 1]),
         # the retain loss reads two blocks, so later weights get a gradient from the forget text alone
         "unread": NPO(**full, per_device_train_batch_size=8, retain_loss="mse", layers=[0, 1], eval=recipe(out).eval),
     }
 
 
+LENSES = ("tuned_lens", "sequential", "turns of adapters")
 CASES = [(name, *how) for name in ("transfer", "adamw", "muon") for how in SEVERAL]
-CASES += [(name, *how) for name in ("npo", "float64", "wrapped", "adapters", "mudman", "unread") for how in SEVERAL[:2]]
+CASES += [
+    (name, *how) for name in ("npo", "float64", "wrapped", "adapters", "mudman", "unread", *LENSES) for how in SEVERAL[:2]
+]
 WHOLE = [(name, 1, "ddp") for name in dict.fromkeys(name for name, *_ in CASES)]
 
 
@@ -100,7 +112,7 @@ def test_losses_and_weights_are_those_of_one_process(runs, name, processes, para
     run, whole = runs[name, processes, parallel], runs[name, 1, "ddp"]
     assert run.status == whole.status == "complete" and len(run.rows("metrics.jsonl")) == 20
     assert_same_data(run, whole)
-    limit = 1e-9 if name in {"float64", "wrapped", "adapters", "mudman"} else 1e-5
+    limit = 1e-9 if name in {"float64", "wrapped", "adapters", "mudman", *LENSES} else 1e-5
     assert losses_apart(run, whole) < limit
     assert weights_apart(run, whole) < limit
     assert run.record["plan"]["effective_batch"] == whole.record["plan"]["effective_batch"] == 8

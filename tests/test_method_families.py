@@ -23,6 +23,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "simnpo": {"delta": 8.0, "remove_coef": 5.0},  # a random model's cross-entropy is high
     "max_entropy": {},
     "circuit_breaker": {},
+    "tuned_lens": {"layers": [0, 2]},
+    "sequential": {"layers": [2]},  # one turn: another layer has another loss
 }
 """Methods that are a sum of losses, with settings under which the forget loss falls in a few updates."""
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lethe.unlearning.update import Gradient, Update
     from lethe.unlearning.view import View
 
-    Over = Callable[[str, dict[str, nn.Parameter], str], Iterator[Update]]
+    Over = Callable[..., Iterator[Update]]
 
 Losses = dict[str, "Tensor"]
 DEFAULT = "transfer"
@@ -90,6 +90,10 @@ class Method(UnlearnSettings):
         limited = self.budget is not None and self.budget.kl is not None
         return found | ({HELD_OUT: Need("reference", logits=True)} if limited else {})
 
+    def need_at(self, text: str, progress: Progress) -> Need:
+        """What the loss of one text reads at this point of the run: all that `needs()` says, or less."""
+        return self.needs()[text]
+
     def loss(self, text: str, view: View, progress: Progress) -> tuple[Tensor, Losses]:
         """The loss of one text of a batch, and its parts by name for the log. What is minimised is the sum over all texts.
 
@@ -101,8 +105,9 @@ class Method(UnlearnSettings):
     def begin(self, model: nn.Module, over: Over) -> dict[str, Tensor]:
         """What the method computes once, before the first update, from the model and its texts: tensors by name.
 
-        `over(text, parameters, description)` goes once over a text and gives an `Update` for each group of documents. The run
-        keeps the result in the file `method.safetensors`. Updates and views have it as `given`.
+        `over(text, parameters, description, need)` goes once over a text and gives an `Update` for each group of documents.
+        With `need`, views have a teacher of this need, and the model itself does not run. The run keeps the result in the file
+        `method.safetensors`, and scalars in its record, too. Updates and views have it as `given`.
         """
         return {}
 

@@ -70,7 +70,7 @@ class MUDMAN(Method):
         import torch
 
         state, beta = update.state, self.retain_momentum
-        if update.progress.done % self.adversary_every == 0:
+        if update.progress.done % self.adversary_every == 0 or "adversary" not in state:
             state["adversary"] = update.copy()
         retain = update.gradient("retain")
         before = state.get("retain", {name: torch.zeros_like(g) for name, g in retain.items()})

@@ -16,7 +16,8 @@ class Need:
     `teacher`: what the model is compared with; None: nothing, so that no teacher runs on this text. `layers`: activations of
     these layers, of the model and the teacher. `logits`: next-token distributions of both. `mapped`: the teacher's activations
     go through the affine maps, which the property `maps` of the method describes. `variance` (forget text only): their
-    distance is divided by the variance of the teacher's activations, by layer.
+    distance is divided by the variance of the teacher's activations, by layer. `ending`: the teacher's final norm and output
+    head (`head`), and its later blocks (`blocks`), are applied to the model's activations (`View.ending`); it is never cached.
     """
 
     teacher: Literal["source", "reference"] | None = None
@@ -24,6 +25,7 @@ class Need:
     logits: bool = False
     mapped: bool = False
     variance: bool = False
+    ending: Literal["blocks", "head"] | None = None
 
     @property
     def depth(self) -> int:

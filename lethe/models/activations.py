@@ -8,7 +8,7 @@ output of the final norm.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,14 +81,46 @@ def read(
     return states
 
 
-@contextlib.contextmanager
-def skipped(module: nn.Module | None) -> Iterator[None]:
+def ending(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch seq"],
+    layer: int | None,
+    stream: Float[Tensor, "batch seq hidden"],
+    head: nn.Module | None = None,
+) -> Float[Tensor, "batch seq width"]:
+    """What a model makes of `stream` in place of the output of block `layer` (None: the last): the input of `head`, or logits.
+
+    The later blocks, the final norm and the head run as in any pass of the model, with its masks and positions. The blocks up
+    to `layer` do not run. `model` is in evaluation mode. The gradient reaches `stream`.
+    """
+    found = blocks(model)
+    layer = len(found) - 1 if layer is None else layer
+    kind = type(found[layer])
+    if kind not in _IN_TUPLES:  # a pass of one token through the first block shows how blocks return their output
+        with torch.no_grad():
+            read(model, input_ids[:1, :1], [0])
+    given = (stream,) if _IN_TUPLES[kind] else stream
+    with contextlib.ExitStack() as stack:
+        for block in found[: layer + 1]:
+            stack.enter_context(replaced(block, lambda *args, **kwargs: given))
+        stack.enter_context(skipped(head))
+        return model(input_ids=input_ids, use_cache=False).logits
+
+
+_IN_TUPLES: dict[type, bool] = {}
+"""By class of block, whether its output comes in a tuple."""
+
+
+def skipped(module: nn.Module | None) -> contextlib.AbstractContextManager[None]:
     """Inside, a module returns its input, so that a model's logits are the inputs of its output head."""
-    if module is None:
-        yield
-        return
+    return contextlib.nullcontext() if module is None else replaced(module, lambda x: x)
+
+
+@contextlib.contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a module computes `forward`."""
     before = vars(module).get("forward")
-    module.forward = lambda x: x
+    module.forward = forward
     try:
         yield
     finally:
@@ -116,6 +148,7 @@ def alike(a: Tensor, b: Tensor) -> bool:
 
 def _store(states: States, layer: int, last: bool):  # type: ignore[no-untyped-def]
     def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        _IN_TUPLES[type(module)] = not isinstance(output, Tensor)
         stream = output if isinstance(output, Tensor) else output[0]
         if stream.ndim != 3:
             wrong = f"layer {layer} returns {stream.ndim} dimensions ({type(module).__name__}), expected [batch, seq, hidden]"

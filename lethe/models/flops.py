@@ -57,6 +57,11 @@ class Flops:
         total += 2 * (self.head + self.trained_head) * n if logits else 0
         return total + (self.forward(lengths, depth, False) if again else 0)
 
+    def ending(self, lengths: Sequence[int], layer: int | None) -> int:
+        """Of what follows a layer (None: the last) in a pass forward: later blocks and the output head."""
+        before = len(self.matrices) if layer is None else layer + 1
+        return self.forward(lengths, 0, True) - self.forward(lengths, before, False)
+
     def _sums(self, lengths: Sequence[int], layers: int, logits: bool) -> tuple[int, int, int]:
         return sum(lengths), sum(n * n for n in lengths), len(self.matrices) if logits else layers
 

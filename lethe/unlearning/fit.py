@@ -81,7 +81,7 @@ def documents_of(config: Any) -> int:
 
 def cached_texts(config: Any) -> frozenset[str]:
     """The texts whose teacher is cached. Under `auto` it is, if training reads documents more than once; held-out text is."""
-    texts = frozenset(config.compared())
+    texts = frozenset(text for text, need in config.compared().items() if not need.ending)
     if config.teacher_cache != "auto":
         return texts if config.teacher_cache == "cached" else frozenset()
     again = config.layered is not None or training_plan(config, documents_of(config))["epochs"] > 1

@@ -278,7 +278,7 @@ class Phases:
         for need in needs.values():
             if need.teacher:
                 last, whole = kinds.get(need.teacher, (-1, False))
-                kinds[need.teacher] = max([last, *need.layers]), whole or need.logits
+                kinds[need.teacher] = max([last, *need.layers]), whole or need.logits or need.ending is not None
         if self._one_model:
             kinds.pop("reference", None)
         size = 0

@@ -15,20 +15,22 @@ from transformers import PreTrainedModel
 
 from lethe.config import AffineConfig
 from lethe.maps.affine import AffineMap
-from lethe.methods.method import HELD_OUT, Method, Need, Progress
-from lethe.models.activations import States, read
+from lethe.methods.method import HELD_OUT, Losses, Method, Need, Progress
+from lethe.models.activations import States, ending, read
 from lethe.training.merged_lora import fast_passes
 from lethe.training.optimizers import STATE_BYTES, make_optimizer, needs_masters
 from lethe.unlearning import scores
 from lethe.unlearning.changes import AGREEMENT_BATCH
 from lethe.unlearning.simulation import META, Record, recording
 from lethe.unlearning.teacher_cache import TOKENS
-from lethe.unlearning.trained import trainable
+from lethe.unlearning.trained import by_block, trainable
 from lethe.unlearning.update import Loss, Update, step_gradient
 from lethe.unlearning.view import View
 
 UNCAPPED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of models whose logits are not their output head's output. Their losses read the logits of all tokens."""
+END = Progress(10**6, 1, 10**6)
+"""The end of a run, where a method that trains one block after the other goes back through most of them."""
 HEAP = 32 * 2**20
 """A CPU's allocator returns larger tensors to the system when they are freed. It retains smaller ones for later use."""
 
@@ -69,12 +71,16 @@ class Passes:
             return {}, {}
         shapes = {tuple(p.shape) for p in student.parameters() if p.requires_grad}
 
-        def passes(name: str, loss: Loss | None) -> None:
-            for _ in range(min(2, self.config.gradient_accumulation_steps)):
-                self._pass(name, loss)
+        def over(
+            text: str, parameters: dict[str, nn.Parameter], description: str, need: Need | None = None
+        ) -> Iterator[Update]:
+            def passes(name: str, loss: Loss | None) -> Losses:
+                parts: Losses = {}
+                for _ in range(min(2, self.config.gradient_accumulation_steps)):
+                    parts = self._pass(name, loss, need)
+                return parts
 
-        def over(text: str, parameters: dict[str, nn.Parameter], description: str) -> Iterator[Update]:
-            return (Update(parameters, passes, Progress(0, 1, 1)) for _ in range(2))
+            return (Update(parameters, passes, Progress(number, 2, 2)) for number in range(2))
 
         student.train()
         with recording() as record:
@@ -129,25 +135,28 @@ class Passes:
             return set()
         gradients: set[int] = set()
 
-        def passes(name: str, loss: Loss | None) -> None:
+        def passes(name: str, loss: Loss | None) -> Losses:
             for _ in range(batches):
                 self._pass(name, loss)
             gradients.update(record.of(*(p.grad for p in parameters.values())))
+            return {}
 
         parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
-        for name, gradient in step_gradient(
-            self.config, Update(parameters, passes, Progress(0, 1, 1), given=self.begun[0])
-        ).items():
+        update = Update(parameters, passes, END, given=given, blocks=by_block(self.student, parameters))
+        for name, gradient in step_gradient(self.config, update).items():
             parameters[name].grad = gradient
         return gradients
 
-    def _pass(self, name: str, loss: Loss | None = None) -> None:
-        """A loss of one text of a batch, by default the method's, and its gradient."""
+    def _pass(self, name: str, loss: Loss | None = None, need: Need | None = None) -> Losses:
+        """A loss of one text of a batch, by default the method's, and its gradient. With `need`, only a teacher of it runs."""
         ids = torch.zeros(self.config.per_device_train_batch_size, self.width, dtype=torch.long, device=META)
-        loss = loss or (lambda view: self.config.loss(name, view, Progress(0, 1, 1)))
-        value = loss(self._view(name, self.needs[name], ids))[0]  # without a name, the view is freed before the backward pass
+        loss = loss or (lambda view: self.config.loss(name, view, END))
+        found = self._view(name, need or self.config.need_at(name, END), ids, need is None)
+        value, parts = loss(found)
+        del found  # before the backward pass
         if torch.is_grad_enabled():
             value.backward()
+        return {part: value.detach() for part, value in parts.items()}
 
     @functools.cached_property
     def optimizer(self) -> tuple[int, int]:
@@ -223,12 +232,13 @@ class Passes:
         ending = self.text.vocab_size if self.heads[1] is None else hidden
         return (4 if need.mapped else size) * len(need.layers) * hidden + size * need.logits * ending
 
-    def _view(self, name: str, need: Need, ids: Tensor) -> View:
+    def _view(self, name: str, need: Need, ids: Tensor, runs: bool = True) -> View:
         documents, tokens = ids.shape[0], ids.numel()
         teacher: Any = _Teacher(self, need, name in self.cached) if need.teacher else None
         variance = dict.fromkeys(need.layers, 1.0) if need.variance else None
-        states = read(self.student, ids, list(need.layers), need.logits, self.heads[0])
-        return View(ids, torch.ones_like(ids), ids[:, 0], states, tokens, documents, self.heads[0], teacher, variance)
+        states = read(self.student, ids, list(need.layers), need.logits, self.heads[0]) if runs else States()
+        given = self.begun[0] if runs else {}
+        return View(ids, torch.ones_like(ids), ids[:, 0], states, tokens, documents, self.heads[0], teacher, variance, given)
 
 
 class _Teacher:
@@ -243,14 +253,18 @@ class _Teacher:
         passes, need = self.passes, self.need
         hidden, kind = passes.text.hidden_size, passes.frozen.dtype
         if self.cached:
-            ending = passes.text.vocab_size if self.head is None else hidden
+            width = passes.text.vocab_size if self.head is None else hidden
             states = States({n: _empty(input_ids, hidden, torch.float32 if need.mapped else kind) for n in need.layers})
-            states.output = _empty(input_ids, ending, kind) if need.logits else None
+            states.output = _empty(input_ids, width, kind) if need.logits else None
             return states
         states = read(passes.frozen, input_ids, list(need.layers), need.logits, self.head)
         if need.mapped:
             states.activations = passes.maps(states.activations)
         return states
+
+    def ending(self, input_ids: Tensor, layer: int | None, stream: Tensor) -> Tensor:
+        """What later blocks make of `stream`."""
+        return ending(self.passes.frozen, input_ids, layer, stream, self.head)
 
 
 def student_of(config: Method, outline: Outline) -> Any:

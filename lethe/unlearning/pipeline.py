@@ -52,6 +52,7 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
     if several:
         return work_together(run, config.devices, trusts_task_code())  # type: ignore[arg-type]
     from lethe.training.trainer import keep_threads
+    from lethe.unlearning.beginning import begin
     from lethe.unlearning.prepare import cache_teachers, prepare
 
     made = prepare(run, config, checked, resumed)
@@ -64,7 +65,7 @@ def unlearn(config: Method, run: Run | None = None) -> Run:
         cache_teachers(run, made)
         if made.checks:
             made.checks.limit()
-        made.begin(run)
+        begin(run, config, made.trainer)
         made.free_teachers()
         made.trainer.train_with_bar(f"Unlearning {config.name}")
         _finish(run, made)

@@ -11,18 +11,16 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lethe import distributed
 from lethe.errors import LetheError, full_disk
 from lethe.evaluation.accuracy import refuse_unscorable
-from lethe.files import sha256, write_atomically
+from lethe.files import sha256
 from lethe.maps.affine import AffineMap
 from lethe.methods.method import HELD_OUT, Method, Trained
 from lethe.models import refs, streaming
@@ -97,19 +95,6 @@ class Prepared:
         if teacher and teacher.need.variance:
             self.trainer.target_variance = maps.variances(run, teacher, self.sequences["forget"], self.pad_id)
 
-    def begin(self, run: Run) -> None:
-        """Compute what the method needs before the first update, or load what an interrupted run has computed."""
-        path, recorded = run.path / "method.safetensors", (run.record.get("artifacts") or {}).get("method")
-        if type(self.config).begin is Method.begin:
-            return
-        if not distributed.from_first(lambda: recorded and path.is_file() and sha256(path) == recorded["sha256"]):
-            with torch.random.fork_rng():  # a run that loads the result draws the same dropout afterwards
-                found = self.config.begin(self.trainer.model, self.trainer.updates_over)  # type: ignore[arg-type]
-            whole = {name: distributed.whole(value.detach()).cpu().contiguous() for name, value in found.items()}
-            digest = distributed.from_first(lambda: _write(path, whole))
-            run.update(artifacts={"method": {"path": path.name, "sha256": digest}})
-        self.trainer.given = {name: value.to(distributed.device()) for name, value in load_file(path).items()}
-
     @property
     def pair(self) -> maps.Pair | None:
         """The target before training, and the source if there is one, in memory for a while. Only before training."""
@@ -121,7 +106,8 @@ class Prepared:
         teachers = self.trainer.teachers.values()
         live = [teacher.model for teacher in teachers if teacher.cache is None]
         for teacher in teachers:
-            if teacher.model not in live and teacher.model.bytes and teacher.head is not None:
+            alone = teacher.cache is not None and distributed.world() > 1  # only passes gather a sharded model's head
+            if (alone or teacher.model not in live) and teacher.model.bytes and teacher.head is not None:
                 teacher.head = copied(teacher.head)  # a view of the model's file would hold all of it
         for model in (self.source, self.reference):
             if model is not None and model not in live:
@@ -250,18 +236,13 @@ def _teacher_models(config: Method, checked: Checked, new: bool) -> tuple[Frozen
 def _last_layer(config: Method, role: str) -> int | None:
     """The last block that passes of the source or the reference need; None: all, for logits."""
     needs = [need for need in config.compared().values() if need.teacher == role or need.mapped]
-    logits = any(need.logits and need.teacher == role for need in needs)
+    logits = any((need.logits or need.ending) and need.teacher == role for need in needs)
     return None if logits or not needs else max(layer for need in needs for layer in need.layers)
 
 
 def _untouched(config: Method) -> bool:
     """Whether a model that is not trained yet has the weights and the type of its teachers' target."""
     return not config.moves_start and config.teacher_dtype in {None, config.dtype}
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    write_atomically(path, save(tensors))
-    return sha256(path)
 
 
 @contextlib.contextmanager

@@ -69,6 +69,10 @@ def cost(config: Method, phases: Phases, processes: int, parallel: str, document
         one = [config.max_length], need.depth, need.logits
         seen = documents * planned["epochs"]
         flops += seen * (student.forward(*one) + student.backward(*one, config.gradient_checkpointing))
+        if need.ending:  # forward and back
+            each = [frozen.ending(one[0], n if need.ending == "blocks" else None) for n in need.layers]
+            flops += 2 * seen * (sum(each) / len(each) if need.ending == "blocks" else sum(each))
+            continue
         flops += (documents if name in phases.load.cached else seen if need.teacher else 0) * frozen.forward(*one)
     batches = config.gradient_accumulation_steps
     traffic = _traffic(config, phases, processes, parallel, batches)
@@ -76,9 +80,8 @@ def cost(config: Method, phases: Phases, processes: int, parallel: str, document
     computing = flops / (processes * device.flops * device.utilisation)
     sending = planned["steps"] * traffic / link
     bound: Any = "computation" if computing >= sending else "link"
-    disk = sum(
-        documents * config.max_length * phases.passes.token_bytes(need) for need in config.needs().values() if need.teacher
-    )
+    cached = [need for need in config.needs().values() if need.teacher and not need.ending]
+    disk = sum(documents * config.max_length * phases.passes.token_bytes(need) for need in cached)
     return Cost(flops, planned["steps"], traffic, disk, max(computing, sending) / 3600, bound)
 
 

@@ -120,6 +120,8 @@ def choose(setting: str, teacher: Teacher, sequences: list[list[int]], seen: flo
 
     `seen`: how often the run reads each sequence, on average. `to_be_fitted`: the teacher's maps are not there yet.
     """
+    if teacher.need.ending:
+        return "live: it is applied to the model's activations"
     if setting != "auto":
         return f"{setting}: as set"
     key = key_of(teacher, sequences)

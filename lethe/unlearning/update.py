@@ -32,14 +32,17 @@ class Update:
     `parameters` are the trained ones, by name. `passes(text, loss)` adds the gradient of a loss of one text to `.grad`, over
     all batches of the update and all processes; without gradients enabled, it only logs the loss. `state` is what the method
     remembers from one update to the next: tensors in the form of a parameter. Saves hold it. `given`: what `Method.begin` has
-    computed.
+    computed. `blocks`: by number, the names of the trained parameters of a block. `losses`: before training, the parts of the
+    loss of the last passes, as means over the update; during it they are logged.
     """
 
     parameters: dict[str, nn.Parameter]
-    passes: Callable[[str, Loss | None], None]
+    passes: Callable[[str, Loss | None], Losses]
     progress: Progress
     state: dict[str, Gradient] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
+    blocks: dict[int, set[str]] = field(default_factory=dict)
+    losses: Losses = field(default_factory=dict)
 
     def gradient(self, text: str, loss: Loss | None = None) -> Gradient:
         """The gradient of the loss of one text at the present weights.
@@ -47,7 +50,7 @@ class Update:
         `loss`: a function from the text's view to the loss and its parts for the log; None: the method's own.
         """
         self.clear()
-        self.passes(text, loss)
+        self.losses = self.passes(text, loss)
         found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         self.clear()
         return found
@@ -75,6 +78,18 @@ class Update:
         """The Euclidean norm of all entries together, those of all processes."""
         squares = [whole(g.to(torch.promote_types(g.dtype, torch.float32)).square().sum()) for g in gradient.values()]
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    @contextlib.contextmanager
+    def only(self, block: int) -> Iterator[None]:
+        """Inside, gradients are those of the parameters of one block, and no pass goes further back."""
+        others = [p for name, p in self.parameters.items() if name not in self.blocks[block]]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
     @contextlib.contextmanager
     def moved(self, by: Gradient, scale: float = 1.0) -> Iterator[None]:

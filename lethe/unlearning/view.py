@@ -14,7 +14,7 @@ A method's loss uses only the public functions of `View`. Each of them says whic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from lethe.errors import LetheError
 from lethe.maps.affine import AffineMap
 from lethe.methods.method import Need
-from lethe.models.activations import States, read
+from lethe.models.activations import States, ending, read
 from lethe.objectives import losses
 from lethe.unlearning.frozen import Frozen
 
@@ -57,6 +57,10 @@ class Teacher:
         """The operations of its pass over documents of these lengths."""
         return self.model.flops.forward(lengths, self.need.depth, self.need.logits)
 
+    def ending_flops(self, lengths: Sequence[int], layer: int | None) -> int:
+        """The operations of what follows a layer (None: the last), in a pass over documents of these lengths."""
+        return self.model.flops.ending(lengths, layer)
+
     def states(self, input_ids: Int[Tensor, "batch seq"], index: Int[Tensor, " batch"]) -> States:
         """The teacher's activations and outputs on documents `index`, from the cache if there is one."""
         if self.cache is not None:
@@ -81,6 +85,13 @@ class Teacher:
             states.activations = self.maps(states.activations)
         output = None if states.output is None else states.output[:, :width]
         return States({n: values[:, :width] for n, values in states.activations.items()}, output)
+
+    def ending(
+        self, input_ids: Int[Tensor, "batch seq"], layer: int | None, stream: Float[Tensor, "batch seq hidden"]
+    ) -> Tensor:
+        """What the teacher makes of `stream` in place of its activations at `layer` (None: those of the last block)."""
+        with self.model.running() as model:
+            return ending(model, input_ids, layer, stream.to(self.model.dtype), self.head)
 
 
 def declared(value: T | None, what: str) -> T:
@@ -114,6 +125,8 @@ class View:
     given: dict[str, Tensor] = field(default_factory=dict)
     teacher_runs: Callable[[], None] | None = None
     """Called when the teacher computes its outputs, and not when they come from a cache."""
+    ending_runs: Callable[[int | None], None] | None = None
+    """Called when the teacher's blocks after a layer (None: the last) and its output head run on the model's activations."""
 
     @cached_property
     def target(self) -> States:
@@ -144,6 +157,23 @@ class View:
     def activation(self, layer: int) -> Float[Tensor, "batch seq hidden"]:
         """The model's activations at one layer. Needs it in `layers`."""
         return declared(self.states.activations.get(layer), f"layer {layer}")
+
+    def teacher_activation(self, layer: int) -> Float[Tensor, "batch seq hidden"]:
+        """The teacher's activations at one layer. Needs `teacher`, and the layer in `layers`."""
+        return declared(self.target.activations.get(layer), f"layer {layer}")
+
+    def ending(self, stream: Float[Tensor, "batch seq hidden"], layer: int | None = None) -> View:
+        """The same text with the logits that the teacher gives if `stream` is the output of its block `layer` (None: the last).
+
+        Its later blocks, final norm and output head are applied to `stream`, which gets a gradient. Needs `teacher`, `ending`.
+        """
+        teacher = declared(self.teacher, "teacher")
+        if self.ending_runs:
+            self.ending_runs(layer)
+        found = replace(self, states=States({}, teacher.ending(self.input_ids, layer, stream)), head=teacher.head)
+        if "target" in vars(self):
+            vars(found)["target"] = self.target  # what the teacher has computed already
+        return found
 
     def positive_cosine(self) -> Tensor:
         """Mean over layers and tokens of max(0, cos(h, a)), a the teacher's activation. Needs `teacher` and `layers`."""
