@@ -93,7 +93,7 @@ def slow_filter(gradient: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", MATRICES)
 def test_a_run_is_the_procedure_step_by_step(lab, make_model, tmp_path, family):
     model = str(make_model(family, tmp_path / "model", seed=0))
-    given = settings(tmp_path, model, lr=10.0, max_grad_norm=0.0)
+    given = settings(tmp_path, model, lr=10.0, budget=None)
     config = RepSelect(**given, components=EXACT, attack_lr=0.5, attack_r=3, seed=5)
     checked = check(config)
     run = Run.create("unlearn", "plain", to_dict(config), config.out)
@@ -172,19 +172,30 @@ def test_what_cannot_work_is_refused_in_one_line(lab, capsys, words, said):
 def test_a_mixture_of_experts_is_refused(lab, make_model, tmp_path, family, capsys):
     make_model(family, tmp_path / "model")
     text = settings(tmp_path, str(tmp_path / "model"))
-    words = ["--model", text["model"], "--forget", text["forget"], "--retain", text["retain"], "--components", "4"]
+    words = [
+        "--model",
+        text["model"],
+        "--forget",
+        text["forget"],
+        "--retain",
+        text["retain"],
+        "--components",
+        "4",
+        "--budget",
+        "null",
+    ]
     assert main(["unlearn", "--method", "repselect", *words, "--out", str(tmp_path / "runs")]) == 2
     assert "it trains the matrices of plain MLPs" in capsys.readouterr().err
 
 
 def test_an_attacker_that_diverges_ends_the_run_with_the_reason(lab, make_model, tmp_path):
-    given = settings(tmp_path, str(make_model("llama", tmp_path / "model")), dtype="float32")
+    given = settings(tmp_path, str(make_model("llama", tmp_path / "model")), dtype="float32", budget=None)
     with pytest.raises(LetheError, match=r"attack_lr: with 1e\+38, the attacker diverges; lower it"):
         unlearn(RepSelect(**given, components=4, attack_lr=1e38))
 
 
 def of_lab(out: Path, **changes: Any) -> RepSelect:
-    given = settings_of_lab(out, num_train_examples=64, max_steps=12, save_every=3, **changes)
+    given = settings_of_lab(out, num_train_examples=64, max_steps=12, save_every=3, budget=None, **changes)
     return RepSelect(**{n: v for n, v in given.items() if n not in {"source", "layers", "lora"}}, components=8, lr=0.05)
 
 

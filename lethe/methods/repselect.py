@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lethe import distributed
 from lethe.config.checks import Amount, Positive, above
 from lethe.config.training import LoraSettings, OptimizerName
+from lethe.config.unlearning import BudgetSettings
 from lethe.errors import LetheError
 from lethe.methods.method import Losses, Method, Need, Progress, Trained
 
@@ -48,7 +49,10 @@ class RepSelect(Method):
     attack_r: Positive = 8
     """Rank of the attacker's adapters."""
     max_steps: Annotated[int, above(0)] = 10
-    """Number of optimizer updates."""
+    """Number of optimizer updates, if the run stays within its budget."""
+    budget: BudgetSettings | None = field(default_factory=lambda: BudgetSettings(kl=0.01, every=1))
+    """What the run may cost elsewhere. The run ends when it exceeds its budget, with the last weights within it. null: no
+    limit."""
     lora: LoraSettings | None = None
     """null: the matrices themselves are trained. repselect does not train adapters."""
     optimizer: OptimizerName = "sgd"
