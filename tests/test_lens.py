@@ -29,6 +29,7 @@ from lethe.objectives.losses import head_of
 from lethe.runs.run import Run
 from lethe.sweeps.resuming import resume
 from lethe.text import corpora
+from lethe.unlearning.beginning import begin
 from lethe.unlearning.check import check
 from lethe.unlearning.frozen import Frozen, WithoutAdapters
 from lethe.unlearning.passes import Passes
@@ -177,7 +178,7 @@ def begun(config: Any) -> tuple[Run, UnlearnTrainer]:
     """A run, trained by Lethe after what the method computes first."""
     run = Run.create("unlearn", "plain", to_dict(config), config.out)
     made = prepare(run, config, check(config))
-    made.begin(run)
+    begin(run, config, made.trainer)
     made.trainer.train_with_bar("plain")
     return run, made.trainer
 
@@ -321,7 +322,7 @@ def test_a_lens_that_predicts_no_better_than_none_is_refused(lab, model, tmp_pat
     config = TunedLens(**settings(tmp_path, model, layers=[2], lens_lr=1e4))
     run = Run.create("unlearn", "plain", to_dict(config), config.out)
     with pytest.raises(LetheError, match=r"lens_lr: the lens of layer 2 predicts no better than without its fit \(KL"):
-        prepare(run, config, check(config)).begin(run)
+        begin(run, config, prepare(run, config, check(config)).trainer)
 
 
 @pytest.mark.parametrize("lora", [LoraSettings(r=4), None], ids=["lora", "full"])
@@ -332,7 +333,7 @@ def test_every_family_is_simulated(make_tokenizer, family, kind, lora):
         kind(layers=[0, 1], lora=lora), lambda: on_meta(configuration(family, make_tokenizer()), torch.float32), 16, frozenset()
     )
     assert passes.update["activations"] > 0
-    assert (passes.begun[1] > 0) == (kind is TunedLens)
+    assert bool(passes.begun[1]) == (kind is TunedLens)
     assert sum(value.numel() for value in passes.begun[0].values() if value.ndim) == (2 * 32 * 33 if kind is TunedLens else 0)
 
 

@@ -234,7 +234,7 @@ class Passes:
 
     def _view(self, name: str, need: Need, ids: Tensor, runs: bool = True) -> View:
         documents, tokens = ids.shape[0], ids.numel()
-        teacher: Any = _Teacher(self, need, name in self.cached) if need.teacher else None
+        teacher: Any = _Teacher(self, need, name in self.cached and runs) if need.teacher else None
         variance = dict.fromkeys(need.layers, 1.0) if need.variance else None
         states = read(self.student, ids, list(need.layers), need.logits, self.heads[0]) if runs else States()
         given = self.begun[0] if runs else {}
