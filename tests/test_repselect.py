@@ -26,6 +26,7 @@ from lethe.methods.repselect import filtered
 from lethe.models import refs
 from lethe.runs.run import Run
 from lethe.sweeps.resuming import resume
+from lethe.unlearning.beginning import begin
 from lethe.unlearning.check import check
 from lethe.unlearning.memory import Load, estimate
 from lethe.unlearning.prepare import prepare
@@ -98,7 +99,7 @@ def test_a_run_is_the_procedure_step_by_step(lab, make_model, tmp_path, family):
     checked = check(config)
     run = Run.create("unlearn", "plain", to_dict(config), config.out)
     made = prepare(run, config, checked)
-    made.begin(run)
+    begin(run, made.config, made.trainer)
     trainer = made.trainer
     texts = [torch.tensor([ids]) for ids in made.sequences["forget"]]
     assert len(texts) == 12

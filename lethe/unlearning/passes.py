@@ -237,7 +237,7 @@ class Passes:
         teacher: Any = _Teacher(self, need, name in self.cached and runs) if need.teacher else None
         variance = dict.fromkeys(need.layers, 1.0) if need.variance else None
         states = read(self.student, ids, list(need.layers), need.logits, self.heads[0]) if runs else States()
-        given = self.begun[0] if runs else {}
+        given = vars(self).get("begun", ({}, {}))[0]  # nothing while `begun` itself is computed
         return View(ids, torch.ones_like(ids), ids[:, 0], states, tokens, documents, self.heads[0], teacher, variance, given)
 
 
