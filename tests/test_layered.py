@@ -150,6 +150,7 @@ def npo(model: Any, reference: Any, texts: list[list[int]], beta: float) -> Tens
     return torch.stack(values).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["npo", "distill", "npo same_sign"])
 def test_training_is_that_of_a_plain_loop_over_the_stages(lab, pair, tmp_path, method):
     """In float64, with AdamW written out; the last updates of passes are smaller, and have a batch without documents."""
@@ -226,6 +227,7 @@ def test_more_parts_than_documents_are_refused(lab, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_plan_shows_the_stages(lab, tmp_path, capsys):
     plan = inspect(config(num_train_examples=12, epochs=2, out=str(tmp_path)))
     assert plan["stages"] == {

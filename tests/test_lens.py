@@ -325,6 +325,7 @@ def test_a_lens_that_predicts_no_better_than_none_is_refused(lab, model, tmp_pat
         begin(run, config, prepare(run, config, check(config)).trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoraSettings(r=4), None], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", [TunedLens, Sequential])
 @pytest.mark.parametrize("family", FAMILIES)

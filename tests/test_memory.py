@@ -125,6 +125,7 @@ def test_every_loss_is_simulated(config):
     assert parts["activations"] > 4 * 4 * 64 * 64
 
 
+@pytest.mark.slow
 def test_checkpointing_takes_less():
     shape, config = SMALL | {"num_hidden_layers": 12}, recipe(lora=LoraSettings(r=4), layers=[11])
     plain, less = (training(dataclasses.replace(config, gradient_checkpointing=again), shape) for again in (False, True))
@@ -161,6 +162,7 @@ def check(capsys: Any, *words: Any) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_check_needs_only_config_json_and_finds_the_largest_batch(shapes, capsys, tmp_path):
     words = ["--model", shapes, "--layers", "0", "2", "--max_length", "64", "--forget", tmp_path / "none.jsonl"]
     found = check(capsys, *words, "--memory", "1GiB")

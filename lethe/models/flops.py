@@ -5,7 +5,8 @@
 
 matrices: numbers in the matrices of a block that a token passes, adapters among them. trained: those of them that are trained.
 attention: heads · head size; half of causal attention is masked, and not counted. The last term is the output head, where the
-pass computes logits. Gradients end at the lowest block with trained weights. Norms, embeddings and losses are left out.
+pass computes logits. Gradients end at the lowest block with trained weights. Norms, embeddings, losses and the scans of
+state-space blocks are left out.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Flops:
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         first = any(p.requires_grad for p in embedding.parameters())
         self.lowest = 0 if first else next((n for n, count in enumerate(self.trained) if count), len(found))
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.attention = size * text.num_attention_heads
+        heads = getattr(text, "num_attention_heads", None) or 0  # none in a state-space model
+        self.attention = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
 
     def forward(self, lengths: Sequence[int], layers: int, logits: bool) -> int:
         """Of a pass forward over documents of these lengths."""
