@@ -200,7 +200,10 @@ def test_training_is_that_of_a_plain_loop_over_the_stages(lab, pair, tmp_path, m
 
 
 REFUSED = [
-    ({"max_steps": 5}, "max_steps: with layered, every stage has a number of epochs; set epochs, and leave max_steps out"),
+    (
+        {"max_steps": 5},
+        "layered: every stage has a number of epochs; set epochs, and leave max_steps out",
+    ),
     ({"packing": "packed"}, "packing: a packed sequence can have documents of two parts; with layered, set it to none"),
     (
         {"retain_coef": 0},

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from lethe import AffineConfig, LoraSettings, TamperConfig, Transfer, fit_affine, tamper, unlearn
 from lethe.config import EvalSettings, TextSource
-from lethe.config.unlearning import CorruptSettings
+from lethe.config.unlearning import CorruptSettings, LayeredSettings, SamSettings
 from lethe.errors import LetheError
 from lethe.maps.folder import HASH, METADATA, WEIGHTS
 from lethe.models import refs
@@ -187,6 +187,8 @@ CHANGES: dict[str, Any] = {
     "rewind_weights": "fisher",
     "rewind_share": 0.5,
     "corrupt": CorruptSettings(),
+    "sam": SamSettings(rho=0.5),
+    "layered": LayeredSettings(),
     "forget_kl_coef": 2.0,
     "cb_scale": "relative",
     "num_train_examples": 8,
@@ -215,8 +217,8 @@ CHANGES: dict[str, Any] = {
 }
 
 
-FAULTS = {"save_every", "divergence_factor", "on_divergence", "time_limit", "parallel"}
-"""What they change shows only when something goes wrong: test_resume; or with several processes: test_distributed."""
+FAULTS = {"save_every", "divergence_factor", "on_divergence", "time_limit", "parallel", "budget"}
+"""What they change shows only when something goes wrong: test_resume, test_budget; or with several processes: test_distributed."""
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Transfer) if field.name not in FAULTS])

@@ -33,6 +33,12 @@ from lethe.unlearning.view import Teacher
 ROWS = [list(range(3, 3 + n)) for n in (5, 30, 17, 1, 24)]
 
 
+def values(run: Run) -> list[Any]:
+    """What a run logged, without the passes that it took."""
+    metrics, batches, _ = written(run)
+    return [[{key: row[key] for key in row if key not in {"passes", "flops"}} for row in metrics], batches]
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch, request) -> Path:
     """An empty folder of caches; runs on the lab need the lab's own home."""
@@ -235,7 +241,7 @@ def test_a_run_has_the_losses_of_live_teachers_without_running_them(lab, tmp_pat
     monkeypatch.setattr(UnlearnTrainer, "train", without_teachers)
     cached = unlearn(interruptible(tmp_path / "runs", teacher_cache="cached", **settings))
     assert all(how == "cached: as set" for how in cached.record["plan"]["teachers"].values())
-    assert written(cached)[:2] == written(live)[:2]  # to the last bit: Teacher.live pads to whole vectors
+    assert values(cached) == values(live)  # to the last bit: Teacher.live pads to whole vectors
 
 
 @pytest.mark.slow
@@ -269,4 +275,4 @@ def test_auto_caches_what_is_seen_again_and_says_why(lab, tmp_path):
     assert all(how.startswith("cached: documents are seen 2 times") for how in twice.record["plan"]["teachers"].values())
     again = unlearn(interruptible(tmp_path / "runs", max_steps=8))
     assert all(how == "cached: a complete cache exists" for how in again.record["plan"]["teachers"].values())
-    assert written(again)[0] == written(once)[0]
+    assert values(again) == values(once)

@@ -153,7 +153,7 @@ class UnlearnSettings(TrainingSettings):
                 "sam: rounding of bfloat16 weights is larger than its moves; set dtype to float32, or train adapters"
             )
         if self.layered and self.max_steps > 0:
-            raise LetheError("max_steps: with layered, every stage has a number of epochs; set epochs, and leave max_steps out")
+            raise LetheError("layered: every stage has a number of epochs; set epochs, and leave max_steps out")
         if self.layered and isinstance(self.forget, TextSource) and self.forget.part:
             raise LetheError("forget.part: layered splits the text itself; leave part out")
         if self.layered and self.packing == "packed":

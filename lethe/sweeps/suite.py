@@ -78,7 +78,9 @@ def with_parts(attacks: dict[str, Any], common: dict[str, Any], models: list[str
     repeated = {
         name: own or {}
         for name, own in attacks.items()
-        if (common | (own or {})).get("attack", "finetune") == "finetune" and not {"forget", "after"} & set(own or {})
+        if isinstance(own or {}, dict)
+        and (common | (own or {})).get("attack", "finetune") == "finetune"
+        and not {"forget", "after"} & set(own or {})
     }
     made = dict(attacks)
     for run in filter(None, (refs.run_of(model, out) for model in models)):

@@ -43,7 +43,11 @@ def methods_of(config: LaunchSettings) -> list[Any]:
         return []
     varied = config.vary.get("method", [])
     values = varied.get("values", []) if isinstance(varied, dict) else varied
-    return [section_of(config.unlearn).get("method"), *(values if isinstance(values, list) else [])]
+    try:
+        method = section_of(config.unlearn).get("method")
+    except LetheError as error:
+        raise LetheError(f"unlearn: {error}") from error
+    return [method, *(values if isinstance(values, list) else [])]
 
 
 def consent_to_methods(config: LaunchSettings, given: bool) -> dict[str, str]:
