@@ -218,7 +218,7 @@ CHANGES: dict[str, Any] = {
 
 
 FAULTS = {"save_every", "divergence_factor", "on_divergence", "time_limit", "parallel", "budget"}
-"""What they change shows only when something goes wrong, or with several processes: test_resume, test_budget, test_distributed."""
+"""Their effect shows when something goes wrong, or with several processes: test_resume, test_budget, test_distributed."""
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Transfer) if field.name not in FAULTS])
