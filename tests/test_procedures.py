@@ -139,7 +139,7 @@ def test_a_killed_procedure_remembers_its_state(lab, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--method mudman --lora.r 4", "lora: has no effect with method mudman, which trains the matrices themselves"),
+        ("--method mudman --lora.r 4", "lora: has no effect with method mudman, which trains the weights themselves"),
         ("--method mudman --optimizer adamw", "optimizer: adamw has no effect with method mudman"),
         (
             "--method mudman --same_sign true",

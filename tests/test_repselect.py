@@ -154,9 +154,9 @@ def test_singular_values_of_rounding_are_left_alone():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--lora.r 4", "lora: has no effect with method repselect, which trains the matrices themselves"),
+        ("--lora.r 4", "lora: has no effect with method repselect, which trains the weights themselves"),
         ("--optimizer adamw", "optimizer: adamw has no effect with method repselect"),
-        ("--max_grad_norm 1", "max_grad_norm: 1.0 has no effect with method repselect, whose updates are all alike"),
+        ("--max_grad_norm 1", "max_grad_norm: 1.0 has no effect with method repselect, whose step is its own"),
         ("--same_sign true", "same_sign: True has no effect with method repselect, which computes its own gradient"),
         ("--components 4096", "components: 4096 is above the width of 'lab:final'"),
         ("--max_steps -1", "max_steps: must be above 0"),

@@ -237,6 +237,12 @@ def test_a_run_keeps_its_scores_and_another_run_uses_them(lab, tmp_path):
     facts = run.record["rewound"]
     assert facts["share"] == pytest.approx(0.75, abs=1e-4) and facts["threshold"] > 0 and facts["tokens"] > 1000
     assert {"outside", "0", "5"} <= facts["by_layer"].keys() and all(0 <= value <= 1 for value in facts["by_layer"].values())
+    lengths = dict.fromkeys(("model_forward", "model_backward"), facts["tokens"])
+    assert run.record["cost"]["before"]["scoring weights"]["tokens"] == lengths
+    trained_on = sum(row["passes"]["model_backward"] for row in run.rows("metrics.jsonl"))
+    assert run.record["cost"]["tokens"]["model_backward"] == trained_on + facts["tokens"]
+    whole = run.record["cost"]["pretraining"]
+    assert whole["share_of_tokens"] == pytest.approx((trained_on + facts["tokens"]) / whole["tokens"])
     assert run.record["plan"]["seconds"]["scoring weights"] > 0 and "scores" in run.record["plan"]["memory_by_phase"]
     model, source = weights_of("lab:final"), weights_of(run.record["config"]["source"])
     trained, scored = weights_of(run.path / "model"), load_file(file)

@@ -9,9 +9,10 @@ import torch
 from plain import Plain, assert_same_weights, settings, trained
 from torch import Tensor
 
-from lethe import NPO, Distill
+from lethe import NPO, RMU, Distill, LoraSettings
 from lethe.cli import main
 from lethe.config.unlearning import SamSettings
+from lethe.unlearning.pipeline import inspect
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,35 @@ def test_a_wrapped_method_trains_as_a_plain_loop(lab, pair, tmp_path, method, wr
             for name, p in plain.parameters.items():
                 p.sub_(0.02 * (3 - i) / 3 * change[name])
     assert_same_weights(trainer, plain, before)
+
+
+def test_passes_over_a_text_before_training_add_up_in_the_cost(lab, pair, tmp_path):
+    run, trainer = trained(NPO(**settings(tmp_path, pair[0])))
+    model: Any = trainer.model
+    for _ in range(2):
+        for update in trainer.updates_over("forget", dict(model.named_parameters()), "work"):
+            assert update.gradient("forget") and not update.gradient("forget").keys() - dict(model.named_parameters()).keys()
+    rows: Any = trainer.train_dataset
+    tokens = 2 * 2 * sum(map(len, rows.texts["forget"]))  # two gradients, two passes over the text
+    counted = run.record["cost"]["before"]["work"]["tokens"]
+    assert counted["model_forward"] == counted["model_backward"] == counted["reference_forward"] == tokens
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2, dropout=0.0)], ids=["full", "lora"])
+def test_rmu_trains_the_output_matrices_of_three_mlps(lab, make_model, tmp_path, family, lora):
+    name = str(make_model(family, tmp_path / "model", seed=0))
+    _, trainer = trained(RMU(**settings(tmp_path, name, lora=lora, layers=[3], steering=3.0)))
+    model: Any = trainer.model
+    own = {name.split(".lora_")[0].removesuffix(".weight") for name, p in model.named_parameters() if p.requires_grad}
+    assert len(own) == 3 and {name.rsplit(".", 1)[-1] for name in own} <= {"dense_4h_to_h", "down_proj", "c_proj"}
+    assert {int(number) for name in own for number in name.split(".") if number.isdigit()} == {1, 2, 3}
+    assert not [name for name in own if "attn" in name]
+
+
+def test_signs_of_a_retain_gradient_that_is_0_at_the_start_are_warned_of(lab, pair, tmp_path):
+    plans = [inspect(NPO(**settings(tmp_path, pair[0], retain_loss=loss, same_sign=True))) for loss in ("kl", "ce")]
+    assert [any("signs of the first update" in text for text in plan["warnings"]) for plan in plans] == [True, False]
 
 
 @pytest.mark.parametrize(

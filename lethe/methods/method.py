@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import lethe.methods
 from lethe.config.checks import Amount
 from lethe.config.parse import fields_of
+from lethe.config.training import LoraSettings, OptimizerName
 from lethe.config.unlearning import UnlearnSettings
 from lethe.errors import LetheError, nearest, printable
 from lethe.methods import user_file
@@ -350,3 +351,22 @@ class ForgetAndRetain(Method):
             f"schedule: the run ends within its first epoch, so that the ramp is cut short and "
             f"retain_coef only rises to {end:g} of {self.retain_coef:g}"
         ]
+
+
+@dataclass(kw_only=True)
+class OwnStep(Method):
+    """A procedure that trains the weights themselves, by plain steps of lr times what `gradient` returns."""
+
+    lora: LoraSettings | None = None
+    """null: the weights themselves are trained. This method trains no adapters."""
+    optimizer: OptimizerName = "sgd"
+    """sgd: the step of the method as it is. Others would change it."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    max_grad_norm: Amount = 0.0
+    """0: no clipping. The length of a step is the method's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_idle("lora", when=True, why=f"with method {self.method}, which trains the weights themselves")
+        self.refuse_idle("optimizer", "max_grad_norm", when=True, why=f"with method {self.method}, whose step is its own")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from lethe.config.checks import Amount, Fraction, Positive, above
-from lethe.config.training import LoraSettings, OptimizerName
 from lethe.errors import LetheError
-from lethe.methods.method import Losses, Method, Need, Progress, Trained
+from lethe.methods.method import Losses, Need, OwnStep, Progress, Trained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class MUDMAN(Method):
+class MUDMAN(OwnStep):
     """Unlearn by MUDMAN (Sondej et al., https://arxiv.org/abs/2506.12484).
 
         a ← 0.9 a + 0.1 ∇ CE(θ) on retain text                             a starts at 0
@@ -40,19 +39,9 @@ class MUDMAN(Method):
     """Learning rate of the adversary. A higher value relearns more before each forget step."""
     adversary_every: Positive = 32
     """Updates after which the adversary starts again from the model's weights."""
-    lora: LoraSettings | None = None
-    """null: the matrices themselves are trained. mudman does not train adapters."""
-    optimizer: OptimizerName = "sgd"
-    """sgd: the step of the method as it is; others change it."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "constant"
-    """Shape of the learning rate after the warm-up."""
-    max_grad_norm: Amount = 0.0
-    """Norm at which the step, divided by lr, is clipped (0: no clipping)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_idle("lora", when=True, why="with method mudman, which trains the matrices themselves")
-        self.refuse_idle("optimizer", when=True, why="with method mudman, whose step is its own")
         if self.dtype == "bfloat16":
             raise LetheError("dtype: the adversary's steps are lost to rounding in bfloat16; set it to float32")
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lethe import distributed
-from lethe.config.checks import Amount, Positive, above
-from lethe.config.training import LoraSettings, OptimizerName
+from lethe.config.checks import Positive, above
 from lethe.config.unlearning import BudgetSettings
 from lethe.errors import LetheError
-from lethe.methods.method import Losses, Method, Need, Progress, Trained
+from lethe.methods.method import Losses, Need, OwnStep, Progress, Trained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class RepSelect(Method):
+class RepSelect(OwnStep):
     """Unlearn by representation selectivity (Sondej et al., https://arxiv.org/abs/2606.17168).
 
         forget_ce_loss = mean over forget tokens of log p(next token)
@@ -53,20 +52,6 @@ class RepSelect(Method):
     budget: BudgetSettings | None = field(default_factory=lambda: BudgetSettings(kl=0.01, every=1))
     """What the run may cost elsewhere. The run ends when it exceeds its budget, with the last weights within it. null: no
     limit."""
-    lora: LoraSettings | None = None
-    """null: the matrices themselves are trained. repselect does not train adapters."""
-    optimizer: OptimizerName = "sgd"
-    """sgd: the step of the method as it is; others change it."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "constant"
-    """Shape of the learning rate after the warm-up."""
-    max_grad_norm: Amount = 0.0
-    """0: no clipping. repselect takes the same step at each update, so set lr instead."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.refuse_idle("lora", when=True, why="with method repselect, which trains the matrices themselves")
-        self.refuse_idle("optimizer", when=True, why="with method repselect, whose step is its own")
-        self.refuse_idle("max_grad_norm", when=True, why="with method repselect, whose updates are all alike; lower lr instead")
 
     @property
     def trained(self) -> Trained:

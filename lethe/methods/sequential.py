@@ -64,8 +64,7 @@ class Sequential(ForgetAndRetain):
 
     def gradient(self, update: Update) -> Gradient:
         with update.only(self.layer_at(update.progress)):
-            both = [update.gradient(text) for text in self.needs()]
-        return {name: sum(g[name] for g in both if name in g) for name in both[0] | both[-1]}  # type: ignore[misc]
+            return update.added(*(update.gradient(text) for text in self.needs()))
 
     @property
     def trained(self) -> Trained:

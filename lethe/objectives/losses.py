@@ -109,8 +109,8 @@ def cosine_distance(
     student: Activations, target: Float[Tensor, "batch seq hidden"], mask: Int[Tensor, "batch seq"], tokens: int
 ) -> Tensor:
     """Mean over layers and non-padding tokens of 1 − cos(h, target), in at least float32."""
-    layers = [((1 - cosine_similarity(wide(h), target.to(wide(h)), dim=-1)) * mask).sum() for h in student.values()]
-    return torch.stack(layers).mean() / tokens
+    cosines = [cosine_similarity(wide(h), target.to(wide(h)), dim=-1) for h in student.values()]
+    return _mean_over_layers([1 - cosine for cosine in cosines], mask, tokens)
 
 
 def positive_cosine(

@@ -12,8 +12,8 @@ from lethe.runs.run import Run
 
 COSTS = "Cost"
 NOTES = [
-    "Tokens: those that the model was trained on, once for each pass. FLOPs: by formula, of all models, with maps, cached "
-    "teachers and budget checks, without evaluation.",
+    "Tokens: those that the model passed forward and back, once for each pass, in training and before it. FLOPs: by formula,"
+    " of all models, with maps, cached teachers and budget checks, without evaluation.",
     "Of pretraining: the same numbers over those of the lab's pretraining, where the model is one of the lab.",
 ]
 

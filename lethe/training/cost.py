@@ -76,8 +76,8 @@ def add_seconds(run: Run, name: str, more: float) -> None:
 def summary(run: Run, rows: list[dict[str, Any]], model: refs.ModelRef, out: str | Path) -> dict[str, Any]:
     """`cost` of run.json. A number that is not known is absent, with the reason under `missing`.
 
-    `share_of_tokens`: tokens that the model was trained on over those of its pretraining. `share_of_flops`: all operations of
-    this run over those of the pretraining.
+    `share_of_tokens`: tokens that the model passed forward and back, in training and before it, over those of its pretraining.
+    `share_of_flops`: all operations of this run over those of the pretraining.
     """
     before = (run.record.get("cost") or {}).get("before") or {}
     tokens: Counter[str] = Counter()
@@ -93,8 +93,7 @@ def summary(run: Run, rows: list[dict[str, Any]], model: refs.ModelRef, out: str
     known = pretraining(model, out)
     if isinstance(known, str):
         return found | {"missing": {"pretraining": known}}
-    trained = sum(row.get("passes", {}).get("model_backward", 0) for row in rows)
-    shares = {"share_of_tokens": trained / known["tokens"], "share_of_flops": flops / known["flops"]}
+    shares = {"share_of_tokens": tokens["model_backward"] / known["tokens"], "share_of_flops": flops / known["flops"]}
     return found | {"pretraining": known | shares}
 
 

@@ -23,9 +23,11 @@ from lethe.config.unlearning import CorruptSettings
 from lethe.errors import LetheError
 from lethe.files import sha256
 from lethe.methods.method import Method
+from lethe.models.flops import Flops
 from lethe.objectives.losses import wide
 from lethe.runs.run import Run
 from lethe.text import corpora
+from lethe.training import cost
 from lethe.training.optimizers import layer_of, routes
 from lethe.unlearning import scores
 from lethe.unlearning.check import Checked
@@ -70,6 +72,11 @@ def _fisher(run: Run, config: Method, checked: Checked, model: Any, tokenizer: P
     scores.fisher(model, texts, tokenizer.pad_token_id, file)  # type: ignore[arg-type]
     seconds = time.monotonic() - began
     seconds *= sum(min(len(some), scores.DOCUMENTS) for some in documents.values()) / sum(map(len, texts.values()))
+    count, lengths = Flops(model), [len(row) for rows in texts.values() for row in rows]  # fisher leaves all weights trained
+    times = len(scores.groups(dict(model.named_parameters())))
+    passes = count.forward(lengths, 0, True) + count.backward(lengths, 0, True)
+    tokens = dict.fromkeys(("model_forward", "model_backward"), times * sum(lengths))
+    cost.book(run, "scoring weights", tokens, times * passes)
     run.update(
         artifacts={"scores": {"path": file.name, "sha256": distributed.from_first(lambda: sha256(file))}},
         rewound={"tokens": sum(len(row) for rows in texts.values() for row in rows), "seconds": round(seconds, 3)},

@@ -45,6 +45,7 @@ class UnlearnTrainer(RunTrainer):
         self.needs = self.config.needs()
         self.by_update = self.config.by_update
         self.given: dict[str, Tensor] = {}
+        self.before: dict[str, list[tuple[cost.Tokens, int]]] = {}
         self.flops = Flops(self.model)  # type: ignore[arg-type]
         self.head = head_of(self.model)  # type: ignore[arg-type]
         read_out = [teacher for teacher in teachers.values() if teacher.need.logits or teacher.need.ending]
@@ -133,7 +134,9 @@ class UnlearnTrainer(RunTrainer):
                 yield self._update(batches, parameters, Progress(done, len(groups), len(groups)), None, teacher)
                 advance(self.documents_in_update[text])
         self.flops = usual
-        counted = cost.together(distributed.gather(self.tally.take()))
+        taken = self.before.setdefault(description, [])  # several passes over a text add up
+        taken += distributed.gather(self.tally.take())
+        counted = cost.together(taken)
         cost.book(self.run, description, counted["passes"], counted["flops"])
 
     def _teacher_of(self, need: Need) -> Teacher:
