@@ -61,18 +61,17 @@ class MUDMAN(OwnStep):
         state, beta = update.state, self.retain_momentum
         if update.progress.done % self.adversary_every == 0 or "adversary" not in state:
             state["adversary"] = update.copy()
-        retain = update.gradient("retain")
-        before = state.get("retain", {name: torch.zeros_like(g) for name, g in retain.items()})
-        state["retain"] = {name: beta * before[name] + (1 - beta) * g for name, g in retain.items()}
+        for name, g in update.gradient("retain").items():
+            mean = state.setdefault("retain", {}).setdefault(name, torch.zeros_like(g))
+            mean.mul_(beta).add_(g, alpha=1 - beta)
         with update.at(state["adversary"]):
             update.add(update.gradient("forget", adversary_cross_entropy), -self.adversary_lr)
-            state["adversary"] = update.copy()
-            forget = update.gradient("forget", negative_entropy)
-        size = update.norm(forget) or 1.0
-        step = {}
-        for name, a in state["retain"].items():
-            g = forget[name]
-            step[name] = self.retain_lr / self.lr * a + torch.where(g.sign() == a.sign(), g, 0) / size
+            for name, value in state["adversary"].items():
+                value.copy_(update.parameters[name].detach())
+            step = update.gradient("forget", negative_entropy)
+        size = update.norm(step) or 1.0
+        for name, a in state["retain"].items():  # in place: each of these is as large as the trained weights
+            step[name].mul_(step[name].sign() == a.sign()).div_(size).add_(a, alpha=self.retain_lr / self.lr)
         return step
 
 
