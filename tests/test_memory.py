@@ -224,6 +224,17 @@ def test_a_full_rank_7b_recipe_says_that_one_device_is_too_small(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.startswith("deep-ignorance-7b/")])
+def test_a_7b_recipe_fits_one_device_or_says_that_it_does_not(name):
+    """No hub is asked: the model is one of the same shape, without weights."""
+    config = from_recipe(Method, name)
+    load = Load(config.max_length, dict.fromkeys(config.compared(), 2048 * config.max_length), gpu=True)
+    phases = Phases(config, lambda: on_meta(GPTNeoXConfig(**NEOX_7B), getattr(torch, config.dtype)), load)
+    comment = [line for line in recipes.named(name).text.splitlines() if line.startswith("#")]
+    assert (phases.estimate(1, "ddp").total < 80 * 2**30) != ("too small" in " ".join(comment[:5]))
+
+
+@pytest.mark.slow
 def test_the_tables_of_the_page_on_scaling_are_up_to_date():
     sys.path.insert(0, str(ROOT / "scripts"))
     import scaling
