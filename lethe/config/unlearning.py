@@ -54,7 +54,7 @@ class CorruptSettings(Settings):
 
 @dataclass
 class BudgetSettings(Settings):
-    """What a run may cost elsewhere. It ends when it exceeds its budget. Its result are the last weights within the budget."""
+    """What a run may cost elsewhere. It ends when it exceeds its budget, and the result is the last weights within it."""
 
     kl: Annotated[float, above(0)] | None = None
     """Highest KL(reference ‖ model) of next tokens on neutral text that is not trained on, a mean over tokens, in nats. A
@@ -64,7 +64,7 @@ class BudgetSettings(Settings):
     null: no limit."""
     every: Positive | None = None
     """Updates between two checks; the last update is always checked. A smaller number ends the run closer to the budget, and
-    takes longer. null: so many that checks take about a twenty-fifth of the run's computation."""
+    takes longer. null: Lethe chooses it so that checks take about 4 % of the run's computation."""
     documents: Positive = 32
     """Number of documents of neutral text for kl."""
     questions: Count = 400
