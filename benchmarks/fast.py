@@ -1,7 +1,7 @@
 """What a setting costs or saves in training: seconds of an update with a recipe as it is, and with one setting changed.
 
     python benchmarks/fast.py lab -- --fast false
-    python benchmarks/fast.py lab-full -- --teacher_cache live
+    python benchmarks/fast.py lab-hold -- --teacher_cache cached
 
 Settings before `--` apply to both. Those after it make the second variant. Short runs of both variants take turns in one
 process. Prints medians over all updates: CPU time of the process, time of the clock, and their ratios (second / first). On a

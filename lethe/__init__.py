@@ -38,6 +38,7 @@ from lethe.methods.simnpo import SimNPO
 from lethe.methods.tar import TAR
 from lethe.methods.transfer import Transfer
 from lethe.methods.tuned_lens import TunedLens
+from lethe.methods.undo import Undo
 from lethe.runs.finding import find_runs
 from lethe.runs.run import Run
 

@@ -1,6 +1,6 @@
 """The whole job on the built-in lab: `lethe demo`.
 
-    lab -> checkpoint sweep -> baseline and source -> maps -> unlearning (LoRA, full-rank) -> attacks and controls -> report
+    lab -> checkpoint sweep -> baseline and source -> maps -> unlearning (rewinding, LoRA) -> attacks and controls -> report
 
 Each step calls the function of its own command and makes a run under OUT/runs. A step is skipped if a complete run with the
 same settings and the same weights exists, so a demo that was killed continues with the step in which it was killed.
@@ -84,9 +84,9 @@ def _demo(config: DemoConfig) -> dict[str, Path]:
     steps.do(f"Source ({source})", evaluate, EvaluateConfig(source, LAB_TASKS, name="source", out=steps.out))
     maps = steps.do("Affine maps, source to model", fit_affine, AffineConfig(TARGET, source, out=steps.out))
     attacked = {}
-    changes = {"source": source, "affine": f"run:{maps.id}", "seed": config.seed, "out": steps.out}
-    for recipe in ("lab", "lab-full"):
-        settings = from_recipe(Method, recipe, **changes)
+    changes = {"source": source, "seed": config.seed, "out": steps.out}
+    for recipe, more in (("lab-hold", {}), ("lab", {"affine": f"run:{maps.id}"})):
+        settings = from_recipe(Method, recipe, **changes, **more)
         attacked[settings.name] = steps.do(f"Unlearning ({settings.name})", unlearn, settings)
     models = {name: f"run:{run.id}" for name, run in attacked.items()} | CONTROLS
     for name, model in models.items():

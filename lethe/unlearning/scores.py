@@ -35,7 +35,7 @@ from lethe.text import corpora
 from lethe.unlearning.view import View
 
 FILE = "scores.safetensors"
-DOCUMENTS, BATCH = 512, 16
+DOCUMENTS, BATCH = 128, 16
 """Documents of each text that are read at most, and those of one batch, whose gradient is squared."""
 TOKENS = 2048
 """Tokens of a forward pass at most, unless one document has more."""
