@@ -1,7 +1,7 @@
 """What rewinding some of the weights retains, and what attacks bring back: the frontier on the lab.
 
     python benchmarks/rewinding.py FOLDER [PART ...]
-    LETHE_LAB=second python benchmarks/rewinding.py FOLDER/second seeds
+    LETHE_LAB=second python benchmarks/rewinding.py FOLDER/second controls hold
     python benchmarks/rewinding.py FOLDER table
 
 PART is a name in `PARTS`, such as `share`; without one, all parts run. Each unlearning run and each attack is one line of
@@ -41,15 +41,16 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "LoRA 3e-3": {"lr": 3e-3, "lora": LoraSettings()},
 }
 """At a constant rate, so that the evaluation after 100 of 1,000 updates is that of an attack of 100."""
-LONG = ("seeds", "start", "lora")
+LONG = ("controls", "hold", "seeds", "lora")
 """Parts whose models are attacked with 1,000 updates. The others are attacked with 100."""
 NO_SCORES: dict[str, Any] = {"rewind_weights": "all"}
 LORA: dict[str, Any] = {"lora": LoraSettings(r=64, alpha=64, dropout=0.0), "lr": 3e-3}
 
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
-    "seeds": {f"lab-hold, seed {seed}": {"seed": seed} for seed in range(3)},
+    "hold": {"lab-hold": {}},
+    "seeds": {f"lab-hold, seed {seed}": {"seed": seed} for seed in (1, 2)},
     "start": {"rho 1": NO_SCORES, "study's LoRA": {"recipe": "lab"}},
-    "share": {f"share {share}": {"rewind_share": share} for share in (0.5, 0.65, 0.7, 0.85)},
+    "share": {f"share {share}": {"rewind_share": share} for share in (0.5, 0.65, 0.75, 0.85)},
     "updates": {f"{n} documents": {"num_train_examples": n} for n in (1000, 1500, 2800)},
     "again": {"2 epochs": {"epochs": 2}, "4 epochs": {"epochs": 4}},
     "score": {f"score of {kind}": {"score": kind} for kind in ("source", "both", "matrix", "random", "32", "512")},
@@ -181,7 +182,7 @@ def main() -> None:
             results.line(name, lambda name=name, changes=changes: unlearned(folder, name, changes))  # type: ignore[misc]
         for name in PARTS.get(part, (MODEL, TWIN)):
             line = results.line(name, lambda name=name: evaluated(name))  # type: ignore[misc]
-            updates = 1000 if part in ("controls", *LONG) else 100
+            updates = 1000 if part in LONG else 100
             for attack, settings in ATTACKS.items() if name != MODEL else ():
                 model = line["run"]
                 results.line(f"{name} | {attack}", lambda m=model, s=settings, n=updates: attacked(folder, m, s, n))  # type: ignore[misc]

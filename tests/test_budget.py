@@ -7,10 +7,10 @@ import signal
 import pytest
 import sweeping
 import torch
-from lab_runs import assert_same, interruptible, recipe, start, wait_for, written
+from lab_runs import assert_same, interruptible, recipe, settings, start, wait_for, written
 from safetensors.torch import load_file
 
-from lethe import BudgetSettings, Distill, LoraSettings, TextSource, sweep, unlearn
+from lethe import BudgetSettings, Distill, LayeredSettings, LoraSettings, TextSource, sweep, unlearn
 from lethe.config import EvalSettings, ResumeConfig
 from lethe.errors import LetheError
 from lethe.models import refs
@@ -129,6 +129,43 @@ def test_lost_retain_accuracy_ends_a_run_and_the_first_check_outside_gives_the_w
     assert facts["retain_before"] == before.record["evals"]["lab_retain"]["acc"]
 
 
+def mean_cross_entropy(model: torch.nn.Module, tokenizer, documents: list[str]) -> float:
+    """−log p of the next token, a mean over the documents' tokens, one document after the other."""
+    total, tokens = 0.0, 0
+    for text in documents:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        total -= float(logs.gather(-1, ids[0, 1:, None]).sum())
+        tokens += ids.numel() - 1
+    return total / tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["auto", "live"])
+def test_a_run_ends_once_its_cross_entropy_is_restored(lab, tmp_path, cache):
+    def rewound(out, **changes) -> Run:
+        rate = {"lr": 3e-3, "lora": None, "rewind": 0.6, "teacher_cache": cache, "dtype": "float64"}
+        given = settings(out, **(FAST | rate | changes))
+        return unlearn(Distill(**{name: value for name, value in given.items() if name != "layers"}))
+
+    run = rewound(tmp_path / "ended", budget=BudgetSettings(restored=0.62, every=1, documents=12))
+    facts = run.record["budget"]
+    stopped, reached = facts["stopped_at"], {int(step): values["restored"] for step, values in facts["values"].items()}
+    assert 1 < stopped < 12 and facts["kept_step"] == stopped == max(reached) and "within budget.restored" in facts["reason"]
+    assert [step for step, value in reached.items() if value <= 0.62] == [stopped]
+    used = {d.id for text in ("lab:forget", "lab:retain") for d in corpora.read(text)[:32]}
+    texts = [d.text for d in corpora.read("lab:retain") if d.id not in used][:12]
+    ours, theirs = (
+        mean_cross_entropy(*refs.load(refs.resolve(each, run.path.parent), "float64"), texts)
+        for each in (f"run:{run.id}", "lab:final")
+    )
+    assert reached[stopped] == pytest.approx(ours / theirs - 1, rel=1e-6)
+    whole = rewound(tmp_path / "whole", max_steps=stopped)
+    weights = [load_file(each.path / "model" / "model.safetensors") for each in (run, whole)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
 @pytest.mark.slow
 def test_a_run_that_diverges_ends_with_the_weights_within_its_budget(lab, tmp_path):
     budget = BudgetSettings(kl=1e9, every=5, documents=4)
@@ -167,6 +204,8 @@ def test_a_sweep_varies_a_budget(lab, tmp_path):
         ({"budget": {"kl": 0.01, "questions": 9}}, "questions: 9 has no effect without budget.retain"),
         ({"budget": {"retain": 0.01, "documents": 9}}, "documents: 9 has no effect without budget.kl"),
         ({"budget": {"kl": 0.01}, "rewind": 0.5}, "budget: a run with rewind or corrupt starts outside its budget"),
+        ({"budget": {"restored": 0.05}}, "budget.restored: a run without rewind and corrupt has nothing to restore"),
+        ({"budget": {"restored": 0.05}, "rewind": 0.5, "layered": LayeredSettings()}, "before its last stage"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, changes, said):
@@ -182,13 +221,13 @@ def test_a_budget_without_what_it_measures_is_refused_before_a_run_exists(lab, t
 
     refused(BudgetSettings(retain=0.02), "budget.retain: eval.tasks has no retain task; add mmlu or lab_retain")
     every = len(corpora.read("lab:retain"))
-    left = "the retain text has 0 documents that are not trained on, 32 are needed; lower num_train_examples"
+    left = "budget.documents: 32 are needed that are not trained on, and the retain text has 0; lower num_train_examples"
     refused(BudgetSettings(kl=0.01), left, num_train_examples=0, retain=TextSource("lab:retain"))
-    refused(BudgetSettings(kl=0.01, documents=every), f"the retain text has {every - 32} documents")
+    refused(BudgetSettings(kl=0.01, documents=every), f"the retain text has {every - 32}; lower")
     refused(BudgetSettings(kl=0.01, text="lab:forget"), "budget.text: this is the forget text")
     few = tmp_path / "few.txt"
     few.write_text("one line\nanother line\n")
-    refused(BudgetSettings(kl=0.01, text=str(few)), "budget.text has 2 documents .* lower budget.documents")
+    refused(BudgetSettings(kl=0.01, text=str(few)), "budget.text has 2; lower budget.documents")
 
 
 def test_held_out_documents_of_a_mixture_are_in_proportion_to_its_weights(tmp_path):

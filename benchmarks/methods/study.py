@@ -9,9 +9,9 @@ every seed, attacks the results and appends each to results.jsonl. What has a li
 continues where it was. Two calls with different methods can run side by side. `table` prints the tables of
 docs/results/methods.md. The runs themselves are under runs/methods in the working folder.
 
-A trial unlearns with `FIXED` and is then attacked with `ATTACK`. Its value is the forget accuracy after that, plus ten times what
-it lost on the retain task beyond `BUDGET`. It is read on every third question (of lab_forget_robust: every third group of four).
-The table is read on the other questions.
+A trial unlearns with `FIXED` and is then attacked with `ATTACK`. Its value is the forget accuracy after that, plus ten times
+what it lost on the retain task beyond `BUDGET`. It is read on every third question (of lab_forget_robust: every third group of
+four). The table is read on the other questions.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ METHODS = {
         "lab/undo",
         {"lr": (3e-4, 5e-3), "corrupt.share": (0.05, 0.8)},
         {"lr": 1e-3, "corrupt.share": 0.4},
-        {"warmup_steps": 0},
+        {"warmup_steps": 0, "budget": None},
         teacher="max_entropy",
     ),
 }

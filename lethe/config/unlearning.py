@@ -62,22 +62,33 @@ class BudgetSettings(Settings):
     retain: Annotated[Fraction, above(0)] | None = None
     """Highest loss of accuracy on the retain task of eval.tasks, against the model before unlearning: 0.02 is two points.
     null: no limit."""
+    restored: Annotated[float, above(0)] | None = None
+    """End the run once the cross-entropy on neutral text is at most this share above that of the model before unlearning: 0.05
+    is 5 %. For runs that start with rewind or corrupt, which have to learn again. null: go on to the last update."""
     every: Positive | None = None
     """Updates between two checks; the last update is always checked. A smaller number ends the run closer to the budget, and
     takes longer. null: Lethe chooses it so that checks take about 4 % of the run's computation."""
     documents: Positive = 32
-    """Number of documents of neutral text for kl."""
+    """Number of documents of neutral text for kl and restored."""
     questions: Count = 400
     """Number of questions for retain, from the first one (0: all). More questions show smaller losses, and take longer."""
     text: Texts | None = None
-    """Neutral text for kl; null: documents of the retain text that are not trained on."""
+    """Neutral text for kl and restored; null: documents of the retain text that are not trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kl is None and self.retain is None:
-            raise LetheError("budget: it has no limit; give kl, such as {kl: 0.01}, or retain, such as {retain: 0.02}")
-        self.refuse_idle("documents", "text", when=self.kl is None, why="without budget.kl")
+        if self.kl is None and self.retain is None and self.restored is None:
+            raise LetheError(
+                "budget: it has no limit; give kl, such as {kl: 0.01}, retain, such as {retain: 0.02}, or restored, such as "
+                "{restored: 0.05}"
+            )
+        self.refuse_idle("documents", "text", when=not self.reads_text, why="without budget.kl or budget.restored")
         self.refuse_idle("questions", when=self.retain is None, why="without budget.retain")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a check reads neutral text."""
+        return self.kl is not None or self.restored is not None
 
     @property
     def limits(self) -> dict[str, float]:
@@ -162,10 +173,16 @@ class UnlearnSettings(TrainingSettings):
             raise LetheError("rewind and corrupt both set the weights to start from; set rewind: 0, or corrupt: null")
         self.refuse_idle("rewind_weights", when=not self.rewind, why="while rewind is 0")
         self.refuse_idle("rewind_share", when=self.rewind_weights == "all", why="with rewind_weights all")
-        if self.budget and self.moves_start:
+        if self.budget and self.budget.limits and self.moves_start:
             raise LetheError(
                 "budget: a run with rewind or corrupt starts outside its budget and would end at once; leave one out"
             )
+        if self.budget and self.budget.restored and not self.moves_start:
+            raise LetheError(
+                "budget.restored: a run without rewind and corrupt has nothing to restore and would end at once; leave it out"
+            )
+        if self.budget and self.budget.restored and self.layered:
+            raise LetheError("budget.restored: it could end a layered run before its last stage; leave one of the two out")
         self.refuse_idle("merge", when=self.lora is None, why="in full-rank training (lora: null), where there is no adapter")
 
     @property

@@ -86,9 +86,9 @@ class Method(UnlearnSettings):
         raise NotImplementedError
 
     def compared(self) -> dict[str, Need]:
-        """By text, what is compared with a teacher: by the loss, and by `budget.kl` on held-out text."""
+        """By text, what is compared with a teacher: by the loss, and by checks of the budget on held-out text."""
         found = {text: need for text, need in self.needs().items() if need.teacher}
-        limited = self.budget is not None and self.budget.kl is not None
+        limited = self.budget is not None and self.budget.reads_text
         return found | ({HELD_OUT: Need("reference", logits=True)} if limited else {})
 
     def need_at(self, text: str, progress: Progress) -> Need:

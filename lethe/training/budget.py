@@ -1,6 +1,6 @@
-"""Ends a run once it exceeds its budget, and keeps the last weights within the budget.
+"""Ends a run once it exceeds its budget, and keeps the last weights within the budget; or once the model is restored.
 
-    on_step_end -> measure(model) -> `budget.values` in run.json -> within: keep the weights; else: stop
+    on_step_end -> measure(model) -> `budget.values` in run.json -> within: keep the weights; else, or if restored: stop
     after training -> restore: the model has the weights that were kept last
 
 The weights are kept in a file (`saves.keep`), so that they survive a kill. A resumed run repeats the checks of the updates that
@@ -28,10 +28,13 @@ Measure = Callable[[nn.Module], dict[str, float]]
 
 
 class Budget(TrainerCallback):
-    """Checks every `every` updates, and at the last one. `limits`: the highest allowed values of what `measure` returns."""
+    """Checks every `every` updates, and at the last one. `limits`: the highest allowed values of what `measure` returns.
 
-    def __init__(self, run: Run, limits: dict[str, float], measure: Measure, every: int):
-        self.run, self.limits, self.measure, self.every = run, limits, measure, every
+    `restored`: the value of this name from which on the run is over; None: it goes on to its last update.
+    """
+
+    def __init__(self, run: Run, limits: dict[str, float], restored: float | None, measure: Measure, every: int):
+        self.run, self.limits, self.restored, self.measure, self.every = run, limits, restored, measure, every
         self.folder = run.path / "saves"
 
     @property
@@ -65,10 +68,17 @@ class Budget(TrainerCallback):
         self.run.update(budget={"values": self.record["values"] | {str(state.global_step): values}})
         over = [name for name, limit in self.limits.items() if not values[name] <= limit]  # not-a-number is over
         if over:
-            self._stop(state.global_step, over[0], values[over[0]])
+            what = {"kl": "KL(reference ‖ model) was {:.4g}", "retain": "retain accuracy had fallen by {:.4g}"}[over[0]]
+            result = f"of update {self.kept_step}" if self.kept_step else "from before the first update"
+            limit = f"above budget.{over[0]} {self.limits[over[0]]:g}; the result is the weights {result}"
+            self._stop(state.global_step, f"{what.format(values[over[0]])}, {limit}")
             control.should_training_stop = True
         else:
             self._keep(state.global_step, model)
+            if self.restored is not None and values["restored"] <= self.restored:
+                what = f"the cross-entropy on neutral text was {100 * values['restored']:.3g} % above the reference's"
+                self._stop(state.global_step, f"{what}, within budget.restored {self.restored:g}")
+                control.should_training_stop = True
         add_seconds(self.run, "budget", time.monotonic() - began)
 
     def restore(self, model: nn.Module) -> int:
@@ -88,8 +98,5 @@ class Budget(TrainerCallback):
         self.run.update(budget={"kept_step": step, "kept_sha256": written})
         saves.keep_only(self.folder, step)
 
-    def _stop(self, step: int, name: str, value: float) -> None:
-        what = {"kl": "KL(reference ‖ model) was {:.4g}", "retain": "retain accuracy had fallen by {:.4g}"}[name].format(value)
-        result = f"of update {self.kept_step}" if self.kept_step else "from before the first update"
-        reason = f"at update {step} {what}, above budget.{name} {self.limits[name]:g}; the result is the weights {result}"
-        self.run.update(budget={"stopped_at": step, "reason": reason})
+    def _stop(self, step: int, why: str) -> None:
+        self.run.update(budget={"stopped_at": step, "reason": f"at update {step} {why}"})

@@ -1,7 +1,8 @@
-"""What `budget` limits, measured during a run: KL on held-out text, and accuracy lost on the retain task.
+"""What `budget` reads during a run, on held-out text and on the retain task.
 
-KL(reference ‖ model), a mean over the tokens of text that is not trained on; the reference runs once (`teacher_cache`)
-accuracy of the model before unlearning − accuracy now, on the same questions
+kl         KL(reference ‖ model), a mean over the tokens of text that is not trained on; the reference runs once
+restored   cross-entropy of the model / cross-entropy of the reference − 1, on the same text
+retain     accuracy of the model before unlearning − accuracy now, on the same questions
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FEW = 5
 
 @dataclass
 class Checks:
-    """Measures the values that a recipe limits. `sequences`: held-out text, without any if `budget.kl` is null."""
+    """Measures the values that a recipe names. `sequences`: held-out text, without any if no value reads it."""
 
     run: Run
     config: Method
@@ -50,28 +51,34 @@ class Checks:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The values of the model as it is, by the names of the limits."""
-        found = {"kl": self.kl(model)} if self.budget.kl is not None else {}
+        found = self.on_text(model) if self.budget.reads_text else {}
         if self.budget.retain is not None:
             found["retain"] = self.run.record["budget"]["retain_before"] - self.accuracy(model)
         return found
 
     @torch.no_grad()
-    def kl(self, model: nn.Module) -> float:
-        """KL(reference ‖ model) on the held-out text, a mean over tokens. The processes share the batches."""
+    def on_text(self, model: nn.Module) -> dict[str, float]:
+        """`kl` and `restored` on the held-out text, as far as the recipe names them. The processes share the batches."""
         teacher, size = self.trainer.teachers[HELD_OUT], self.config.per_device_train_batch_size
         order = sorted(range(len(self.sequences)), key=lambda i: len(self.sequences[i]))
         tokens, device, head = sum(map(len, self.sequences)), distributed.device(), self.trainer.head
         pad_id: Any = self.tokenizer.pad_token_id
 
-        def part(rows: list[int]) -> float:
+        def part(rows: list[int]) -> tuple[float, float, float]:
             ids, mask = (t.to(device) for t in corpora.pad([self.sequences[i] for i in rows], pad_id))
             states, index = read(model, ids, [], True, head), torch.tensor(rows, device=device)
-            return float(View(ids, mask, index, states, tokens, len(order), head, teacher).kl())
+            view = View(ids, mask, index, states, tokens, len(order), head, teacher)
+            kl = float(view.kl()) if self.budget.kl is not None else 0.0
+            if self.budget.restored is None:
+                return kl, 0.0, 0.0
+            return kl, float(-view.log_likelihood().sum()), float(-view.teacher_log_likelihood().sum())
 
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         with evaluation_mode(model), distributed.uneven(model, lambda: part(batches[0])):
-            own = math.fsum(part(rows) for rows in distributed.share(batches))
-        return distributed.total([own])[0]
+            parts = [part(rows) for rows in distributed.share(batches)]
+        kl, ours, theirs = distributed.total([math.fsum(column) for column in zip(*parts, strict=True)] or [0.0] * 3)
+        found = {"kl": kl} if self.budget.kl is not None else {}
+        return found | ({"restored": ours / theirs - 1} if self.budget.restored is not None else {})
 
     def accuracy(self, model: nn.Module) -> float:
         """Accuracy on the first `questions` of the retain task. Not a number if the model's answers are none."""
@@ -90,7 +97,7 @@ class Checks:
             model: Any = self.trainer.model
             self.run.update(budget={"retain_before": self.accuracy(model)})
         every = self.run.record["plan"]["budget"]["every"]
-        self.trainer.limit(Budget(self.run, self.budget.limits, self, every))
+        self.trainer.limit(Budget(self.run, self.budget.limits, self.budget.restored, self, every))
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -112,7 +119,8 @@ class Checks:
         every = self.budget.every or math.ceil(check / (SHARE * update))
         checks = math.ceil(updates / every)
         share = checks * check / (checks * check + updates * update)
-        return {**self.budget.limits, "every": every, "checks": checks, "share_of_flops": float(f"{share:.2g}")}
+        restored = {"restored": self.budget.restored} if self.budget.restored else {}
+        return {**self.budget.limits, **restored, "every": every, "checks": checks, "share_of_flops": float(f"{share:.2g}")}
 
     def book(self) -> None:
         """Record what the checks cost."""

@@ -39,7 +39,7 @@ class Checked:
     scores: Path | None = None
     """The file of scores that decide which weights are rewound; None if the recipe names none."""
     held_out: list[corpora.Document] = field(default_factory=list)
-    """Documents that `budget.kl` is measured on."""
+    """Documents that checks of the budget read."""
 
 
 def check(config: Method, effective_batch: int | None = None) -> Checked:
@@ -72,7 +72,7 @@ def check(config: Method, effective_batch: int | None = None) -> Checked:
     checked.retain = corpora.select(config.retain, config.num_train_examples, "front", "retain text", UNLEARNED)
     if {d.id for d in checked.forget} & {d.id for d in checked.retain}:
         raise LetheError("forget and retain text share documents; remove these from one of the two")
-    if config.budget and config.budget.kl is not None:
+    if config.budget and config.budget.reads_text:
         checked.held_out = held_out(config, config.budget, {d.id for d in [*checked.forget, *checked.retain]})
     refuse_types(config)
     refuse_rank(config, model)
@@ -151,7 +151,7 @@ def find_scores(config: Method) -> Path | None:
 
 
 def held_out(config: Method, budget: BudgetSettings, trained: set[str]) -> list[corpora.Document]:
-    """The documents that `budget.kl` is measured on.
+    """The documents that checks of the budget read.
 
     Raises:
         LetheError: there are not enough that are not trained on.
@@ -163,7 +163,7 @@ def held_out(config: Method, budget: BudgetSettings, trained: set[str]) -> list[
         name = "the retain text" if budget.text is None else "budget.text"
         lower = "lower budget.documents" if budget.text else "lower num_train_examples or budget.documents, or name budget.text"
         raise LetheError(
-            f"budget.kl: {name} has {len(found)} documents that are not trained on, {budget.documents} are needed; {lower}"
+            f"budget.documents: {budget.documents} are needed that are not trained on, and {name} has {len(found)}; {lower}"
         )
     return found
 

@@ -59,7 +59,7 @@ class Prepared:
     reference: Frozen
     source: Frozen | None
     held_out: list[list[int]] = field(default_factory=list)
-    """Sequences of the text that `budget.kl` is measured on."""
+    """Sequences of the text that checks of the budget read."""
     checks: Checks | None = None
 
     @property
