@@ -10,8 +10,9 @@ continues where it was. Two calls with different methods can run side by side. `
 docs/results/methods.md. The runs themselves are under runs/methods in the working folder.
 
 A trial unlearns with `FIXED` and is then attacked with `ATTACK`. Its value is the forget accuracy after that, plus ten times
-what it lost on the retain task beyond `BUDGET`. It is read on every third question (of lab_forget_robust: every third group of
-four). The table is read on the other questions.
+what it lost on the retain task beyond `BUDGET`. The best trial has the lowest value of those within the budget. If there are
+none, it is the one that lost least. All this is read on every third question (of lab_forget_robust: every third group of four),
+and the tables on the other questions.
 """
 
 from __future__ import annotations
@@ -216,10 +217,10 @@ def attacked(model: str, changes: dict[str, Any], seed: int) -> dict[str, list[b
 
 
 def value(line: dict[str, Any]) -> float:
-    """What a trial is judged by; lower is better. Beyond ten points of excess, all are alike."""
+    """What a trial is judged by; lower is better. Beyond thirty points of excess, all are alike."""
     if "error" in line:
-        return 2.0
-    return float(line["forget_after"] + 10 * min(0.1, max(0.0, line["retain_lost"] - BUDGET)))
+        return 4.0
+    return float(line["forget_after"] + 10 * min(0.3, max(0.0, line["retain_lost"] - BUDGET)))
 
 
 def trials(method: str) -> list[dict[str, Any]]:
@@ -227,8 +228,13 @@ def trials(method: str) -> list[dict[str, Any]]:
 
 
 def best(method: str) -> dict[str, Any]:
-    """The best trial of a method."""
-    return min(trials(method), key=value)
+    """The best trial of a method within the budget; if there is none, the trial that lost least."""
+    found = trials(method)
+    return min(filter(within, found), key=value, default=min(found, key=lambda line: line.get("retain_lost", 1.0)))
+
+
+def within(line: dict[str, Any]) -> bool:
+    return "error" not in line and line["retain_lost"] <= BUDGET
 
 
 def proposed(method: str) -> dict[str, Any]:
@@ -340,12 +346,15 @@ def table() -> None:
         ]
         hit = [pooled([line["attacks"][f"{lr:g}"][FORGET] for line in seeds]) for lr in RATES]
         print("| " + " | ".join([f"`{method}`", *cells, f"{mean([s['kl'] for s in seeds]):.3f}", *costs, *hit]) + " |")
-    print("\n| method | settings | value |\n| --- | --- | --- |")
+    heads = ["method", "settings", "forget", "retain lost", "forget after 30 updates", "trials within the budget"]
+    print("\n| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for method in METHODS:
         if trials(method):
             line = best(method)
             words = ", ".join(f"{name} {number:g}" for name, number in line["params"].items())
-            print(f"| `{method}` | {words} | {value(line):.3f} |")
+            cells = [f"{100 * line[name]:.1f}" for name in ("forget", "retain_lost", "forget_after")]
+            inside = sum(map(within, trials(method)))
+            print("| " + " | ".join([f"`{method}`", words, *cells, f"{inside} of {len(trials(method))}"]) + " |")
 
 
 def main() -> None:
