@@ -49,8 +49,8 @@ NEUTRAL = 512
 class Studied:
     """The recipe of a method, what differs from it in every trial, and the ranges or choices of what is varied.
 
-    A range is searched on a log scale. `start` is the first trial. `teacher` names the method whose best trial is unlearned
-    first, and then used as the model.
+    A range is searched on a log scale. `start` is the first trial. `teacher`: the recipe whose result takes the place of the model
+    before unlearning.
     """
 
     recipe: str
@@ -128,7 +128,7 @@ METHODS = {
         {"lr": (3e-4, 5e-3), "corrupt.share": (0.05, 0.8)},
         {"lr": 1e-3, "corrupt.share": 0.4},
         {"warmup_steps": 0, "budget": None},
-        teacher="max_entropy",
+        teacher="lab/circuit_breaker",
     ),
 }
 
@@ -169,12 +169,12 @@ def settings(method: str, params: dict[str, Any], seed: int, **changes: Any) -> 
     )
 
 
-def teacher(method: str, seed: int) -> str:
-    """A model that the best trial of a method has unlearned, with its adapters merged."""
-    key = f"{method} {seed} teacher"
+def teacher(recipe: str, seed: int) -> str:
+    """A model that a recipe has unlearned, with its adapters merged."""
+    key = f"{recipe} {seed}"
     known = MEASURED.read().get(key)
     if known is None or not Path(known["run"]).is_dir():
-        run = unlearn(settings(method, best(method)["params"], seed, merge=True))
+        run = unlearn(from_recipe(Method, recipe, seed=seed, merge=True, out=str(OUT)))
         known = MEASURED.add(key, run=str(run.path), cost=cost(run.record))
     return str(known["run"])
 
@@ -261,7 +261,7 @@ def tune(method: str) -> None:
         params = proposed(method)
         facts: dict[str, Any] = {"method": method, "params": params}
         run = unlearn(settings(method, params, 0))
-        if run.status != "complete":
+        if run.status == "diverged":
             TUNED.add(f"{method} {number}", **facts, error=run.record["reason"])
             continue
         found, after = rights(str(run.path), (FORGET, RETAIN)), attacked(str(run.path), ATTACK, 0)
@@ -305,12 +305,12 @@ def measure(method: str) -> None:
             continue
         chosen = best(method)
         run = unlearn(settings(method, chosen["params"], seed))
-        if run.status != "complete":
+        if run.status == "diverged":
             MEASURED.add(key, error=run.record["reason"])
             continue
         model, total = str(run.path), cost(run.record)
         if METHODS[method].teacher:
-            first = MEASURED.read()[f"{METHODS[method].teacher} {seed} teacher"]["cost"]
+            first = MEASURED.read()[f"{METHODS[method].teacher} {seed}"]["cost"]
             total = {name: number + first[name] for name, number in total.items()}
         facts = {"trial": chosen["key"], "cost": total, "kl": divergence(model)}
         MEASURED.add(key, **facts, evals=counts(rights(model)), attacks=attacks(model, seed))
