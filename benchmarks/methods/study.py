@@ -49,8 +49,8 @@ NEUTRAL = 512
 class Studied:
     """The recipe of a method, what differs from it in every trial, and the ranges or choices of what is varied.
 
-    A range is searched on a log scale. `start` is the first trial. `teacher`: the recipe whose result takes the place of the model
-    before unlearning.
+    A range is searched on a log scale. `start` is the first trial. `teacher`: the recipe whose result takes the place of the
+    model before unlearning.
     """
 
     recipe: str
