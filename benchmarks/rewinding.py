@@ -41,7 +41,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "LoRA 3e-3": {"lr": 3e-3, "lora": LoraSettings()},
 }
 """At a constant rate, so that the evaluation after 100 of 1,000 updates is that of an attack of 100."""
-LONG = ("controls", "hold", "seeds", "lora")
+LONG = ("controls", "hold", "seeds")
 """Parts whose models are attacked with 1,000 updates. The others are attacked with 100."""
 NO_SCORES: dict[str, Any] = {"rewind_weights": "all"}
 LORA: dict[str, Any] = {"lora": LoraSettings(r=64, alpha=64, dropout=0.0), "lr": 3e-3}
@@ -51,7 +51,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "seeds": {f"lab-hold, seed {seed}": {"seed": seed} for seed in (1, 2)},
     "start": {"rho 1": NO_SCORES, "study's LoRA": {"recipe": "lab"}},
     "share": {f"share {share}": {"rewind_share": share} for share in (0.5, 0.65, 0.75, 0.85)},
-    "updates": {f"{n} documents": {"num_train_examples": n} for n in (1000, 1500, 2800)},
+    "updates": {f"{n} documents": {"num_train_examples": n} for n in (1000, 1500, 2250)},
     "again": {"2 epochs": {"epochs": 2}, "4 epochs": {"epochs": 4}},
     "score": {f"score of {kind}": {"score": kind} for kind in ("source", "both", "matrix", "random", "32", "512")},
     "uniform": {f"rho {rho}": NO_SCORES | {"rewind": rho} for rho in (0.5, 0.8, 0.9)},
