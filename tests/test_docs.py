@@ -32,7 +32,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 STANDARD, NANO = (f"global_step{PRESETS[name].onset}" for name in ("standard", "nano"))
 HANDWRITTEN = {"run-folder.md", "measures.md"}
 """Pages of docs/reference that are not generated."""
-RUN_HERE = ["docs/guides/evaluation", "docs/guides/unlearning", "docs/guides/attacks"]
+RUN_HERE = ["docs/choosing", "docs/guides/evaluation", "docs/guides/unlearning", "docs/guides/attacks"]
 RUN_HERE += ["docs/methods/undo", "docs/results/lab", "docs/results/rewinding", "docs/results/attacks"]
 RUN_ELSEWHERE = ["README", "docs/quickstart", "docs/guides/sweeps", "docs/guides/runs-and-reports"]
 
