@@ -31,7 +31,7 @@ from lethe.models import refs
 from lethe.text import corpora
 from lethe.unlearning import scores
 
-PRESETS["second"] = LabPreset("second", seed=1)
+PRESETS["second"] = LabPreset("second", seed=1, threads=1)
 SOURCE, TWIN, MODEL = "lab:global_step600", "lab:filtered", "lab:final"
 FORGET, RETAIN, NEIGHBOUR = TASKS = ["lab_forget_robust", "lab_retain", "lab_retain_stem"]
 ATTACKS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
 """At a constant rate, so that the evaluation after 100 of 1,000 updates is that of an attack of 100."""
 LONG = ("controls", "hold", "seeds")
 """Parts whose models are attacked with 1,000 updates. The others are attacked with 100."""
-NO_SCORES: dict[str, Any] = {"rewind_weights": "all"}
+NO_SCORES: dict[str, Any] = {"rewind_weights": "all", "rewind_share": 0.75}
 LORA: dict[str, Any] = {"lora": LoraSettings(r=64, alpha=64, dropout=0.0), "lr": 3e-3}
 
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
