@@ -185,7 +185,7 @@ def teacher(recipe: str, seed: int) -> str:
 
 
 def cost(record: dict[str, Any]) -> dict[str, float]:
-    """Tokens that any model read, forward, as a share of the pretraining's; likewise operations; seconds."""
+    """The tokens that the model read and the operations of all models, as shares of the pretraining's; seconds of training."""
     found = record["cost"]
     shares = found["pretraining"]
     return {"tokens": shares["share_of_tokens"], "flops": shares["share_of_flops"], "seconds": found["seconds"]["training"]}
